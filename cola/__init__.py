@@ -1,0 +1,1 @@
+"""Low-rank auto-encoder layers (CoLA, CoLA-M): modules, ranks, accounting, analysis."""

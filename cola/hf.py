@@ -1,0 +1,179 @@
+"""Low-rank Llamas as a `transformers` model: `model_type` "cola_llama".
+
+Transformers' own Llama, each `nn.Linear` of the seven projections exchanged for `LowRankLinear`,
+
+    y = B · σ(A · x)        (CoLA, arXiv 2502.10940, section 3)
+
+where its rank is not 0. Attention, RoPE, KV cache, masks, generation and saving are transformers'.
+The weights carry transformers' names, with `.A` and `.B` below a low-rank projection:
+`model.layers.0.self_attn.q_proj.A.weight`.
+
+Both published MLPs are one field: `hidden_act="silu"` keeps SwiGLU's non-linearity,
+`hidden_act="linear"` leaves only the bottleneck's, `down(gate(x) * up(x))`.
+
+Left out: tensor and pipeline parallel plans (train with `lowline.train`, which has them), and
+ranks that differ from layer to layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig
+from transformers import initialization as init
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+from lowline.cola.low_rank import ACTIVATIONS, LowRankLinear, init_std
+
+PROJECTION_PATHS = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+"""Where each projection lies below a decoder layer."""
+
+
+@strict
+class CoLAConfig(LlamaConfig):
+    """A `LlamaConfig` and what makes it low-rank.
+
+    Args:
+        ranks: rank of each projection by its name (q, k, v, o, gate, up, down); 0, or a name left
+            out, is a dense projection.
+        bottleneck_activation: the σ between A and B: "silu", "gelu", "relu" or "identity".
+        bottleneck_bias: whether A and B carry a bias.
+        qk_norm: an RMSNorm over each head of q and of k before RoPE, as Qwen3 has it.
+
+    Raises:
+        StrictDataclassError: (transformers' own) an unknown projection or activation, a rank
+            below 0, heads that do not divide, a value of another type.
+    """
+
+    model_type = "cola_llama"
+    base_model_tp_plan = None
+    base_model_pp_plan = None
+
+    ranks: dict[str, int] = field(default_factory=dict)
+    bottleneck_activation: str = "silu"
+    bottleneck_bias: bool = False
+    qk_norm: bool = False
+
+    def __post_init__(self, **kwargs):
+        self.ranks = {name: self.ranks.get(name, 0) for name in PROJECTION_PATHS} | self.ranks
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Replaces Llama's rule that the heads divide `hidden_size`: here `head_dim` is free."""
+        unknown = sorted(set(self.ranks) - set(PROJECTION_PATHS))
+        if unknown:
+            raise ValueError(
+                f"ranks names the projections {unknown}; allowed are {list(PROJECTION_PATHS)}."
+            )
+        negative = {name: rank for name, rank in self.ranks.items() if rank < 0}
+        if negative:
+            raise ValueError(f"ranks has {negative}: a rank is at least 1, or 0 for dense.")
+        if self.bottleneck_activation not in ACTIVATIONS:
+            raise ValueError(
+                f"bottleneck_activation = {self.bottleneck_activation!r}; "
+                f"allowed are {sorted(ACTIVATIONS)}."
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads = {self.num_key_value_heads}."
+            )
+
+
+class CoLADecoderLayer(LlamaDecoderLayer):
+    """Llama's block, its projections low-rank where `config.ranks` says so."""
+
+    def __init__(self, config: CoLAConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        if config.qk_norm:
+            self.self_attn = Qwen3Attention(config, layer_idx)
+        for name, path in PROJECTION_PATHS.items():
+            if rank := config.ranks[name]:
+                dense = self.get_submodule(path)
+                bias = config.bottleneck_bias
+                low_rank = LowRankLinear(
+                    nn.Linear(dense.in_features, rank, bias=bias),
+                    nn.Linear(rank, dense.out_features, bias=bias),
+                    config.bottleneck_activation,
+                )
+                self.set_submodule(path, low_rank)
+
+
+class _CoLAPreTrained:
+    """What transformers' machinery must know of both models below (a mixin)."""
+
+    config_class = CoLAConfig
+    _no_split_modules = ["CoLADecoderLayer"]
+    _can_record_outputs = {
+        "hidden_states": CoLADecoderLayer,
+        "attentions": [LlamaAttention, Qwen3Attention],
+    }
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # Outside transformers' tree it passes over modules without weights of their own, which is
+        # what LowRankLinear is, lest it overwrite loaded ones. `init.normal_` below never does.
+        super()._initialize_weights(module)  # type: ignore[misc]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The paper's init for A and B, transformers' N(0, `initializer_range`) for the rest."""
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, LowRankLinear):  # after its children: a parent's turn comes last
+            std = init_std(module.in_features, module.out_features, module.rank)
+            init.normal_(module.A.weight, std=std)
+            init.normal_(module.B.weight, std=std)
+
+
+class CoLAModel(_CoLAPreTrained, LlamaModel):
+    """The decoder without a head: token ids [B, T] to hidden states [B, T, hidden_size]."""
+
+    def __init__(self, config: CoLAConfig):
+        # Not LlamaModel's: it would build every dense projection first.
+        super(LlamaModel, self).__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            CoLADecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+class CoLAForCausalLM(_CoLAPreTrained, LlamaForCausalLM):
+    """The language model: token ids [B, T] to logits [B, T, vocab_size], and `generate`."""
+
+    def __init__(self, config: CoLAConfig):
+        super(LlamaForCausalLM, self).__init__(config)
+        self.model = CoLAModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+def register() -> None:
+    """Make transformers' `Auto*` classes know "cola_llama"; a second call changes nothing."""
+    AutoConfig.register(CoLAConfig.model_type, CoLAConfig, exist_ok=True)
+    AutoModel.register(CoLAConfig, CoLAModel, exist_ok=True)
+    AutoModelForCausalLM.register(CoLAConfig, CoLAForCausalLM, exist_ok=True)

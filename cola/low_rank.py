@@ -1,0 +1,79 @@
+"""The low-rank auto-encoder layer y = B·σ(A·x) (CoLA, arXiv 2502.10940, equation 3).
+
+A: in -> r, B: r -> out, no bias by default, no norm, scale or residual in between. This module is
+plain torch, shared by the training body (`lowline.cola.titan`) and the Hugging Face body
+(`lowline.cola.hf`); its parameters are `A.weight` (r, in) and `B.weight` (out, r) everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def _identity(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "identity": _identity,  # the linear bottleneck, a control
+}
+
+
+def init_std(in_features: int, out_features: int, rank: int) -> float:
+    """Published standard deviation of both factors, r^(-1/4) (in + out)^(-1/4).
+
+    The product B·A then has entries of standard deviation (in + out)^(-1/2).
+    """
+    return (rank * (in_features + out_features)) ** -0.25
+
+
+class LowRankLinear(nn.Module):
+    """y = B·σ(A·x).
+
+    Args:
+        A: the map (..., in) -> (..., r); any module with `in_features`, `out_features`.
+        B: the map (..., r) -> (..., out).
+        activation: σ, a name from `ACTIVATIONS`.
+
+    Raises:
+        ValueError: an unknown activation, or factors whose widths differ.
+    """
+
+    def __init__(self, A: nn.Linear, B: nn.Linear, activation: str = "silu") -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation = {activation!r}; choose from {sorted(ACTIVATIONS)}")
+        if A.out_features != B.in_features:
+            raise ValueError(f"A makes {A.out_features} features, B takes {B.in_features}")
+        self.A = A
+        self.B = B
+        self.activation = activation
+
+    @property
+    def in_features(self) -> int:
+        return self.A.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.B.out_features
+
+    @property
+    def rank(self) -> int:
+        return self.A.out_features
+
+    def expand(self, z: torch.Tensor) -> torch.Tensor:
+        """B·σ(z) for a bottleneck pre-activation z of (..., r)."""
+        return self.B(ACTIVATIONS[self.activation](z))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.expand(self.A(x))
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"

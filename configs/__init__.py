@@ -1,0 +1,1 @@
+"""One TOML for every run somebody would want to reproduce."""

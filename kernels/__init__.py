@@ -1,0 +1,1 @@
+"""Functions only: each op with its reference and its fast forms, one signature."""

@@ -1,0 +1,32 @@
+"""Several linear maps of one input as a single GEMM.
+
+q/k/v's A matrices (and gate/up's) read the same x, and at r << d each alone is too narrow to fill a
+GPU: [A_q; A_k; A_v]·x reads x once. The weights are stacked on the fly, which copies Σr·d elements
+a call against the n·d of x it saves reading again, and keeps one parameter a projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+
+def grouped_linear(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+) -> torch.Tensor:
+    """x·W_iᵀ + b_i for every i, side by side.
+
+    Args:
+        x: (..., in).
+        weights: W_i of (out_i, in).
+        biases: b_i of (out_i,), all present or all None.
+
+    Returns:
+        (..., Σ out_i).
+    """
+    bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
+    return F.linear(x, torch.cat(list(weights)), bias)

@@ -1,0 +1,1 @@
+"""The training engine: TOML to torchtitan's Trainer."""

@@ -1,0 +1,321 @@
+"""The typed configuration of a run: what each TOML key means, its default and its limits.
+
+Precedence, merged in `lowline.train.load_config` and nowhere else: defaults < TOML file < command line. The whole
+is checked before any process group starts (`lowline.train.load_config`).
+Sections are frozen dataclasses; a rule between two sections lives in `RunConfig.__post_init__`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from lowline.cola.ranks import PROJECTIONS, Rank, resolve_ranks
+
+# Field names the section it annotates; pydantic checks the bounds.
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Strict = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """[model.rope_scaling]: the frequency scalings of Llama 3.1 ("llama3") and YaRN ("yarn")."""
+
+    __pydantic_config__ = Strict
+    kind: Literal["llama3", "yarn"]
+    factor: Annotated[float, Field(ge=1.0)]
+    original_max_seq_len: Positive
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """[model]: the shape of a Llama. Heads share K/V when `n_kv_heads < n_heads` (GQA)."""
+
+    __pydantic_config__ = Strict
+    dim: Positive
+    n_layers: Positive
+    n_heads: Positive
+    ffn_dim: Positive
+    vocab_size: Positive
+    n_kv_heads: Positive | None = None  # default: n_heads
+    head_dim: Positive | None = None  # default: dim / n_heads
+    max_seq_len: Positive | None = None  # longest context of the exported model; default: seq_len
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    tie_embeddings: bool = False
+    qk_norm: bool = False  # RMSNorm on every head of q and k (Qwen3)
+    # The SwiGLU's own non-linearity. CoLA at 350M and up drops it ("identity"), see cola.md.
+    mlp_activation: Literal["silu", "identity"] = "silu"
+    # Softmax attention: "sdpa" everywhere; "flex" and "varlen" on GPUs; "auto" = flex on a GPU.
+    attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.head_dim is None and self.dim % self.n_heads:
+            raise ValueError(
+                f"dim = {self.dim} is not a multiple of n_heads = {self.n_heads}; "
+                "change one of them or set head_dim"
+            )
+        if self.n_heads % self.kv_heads:
+            raise ValueError(
+                f"n_heads = {self.n_heads} is not a multiple of n_kv_heads = {self.kv_heads}; "
+                "every K/V head serves the same number of query heads"
+            )
+        if self.per_head % 2:
+            raise ValueError(f"head_dim = {self.per_head} is odd; rotary embedding needs it even")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def per_head(self) -> int:
+        return self.head_dim or self.dim // self.n_heads
+
+    def projection_shapes(self) -> dict[str, tuple[int, int]]:
+        """(in, out) features of each of a block's seven projections."""
+        q, kv, d, f = self.n_heads * self.per_head, self.kv_heads * self.per_head, self.dim, self.ffn_dim
+        shapes = [(d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d)]
+        return dict(zip(PROJECTIONS, shapes, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColaConfig:
+    """[cola]: which projections become B·σ(A·x), and what they keep for the backward pass."""
+
+    __pydantic_config__ = Strict
+    # 128; or 0.25 (of dim); or {q = 64, gate = 0.5, ...}, where what is left out stays dense.
+    # 0 is a dense model.
+    rank: Rank = 0
+    activation: Literal["silu", "gelu", "relu", "identity"] = "silu"
+    bias: bool = False
+    # "cola" keeps every activation; "cola-m" keeps the r-wide ones and recomputes the rest.
+    memory: Literal["cola", "cola-m"] = "cola"
+    # Run the A's that read one input (q/k/v, gate/up) as one GEMM.
+    grouped: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """[training]: how long, how much at once, in which numbers."""
+
+    __pydantic_config__ = Strict
+    steps: Positive
+    seq_len: Positive
+    global_batch_size: Positive  # sequences a step, over all ranks
+    local_batch_size: Positive | None = None  # sequences a forward pass of a rank; default: its share
+    max_norm: Annotated[float, Field(gt=0)] = 1.0  # gradient clipping
+    # Parameters and activations of the forward pass; the master copy and the reduction are fp32.
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    seed: NonNegative = 0
+    deterministic: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """[optimizer]: AdamW for everything, or Muon for the 2-D factors and AdamW for the rest."""
+
+    __pydantic_config__ = Strict
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: Annotated[float, Field(gt=0)]
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    muon_lr: Annotated[float, Field(gt=0)] = 0.02
+    muon_momentum: Fraction = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """[schedule]: linear warm-up, then a decay to `min_lr_fraction` of the peak."""
+
+    __pydantic_config__ = Strict
+    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup_steps: NonNegative = 0
+    decay_fraction: Fraction = 0.2  # wsd: the last part of the run, decayed by 1 - sqrt
+    min_lr_fraction: Fraction = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """[data] and [evaluation.data]: where documents come from.
+
+    `source` is "embedded" (the English documentation inside CPython), "local" (`paths`: jsonl,
+    json.gz, parquet, arrow, txt, or a saved dataset's directory), or a Hugging Face data set id.
+    """
+
+    __pydantic_config__ = Strict
+    source: str = "embedded"
+    paths: tuple[str, ...] = ()  # files, folders or globs, for source = "local"
+    name: str | None = None  # the data set's configuration, such as "en"
+    split: str = "train"
+    text_key: str = "text"
+    streaming: bool = False  # read in file order, without the whole on disk; hub ids: usually true
+    shuffle: bool = True
+    epochs: Positive | None = None  # default: repeat for as long as the run lasts
+    num_workers: NonNegative = 0
+
+    def __post_init__(self) -> None:
+        if (self.source == "local") != bool(self.paths):
+            raise ValueError(
+                f"source = {self.source!r} with paths = {list(self.paths)}; "
+                'source = "local" takes paths, every other source takes none'
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """[evaluation]: held-out loss per token; the same for every batch size and world size."""
+
+    __pydantic_config__ = Strict
+    every: NonNegative = 0  # steps; 0: only after the last step
+    enable: bool = True
+    max_tokens: Positive = 10_000_000
+    batch_size: Positive | None = None  # sequences a rank takes at once; default: as in training
+    data: DataConfig = field(default_factory=lambda: DataConfig(split="validation", shuffle=False))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """[checkpoint]: OUTPUT/checkpoint/step-N, complete or absent, the newest `keep` of them."""
+
+    __pydantic_config__ = Strict
+    enable: bool = True
+    every: Positive = 1000
+    keep: Annotated[int, Field(ge=2)] = 3
+    asynchronous: bool = True
+    resume: bool = True  # go on from the newest checkpoint of the output folder
+    # Start from the weights of a Hugging Face directory or of another run's step folder.
+    initial_weights: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    """[metrics]: what is printed and what TensorBoard gets."""
+
+    __pydantic_config__ = Strict
+    log_every: Positive = 10
+    tensorboard: bool = True
+    rank_every: NonNegative = 0  # steps between effective-rank measurements; 0: off
+    rank_alpha: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    progress: Literal["auto", "bar", "lines"] = "auto"  # bar on a terminal, lines elsewhere
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelismConfig:
+    """[parallelism]: degrees; their product is the number of processes."""
+
+    __pydantic_config__ = Strict
+    data_parallel_shard: Annotated[int, Field(ge=-1)] = -1  # FSDP; -1: whatever is left
+    data_parallel_replicate: Positive = 1
+    tensor_parallel: Positive = 1
+    pipeline_parallel: Positive = 1
+    pipeline_schedule: str = "1F1B"
+    pipeline_microbatch_size: Positive = 1
+
+    def __post_init__(self) -> None:
+        if self.data_parallel_shard == 0:
+            raise ValueError("data_parallel_shard = 0; give a degree, or -1 for what is left")
+
+    def data_parallel(self, world_size: int) -> int:
+        """Number of data-parallel ranks among `world_size` processes.
+
+        Raises:
+            ValueError: the degrees do not multiply to the world size.
+        """
+        fixed = self.data_parallel_replicate * self.tensor_parallel * self.pipeline_parallel
+        shard = self.data_parallel_shard
+        if world_size % fixed or shard > 0 and shard * fixed != world_size:
+            raise ValueError(
+                f"parallelism: data_parallel_shard {shard} x data_parallel_replicate "
+                f"{self.data_parallel_replicate} x tensor_parallel {self.tensor_parallel} x "
+                f"pipeline_parallel {self.pipeline_parallel} does not make {world_size} "
+                "process(es); change a degree or torchrun's --nproc_per_node / --nnodes"
+            )
+        return world_size // (self.tensor_parallel * self.pipeline_parallel)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run; each attribute is a table of the TOML file."""
+
+    __pydantic_config__ = Strict
+    model: ModelConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig
+    output: str = "outputs/run"
+    tokenizer: str = "embedded"  # "embedded", a directory, a tokenizer.json, or a hub id
+    # torchtitan's recomputation of whole blocks ("full") or chosen operators ("selective").
+    activation_checkpoint: Literal["none", "selective", "full"] = "none"
+    compile: bool = False  # torch.compile every block
+    cola: ColaConfig = field(default_factory=ColaConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
+
+    def __post_init__(self) -> None:
+        ranks = self.ranks()
+        dense = [name for name, rank in ranks.items() if rank == 0]
+        if dense and (self.cola.memory == "cola-m" or self.cola.grouped):
+            key = "grouped" if self.cola.grouped else "memory"
+            raise ValueError(
+                f"cola.{key} = {getattr(self.cola, key)!r} with dense projections {dense}; it works "
+                "on bottlenecks, so give all seven projections a rank or leave it out"
+            )
+        if self.cola.memory == "cola-m" and self.activation_checkpoint != "none":
+            raise ValueError(
+                'cola.memory = "cola-m" with activation_checkpoint = '
+                f'"{self.activation_checkpoint}"; they recompute the same block twice: keep one'
+            )
+        if self.model.max_seq_len is not None and self.training.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"training.seq_len = {self.training.seq_len} is longer than "
+                f"model.max_seq_len = {self.model.max_seq_len}"
+            )
+        if self.schedule.warmup_steps > self.training.steps:
+            raise ValueError(
+                f"schedule.warmup_steps = {self.schedule.warmup_steps} is more than "
+                f"training.steps = {self.training.steps}"
+            )
+        if self.model.tie_embeddings and self.parallelism.pipeline_parallel > 1:
+            raise ValueError(
+                "model.tie_embeddings with parallelism.pipeline_parallel > 1: the two ends of the "
+                "pipeline cannot share a weight; untie them or set pipeline_parallel = 1"
+            )
+
+    def ranks(self) -> dict[str, int]:
+        """The rank of each of a block's seven projections; 0 where it is dense."""
+        return resolve_ranks(self.cola.rank, self.model.dim, self.model.projection_shapes())
+
+    def local_batch_size(self, world_size: int) -> int:
+        """Sequences a forward pass of one rank.
+
+        Raises:
+            ValueError: the global batch cannot be dealt out evenly.
+        """
+        ranks = self.parallelism.data_parallel(world_size)
+        total, local = self.training.global_batch_size, self.training.local_batch_size
+        if total % ranks or local is not None and total // ranks % local:
+            raise ValueError(
+                f"training.global_batch_size = {total} sequences cannot be dealt out to {ranks} "
+                f"data-parallel rank(s) with local_batch_size = {local or 'unset'}; it must be a "
+                "multiple of their product"
+            )
+        for name, heads in (("n_heads", self.model.n_heads), ("n_kv_heads", self.model.kv_heads)):
+            if heads % self.parallelism.tensor_parallel:
+                raise ValueError(
+                    f"parallelism.tensor_parallel = {self.parallelism.tensor_parallel} does not "
+                    f"divide model.{name} = {heads}"
+                )
+        return local or total // ranks

@@ -1,0 +1,226 @@
+"""Documents to rows of equal length, with no token lost and none looked at across documents.
+
+Tokens of a document: [BOS, if the tokenizer has one] + text + [EOS]. A lane writes its documents
+one after another into rows of T tokens; a document that does not fit goes on in the lane's next
+row. Per row (N rows, T tokens):
+
+- `input_NT`      the tokens;
+- `labels_NT`     the token to predict after each: the document's next one (also when that stands
+                  in the next row), IGNORE_INDEX where there is none: after EOS, and on padding;
+- `positions_NT`  0, 1, 2, ... starting again at every document and every row. A 0 marks a start,
+                  so attention masks follow from it: document = cumsum(positions == 0).
+
+Padding exists only where a finite run of documents has ended: EOS tokens, each a document of its
+own (position 0), labels ignored.
+
+Left out: best-fit packing (reorders documents, and cuts none, at the price of an order that
+depends on their lengths).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowline.train.data.order import Dealer, Document
+from lowline.train.data.sources import Source
+
+IGNORE_INDEX = -100
+_PIECE = 1 << 16  # characters encoded at a time
+
+LaneState = tuple[int, int, int]
+"""(unit, number, token): the document in progress (see `order`) and its next token's index."""
+
+START: LaneState = (0, 0, 0)
+
+
+class Encoder(Protocol):
+    """What packing needs of a tokenizer."""
+
+    bos_id: int | None
+    eos_id: int | None
+
+    def encode(self, text: str, *, add_bos: bool, add_eos: bool) -> list[int]: ...
+
+
+def document_tokens(text: str, tokenizer: Encoder) -> np.ndarray:
+    """[BOS if there is one] + tokens + [EOS], int64 [n].
+
+    Text is encoded in pieces of 64k characters, cut before white space, so that a file of any
+    length needs memory for its tokens only.
+    """
+    assert tokenizer.eos_id is not None
+    ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    parts = [np.array(ids, dtype=np.int64)]
+    for piece in _pieces(text):
+        ids = tokenizer.encode(piece, add_bos=False, add_eos=False)
+        parts.append(np.array(ids, dtype=np.int64))
+    parts.append(np.array([tokenizer.eos_id], dtype=np.int64))
+    return np.concatenate(parts)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > _PIECE:
+        end = max(text.rfind("\n", start + 1, start + _PIECE), 0) or text.rfind(
+            " ", start + 1, start + _PIECE
+        )
+        end = end if end > start else start + _PIECE
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+class LanePacker:
+    """Packs one lane's documents into rows.
+
+    `state` is where the next row starts, exact to the token; a new packer whose dealer goes on
+    at `state[:2]` continues with the same rows. `exhausted` turns true once a row was all padding.
+
+    Raises ValueError when the tokenizer has no EOS.
+    """
+
+    def __init__(
+        self, dealer: Dealer, tokenizer: Encoder, *, lane: int, state: LaneState = START
+    ) -> None:
+        if tokenizer.eos_id is None:
+            raise ValueError(
+                "the tokenizer has no end-of-text token, which separates documents: set "
+                "eos_token in its tokenizer_config.json"
+            )
+        self._dealer, self._tokenizer, self._lane = dealer, tokenizer, lane
+        self.state = state
+        self.exhausted = False
+        self._tokens: np.ndarray = np.empty(0, np.int64)
+        self._resuming = state[2] > 0
+
+    def fill(self, input_T: np.ndarray, labels_T: np.ndarray, positions_T: np.ndarray) -> None:
+        """Write the lane's next row into three int64 [T] arrays."""
+        row, filled = len(input_T), 0
+        while filled < row:
+            unit, number, token = self.state
+            if token == 0 or self._resuming:
+                document = self._dealer.next_document(self._lane)
+                if document is None:
+                    break
+                unit, number, token = self._begin(document)
+            taken = min(row - filled, len(self._tokens) - token)
+            span, end = slice(filled, filled + taken), token + taken
+            input_T[span] = self._tokens[token:end]
+            positions_T[span] = np.arange(taken)
+            targets = self._tokens[token + 1 : end + 1]
+            labels_T[filled : filled + len(targets)] = targets
+            filled += taken
+            self.state = (unit, number, end)
+            if end == len(self._tokens):
+                labels_T[filled - 1] = IGNORE_INDEX
+                self.state = (unit, number + 1, 0)
+        self.exhausted = filled == 0
+        input_T[filled:] = self._tokenizer.eos_id
+        labels_T[filled:] = IGNORE_INDEX
+        positions_T[filled:] = 0
+
+    def _begin(self, document: Document) -> LaneState:
+        self._tokens = document_tokens(document.text, self._tokenizer)
+        token = 0
+        if self._resuming:
+            self._resuming = False
+            token = self.state[2]
+            if (document.unit, document.number) != self.state[:2] or token >= len(self._tokens):
+                raise ValueError(
+                    f"lane {self._lane} stopped at token {token} of document {self.state[:2]}, "
+                    f"which is not there any more (found document "
+                    f"{(document.unit, document.number)} of {len(self._tokens)} tokens): the "
+                    "data or the tokenizer is another one than before. Restore it, or start the "
+                    "data anew"
+                )
+        return document.unit, document.number, token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Packed rows, int64 [N, T] each; see the module's note."""
+
+    input_NT: Tensor
+    labels_NT: Tensor
+    positions_NT: Tensor
+
+    def __len__(self) -> int:
+        return len(self.input_NT)
+
+
+def evaluation_rows(
+    source: Source, tokenizer: Encoder, seq_len: int, max_tokens: int | None = None
+) -> Rows:
+    """All documents of `source`, in order, as rows of `seq_len`; the last one padded.
+
+    The rows depend on nothing else, so a loss weighted by tokens over them is the same for any
+    batch and world size. `max_tokens` keeps the first max_tokens // seq_len rows.
+    """
+    if max_tokens is not None and max_tokens < seq_len:
+        raise ValueError(
+            f"max_tokens = {max_tokens} is less than one row of seq_len = {seq_len}: raise it, "
+            "or leave it out to evaluate on everything"
+        )
+    limit = None if max_tokens is None else max_tokens // seq_len
+    packer = LanePacker(_InOrder(source), tokenizer, lane=0)
+    rows: list[np.ndarray] = []
+    while limit is None or len(rows) < limit:
+        row = np.empty((3, seq_len), np.int64)
+        packer.fill(*row)
+        if packer.exhausted:
+            break
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{source.name}: no document with text to evaluate on")
+    input_NT, labels_NT, positions_NT = torch.from_numpy(np.stack(rows, axis=1))
+    return Rows(input_NT=input_NT, labels_NT=labels_NT, positions_NT=positions_NT)
+
+
+class EvaluationBatches:
+    """Rank r's share of `rows`, in batches: rows r, r+W, r+2W, ...
+
+    Every rank makes the same number of batches of the same shape; rows missing at the end are
+    padding with every label ignored. Iterating yields ({"input": [b, T], "positions": [b, T]},
+    labels [b, T]) and can be repeated.
+    """
+
+    def __init__(self, rows: Rows, *, dp_rank: int, dp_world_size: int, batch_size: int) -> None:
+        if not 0 <= dp_rank < dp_world_size:
+            raise ValueError(f"dp_rank = {dp_rank}: must be in [0, {dp_world_size})")
+        if batch_size < 1:
+            raise ValueError(f"batch_size = {batch_size}: must be at least 1")
+        self._rows, self._rank, self._world, self._batch = rows, dp_rank, dp_world_size, batch_size
+
+    def __len__(self) -> int:
+        per_step = self._world * self._batch
+        return -(-len(self._rows) // per_step)
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        for step in range(len(self)):
+            places = torch.arange(self._batch) * self._world + self._rank
+            places += step * self._batch * self._world
+            missing = places >= len(self._rows)
+            index = places.clamp(max=len(self._rows) - 1)
+            input_BT = self._rows.input_NT[index]
+            labels_BT = self._rows.labels_NT[index]
+            positions_BT = self._rows.positions_NT[index]
+            labels_BT[missing] = IGNORE_INDEX
+            positions_BT[missing] = 0
+            yield {"input": input_BT, "positions": positions_BT}, labels_BT
+
+
+class _InOrder:
+    """Deals a source's documents, once, to a single lane."""
+
+    def __init__(self, source: Source) -> None:
+        self._documents = enumerate(source.documents())
+
+    def next_document(self, lane: int) -> Document | None:
+        for number, text in self._documents:
+            if text.strip():
+                return Document(0, number, text)
+        return None

@@ -1,0 +1,449 @@
+"""Hugging Face checkpoints and the training body: names, shapes and weights, both ways.
+
+The training body rotates q and k by halves as transformers does, so a checkpoint changes sides by
+renaming alone: nothing is permuted, split or merged, and a sharded tensor stays sharded.
+
+    training                              Hugging Face
+    tok_embeddings                        model.embed_tokens
+    layers.0.attention.qkv_linear.wq.A    model.layers.0.self_attn.q_proj.A
+    layers.0.feed_forward.w1              model.layers.0.mlp.gate_proj
+
+Understood are Llama, Mistral, Qwen3 and lowline's own low-rank "cola_llama", with RoPE plain, scaled
+as in Llama 3.1 or by YaRN without its attention factor. Left out, each refused by name: biases of
+dense projections, other RoPE scalings, layers that mix window and full attention, quantized weights, pickled (.bin) weights.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torchtitan.protocols.model import BaseModel
+from torchtitan.protocols.state_dict_adapter import StateDictAdapter
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
+
+from lowline.cola.hf import CoLAConfig
+from lowline.cola.ranks import PROJECTIONS, resolve_ranks
+from lowline.train.config import ColaConfig, ModelConfig, RopeScaling
+
+# ---------------------------------------------------------------------------------------- names
+
+_HF_OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
+_HF_IN_LAYER = {
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attention.qkv_linear.wq": "self_attn.q_proj",
+    "attention.qkv_linear.wk": "self_attn.k_proj",
+    "attention.qkv_linear.wv": "self_attn.v_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "feed_forward.w2": "mlp.down_proj",
+}
+_TRAINING_OUTSIDE = {theirs: ours for ours, theirs in _HF_OUTSIDE.items()}
+_TRAINING_IN_LAYER = {theirs: ours for ours, theirs in _HF_IN_LAYER.items()}
+# [model.]layers.3. | self_attn.q_proj | .A.weight
+_NAME = re.compile(r"(?:(?:model\.)?layers\.(\d+)\.)?(.+?)((?:\.[AB])?\.(?:weight|bias))")
+
+
+def to_hf_name(name: str) -> str:
+    """A parameter's name in a Hugging Face checkpoint.
+
+    Raises:
+        ValueError: the training body has no such parameter.
+    """
+    return _rename(name, "model.layers.", _HF_OUTSIDE, _HF_IN_LAYER, "the training body")
+
+
+def from_hf_name(name: str) -> str:
+    """The training body's name of a Hugging Face checkpoint's parameter.
+
+    Raises:
+        ValueError: a Llama has no such parameter.
+    """
+    return _rename(name, "layers.", _TRAINING_OUTSIDE, _TRAINING_IN_LAYER, "a Llama checkpoint")
+
+
+def _rename(
+    name: str, layers: str, outside: dict[str, str], in_layer: dict[str, str], side: str
+) -> str:
+    if match := _NAME.fullmatch(name):
+        layer, module, leaf = match.groups()
+        new = (outside if layer is None else in_layer).get(module)
+        if new is not None:
+            return new + leaf if layer is None else f"{layers}{layer}.{new}{leaf}"
+    raise ValueError(
+        f"{side} has no parameter {name!r}; known are {sorted(outside)} and, in a layer, "
+        f"{sorted(in_layer)}, each with .weight or .bias, low-rank ones below .A and .B"
+    )
+
+
+def to_hf_names(state: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
+    """Rename a training state dict; the values, sharded or not, are passed on as they are.
+
+    With `tied` embeddings the head is left out: a Hugging Face checkpoint holds it once.
+    """
+    renamed = {to_hf_name(name): value for name, value in state.items()}
+    if tied:
+        renamed.pop("lm_head.weight", None)
+    return renamed
+
+
+def from_hf_names(state: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
+    """Rename a Hugging Face state dict; with `tied` embeddings the head is the embedding."""
+    renamed = {from_hf_name(name): value for name, value in state.items()}
+    if tied:
+        renamed["lm_head.weight"] = renamed["tok_embeddings.weight"]
+    return renamed
+
+
+class LlamaStateDictAdapter(StateDictAdapter):
+    """Lets torchtitan's checkpointer read and write Hugging Face safetensors, each rank its shards.
+
+    Args:
+        model_config: the training body; asked only whether its embeddings are tied.
+        hf_assets_path: a directory whose safetensors index says which file a weight is saved to,
+            or None to save one file.
+    """
+
+    def __init__(self, model_config: BaseModel.Config, hf_assets_path: str | None) -> None:
+        super().__init__(model_config, hf_assets_path)
+        self.tied: bool = getattr(model_config, "enable_weight_tying", False)
+
+    def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return to_hf_names(state_dict, tied=self.tied)
+
+    def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
+        return from_hf_names(hf_state_dict, tied=self.tied)
+
+    def get_hf_storage_reader(
+        self, path: str, from_quantized: bool = False
+    ) -> HuggingFaceStorageReader:
+        if from_quantized:
+            raise ValueError("quantized Hugging Face weights cannot be trained; dequantize them")
+        return HuggingFaceStorageReader(path)
+
+
+# -------------------------------------------------------------------------------------- configs
+
+
+def config_to_hf(
+    model: ModelConfig, cola: ColaConfig, *, max_seq_len: int, **tokens: int | None
+) -> PreTrainedConfig:
+    """The Hugging Face configuration of a training run's model.
+
+    A dense model becomes a plain Llama (with QK-norm: Qwen3) that needs no lowline to be used.
+
+    Args:
+        max_seq_len: the longest context, in tokens, where `model.max_seq_len` does not say.
+        tokens: `bos_token_id`, `eos_token_id`, `pad_token_id`.
+    """
+    low_rank = resolve_ranks(cola.rank, model.dim, model.projection_shapes())
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | tokens
+    shape: dict[str, Any] = dict(
+        vocab_size=model.vocab_size,
+        hidden_size=model.dim,
+        intermediate_size=model.ffn_dim,
+        num_hidden_layers=model.n_layers,
+        num_attention_heads=model.n_heads,
+        num_key_value_heads=model.kv_heads,
+        head_dim=model.per_head,
+        hidden_act={"silu": "silu", "identity": "linear"}[model.mlp_activation],
+        max_position_embeddings=model.max_seq_len or max_seq_len,
+        rms_norm_eps=model.norm_eps,
+        tie_word_embeddings=model.tie_embeddings,
+        rope_parameters=_rope_to_hf(model),
+        **ids,
+    )
+    if any(low_rank.values()):
+        return CoLAConfig(
+            **shape,
+            ranks=low_rank,
+            bottleneck_activation=cola.activation,
+            bottleneck_bias=cola.bias,
+            qk_norm=model.qk_norm,
+        )
+    if model.qk_norm:
+        return Qwen3Config(**shape)
+    if model.dim % model.n_heads:  # Mistral is the same network, and its config allows it
+        return MistralConfig(**shape, sliding_window=None)
+    return LlamaConfig(**shape)
+
+
+def config_from_hf(
+    source: str | Path | PreTrainedConfig, *, gguf_file: str | None = None
+) -> tuple[ModelConfig, ColaConfig]:
+    """The [model] and [cola] tables that describe a Hugging Face checkpoint.
+
+    A sliding window of W tokens is full attention up to W tokens: `max_seq_len` is then at most W.
+
+    Args:
+        source: a directory, a hub id, or a loaded configuration.
+        gguf_file: the file in `source` to read instead of config.json.
+
+    Raises:
+        ValueError: the model cannot be trained here; names the field, its value and what can.
+    """
+    if isinstance(source, PreTrainedConfig):
+        hf, name = source, source.name_or_path or source.model_type
+    else:
+        hf, name = _read_config(source, gguf_file), str(source)
+    if hf.model_type not in ("llama", "mistral", "qwen3", "cola_llama"):
+        raise _refusal(name, "model_type", hf.model_type, "llama, mistral, qwen3, cola_llama")
+    window = _sliding_window(hf, name)
+    activations = {"silu": "silu", "linear": "identity"}
+    if hf.hidden_act not in activations:
+        raise _refusal(name, "hidden_act", hf.hidden_act, "silu, linear")
+    for field in ("attention_bias", "mlp_bias", "attention_dropout"):
+        if getattr(hf, field, False):
+            raise _refusal(name, field, getattr(hf, field), "false or 0")
+    if getattr(hf, "quantization_config", None) is not None:
+        method = hf.quantization_config.get("quant_method", "unknown")
+        raise _refusal(name, "quantization_config", method, "weights that are not quantized")
+    model = ModelConfig(
+        dim=hf.hidden_size,
+        n_layers=hf.num_hidden_layers,
+        n_heads=hf.num_attention_heads,
+        n_kv_heads=hf.num_key_value_heads,
+        head_dim=hf.head_dim,
+        ffn_dim=hf.intermediate_size,
+        vocab_size=hf.vocab_size,
+        max_seq_len=min(hf.max_position_embeddings, window or hf.max_position_embeddings),
+        rope_theta=float(hf.rope_parameters["rope_theta"]),
+        rope_scaling=_rope_from_hf(hf.rope_parameters, name),
+        norm_eps=hf.rms_norm_eps,
+        tie_embeddings=hf.tie_word_embeddings,
+        qk_norm=hf.model_type == "qwen3" or getattr(hf, "qk_norm", False),
+        mlp_activation=activations[hf.hidden_act],  # type: ignore[arg-type]
+    )
+    if not isinstance(hf, CoLAConfig):
+        return model, ColaConfig(rank=0)
+    ranks = hf.ranks
+    uniform = len(set(ranks.values())) == 1
+    return model, ColaConfig(
+        rank=ranks["q"] if uniform else {p: ranks[p] for p in PROJECTIONS if ranks[p]},
+        activation=hf.bottleneck_activation,  # type: ignore[arg-type]
+        bias=hf.bottleneck_bias,
+    )
+
+
+def check_same_model(source: str | Path, model: ModelConfig, cola: ColaConfig) -> None:
+    """That the weights of `source` fit a run's [model] and [cola] tables and mean the same there.
+
+    What may differ is what no weight depends on: the longest context and how attention and memory
+    are handled.
+
+    Raises:
+        ValueError: names every key that differs with both values.
+    """
+    their_model, their_cola = config_from_hf(source)
+    ours, theirs = _essence(model, cola), _essence(their_model, their_cola)
+    wrong = [f"{key} = {ours[key]} (run), {theirs[key]} (checkpoint)" for key in ours
+             if ours[key] != theirs[key]]  # fmt: skip
+    if wrong:
+        raise ValueError(
+            f"{source} is another model than the configuration's: {'; '.join(wrong)}. "
+            "Set these keys to the checkpoint's values"
+        )
+
+
+def _essence(model: ModelConfig, cola: ColaConfig) -> dict[str, Any]:
+    keys = ("dim", "n_layers", "n_heads", "ffn_dim", "vocab_size", "rope_theta", "rope_scaling",
+            "norm_eps", "tie_embeddings", "qk_norm", "mlp_activation")  # fmt: skip
+    essence = {f"model.{key}": getattr(model, key) for key in keys}
+    essence |= {"model.n_kv_heads": model.kv_heads, "model.head_dim": model.per_head}
+    ranks = resolve_ranks(cola.rank, model.dim, model.projection_shapes())
+    essence["cola.rank"] = ranks
+    if any(ranks.values()):
+        essence |= {"cola.activation": cola.activation, "cola.bias": cola.bias}
+    else:
+        essence |= {"cola.activation": None, "cola.bias": None}
+    return essence
+
+
+def _read_config(source: str | Path, gguf_file: str | None) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source, gguf_file=gguf_file)
+    except OSError as error:
+        raise ValueError(
+            f"{source}: neither a directory with a config.json (working directory {Path.cwd()}) "
+            f"nor a model of the Hugging Face hub: {error}"
+        ) from None
+
+
+def _refusal(source: str, field: str, value: Any, allowed: str) -> ValueError:
+    return ValueError(f"{source}: {field} = {value!r} cannot be trained here; supported: {allowed}")
+
+
+def _sliding_window(hf: PreTrainedConfig, name: str) -> int | None:
+    layer_types = set(getattr(hf, "layer_types", None) or ["full_attention"])
+    if layer_types != {"full_attention"}:
+        raise _refusal(name, "layer_types", sorted(layer_types), "full_attention in every layer")
+    return getattr(hf, "sliding_window", None)
+
+
+def _rope_to_hf(model: ModelConfig) -> dict[str, Any]:
+    scaling = model.rope_scaling
+    if scaling is None:
+        return {"rope_type": "default", "rope_theta": model.rope_theta}
+    rope = {
+        "rope_type": scaling.kind,
+        "rope_theta": model.rope_theta,
+        "factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_max_seq_len,
+    }
+    if scaling.kind == "yarn":
+        bounds = {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+        return rope | bounds | {"attention_factor": 1.0}
+    return rope | {
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+    }
+
+
+def _rope_from_hf(rope: Mapping[str, Any], name: str) -> RopeScaling | None:
+    kind = rope["rope_type"]
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise _refusal(name, "partial_rotary_factor", rope["partial_rotary_factor"], "1.0")
+    if kind == "default":
+        return None
+    if kind not in ("llama3", "yarn"):
+        raise _refusal(name, "rope_parameters.rope_type", kind, "default, llama3, yarn")
+    # YaRN in transformers also stretches q and k, unless told not to; the training body only turns.
+    if kind == "yarn" and rope.get("attention_factor") != 1.0:
+        raise _refusal(
+            name, "rope_parameters.attention_factor", rope.get("attention_factor"), "1.0"
+        )
+    if not rope.get("truncate", True):
+        raise _refusal(name, "rope_parameters.truncate", rope["truncate"], "true")
+    names = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
+    bounds = {key: float(rope[key]) for key in names if rope.get(key) is not None}
+    return RopeScaling(
+        kind=kind,
+        factor=float(rope["factor"]),
+        original_max_seq_len=rope["original_max_position_embeddings"],
+        **bounds,
+    )
+
+
+# -------------------------------------------------------------------------------------- weights
+
+
+def hf_directory(source: str | Path) -> Path:
+    """The local directory of a checkpoint; a hub id is downloaded (safetensors and JSON only).
+
+    Raises:
+        ValueError: there is neither such a directory nor such a model on the hub.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ValueError(
+            f"{source}: neither a directory (working directory {Path.cwd()}) nor a model that the "
+            f"Hugging Face hub gives: {error}"
+        ) from None
+
+
+def load_hf_state_dict(
+    source: str | Path, *, gguf_file: str | None = None
+) -> dict[str, torch.Tensor]:
+    """All weights of a Hugging Face checkpoint under the training body's names.
+
+    Safetensors are mapped, not read: memory is touched where a weight is used, in the dtype of the
+    file. A GGUF file is dequantized to float32 by transformers.
+
+    Args:
+        source: a directory, or a hub id.
+        gguf_file: a GGUF file in that directory to read instead of safetensors.
+
+    Raises:
+        ValueError: an unsupported model; no safetensors; a weight that is missing, unexpected or
+            of another shape, named with both shapes.
+    """
+    hf = _read_config(source, gguf_file)
+    model, _ = config_from_hf(hf)
+    if gguf_file is not None:
+        body = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=gguf_file, dtype=torch.float32
+        )
+        weights = body.state_dict()
+    else:
+        weights = _read_safetensors(hf_directory(source))
+    weights = {k: v for k, v in weights.items() if not k.endswith("rotary_emb.inv_freq")}
+    expected = hf_shapes(hf)
+    if model.tie_embeddings:
+        weights.pop("lm_head.weight", None)
+    check_shapes({k: tuple(v.shape) for k, v in weights.items()}, expected, str(source))
+    return from_hf_names(weights, tied=model.tie_embeddings)
+
+
+def hf_shapes(hf: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every weight such a checkpoint holds (tied heads left out)."""
+    with torch.device("meta"):
+        body = AutoModelForCausalLM.from_config(hf)
+    shapes = {name: tuple(weight.shape) for name, weight in body.state_dict().items()}
+    if hf.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+def check_shapes(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    """That a checkpoint holds exactly the expected weights.
+
+    Raises:
+        ValueError: names the first few weights that are missing, unexpected or of another shape.
+    """
+    problems = [f"{k} is missing, expected {expected[k]}" for k in expected if k not in found]
+    problems += [f"{k} {found[k]} is unexpected" for k in found if k not in expected]
+    problems += [
+        f"{k} is {found[k]}, expected {expected[k]}"
+        for k in expected
+        if k in found and found[k] != expected[k]
+    ]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(
+            f"{where}: the weights do not fit its configuration: {'; '.join(problems[:5])}{more}"
+        )
+
+
+def _read_safetensors(directory: Path) -> dict[str, torch.Tensor]:
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    weights: dict[str, torch.Tensor] = {}
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{index}: {name!r} is not the name of a file beside it")
+        if not (directory / name).is_file():
+            raise ValueError(
+                f"{directory / name}: no such file; weights are read from safetensors. Convert "
+                "others with transformers: from_pretrained(...).save_pretrained(...)"
+            )
+        with safe_open(directory / name, framework="pt") as file:
+            weights |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return weights

@@ -1,0 +1,169 @@
+"""TOML file + command line -> RunConfig, or a message that names the mend.
+
+    lowline.train --config configs/cola_60m.toml --training.steps=100 --cola.rank='{q = 64}'
+
+A value on the command line is written as in TOML; text that is no TOML value is taken as a string.
+Keys are strict: one that is unknown, missing or of the wrong type is reported with its file, its
+value, what is allowed and the nearest match, and nothing has started by then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import TypeAdapter, ValidationError
+
+from lowline.train.config import RunConfig
+
+COMMAND_LINE = "command line"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message says where and what to do."""
+
+
+def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Merge defaults, a TOML file and `--section.key=value` arguments.
+
+    Raises:
+        ConfigError: an unreadable file, or a key or value that is not allowed.
+    """
+    tree: dict[str, Any] = {}
+    origin: dict[str, str] = {}  # dotted key -> where its value was written
+    if path is not None:
+        tree = _read_toml(Path(path))
+        origin = {key: str(path) for key, _ in _leaves(tree)}
+    for argument in overrides:
+        key, value = _parse_override(argument)
+        _assign(tree, key, value)
+        origin[key] = COMMAND_LINE
+    return _validate(tree, origin, default_origin=str(path or COMMAND_LINE))
+
+
+def to_toml(config: RunConfig) -> str:
+    """The resolved configuration as TOML; loading it gives an equal RunConfig."""
+    return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
+
+
+def known_keys() -> dict[str, str]:
+    """Every dotted key with its type, in the order of the sections: the text of `--help`."""
+    return dict(_fields(RunConfig, ""))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such file (working directory {Path.cwd()}); "
+            "`lowline configs` lists those that come with lowline"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: not readable as TOML: {error}") from None
+
+
+def _parse_override(argument: str) -> tuple[str, Any]:
+    key, equals, text = argument.partition("=")
+    if not key.startswith("--") or not equals:
+        raise ConfigError(
+            f"{COMMAND_LINE}: {argument!r} is not understood; write --section.key=value, "
+            "for example --training.steps=100"
+        )
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    return key[2:].replace("-", "_"), value
+
+
+def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{COMMAND_LINE}: {key}: {section!r} is a value, not a table")
+    tree[last] = value
+
+
+def _validate(tree: dict[str, Any], origin: dict[str, str], default_origin: str) -> RunConfig:
+    try:
+        text = json.dumps(tree)
+    except TypeError as error:  # TOML's dates have no use here
+        raise ConfigError(f"{default_origin}: {error}") from None
+    try:
+        return TypeAdapter(RunConfig).validate_json(text)
+    except ValidationError as error:
+        lines = [_explain(e, origin, default_origin) for e in _specific(error.errors())]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _specific(errors: list[Any]) -> list[Any]:
+    """Drop a union's complaints about the alternatives that the value was not meant as."""
+    unknown = [e for e in errors if e["type"] == "unexpected_keyword_argument"]
+    return unknown or errors
+
+
+def _explain(error: Any, origin: dict[str, str], default_origin: str) -> str:
+    keys = list(known_keys())
+    parts = [str(p) for p in error["loc"]]
+    # Keep the path up to the last name of a key; what follows are the alternatives of a union.
+    key = ".".join(parts)
+    while parts and key not in keys and not any(k.startswith(key + ".") for k in keys):
+        if error["type"] in ("unexpected_keyword_argument", "missing"):
+            break
+        parts.pop()
+        key = ".".join(parts)
+    where = next((o for k, o in origin.items() if k == key or k.startswith(key + ".")), "")
+    where = where or default_origin
+    given = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"
+    if error["type"] == "unexpected_keyword_argument":
+        section = key.rpartition(".")[0]
+        inside = [k for k in keys if k.rpartition(".")[0] == section]
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        names = ", ".join(k.rpartition(".")[2] for k in inside)
+        return (
+            f"{where}: {key}{given}: unknown key.{hint} "
+            f"Known in {f'[{section}]' if section else 'the top level'}: {names}"
+        )
+    if error["type"] == "missing":
+        return f"{where}: {key} is missing: {known_keys().get(key, 'a table')} is required"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{where}: {key or 'configuration'}{given}: {message}"
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _fields(cls: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    from typing import get_type_hints
+
+    hints = get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        kind = hints[f.name]
+        inner = next((t for t in (kind, *getattr(kind, "__args__", ())) if dataclasses.is_dataclass(t)), None)
+        if inner is not None:
+            yield from _fields(inner, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, str(f.type)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    if isinstance(value, tuple):
+        return [_without_none(v) for v in value]
+    return value
