@@ -15,8 +15,6 @@ Left out: tensor and pipeline parallel plans (train with `lowline.train`, which 
 ranks that differ from layer to layer.
 """
 
-from __future__ import annotations
-
 from dataclasses import field
 
 import torch
@@ -29,6 +27,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
     LlamaModel,
+    LlamaPreTrainedModel,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
@@ -65,8 +64,8 @@ class CoLAConfig(LlamaConfig):
     """
 
     model_type = "cola_llama"
-    base_model_tp_plan = None
-    base_model_pp_plan = None
+    base_model_tp_plan = {}
+    base_model_pp_plan = {}
 
     ranks: dict[str, int] = field(default_factory=dict)
     bottleneck_activation: str = "silu"
@@ -92,6 +91,7 @@ class CoLAConfig(LlamaConfig):
                 f"bottleneck_activation = {self.bottleneck_activation!r}; "
                 f"allowed are {sorted(ACTIVATIONS)}."
             )
+        assert self.num_key_value_heads is not None  # filled in by __post_init__
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
@@ -105,10 +105,11 @@ class CoLADecoderLayer(LlamaDecoderLayer):
     def __init__(self, config: CoLAConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         if config.qk_norm:
-            self.self_attn = Qwen3Attention(config, layer_idx)
+            self.self_attn = Qwen3Attention(config, layer_idx)  # type: ignore
         for name, path in PROJECTION_PATHS.items():
             if rank := config.ranks[name]:
                 dense = self.get_submodule(path)
+                assert isinstance(dense, nn.Linear)
                 bias = config.bottleneck_bias
                 low_rank = LowRankLinear(
                     nn.Linear(dense.in_features, rank, bias=bias),
@@ -118,10 +119,10 @@ class CoLADecoderLayer(LlamaDecoderLayer):
                 self.set_submodule(path, low_rank)
 
 
-class _CoLAPreTrained:
-    """What transformers' machinery must know of both models below (a mixin)."""
+class CoLAPreTrainedModel(LlamaPreTrainedModel):
+    """What transformers' machinery must know of both models below."""
 
-    config_class = CoLAConfig
+    config: CoLAConfig
     _no_split_modules = ["CoLADecoderLayer"]
     _can_record_outputs = {
         "hidden_states": CoLADecoderLayer,
@@ -131,19 +132,19 @@ class _CoLAPreTrained:
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # Outside transformers' tree it passes over modules without weights of their own, which is
         # what LowRankLinear is, lest it overwrite loaded ones. `init.normal_` below never does.
-        super()._initialize_weights(module)  # type: ignore[misc]
+        super()._initialize_weights(module)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """The paper's init for A and B, transformers' N(0, `initializer_range`) for the rest."""
-        super()._init_weights(module)  # type: ignore[misc]
+        super()._init_weights(module)
         if isinstance(module, LowRankLinear):  # after its children: a parent's turn comes last
             std = init_std(module.in_features, module.out_features, module.rank)
             init.normal_(module.A.weight, std=std)
             init.normal_(module.B.weight, std=std)
 
 
-class CoLAModel(_CoLAPreTrained, LlamaModel):
+class CoLAModel(CoLAPreTrainedModel, LlamaModel):
     """The decoder without a head: token ids [B, T] to hidden states [B, T, hidden_size]."""
 
     def __init__(self, config: CoLAConfig):
@@ -161,7 +162,7 @@ class CoLAModel(_CoLAPreTrained, LlamaModel):
         self.post_init()
 
 
-class CoLAForCausalLM(_CoLAPreTrained, LlamaForCausalLM):
+class CoLAForCausalLM(CoLAPreTrainedModel, LlamaForCausalLM):
     """The language model: token ids [B, T] to logits [B, T, vocab_size], and `generate`."""
 
     def __init__(self, config: CoLAConfig):

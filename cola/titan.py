@@ -34,7 +34,7 @@ import spmd_types as spmd
 import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torchtitan.models.common import Linear
 from torchtitan.models.common.attention import BaseQKVLinear, GQAttention, local_head_split
 from torchtitan.models.common.decoder_sharding import (
@@ -57,6 +57,8 @@ from lowline.cola.ranks import PROJECTIONS
 from lowline.kernels.low_rank import grouped_linear
 
 Memory = Literal["cola", "cola-m"]
+
+_GEMMS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
 
 
 class TitanLowRankLinear(LowRankLinear, Module):
@@ -140,12 +142,13 @@ class ColaBlock(Llama3TransformerBlock):
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         run = _recomputed if self.memory == "cola-m" and torch.is_grad_enabled() else _plain
-        z_q, z_k, v = run(self._enter_attention, x_BLD)
+        enter = _entered if run is _recomputed else _plain
+        z_q, z_k, v = enter(self._enter_attention, x_BLD)
         if self.keep_v:
             v = run(self._expand_v, v)
         z_o = run(partial(self._attend, attention_masks, positions), z_q, z_k, v)
         h_BLD = run(self._leave_attention, x_BLD, z_o)
-        z_gate, z_up = run(self._enter_mlp, h_BLD)
+        z_gate, z_up = enter(self._enter_mlp, h_BLD)
         z_down = run(self._mlp, z_gate, z_up)
         return run(self._leave_mlp, h_BLD, z_down)
 
@@ -206,6 +209,17 @@ def _plain(piece: Callable, *kept: torch.Tensor) -> Any:
 def _recomputed(piece: Callable, *kept: torch.Tensor) -> Any:
     """Run a piece so that the backward pass finds only its arguments and computes the rest anew."""
     return checkpoint(piece, *kept, use_reentrant=False, preserve_rng_state=False)
+
+
+def _entered(piece: Callable, *kept: torch.Tensor) -> Any:
+    """`_recomputed` for a piece whose GEMMs make what is kept anyway: none of them runs twice."""
+    return checkpoint(
+        piece,
+        *kept,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=partial(create_selective_checkpoint_contexts, _GEMMS),
+    )
 
 
 def _enter(

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from lowline.cola.ranks import PROJECTIONS, Rank, resolve_ranks
+from lowline.train.data.sources import SourceConfig
 
 # Field names the section it annotates; pydantic checks the bounds.
 Positive = Annotated[int, Field(gt=0)]
@@ -145,30 +146,13 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """[data] and [evaluation.data]: where documents come from.
-
-    `source` is "embedded" (the English documentation inside CPython), "local" (`paths`: jsonl,
-    json.gz, parquet, arrow, txt, or a saved dataset's directory), or a Hugging Face data set id.
-    """
+class DataConfig(SourceConfig):
+    """[data]: where documents come from (`SourceConfig`), and in which order they are read."""
 
     __pydantic_config__ = Strict
-    source: str = "embedded"
-    paths: tuple[str, ...] = ()  # files, folders or globs, for source = "local"
-    name: str | None = None  # the data set's configuration, such as "en"
-    split: str = "train"
-    text_key: str = "text"
-    streaming: bool = False  # read in file order, without the whole on disk; hub ids: usually true
     shuffle: bool = True
     epochs: Positive | None = None  # default: repeat for as long as the run lasts
-    num_workers: NonNegative = 0
-
-    def __post_init__(self) -> None:
-        if (self.source == "local") != bool(self.paths):
-            raise ValueError(
-                f"source = {self.source!r} with paths = {list(self.paths)}; "
-                'source = "local" takes paths, every other source takes none'
-            )
+    num_workers: NonNegative = 0  # processes a rank; 0: rows are made when they are needed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +164,7 @@ class EvaluationConfig:
     enable: bool = True
     max_tokens: Positive = 10_000_000
     batch_size: Positive | None = None  # sequences a rank takes at once; default: as in training
-    data: DataConfig = field(default_factory=lambda: DataConfig(split="validation", shuffle=False))
+    data: SourceConfig = field(default_factory=lambda: SourceConfig(split="validation"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +191,7 @@ class MetricsConfig:
     rank_every: NonNegative = 0  # steps between effective-rank measurements; 0: off
     rank_alpha: Annotated[float, Field(gt=0, lt=1)] = 0.95
     progress: Literal["auto", "bar", "lines"] = "auto"  # bar on a terminal, lines elsewhere
+    verbose: bool = False  # torchtitan's own log as well
 
 
 @dataclass(frozen=True, kw_only=True)

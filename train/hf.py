@@ -8,9 +8,10 @@ renaming alone: nothing is permuted, split or merged, and a sharded tensor stays
     layers.0.attention.qkv_linear.wq.A    model.layers.0.self_attn.q_proj.A
     layers.0.feed_forward.w1              model.layers.0.mlp.gate_proj
 
-Understood are Llama, Mistral, Qwen3 and lowline's own low-rank "cola_llama", with RoPE plain, scaled
-as in Llama 3.1 or by YaRN without its attention factor. Left out, each refused by name: biases of
-dense projections, other RoPE scalings, layers that mix window and full attention, quantized weights, pickled (.bin) weights.
+Understood are Llama, Mistral, Qwen3 and lowline's own low-rank "cola_llama", with RoPE plain,
+scaled as in Llama 3.1, or by YaRN without its attention factor. Left out, each refused by name:
+biases of dense projections, other RoPE scalings, layers that mix window and full attention,
+quantized weights, pickled (.bin) weights.
 """
 
 from __future__ import annotations

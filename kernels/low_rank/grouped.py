@@ -2,7 +2,8 @@
 
 q/k/v's A matrices (and gate/up's) read the same x, and at r << d each alone is too narrow to fill a
 GPU: [A_q; A_k; A_v]·x reads x once. The weights are stacked on the fly, which copies Σr·d elements
-a call against the n·d of x it saves reading again, and keeps one parameter a projection.
+a call against the n·d of x it saves reading again, and keeps one parameter a projection. The stack
+is not kept for the backward pass (it would outlive FSDP's resharding) but stacked again there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 def grouped_linear(
@@ -28,5 +30,18 @@ def grouped_linear(
     Returns:
         (..., Σ out_i).
     """
+    if not torch.is_grad_enabled():
+        return _stacked_linear(x, weights, biases)
+    # The recomputation ends before the GEMM, at the last tensor its derivative needs.
+    return checkpoint(
+        _stacked_linear, x, weights, biases, use_reentrant=False, preserve_rng_state=False
+    )
+
+
+def _stacked_linear(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+) -> torch.Tensor:
     bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
     return F.linear(x, torch.cat(list(weights)), bias)

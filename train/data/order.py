@@ -37,7 +37,9 @@ Cursor = tuple[int, int]
 
 _ROUNDS = 6
 _MASK = (1 << 64) - 1
-_PATIENCE = 1000  # fruitless tries beyond one whole epoch before a source is called empty
+# A lane that met no text in this many epochs' worth of tries (its shares of a shuffled order are
+# random) and at least so many tries is told so, instead of searching for ever.
+_PATIENCE_EPOCHS, _PATIENCE = 20, 100
 
 
 class Document(NamedTuple):
@@ -103,7 +105,7 @@ class IndexedDealer:
 
     def next_document(self, lane: int) -> Document | None:
         end = self._order.end(self._size)
-        for _ in range(self._size + _PATIENCE):
+        for _ in range(_PATIENCE_EPOCHS * self._size + _PATIENCE):
             place = self._places[lane]
             if end is not None and place >= end:
                 return None
@@ -155,6 +157,7 @@ class _Channel:
 
     def next_document(self, lane: int) -> Document | None:
         queue, fruitless = self._waiting[lane], 0
+        patience = _PATIENCE_EPOCHS * self._source.num_shards * self._sharing + _PATIENCE
         while not queue:
             try:
                 found = next(self._reader)
@@ -162,7 +165,7 @@ class _Channel:
                 return None
             if found is None:  # a shard is over
                 fruitless += 1
-                if fruitless > self._source.num_shards + _PATIENCE:
+                if fruitless > patience:
                     raise _no_text(self._source, lane)
                 continue
             owner, document = found
@@ -214,7 +217,6 @@ def _mixed(value: int) -> int:
 
 def _no_text(source: Source, lane: int) -> ValueError:
     return ValueError(
-        f"{source.name}: lane {lane} met no document with text in more than a whole epoch; "
-        "every document of its share is empty. Check the text column (source.text_key), "
-        "remove empty documents, or set shuffle = true"
+        f"{source.name}: lane {lane} found no document with text; all of its share are empty. "
+        "Check the text column (source.text_key), remove empty documents, or set shuffle = true"
     )

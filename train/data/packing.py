@@ -65,10 +65,10 @@ def document_tokens(text: str, tokenizer: Encoder) -> np.ndarray:
 def _pieces(text: str) -> Iterator[str]:
     start = 0
     while len(text) - start > _PIECE:
-        end = max(text.rfind("\n", start + 1, start + _PIECE), 0) or text.rfind(
-            " ", start + 1, start + _PIECE
-        )
-        end = end if end > start else start + _PIECE
+        within = (start + 1, start + _PIECE)
+        end = max(text.rfind("\n", *within), text.rfind(" ", *within))
+        if end < 0:
+            end = start + _PIECE
         yield text[start:end]
         start = end
     yield text[start:]
@@ -144,12 +144,12 @@ class LanePacker:
 class Rows:
     """Packed rows, int64 [N, T] each; see the module's note."""
 
-    input_NT: Tensor
-    labels_NT: Tensor
-    positions_NT: Tensor
+    input: Tensor
+    labels: Tensor
+    positions: Tensor
 
     def __len__(self) -> int:
-        return len(self.input_NT)
+        return len(self.input)
 
 
 def evaluation_rows(
@@ -177,7 +177,7 @@ def evaluation_rows(
     if not rows:
         raise ValueError(f"{source.name}: no document with text to evaluate on")
     input_NT, labels_NT, positions_NT = torch.from_numpy(np.stack(rows, axis=1))
-    return Rows(input_NT=input_NT, labels_NT=labels_NT, positions_NT=positions_NT)
+    return Rows(input=input_NT, labels=labels_NT, positions=positions_NT)
 
 
 class EvaluationBatches:
@@ -205,9 +205,9 @@ class EvaluationBatches:
             places += step * self._batch * self._world
             missing = places >= len(self._rows)
             index = places.clamp(max=len(self._rows) - 1)
-            input_BT = self._rows.input_NT[index]
-            labels_BT = self._rows.labels_NT[index]
-            positions_BT = self._rows.positions_NT[index]
+            input_BT = self._rows.input[index]
+            labels_BT = self._rows.labels[index]
+            positions_BT = self._rows.positions[index]
             labels_BT[missing] = IGNORE_INDEX
             positions_BT[missing] = 0
             yield {"input": input_BT, "positions": positions_BT}, labels_BT

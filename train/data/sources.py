@@ -3,11 +3,12 @@
 A source is *indexed* (`len`, `text(i)`: memory-mapped Arrow, or a list) or *streamed* (shards
 read front to back, nothing stored). `open_source` makes either from a `SourceConfig`:
 
-| dataset      | path                                       | streaming | gives                     |
-|--------------|--------------------------------------------|-----------|---------------------------|
-| `"embedded"` | none                                       | no        | the standard library's docs |
-| `"files"`    | files or globs of one kind, or a directory written by `save_to_disk` | both (directory: no) | one document a row; for .txt one a *file* |
-| `"hub"`      | a dataset's id, e.g. `"allenai/c4"`         | both      | one document a row        |
+- `dataset = "embedded"`: the documentation in Python itself (`embedded`); indexed.
+- `dataset = "files"`: `path` is a file, a glob or a list of these, all of one kind; one document
+  a row, for .txt one a *file*. Indexed, or streamed with one shard a file. Or `path` is a
+  directory written by `save_to_disk`; indexed.
+- `dataset = "hub"`: `path` is a dataset's id, such as "allenai/c4"; indexed (downloaded whole)
+  or streamed.
 
 Kinds of files: .jsonl, .json, .ndjson (these and .txt also as .gz, .bz2, .xz, .zst), .parquet,
 .arrow, .txt. Without `streaming`, json, txt and parquet are converted once to Arrow in the cache
@@ -23,10 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from lowline.train.data.embedded import embedded_documents
+from pydantic import ConfigDict
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
 
 _KINDS = {
     ".jsonl": "json",
@@ -57,6 +59,7 @@ class SourceConfig:
     branch, tag or commit.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
     dataset: str = "embedded"
     path: str | tuple[str, ...] = ()
     name: str | None = None
@@ -97,7 +100,7 @@ class SourceConfig:
                 + (": e.g. 'allenai/c4'" if self.dataset == "hub" else f": {_ACCEPTED}")
             )
         if self.dataset == "hub" and not (
-            isinstance(self.path, str) and re.fullmatch(r"([\w.-]+/)?[\w.-]+", self.path)
+            isinstance(self.path, str) and re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", self.path)
         ):
             raise ValueError(
                 f"source.path = {self.path!r}: with source.dataset = 'hub' it must be one "
@@ -188,15 +191,22 @@ class ShardStream:
         self._dataset, self._text_key = dataset.with_format("arrow"), text_key
 
     def shard(self, index: int, start: int) -> Iterator[str]:
-        shard = self._dataset.shard(num_shards=self.num_shards, index=index)
         passed = 0
-        for table in shard.iter(batch_size=_READ_AHEAD):
+        for table in self._tables(index):
+            _check_column(table.column_names, None, self._text_key, self.name)
             skip = min(max(start - passed, 0), table.num_rows)
             passed += table.num_rows
-            if skip < table.num_rows:
-                _check_column(table.column_names, None, self._text_key, self.name)
-                for text in table.column(self._text_key).slice(skip).to_pylist():
-                    yield text or ""
+            for text in table.column(self._text_key).slice(skip).to_pylist():
+                yield text or ""
+
+    def _tables(self, index: int) -> Iterator["pa.Table"]:
+        shard = self._dataset.shard(num_shards=self.num_shards, index=index)
+        try:
+            yield from shard.iter(batch_size=_READ_AHEAD)
+        except (ValueError, EOFError) as error:
+            raise ValueError(
+                f"{self.name}: cannot read shard {index}: {error}. Mend or remove the file"
+            ) from error
 
     def documents(self) -> Iterator[str]:
         for index in range(self.num_shards):
@@ -210,6 +220,8 @@ def open_source(config: SourceConfig) -> Source:
     file, a missing text column, an unknown split or a path that is of no accepted kind.
     """
     if config.dataset == "embedded":
+        from lowline.train.data.embedded import embedded_documents
+
         return ListSource(embedded_documents(config.split), f"embedded ({config.split})")
     if config.dataset == "hub":
         return _open_hub(config)
@@ -244,9 +256,9 @@ def _open_files(files: list[str], config: SourceConfig) -> Source:
         dataset = datasets.load_dataset(
             kind, data_files=files, split="train", streaming=config.streaming, **options
         )
-    except datasets.exceptions.DatasetGenerationError as error:
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         raise ValueError(
-            f"cannot read {name} as {kind}: {error.__cause__ or error}. {_ACCEPTED}"
+            f"cannot read {name} as {kind}: {error.__cause__ or error}. Mend or remove the file"
         ) from error
     # Text files have one column, which datasets calls "text".
     text_key = "text" if kind == "text" else config.text_key

@@ -1,0 +1,164 @@
+"""Predicted parameters, FLOPs and saved activations against the models and what they keep."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+
+from lowline.cola.accounting import (
+    Shape,
+    flops_per_token,
+    parameters,
+    recomputed_at_once,
+    recomputed_flops_per_token,
+    saved_by_block,
+    saved_by_model,
+)
+from lowline.cola.live_bytes import LiveBytes
+from lowline.cola.ranks import PROJECTIONS
+from lowline.train.attention import document_mask
+from lowline.train.config import (
+    ColaConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from lowline.train.dry_run import shape_of
+from lowline.train.model import build_model_config
+
+B, L = 2, 32
+SMALL = dict(dim=64, n_layers=2, n_heads=4, ffn_dim=176, vocab_size=96, attention="sdpa")
+
+# size: dim, ffn, layers, heads, rank, CoLA parameters, of which low-rank, dense parameters
+PUBLISHED = {
+    "60m": (512, 1376, 8, 8, 128, 42.77, 9.99, 58.07),
+    "130m": (768, 2048, 12, 12, 256, 94.00, 44.83, 134.11),
+    "350m": (1024, 2736, 24, 16, 256, 185.22, 119.64, 367.97),
+    "1b": (2048, 5461, 24, 32, 512, 609.31, 478.14, 1339.08),
+    "7b": (4096, 11008, 32, 32, 1024, 2820.94, 2558.53, 6738.42),
+}
+
+
+def published(size: str, *, dense: bool = False) -> Shape:
+    dim, ffn, layers, heads, rank = PUBLISHED[size][:5]
+    return Shape(
+        dim=dim,
+        n_layers=layers,
+        n_heads=heads,
+        n_kv_heads=heads,
+        head_dim=dim // heads,
+        ffn_dim=ffn,
+        vocab_size=32000,
+        ranks=dict.fromkeys(PROJECTIONS, 0 if dense else rank),
+    )
+
+
+def small_run(cola: dict | None = None, **model: object) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(**{**SMALL, **model}),
+        training=TrainingConfig(steps=1, seq_len=L, global_batch_size=B, precision="float32"),
+        optimizer=OptimizerConfig(lr=1e-3),
+        cola=ColaConfig(**(cola or {})),
+    )
+
+
+def build(run: RunConfig, policy: str = "all") -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = build_model_config(run).build()
+    model.init_weights(buffer_device=None)
+    if policy in ("full", "selective"):
+        (FullAC if policy == "full" else SelectiveAC).Config().build().apply(model)
+    return model
+
+
+def batch(documents: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens_BL = torch.randint(0, SMALL["vocab_size"], (B, L))
+    return tokens_BL, torch.arange(L // documents).repeat(B, documents)
+
+
+LOW_RANK = {"rank": 16}
+COLA_M = {"rank": 16, "memory": "cola-m"}
+CASES = {
+    "dense": ("all", {}, {}),
+    "dense, grouped queries": ("all", {}, {"n_kv_heads": 2}),
+    "dense, qk_norm": ("all", {}, {"qk_norm": True, "head_dim": 24}),
+    "dense, identity MLP": ("all", {}, {"mlp_activation": "identity"}),
+    "cola": ("all", LOW_RANK, {}),
+    "cola, grouped": ("all", {**LOW_RANK, "grouped": True}, {}),
+    "cola, identity MLP": ("all", LOW_RANK, {"mlp_activation": "identity"}),
+    "cola, grouped queries": ("all", LOW_RANK, {"n_kv_heads": 2}),
+    "cola, qk_norm": ("all", LOW_RANK, {"qk_norm": True}),
+    "cola, gelu and bias": ("all", {**LOW_RANK, "activation": "gelu", "bias": True}, {}),
+    "cola, relu": ("all", {**LOW_RANK, "activation": "relu"}, {}),
+    "linear bottleneck": ("all", {**LOW_RANK, "activation": "identity"}, {}),
+    "ranks by projection": ("all", {"rank": {"q": 8, "gate": 24, "down": 40}}, {}),
+    "cola-m": ("cola-m", COLA_M, {}),
+    "cola-m, grouped": ("cola-m", {**COLA_M, "grouped": True}, {}),
+    "cola-m, grouped queries": ("cola-m", COLA_M, {"n_kv_heads": 2}),
+    "cola-m, ranks": ("cola-m", {**COLA_M, "rank": dict(zip(PROJECTIONS, range(8, 64, 8)))}, {}),
+    "dense, whole block": ("full", {}, {}),
+    "cola, whole block": ("full", LOW_RANK, {}),
+    "dense, selective": ("selective", {}, {}),
+    "cola, selective": ("selective", LOW_RANK, {}),
+    "cola, grouped, selective": ("selective", {**LOW_RANK, "grouped": True}, {}),
+    "cola, grouped queries, selective": ("selective", LOW_RANK, {"n_kv_heads": 2}),
+}
+
+
+@pytest.fixture(params=CASES, name="case")
+def _case(request: pytest.FixtureRequest) -> tuple[str, RunConfig]:
+    policy, cola, model = CASES[request.param]
+    return policy, small_run(cola, **model)
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_parameter_counts(size: str) -> None:
+    cola, low_rank, dense = PUBLISHED[size][5:]
+    assert round(parameters(published(size)).total / 1e6, 2) == cola
+    assert round(parameters(published(size)).low_rank / 1e6, 2) == low_rank
+    assert round(parameters(published(size, dense=True)).total / 1e6, 2) == dense
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_the_models(case: tuple[str, RunConfig], tied: bool) -> None:
+    _, run = case
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, tie_embeddings=tied))
+    config = build_model_config(run)
+    with torch.device("meta"):
+        model = config.build()
+    expected = parameters(shape_of(run))
+    assert sum(p.numel() for p in model.parameters()) == expected.total
+    bottleneck = sum(p.numel() for name, p in model.named_parameters() if ".A." in name or ".B." in name)
+    assert bottleneck == expected.low_rank
+    assert config.get_nparams_and_flops(model, L) == (
+        expected.total,
+        flops_per_token(shape_of(run), L),
+    )
+
+
+def test_published_flop_formulas() -> None:
+    """The two formulas of the paper's table, a layer and a token of context n."""
+    n = 256
+    for size in PUBLISHED:
+        cola, dense = published(size), published(size, dense=True)
+        d, f, r, layers = cola.dim, cola.ffn_dim, cola.ranks["q"], cola.n_layers
+        head = 6 * d * 32000
+        assert flops_per_token(dense, n) == layers * (24 * d * d + 12 * n * d + 18 * d * f) + head
+        assert flops_per_token(cola, n) == (
+            layers * (48 * d * r + 12 * n * d + 18 * r * (d + f)) + head
+        )
+
+
+def counted_flops(run: RunConfig, policy: str) -> tuple[int, int]:
+    """(forward, backward) FLOPs a token of the model as torch counts them."""
+    model, (tokens, positions) = build(run, policy), batch(documents=1)
+    with FlopCounterMode(display=False) as forward:
+        out = model(tokens, positions=positions)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    return forward.get_total_flops() // (B * L), backward.get_total_flops() // (B * L)

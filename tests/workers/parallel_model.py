@@ -1,0 +1,202 @@
+"""Run by torchrun: the CoLA Llama laid out over processes against the same model on one.
+
+    torchrun --nproc_per_node=2 tests/workers/parallel_model.py {tensor,data,both} REPORT.json
+
+Every rank also holds the whole model, seeded alike, and compares: initial values, logits, loss,
+gradients, and for tensor parallelism the collectives inside a block. Rank 0 writes what it measured
+to REPORT.json; the assertions are in tests/test_tensor_parallel.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from lowline.train.device import prepare
+
+prepare()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.nn as nn  # noqa: E402
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torchtitan.components.loss import cross_entropy_loss  # noqa: E402
+from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig  # noqa: E402
+from torchtitan.distributed import ParallelDims  # noqa: E402
+from torchtitan.distributed.utils import set_spmd_backend  # noqa: E402
+
+from lowline.train.config import (  # noqa: E402
+    ColaConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+)
+from lowline.train.config import TrainingConfig as Training  # noqa: E402
+from lowline.train.model import build_model_config, parallelize  # noqa: E402
+
+DIM, FFN, VOCAB, LENGTH, BATCH = 32, 88, 96, 16, 2
+MIX = {"q": 8, "k": 4, "o": 12, "up": 8, "down": 6}  # v and gate dense
+SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "dense": ({}, {"rank": 0}),
+    "cola": ({}, {"rank": 8}),
+    "cola-m": ({}, {"rank": 8, "memory": "cola-m"}),
+    "grouped": ({}, {"rank": 8, "grouped": True}),
+    "cola-m grouped": ({}, {"rank": 8, "memory": "cola-m", "grouped": True}),
+    "dense mix": ({"mlp_activation": "identity"}, {"rank": MIX}),
+    "qk_norm": ({"qk_norm": True}, {"rank": 8}),
+    "gqa, bias": ({"n_kv_heads": 2}, {"rank": 8, "bias": True, "activation": "gelu"}),
+    "tied": ({"tie_embeddings": True}, {"rank": 8}),
+}
+
+
+def run_config(model: dict[str, Any], cola: dict[str, Any]) -> RunConfig:
+    shape = {"dim": DIM, "n_layers": 2, "n_heads": 4, "ffn_dim": FFN, "vocab_size": VOCAB}
+    return RunConfig(
+        model=ModelConfig(**shape, **model),
+        training=Training(steps=1, seq_len=LENGTH, global_batch_size=BATCH),
+        optimizer=OptimizerConfig(lr=1e-3),
+        cola=ColaConfig(**cola),
+    )
+
+
+def whole_model(run: RunConfig) -> nn.Module:
+    model = build_model_config(run).build()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.init_states()
+    return model
+
+
+def laid_out(run: RunConfig, tensor: int, precision: str = "float32") -> nn.Module:
+    """The model over all processes: `tensor`-way tensor parallel, FSDP over the rest."""
+    layout = ParallelismConfig(tensor_parallel_degree=tensor, spmd_backend="partial_dtensor")
+    dims = ParallelDims.from_config(layout, dist.get_world_size())
+    dims.build_mesh()
+    config = build_model_config(run)
+    config.update_from_config(config=SimpleNamespace(parallelism=layout))
+    with torch.device("meta"):
+        model = config.build()
+    parallelize(
+        model,
+        parallel_dims=dims,
+        training=TrainingConfig(mixed_precision_param=precision),
+        parallelism=layout,
+        compile_config=CompileConfig(enable=False),
+        ac_config=None,
+        dump_folder="",
+    )
+    model.to_empty(device="cpu")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.init_states()
+    return model
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, labels and the positions of packed documents: the same on every process."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(VOCAB, (BATCH, LENGTH + 1), generator=generator)
+    positions = torch.cat([torch.arange(5), torch.arange(LENGTH - 5)]).expand(BATCH, -1)
+    return tokens[:, :-1], tokens[:, 1:], positions
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+class Collectives(TorchDispatchMode):
+    """Widest last dimension and elements moved, by collective."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widths: set[int] = set()
+        self.elements: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "_c10d_functional" and "wait" not in str(func):
+            self.widths.add(args[0].shape[-1])
+            name = func._opname
+            self.elements[name] = self.elements.get(name, 0) + args[0].numel()
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # counted when DTensor comes back with local tensors
+        return func(*args, **(kwargs or {}))
+
+
+def compare(run: RunConfig, tensor: int, precision: str = "float32") -> dict[str, Any]:
+    """Relative errors of everything against one process."""
+    whole, parts = whole_model(run), laid_out(run, tensor, precision)
+    tokens, labels, positions = batch()
+    result: dict[str, Any] = {}
+    originals = dict(whole.named_parameters())
+    result["init"] = all(
+        torch.equal(full(p.detach()), originals[name].detach())
+        for name, p in parts.named_parameters()
+    )
+    result["dtypes"] = sorted({str(p.dtype) for p in parts.parameters()})
+    logits = whole(tokens, positions)
+    loss = cross_entropy_loss(logits, labels)
+    loss.backward()
+
+    data_ranks, data_rank = dist.get_world_size() // tensor, dist.get_rank() // tensor
+    mine = slice(data_rank * BATCH // data_ranks, (data_rank + 1) * BATCH // data_ranks)
+    logits_part = parts(tokens[mine], positions[mine])
+    loss_part = cross_entropy_loss(logits_part, labels[mine])
+    loss_part.backward()
+    summed = loss_part.detach().clone()
+    dist.all_reduce(summed)
+    result["logits"] = relative(full(logits_part.detach()).float(), logits[mine].detach())
+    result["logits dtype"] = str(logits_part.dtype)
+    result["loss"] = abs(summed.item() / tensor - loss.item()) / loss.item()
+    result["gradients"] = {
+        name: relative(full(p.grad), originals[name].grad) for name, p in parts.named_parameters()
+    }
+    return result
+
+
+def traffic(run: RunConfig) -> dict[str, Any]:
+    """What the second block of a tensor-parallel model sends."""
+    block = laid_out(run, dist.get_world_size()).layers["1"]
+    mesh = block.attention_norm.weight.device_mesh
+    x = torch.randn(BATCH, LENGTH, DIM, generator=torch.Generator().manual_seed(2))
+    x_part = distribute_tensor(x, mesh["tp"] if mesh.ndim > 1 else mesh, [Shard(1)])
+    x_part.requires_grad_()
+    with Collectives() as forward:
+        y = block.forward(x_part)
+    with Collectives() as backward:
+        y.backward(torch.ones_like(y))
+    return {
+        "forward": forward.elements,
+        "backward": backward.elements,
+        "widths": sorted(forward.widths | backward.widths),
+    }
+
+
+def main(what: str, report: Path) -> None:
+    dist.init_process_group("gloo")
+    set_spmd_backend("partial_dtensor")
+    torch.set_num_threads(1)
+    tensor = {"tensor": dist.get_world_size(), "data": 1, "both": 2}[what]
+    result: dict[str, Any] = {}
+    for name, shape in SHAPES.items():
+        result[name] = compare(run_config(*shape), tensor)
+    if what == "data":
+        result["bfloat16"] = compare(run_config(*SHAPES["cola-m grouped"]), tensor, "bfloat16")
+    if what == "tensor":
+        names = ("cola", "cola-m", "grouped", "cola-m grouped")
+        result["traffic"] = {name: traffic(run_config(*SHAPES[name])) for name in names}
+    if dist.get_rank() == 0:
+        report.write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

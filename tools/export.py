@@ -1,0 +1,198 @@
+"""A training checkpoint becomes a Hugging Face directory.
+
+`OUTPUT/checkpoint/step-N` and the resolved `OUTPUT/config.toml` of its run give config.json,
+safetensors, generation_config.json, the tokenizer and a model card: what
+`AutoModelForCausalLM.from_pretrained` loads, after `import lowline` if the model is low-rank.
+
+One process reads the shards of however many ranks wrote them, model weights only, straight into
+the dtype asked for. The directory appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from lowline.train.config import RunConfig
+from lowline.train.data.tokenizer import load_tokenizer
+from lowline.train.hf import check_shapes, config_to_hf, from_hf_name, hf_shapes
+from lowline.train.load_config import load_config, to_toml
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def export(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> Path:
+    """Write a training checkpoint as a Hugging Face directory and return its path.
+
+    Args:
+        checkpoint: a run's output folder (its latest complete step is taken) or a step folder.
+        output: the directory to make.
+        dtype: of the weights: "float32" (as trained), "bfloat16" or "float16".
+        overwrite: replace `output` if it is an earlier export.
+
+    Raises:
+        ValueError: no complete checkpoint, weights that do not fit the run's configuration, an
+            unknown dtype, or an `output` that must not be overwritten.
+        FileNotFoundError: the run's tokenizer is gone.
+        OSError: the disk is full or cannot be written; `output` is then as it was.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype = {dtype!r}; choose from {sorted(DTYPES)}")
+    step_folder, run = find_checkpoint(checkpoint)
+    tokenizer = load_tokenizer(run.tokenizer).hf
+    hf = config_to_hf(
+        run.model,
+        run.cola,
+        max_seq_len=run.training.seq_len,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with _replaced_whole(Path(output), overwrite) as folder:
+        weights = read_weights(step_folder, hf, DTYPES[dtype])
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(hf, dtype=DTYPES[dtype])
+        model.load_state_dict(weights, strict=not hf.tie_word_embeddings, assign=True)
+        model.tie_weights()
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        parameters = sum(weight.numel() for weight in weights.values())
+        card = model_card(Path(output).resolve().name, run, hf, parameters, step_folder.name)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return Path(output)
+
+
+def find_checkpoint(path: str | Path) -> tuple[Path, RunConfig]:
+    """The step folder that `path` means and its run's resolved configuration.
+
+    Raises:
+        ValueError: `path` is neither a step folder nor the output folder of a run that has one.
+    """
+    path = Path(path)
+    if _complete(path):
+        step_folder, run_folder = path, path.resolve().parent.parent
+    else:
+        steps = {
+            int(match[1]): folder
+            for folder in path.glob("checkpoint/step-*")
+            if (match := re.fullmatch(r"step-(\d+)", folder.name)) and _complete(folder)
+        }
+        if not steps:
+            raise ValueError(
+                f"{path}: no complete checkpoint (working directory {Path.cwd()}). Give a run's "
+                "output folder, which holds checkpoint/step-N, or one such step folder"
+            )
+        step_folder, run_folder = steps[max(steps)], path
+    return step_folder, load_config(run_folder / "config.toml")
+
+
+def _complete(folder: Path) -> bool:
+    return (folder / ".metadata").is_file()  # written last
+
+
+def read_weights(
+    step_folder: Path, hf: PreTrainedConfig, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """The weights of a step under their Hugging Face names, on the CPU.
+
+    Raises:
+        ValueError: a weight is missing, unexpected or of another shape than `hf` says.
+    """
+    shapes = hf_shapes(hf)
+    training_names = {from_hf_name(name): name for name in shapes}
+    stored = dcp.FileSystemReader(step_folder).read_metadata().state_dict_metadata
+    found = {
+        training_names.get(name, name): tuple(entry.size)
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata) and _is_weight(name)
+    }
+    if hf.tie_word_embeddings:
+        found.pop("lm_head.weight", None)
+    check_shapes(found, shapes, str(step_folder))
+    weights = {name: torch.empty(shapes[hf_name], dtype=dtype)
+               for name, hf_name in training_names.items()}  # fmt: skip
+    dcp.load(weights, checkpoint_id=step_folder, no_dist=True)
+    return {training_names[name]: weight for name, weight in weights.items()}
+
+
+def _is_weight(name: str) -> bool:
+    return name.startswith(("layers.", "tok_embeddings.", "norm.", "lm_head."))
+
+
+def model_card(name: str, run: RunConfig, hf: PreTrainedConfig, parameters: int, step: str) -> str:
+    """README.md of an exported model: what it is, how to load it, the run that made it."""
+    low_rank = hf.model_type == "cola_llama"
+    kind = "low-rank (CoLA)" if low_rank else "dense"
+    ranks = f"- ranks: {json.dumps(hf.ranks)}, activation {hf.bottleneck_activation}\n"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [lowline, {hf.model_type}]
+---
+# {name}
+
+A {kind} language model with {parameters / 1e6:.2f}M parameters, {step} of a lowline run.
+
+- architecture: {hf.architectures[0] if hf.architectures else hf.model_type}
+- layers {hf.num_hidden_layers}, width {hf.hidden_size}, feed-forward {hf.intermediate_size}, \
+heads {hf.num_attention_heads} (key/value {hf.num_key_value_heads})
+- vocabulary {hf.vocab_size}, context {hf.max_position_embeddings} tokens
+{ranks if low_rank else ""}
+```python
+{"import lowline  # registers cola_llama" if low_rank else ""}
+from transformers import pipeline
+
+print(pipeline("text-generation", {name!r})("The", max_new_tokens=32))
+```
+
+The run's configuration:
+
+```toml
+{to_toml(run)}```
+"""
+
+
+@contextmanager
+def _replaced_whole(output: Path, overwrite: bool) -> Iterator[Path]:
+    """A new folder beside `output` that takes its place when the block ends without an error."""
+    if output.is_file() or output.is_dir() and any(output.iterdir()):
+        if not overwrite:
+            raise ValueError(f"{output} exists; give another output or overwrite it")
+        if not (output / "config.json").is_file():
+            raise ValueError(f"{output} has no config.json: not an export, so not overwritten")
+    new = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
+    old = new.with_suffix(".old")
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if output.is_dir():
+            os.replace(output, old)
+        os.replace(new, output)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"export to {output} failed, and {output} is as it was: {error}. "
+            "Free disk space or give another output"
+        ) from error
+    finally:
+        if old.is_dir() and not output.exists():
+            os.replace(old, output)
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,73 @@
+"""Train a model: one TOML file, one process or many.
+
+    torchrun --nproc_per_node=N -m lowline.train --config configs/cola_60m.toml [--section.key=value]
+
+--dry-run prints sizes, FLOPs and memory for the layout and exits; --help lists every key. A run
+goes on from the newest checkpoint of its output folder. Started without torchrun it is one process.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+USAGE = "usage: torchrun --nproc_per_node=N -m lowline.train --config FILE [--section.key=value ...]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (2: the configuration cannot run)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    from lowline.train.load_config import ConfigError, load_config
+
+    try:
+        config, flags, overrides = _split(arguments)
+        if flags & {"-h", "--help"}:
+            _print_help()
+            return 0
+        run = load_config(config, overrides)
+        if "--dry-run" in flags:
+            from lowline.train.dry_run import print_dry_run
+
+            print_dry_run(run, int(os.environ.get("WORLD_SIZE", 1)))
+            return 0
+        from lowline.train.preflight import check_run
+
+        check_run(run, int(os.environ.get("WORLD_SIZE", 1)))
+    except (ConfigError, ValueError, FileNotFoundError) as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"lowline.train: {error}", file=sys.stderr)
+        return 2
+    from lowline.train.run import train
+
+    return train(run)
+
+
+def _split(arguments: Sequence[str]) -> tuple[str | None, set[str], list[str]]:
+    """(--config's value, flags, --section.key=value) of a command line."""
+    config, flags, overrides = None, set(), []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--config":
+            config = next(rest, None)
+        elif argument.startswith("--config="):
+            config = argument.partition("=")[2]
+        elif argument in ("-h", "--help", "--dry-run"):
+            flags.add(argument)
+        elif argument.startswith("--") and "=" not in argument and "." in argument:
+            overrides.append(f"{argument}={next(rest, '')}")
+        else:
+            overrides.append(argument)
+    return config, flags, overrides
+
+
+def _print_help() -> None:
+    from lowline.train.load_config import known_keys
+
+    print(f"{__doc__}\n{USAGE}\n\nkeys:")
+    for key, kind in known_keys().items():
+        print(f"  --{key}=  {kind}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

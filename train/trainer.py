@@ -1,0 +1,222 @@
+"""torchtitan's Trainer with what pretraining here adds to it.
+
+One all-reduce a step however many microbatches it has, agreement between ranks on the end of finite
+data, an evaluation after the last step, effective ranks of the bottlenecks on a schedule, and the
+failure of a background save raised at once. Everything else is torchtitan's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torchtitan.components.dataloader import DataloaderExhaustedError
+from torchtitan.components.loss import CrossEntropyLoss
+from torchtitan.config.configs import (
+    CommConfig,
+    CompileConfig,
+    DebugConfig,
+    ParallelismConfig,
+    TrainingConfig,
+)
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+from torchtitan.trainer import Trainer as TitanTrainer
+
+from lowline.train.checkpoint import Checkpointer
+from lowline.train.config import RunConfig
+from lowline.train.data import LaneDataLoader
+from lowline.train.data.tokenizer import TextTokenizer
+from lowline.train.evaluation import Evaluator
+from lowline.train.load_config import to_toml
+from lowline.train.metrics import Metrics
+from lowline.train.model import build_model_spec
+from lowline.train.optim import optimizer_config, schedule_config
+
+
+class Trainer(TitanTrainer):
+    """Trains one model on packed text; built by `trainer_config(run, world_size).build()`."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(TitanTrainer.Config):
+        rank_every: int = 0
+        rank_alpha: float = 0.95
+
+    config: Config
+    dataloader: LaneDataLoader
+    checkpointer: Checkpointer
+    metrics_processor: Metrics
+    validator: Evaluator
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._microbatch = 0
+        self._last_inputs: tuple[torch.Tensor, dict[str, Any]] | None = None
+
+    def batch_generator(
+        self, data_iterable: Iterable[tuple[dict[str, torch.Tensor], torch.Tensor]]
+    ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        """The batches from here on; torchtitan asks for them once a checkpoint is loaded."""
+        self.metrics_processor.resume(self.step)
+        return self._batches(super().batch_generator(data_iterable))
+
+    def _batches(self, batches: Iterator) -> Iterator:
+        """Batches until, with finite data, no rank has a token left."""
+        finite = self.config.dataloader.epochs is not None  # type: ignore[attr-defined]
+        for index, batch in enumerate(batches):
+            if finite and index % self._batches_per_step == 0 and self._all_exhausted():
+                self.step -= 1  # the step that asked for it does not take place
+                raise DataloaderExhaustedError
+            yield batch
+
+    @property
+    def _batches_per_step(self) -> int:
+        return self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches
+
+    def _all_exhausted(self) -> bool:
+        over = torch.tensor(int(self.dataloader.exhausted), device=self.device)
+        dist.all_reduce(over, op=dist.ReduceOp.MIN)
+        return bool(over)
+
+    def train_step(self, data_iterator: Iterator) -> None:
+        self.checkpointer.raise_if_failed()
+        super().train_step(data_iterator)
+        every = self.config.rank_every
+        if every and self.step % every == 0:
+            self._record_ranks()
+        self.metrics_processor.advance(self.step)
+
+    def forward_backward_step(self, **kwargs: Any) -> torch.Tensor:
+        """One microbatch; gradients are reduced over the ranks after the step's last one."""
+        self._microbatch = (self._microbatch + 1) % self.gradient_accumulation_steps
+        if self.gradient_accumulation_steps > 1:
+            for part in self.model_parts:
+                if isinstance(part, FSDPModule):
+                    part.set_requires_gradient_sync(self._microbatch == 0)
+        return super().forward_backward_step(**kwargs)
+
+    def _forward_backward_body(
+        self,
+        inputs: torch.Tensor,
+        labels: torch.Tensor,
+        global_valid_tokens: torch.Tensor,
+        extra_kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        self._last_inputs = inputs, extra_kwargs
+        return super()._forward_backward_body(inputs, labels, global_valid_tokens, extra_kwargs)
+
+    @torch.no_grad()
+    def _record_ranks(self) -> None:
+        """Effective rank of every bottleneck over this step's last microbatch on all ranks."""
+        from lowline.cola.analysis import ActivationRanks
+
+        assert self._last_inputs is not None
+        inputs, extra = self._last_inputs
+        group = None
+        if self.parallel_dims.dp_enabled:
+            group = self.parallel_dims.get_mesh("batch").get_group()
+        with self.train_context(), ActivationRanks(self.model_parts[0]) as activations:
+            self.model_parts[0](inputs, **extra)
+        ranks = activations.ranks(self.config.rank_alpha, group=group)
+        self.metrics_processor.log_scalars(
+            self.step, {f"effective_rank/{name}": float(rank) for name, rank in ranks.items()}
+        )
+
+    def train(self) -> None:
+        """Train to the last step, from the newest checkpoint if there is one, then evaluate."""
+        super().train()
+        if self.step < self.config.training.steps:  # the data ended first
+            self.checkpointer.save(self.step, last_step=True)
+        if self.config.validator.enable and not self.validator.should_validate(self.step):
+            self.validator.validate(self.model_parts, self.step)
+
+
+def trainer_config(run: RunConfig, world_size: int) -> Trainer.Config:
+    """torchtitan's configuration of a run on `world_size` processes."""
+    t, p, c, e = run.training, run.parallelism, run.checkpoint, run.evaluation
+    recompute = {"none": None, "full": FullAC.Config(), "selective": SelectiveAC.Config()}
+    weights = _initial_weights(c.initial_weights)
+    return Trainer.Config(
+        model_spec=build_model_spec(run),
+        hf_assets_path=run.tokenizer,
+        tokenizer=TextTokenizer.Config(),
+        dump_folder=run.output,
+        loss=CrossEntropyLoss.Config(global_vocab_size=run.model.vocab_size),
+        optimizer=optimizer_config(run.optimizer),
+        lr_scheduler=schedule_config(run.schedule),
+        dataloader=LaneDataLoader.Config(
+            source=run.data,
+            global_batch_size=t.global_batch_size,
+            seed=t.seed,
+            shuffle=run.data.shuffle,
+            epochs=run.data.epochs,
+            num_workers=run.data.num_workers,
+        ),
+        training=TrainingConfig(
+            local_batch_size=run.local_batch_size(world_size),
+            global_batch_size=t.global_batch_size,
+            seq_len=t.seq_len,
+            max_norm=t.max_norm,
+            steps=t.steps,
+            mixed_precision_param=t.precision,
+            disable_cuda_graphs=True,
+        ),
+        parallelism=ParallelismConfig(
+            data_parallel_shard_degree=p.data_parallel_shard,
+            data_parallel_replicate_degree=p.data_parallel_replicate,
+            tensor_parallel_degree=p.tensor_parallel,
+            pipeline_parallel_degree=p.pipeline_parallel,
+            pipeline_parallel_schedule=p.pipeline_schedule,
+            pipeline_parallel_microbatch_size=p.pipeline_microbatch_size,
+            spmd_backend="partial_dtensor",
+        ),
+        checkpoint=Checkpointer.Config(
+            enable=c.enable,
+            interval=c.every,
+            keep_latest_k=c.keep,
+            async_mode="async" if c.asynchronous else "disabled",
+            last_save_model_only=False,
+            run_config=to_toml(run),
+            **weights,
+        ),
+        validator=Evaluator.Config(
+            enable=e.enable,
+            freq=e.every,
+            source=e.data,
+            max_tokens=e.max_tokens,
+            batch_size=e.batch_size,
+        ),
+        metrics=Metrics.Config(
+            log_freq=run.metrics.log_every,
+            enable_tensorboard=run.metrics.tensorboard,
+            total_steps=t.steps,
+            progress=run.metrics.progress,
+        ),
+        activation_checkpoint=recompute[run.activation_checkpoint],
+        compile=CompileConfig(enable=run.compile, components=["model"]),
+        comm=CommConfig(trace_buf_size=20000 if torch.cuda.is_available() else 0),
+        debug=DebugConfig(
+            seed=t.seed, deterministic=t.deterministic, enable_structured_logging=False
+        ),
+        rank_every=run.metrics.rank_every,
+        rank_alpha=run.metrics.rank_alpha,
+    )
+
+
+def _initial_weights(path: str | None) -> dict[str, Any]:
+    """torchtitan's keys for starting from a Hugging Face directory or from a run's step folder."""
+    if path is None:
+        return {"initial_load_model_only": False}
+    folder = Path(path).resolve()
+    if (folder / ".metadata").is_file():
+        return {"initial_load_path": str(folder)}
+    if (folder / "config.json").is_file():
+        return {"initial_load_path": str(folder), "initial_load_in_hf": True}
+    raise ValueError(
+        f"checkpoint.initial_weights = {path!r} is neither a Hugging Face directory (config.json) "
+        "nor a checkpoint/step-N folder of a run; `lowline export` makes the former of the latter"
+    )
