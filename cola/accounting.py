@@ -229,25 +229,10 @@ def saved_by_block(
     return saved + Saved(elements=wide * shape.ffn_dim / tp)
 
 
-def saved_by_model(
-    shape: Shape,
-    policy: Policy,
-    *,
-    device: Device = "cuda",
-    positions: bool = True,
-    tp: int = 1,
-) -> Saved:
-    """What all blocks, the last norm and the output projection's input keep, a token.
-
-    Not the loss (`LOSS_BUFFERS` for its buffers) and not the document mask of masked attention.
-    """
-    saved = Saved(elements=shape.dim)  # the output projection's input, gathered
-    saved += _saved_by_norm(shape.dim, device, tp)
-    for layer in range(shape.n_layers):
-        saved += saved_by_block(
-            shape, policy, layer=layer, device=device, positions=positions, tp=tp
-        )
-    return saved
+def saved_by_head(shape: Shape, *, device: Device = "cuda", tp: int = 1) -> Saved:
+    """What the last norm and the output projection keep, a token; the loss is not among it."""
+    gathered = Saved(elements=shape.dim)  # the output projection's input
+    return gathered + _saved_by_norm(shape.dim, device, tp)
 
 
 def recomputed_at_once(

@@ -97,8 +97,8 @@ class ActivationRanks:
             known = {n: m for n, m in known.items() if isinstance(m, LowRankLinear)}
         if not known:
             raise ValueError(
-                f'which = "{which}": the model has no {"low-rank layers" if which == "bottleneck" else "linear layers"} '
-                'to watch; a dense model has which = "output" and "input"'
+                f'which = "{which}": the model has nothing to watch. Low-rank layers have all '
+                'three, dense ones "input" and "output"'
             )
         names = list(known if names is None else names)
         if unknown := [name for name in names if name not in known]:

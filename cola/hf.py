@@ -11,6 +11,9 @@ The weights carry transformers' names, with `.A` and `.B` below a low-rank proje
 Both published MLPs are one field: `hidden_act="silu"` keeps SwiGLU's non-linearity,
 `hidden_act="linear"` leaves only the bottleneck's, `down(gate(x) * up(x))`.
 
+Importing this module registers the model with transformers' `Auto*` classes; `import lowline` sees
+to that (`lowline.cola.register`).
+
 Left out: tensor and pipeline parallel plans (train with `lowline.train`, which has them), and
 ranks that differ from layer to layer.
 """
@@ -173,8 +176,6 @@ class CoLAForCausalLM(CoLAPreTrainedModel, LlamaForCausalLM):
         self.post_init()
 
 
-def register() -> None:
-    """Make transformers' `Auto*` classes know "cola_llama"; a second call changes nothing."""
-    AutoConfig.register(CoLAConfig.model_type, CoLAConfig, exist_ok=True)
-    AutoModel.register(CoLAConfig, CoLAModel, exist_ok=True)
-    AutoModelForCausalLM.register(CoLAConfig, CoLAForCausalLM, exist_ok=True)
+AutoConfig.register(CoLAConfig.model_type, CoLAConfig, exist_ok=True)
+AutoModel.register(CoLAConfig, CoLAModel, exist_ok=True)
+AutoModelForCausalLM.register(CoLAConfig, CoLAForCausalLM, exist_ok=True)

@@ -64,7 +64,8 @@ class LiveBytes(TorchDispatchMode):
 
     def _add(self, tensor: torch.Tensor) -> None:
         storage = _storage(tensor)
-        if storage._cdata not in self._ignored_keys:
+        fake = storage.device.type == "meta"  # what DTensor works out shapes with
+        if not fake and storage._cdata not in self._ignored_keys:
             self._storages[storage._cdata] = weakref.ref(storage)
 
 

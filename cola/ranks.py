@@ -15,9 +15,7 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 Rank: TypeAlias = int | float | dict[str, int | float]
 
 
-def resolve_ranks(
-    rank: Rank, dim: int, shapes: Mapping[str, tuple[int, int]]
-) -> dict[str, int]:
+def resolve_ranks(rank: Rank, dim: int, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
     """The rank of every projection; 0 means dense.
 
     Args:

@@ -1,11 +1,12 @@
 """Lets transformers' `Auto*` classes find "cola_llama", and `import lowline` stay instant.
 
-Registering needs transformers and torch, seconds of imports that `lowline --help`, a mistake in a
-configuration or a launcher need not wait for. So it happens in the moment somebody first imports
-transformers: an import hook, used up by that import, runs `lowline.cola.hf.register` after it. If
-transformers is there already, it runs at once.
+`lowline.cola.hf` registers the model when it is imported, which takes transformers and torch:
+seconds that `lowline --help`, a mistake in a configuration or a launcher need not wait for. So it
+is imported in the moment somebody first imports transformers, by an import hook that this import
+uses up; or at once, if transformers is there already.
 """
 
+import importlib
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -16,19 +17,13 @@ from types import ModuleType
 def register_with_transformers() -> None:
     """Register now if transformers is imported, else as soon as it is."""
     if "transformers" in sys.modules:
-        _register()
+        importlib.import_module("lowline.cola.hf")
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
-def _register() -> None:
-    from lowline.cola.hf import register
-
-    register()
-
-
 class _Finder(MetaPathFinder):
-    """Finds transformers as Python would, once, and has `_register` run after it."""
+    """Finds transformers as Python would, once, and has our model follow it."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -53,4 +48,4 @@ class _Loader(Loader):
         assert module.__spec__ is not None
         module.__loader__ = module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        _register()
+        importlib.import_module("lowline.cola.hf")

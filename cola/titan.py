@@ -25,7 +25,7 @@ FLOPs beside the attention; every second layer also keeps v, which makes it 4.25
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -112,7 +112,7 @@ class GroupedEntry(Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
 
-    def forward(self, input: torch.Tensor, *entries: nn.Linear) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, entries: Sequence[nn.Linear]) -> torch.Tensor:
         return grouped_linear(input, [a.weight for a in entries], [a.bias for a in entries])
 
 
@@ -229,7 +229,7 @@ def _enter(
     entries = [p.A if isinstance(p, LowRankLinear) else p for p in projections]
     if grouped is None:
         return tuple(entry(x) for entry in entries)
-    return grouped(x, *entries).split([entry.out_features for entry in entries], dim=-1)
+    return grouped(x, entries).split([entry.out_features for entry in entries], dim=-1)
 
 
 def _expand(projection: nn.Module, z: torch.Tensor) -> torch.Tensor:
@@ -264,7 +264,11 @@ class ColaConverter(ModelConfigConverter):
         assert isinstance(attention, GQAttention.Config) and isinstance(mlp, FeedForward.Config)
         qkv = attention.qkv_linear
         dense = dict(
-            zip(PROJECTIONS, (qkv.wq, qkv.wkv, qkv.wkv, attention.wo, mlp.w1, mlp.w3, mlp.w2), strict=True)
+            zip(
+                PROJECTIONS,
+                (qkv.wq, qkv.wkv, qkv.wkv, attention.wo, mlp.w1, mlp.w3, mlp.w2),
+                strict=True,
+            )
         )
         new = {name: self._convert_linear(linear, c.ranks[name]) for name, linear in dense.items()}
         return ColaBlock.Config(
@@ -313,7 +317,11 @@ def drawn_whole(init: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor],
         if isinstance(parameter, DTensor):
             whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
             init(whole)
-            parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None))
+            parameter.copy_(
+                distribute_tensor(
+                    whole, parameter.device_mesh, parameter.placements, src_data_rank=None
+                )
+            )
         else:
             init(parameter)
 
@@ -323,13 +331,18 @@ def drawn_whole(init: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor],
 def set_cola_sharding(block: ColaBlock.Config) -> None:
     """Tensor parallelism along the bottleneck, with sequence parallelism between the pieces.
 
-    Between blocks a rank holds a part of the sequence. A of q, k, v, gate, up runs on that part and
-    its r-wide output is gathered, B is split by output feature. A of o and down is split by input
-    feature; its r-wide partial sums are reduced to a part of the sequence *before* σ, and B runs on
-    that part. What is sent is r wide, r/d of the dense layers' traffic (BOOST, 2512.12131).
+    Outside the pieces a rank holds a part of the sequence, and what the block keeps, x, h and every
+    z, is that part. A of q, k, v, gate, up and σ run on it; σ(z) is gathered to the whole sequence
+    and B is split by output feature. A of o and down is split by input feature; its partial sums are
+    reduced to a part of the sequence *before* σ, and B runs on that part. So everything sent is r
+    wide, 7r elements a token and direction where the dense block sends 4d (BOOST, 2512.12131);
+    CoLA-M gathers its 5r once more in the backward pass.
     """
     part, whole = dense_sequence_parallel_placement(), dense_activation_placement(tp=spmd.R)
-    gather = dict(in_src_shardings={"input": part}, out_src_shardings=part, out_dst_shardings=whole)
+    gathered = replace(
+        colwise_config(), in_src_shardings={"input": part}, in_dst_shardings={"input": whole}
+    )
+    on_part = ShardingConfig(in_src_shardings={"input": part}, out_src_shardings=part)
     replicated = {n: dense_param_placement(tp=spmd.R) for n in ("weight", "bias")}
     norm = norm_config(enable_sp=True)
     block.attention_norm.sharding_config = norm
@@ -339,25 +352,19 @@ def set_cola_sharding(block: ColaBlock.Config) -> None:
     qkv = attention.qkv_linear
     for linear in (qkv.wq, qkv.wk, qkv.wv, mlp.w1, mlp.w3):
         if isinstance(linear, TitanLowRankLinear.Config):
-            linear.A.sharding_config = ShardingConfig(state_shardings=replicated, **gather)
-            linear.B.sharding_config = colwise_config()
+            linear.A.sharding_config = replace(on_part, state_shardings=replicated)
+            linear.B.sharding_config = gathered
         else:
-            linear.sharding_config = replace(
-                colwise_config(),
-                in_src_shardings={"input": part},
-                in_dst_shardings={"input": whole},
-            )
+            linear.sharding_config = gathered
     for linear in (attention.wo, mlp.w2):
         if isinstance(linear, TitanLowRankLinear.Config):
             linear.A.sharding_config = rowwise_config(output_sp=True)
-            linear.B.sharding_config = ShardingConfig(
-                state_shardings=replicated, in_src_shardings={"input": part}, out_src_shardings=part
-            )
+            linear.B.sharding_config = replace(on_part, state_shardings=replicated)
         else:
             linear.sharding_config = rowwise_config(output_sp=True)
     for entry in (block.qkv_entry, block.mlp_entry):
         if entry is not None:
-            entry.sharding_config = ShardingConfig(**gather)
+            entry.sharding_config = on_part
     attention.rope.sharding_config = ShardingConfig(
         state_shardings={"cache": dense_param_placement(tp=spmd.R)}
     )

@@ -16,7 +16,7 @@ from lowline.cola.accounting import (
     recomputed_at_once,
     recomputed_flops_per_token,
     saved_by_block,
-    saved_by_model,
+    saved_by_head,
 )
 from lowline.cola.live_bytes import LiveBytes
 from lowline.cola.ranks import PROJECTIONS

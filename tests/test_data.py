@@ -17,10 +17,10 @@ from lowline.train.data import (
     EvaluationBatches,
     ListSource,
     SourceConfig,
+    embedded,
     evaluation_rows,
     open_source,
 )
-from lowline.train.data import embedded
 from lowline.train.data.embedded import embedded_documents
 from lowline.train.data.order import Order, deal, permuted
 from lowline.train.data.packing import LanePacker, document_tokens
@@ -328,8 +328,10 @@ def test_missing_and_unusable_files_name_the_mend(tmp_path, monkeypatch):
     assert "memory-mapped already" in refusal(ValueError, path="saved", streaming=True)
     assert "without splits" in refusal(ValueError, path="saved", split="dev")
     Path("blank.txt").touch()
-    broken = open_source(SourceConfig(dataset="files", path="broken.jsonl", streaming=True))
-    with pytest.raises(ValueError, match="broken.jsonl: cannot read shard 0"):
+    broken = open_source(
+        SourceConfig(dataset="files", path=["good.jsonl", "broken.jsonl"], streaming=True)
+    )
+    with pytest.raises(ValueError, match="good.jsonl and 1 more: cannot read shard 1"):
         list(broken.documents())
     assert rows_refused("blank.txt") == "blank.txt: no document with text to evaluate on"
 
@@ -356,35 +358,44 @@ def test_a_missing_or_unsuitable_column_is_named(tmp_path, streaming):
         read("id")
 
 
-def test_a_hub_dataset_that_cannot_be_had_names_the_mend(tmp_path, monkeypatch):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_dataset_that_cannot_be_had_names_the_mend(tmp_path, monkeypatch, streaming):
     def unreachable(*args, **kwargs):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'no/such' doesn't exist")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
     monkeypatch.chdir(tmp_path)
+    config = SourceConfig(dataset="hub", path="no/such", streaming=streaming)
     with pytest.raises(FileNotFoundError, match="cannot open no/such .*on the Hugging Face hub"):
-        open_source(SourceConfig(dataset="hub", path="no/such"))
+        open_source(config)
     Path("no/such").mkdir(parents=True)
     with pytest.raises(ValueError, match="is also a local path"):
-        open_source(SourceConfig(dataset="hub", path="no/such"))
+        open_source(config)
 
 
-def test_a_hub_dataset_is_opened_as_named(monkeypatch):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_dataset_is_opened_as_named(tmp_path, monkeypatch, streaming):
+    """The hub is stood in for by a dataset of the same form on disk."""
     calls = []
+    files = [write_jsonl(tmp_path / f"{i}.jsonl", texts) for i, texts in enumerate(["xy", "z"])]
 
-    def load_dataset(*args, **kwargs):
-        calls.append((args, kwargs))
-        table = datasets.Dataset.from_dict({"text": ["x", "y", "z"]})
-        return table.to_iterable_dataset(num_shards=2)
+    def here(function):
+        def called(path, *, name, revision, **options):
+            calls.append((path, name, revision))
+            return function("json", data_files={"validation": files}, **options)
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    config = SourceConfig(
-        dataset="hub", path="allenai/c4", name="en", split="validation", streaming=True
-    )
-    source = open_source(config)
-    options = {"split": "validation", "streaming": True, "revision": None}
-    assert calls == [(("allenai/c4", "en"), options)]
-    assert (source.num_shards, list(source.documents())) == (2, ["x", "y", "z"])
+        return called
+
+    for function in (datasets.load_dataset, datasets.load_dataset_builder):
+        monkeypatch.setattr(datasets, function.__name__, here(function))
+    config = {"dataset": "hub", "path": "allenai/c4", "name": "en", "streaming": streaming}
+    source = open_source(SourceConfig(split="validation", revision="v1", **config))
+    assert list(source.documents()) == ["x", "y", "z"]
+    assert getattr(source, "num_shards", None) == (2 if streaming else None)
+    assert calls[0] == ("allenai/c4", "en", "v1")
+    with pytest.raises(ValueError, match="cannot open allenai/c4 .*source.split"):
+        open_source(SourceConfig(split="test", **config))
 
 
 def test_real_text_is_packed_whole():

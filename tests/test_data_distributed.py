@@ -5,6 +5,7 @@ Every test reads documents that spell their own number, so that what came out ca
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from itertools import islice
@@ -22,6 +23,8 @@ from lowline.train.data import (
     check_saved_lanes,
     open_source,
 )
+from lowline.train.data.loader import _LaneRows
+from lowline.train.data.order import Order
 
 SEQ_LEN = 8
 LANES = 8
@@ -66,7 +69,7 @@ def build(source, *, world=1, rank=0, local=None, workers=0, lanes=LANES, **conf
         seq_len=SEQ_LEN,
         local_batch_size=local or lanes // world,
         snapshot_every_n_steps=None,
-        source=source,
+        documents=source,
     )
 
 
@@ -133,8 +136,8 @@ def assert_same_state(a, b):
 
 
 @pytest.mark.parametrize("world, workers", [(1, 0), (2, 0), (4, 0), (2, 2)])
-@pytest.mark.parametrize("epochs", [1, 2])
-def test_finite_epochs_give_every_document_exactly_so_often(source, world, workers, epochs):
+def test_finite_epochs_give_every_document_exactly_so_often(source, world, workers):
+    epochs = 1 + (world == 2)
     loaders = [
         build(source, world=world, rank=rank, workers=workers, epochs=epochs)
         for rank in range(world)
@@ -180,8 +183,8 @@ def test_shuffling_follows_seed_and_epoch(source):
 # --- going on ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop", [0, 1, 3, 11])
-@pytest.mark.parametrize("worlds", [(1, 1), (1, 4), (4, 2), (2, 8), (2, 1)])
+@pytest.mark.parametrize("stop", [0, 3, 11])
+@pytest.mark.parametrize("worlds", [(1, 1), (1, 4), (4, 2), (2, 8)])
 def test_resuming_in_another_world_neither_repeats_nor_skips(source, stop, worlds):
     before, after = worlds
     expected, straight = global_steps(source, stop + STEPS, world=1)
@@ -238,6 +241,14 @@ def test_opening_the_data_leaves_the_models_random_numbers_alone(workers):
     state = torch.get_rng_state()
     take(build(ListSource(texts(97)), workers=workers), 2)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_workers_can_be_started_afresh(source):
+    """Where processes are not forked, what a worker needs is pickled."""
+    rows = _LaneRows(source, Order(lanes=2), Digits(), SEQ_LEN, {0: (0, 0, 0), 1: (0, 0, 0)})
+    copy = pickle.loads(pickle.dumps(rows))
+    for (a, a_states, _), (b, b_states, _) in islice(zip(rows, copy, strict=True), 4):
+        assert torch.equal(a, b) and torch.equal(a_states, b_states)
 
 
 # --- checkpoints ---------------------------------------------------------------------------------
@@ -330,14 +341,19 @@ import json, os, signal, sys
 from itertools import islice
 import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
 from lowline.train.data import LaneDataLoader, SourceConfig
-from lowline.train.data.tokenizer import load_tokenizer
 
-root, streaming, steps, die_at, seed = sys.argv[1], sys.argv[2] == "1", *map(int, sys.argv[3:])
+class Letters:
+    eos_id, bos_id = 0, None
+
+    def encode(self, text, *, add_bos, add_eos):
+        return [ord(c) for c in text]
+
+root, streaming, steps, die_at = sys.argv[1], sys.argv[2] == "1", *map(int, sys.argv[3:])
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 source = SourceConfig(dataset="files", path=f"{root}/data/*.jsonl", streaming=streaming)
 loader = LaneDataLoader.Config(source=source, global_batch_size=4, num_workers=1).build(
-    dp_world_size=world, dp_rank=rank, tokenizer=load_tokenizer("embedded"), seq_len=32,
+    dp_world_size=world, dp_rank=rank, tokenizer=Letters(), seq_len=32,
     local_batch_size=2)
 done = 0
 if os.path.exists(f"{root}/ckpt/.metadata"):
@@ -368,8 +384,8 @@ def launch(root, world, streaming, steps, die_at=-1):
     script = root / "train.py"
     script.write_text(TRAIN)
     command = f"{sys.executable} -P -m torch.distributed.run --nproc_per_node={world}".split()
-    command += "--rdzv-backend c10d --rdzv-endpoint localhost:0".split()
-    command += [str(script), str(root), str(int(streaming)), str(steps), str(die_at), "0"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command += [str(script), str(root), str(int(streaming)), str(steps), str(die_at)]
     env = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
@@ -383,7 +399,7 @@ def logged(root):
     return steps
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("streaming", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_killed_ranks_resume_in_another_world(tmp_path, streaming):
     (tmp_path / "data").mkdir()
     for shard in range(3):
@@ -399,16 +415,16 @@ def test_killed_ranks_resume_in_another_world(tmp_path, streaming):
     assert resumed.returncode == 0, resumed.stderr
     steps = logged(tmp_path)  # step 4 was done twice, with the same rows
 
-    from lowline.train.data.tokenizer import load_tokenizer
+    class Letters(Digits):
+        eos_id = 0
+
+        def encode(self, text, *, add_bos=False, add_eos=False):
+            return [ord(c) for c in text]
 
     path = str(tmp_path / "data" / "*.jsonl")
     source = SourceConfig(dataset="files", path=path, streaming=streaming)
     straight = LaneDataLoader.Config(source=source, global_batch_size=4).build(
-        dp_world_size=1,
-        dp_rank=0,
-        tokenizer=load_tokenizer("embedded"),
-        seq_len=32,
-        local_batch_size=4,
+        dp_world_size=1, dp_rank=0, tokenizer=Letters(), seq_len=32, local_batch_size=4
     )
     for step, (inputs, labels) in enumerate(islice(iter(straight), 8)):
         rows = torch.stack([inputs["input"], labels, inputs["positions"]], dim=1)

@@ -1,8 +1,9 @@
 """A training checkpoint becomes a Hugging Face directory.
 
-`OUTPUT/checkpoint/step-N` and the resolved `OUTPUT/config.toml` of its run give config.json,
-safetensors, generation_config.json, the tokenizer and a model card: what
-`AutoModelForCausalLM.from_pretrained` loads, after `import lowline` if the model is low-rank.
+`OUTPUT/checkpoint/step-N`, which holds its run's config.toml, gives config.json, safetensors,
+generation_config.json, the tokenizer and a model card: what `AutoModelForCausalLM.from_pretrained`
+loads, after `import lowline` if the model is low-rank. `import_weights` makes such a directory of a
+hub model or a GGUF file, for training to start from.
 
 One process reads the shards of however many ranks wrote them, model weights only, straight into
 the dtype asked for. The directory appears whole or not at all.
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -23,11 +23,20 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from lowline.train.config import RunConfig
 from lowline.train.data.tokenizer import load_tokenizer
-from lowline.train.hf import check_shapes, config_to_hf, from_hf_name, hf_shapes
+from lowline.train.checkpoint import saved_steps
+from lowline.train.hf import (
+    check_shapes,
+    config_to_hf,
+    from_hf_name,
+    hf_shapes,
+    load_hf_state_dict,
+    read_config,
+    to_hf_names,
+)
 from lowline.train.load_config import load_config, to_toml
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -68,16 +77,49 @@ def export(
     )
     with _replaced_whole(Path(output), overwrite) as folder:
         weights = read_weights(step_folder, hf, DTYPES[dtype])
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(hf, dtype=DTYPES[dtype])
-        model.load_state_dict(weights, strict=not hf.tie_word_embeddings, assign=True)
-        model.tie_weights()
-        model.save_pretrained(folder)
+        _save(folder, hf, weights, DTYPES[dtype])
         tokenizer.save_pretrained(folder)
         parameters = sum(weight.numel() for weight in weights.values())
         card = model_card(Path(output).resolve().name, run, hf, parameters, step_folder.name)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return Path(output)
+
+
+def import_weights(
+    source: str | Path, output: str | Path, *, gguf_file: str | None = None, overwrite: bool = False
+) -> Path:
+    """Copy a hub model or a GGUF file to a directory that `checkpoint.initial_weights` takes.
+
+    The weights are checked and keep their dtype; a GGUF file's are dequantized to float32.
+
+    Args:
+        source: a hub id, or a directory.
+        output: the directory to make.
+        gguf_file: the GGUF file in `source` to read instead of safetensors.
+        overwrite: replace `output` if it is a Hugging Face directory.
+
+    Raises:
+        ValueError: a model that cannot be trained, or an `output` that must not be overwritten.
+        OSError: the disk is full or cannot be written; `output` is then as it was.
+    """
+    hf = read_config(source, gguf_file)
+    weights = load_hf_state_dict(source, gguf_file=gguf_file)
+    weights = to_hf_names(weights, tied=hf.tie_word_embeddings)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+    with _replaced_whole(Path(output), overwrite) as folder:
+        _save(folder, hf, weights, next(iter(weights.values())).dtype)
+        tokenizer.save_pretrained(folder)
+    return Path(output)
+
+
+def _save(
+    folder: Path, hf: PreTrainedConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf, dtype=dtype)
+    model.load_state_dict(weights, strict=not hf.tie_word_embeddings, assign=True)
+    model.tie_weights()
+    model.save_pretrained(folder)
 
 
 def find_checkpoint(path: str | Path) -> tuple[Path, RunConfig]:
@@ -87,25 +129,14 @@ def find_checkpoint(path: str | Path) -> tuple[Path, RunConfig]:
         ValueError: `path` is neither a step folder nor the output folder of a run that has one.
     """
     path = Path(path)
-    if _complete(path):
-        step_folder, run_folder = path, path.resolve().parent.parent
-    else:
-        steps = {
-            int(match[1]): folder
-            for folder in path.glob("checkpoint/step-*")
-            if (match := re.fullmatch(r"step-(\d+)", folder.name)) and _complete(folder)
-        }
-        if not steps:
-            raise ValueError(
-                f"{path}: no complete checkpoint (working directory {Path.cwd()}). Give a run's "
-                "output folder, which holds checkpoint/step-N, or one such step folder"
-            )
-        step_folder, run_folder = steps[max(steps)], path
-    return step_folder, load_config(run_folder / "config.toml")
-
-
-def _complete(folder: Path) -> bool:
-    return (folder / ".metadata").is_file()  # written last
+    steps = saved_steps(path / "checkpoint")
+    folder = path / "checkpoint" / f"step-{steps[-1]}" if steps else path
+    if not (folder / ".metadata").is_file():
+        raise ValueError(
+            f"{path}: no complete checkpoint (working directory {Path.cwd()}). Give a run's "
+            "output folder, which holds checkpoint/step-N, or one such step folder"
+        )
+    return folder, load_config(folder / "config.toml")
 
 
 def read_weights(

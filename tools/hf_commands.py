@@ -2,7 +2,7 @@
 
 lowline export outputs/demo_cola exported/
 lowline generate exported/ --prompt "A list is" --max-new-tokens 64
-lowline import HuggingFaceTB/SmolLM2-135M > model.toml
+lowline import HuggingFaceTB/SmolLM2-135M --output smollm2/ > model.toml
 """
 
 from __future__ import annotations
@@ -32,21 +32,35 @@ def export(
     print(f"{folder}: {size / 1e6:.1f} MB")
 
 
-def import_tables(source: str, *, gguf_file: str | None = None) -> None:
-    """Print the [model] and [cola] tables under which a Hugging Face checkpoint trains.
-
-    The run starts from its weights with `checkpoint.initial_weights = SOURCE`.
+def import_tables(
+    source: str,
+    *,
+    output: Path | None = None,
+    gguf_file: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Print the [model], [cola] and [checkpoint] tables under which a Hugging Face model trains.
 
     Args:
         source: A directory or a hub id.
-        gguf_file: The GGUF file in it to read instead of config.json.
+        output: Copy the weights to this directory, which a hub model or a GGUF file needs.
+        gguf_file: The GGUF file in SOURCE to read instead of safetensors.
+        overwrite: Replace OUTPUT if it is a Hugging Face directory.
     """
     import tomli_w
 
     from lowline.train.hf import config_from_hf
 
+    if output is None and not (Path(source) / "config.json").is_file():
+        raise ValueError(f"{source} is no directory of safetensors: give --output to make one")
     model, cola = config_from_hf(source, gguf_file=gguf_file)
-    print(tomli_w.dumps({"model": _set_fields(model), "cola": _set_fields(cola)}), end="")
+    if output is not None:
+        from lowline.tools.export import import_weights
+
+        import_weights(source, output, gguf_file=gguf_file, overwrite=overwrite)
+    tables = {"model": _set_fields(model), "cola": _set_fields(cola)}
+    tables["checkpoint"] = {"initial_weights": str(output or source)}
+    print(tomli_w.dumps({name: table for name, table in tables.items() if table}), end="")
 
 
 def _set_fields(section: Any) -> dict[str, Any]:
@@ -88,7 +102,7 @@ def generate(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-    from lowline.cola.hf import register
+    import lowline.cola.hf  # noqa: F401  (registers cola_llama)
 
     if temperature < 0:
         raise ValueError(f"temperature = {temperature}; 0 is greedy, above 0 samples")
@@ -96,7 +110,6 @@ def generate(
         raise ValueError(f"top_p = {top_p}; it lies in (0, 1]")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens}; at least 1")
-    register()
     try:
         body = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
         tokenizer = AutoTokenizer.from_pretrained(model)

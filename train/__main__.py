@@ -12,7 +12,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-USAGE = "usage: torchrun --nproc_per_node=N -m lowline.train --config FILE [--section.key=value ...]"
+USAGE = (
+    "usage: torchrun --nproc_per_node=N -m lowline.train --config FILE [--section.key=value ...]"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

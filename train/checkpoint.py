@@ -1,21 +1,26 @@
 """Checkpoints that are complete or absent: OUTPUT/checkpoint/step-N.
 
 torchtitan's manager (DCP, asynchronous, resharding on load) with three changes. A save writes into
-`step-N.saving` and rank 0 renames it when every rank has finished; deletions are renamed first too;
-so a folder called step-N is whole, whenever the process was killed. The run's resolved config.toml
-is saved inside. A save that fails stops the run at the next step, with what is safe and the mend.
+`step-N.saving`; when every rank has finished, the one that writes DCP's metadata adds the run's
+config.toml and renames the folder. That is part of DCP's own agreement, so a save has succeeded on
+all ranks or failed on all. Deletions are renamed first too: a folder called step-N is whole,
+whenever the process was killed. A failed save stops the run with what is safe and the mend.
+
+Left out: DCP's metadata file is a pickle. Load checkpoints of your own; weights from elsewhere come
+in as safetensors (`checkpoint.initial_weights` of a Hugging Face directory).
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torchtitan.components.checkpointer import AsyncMode, CheckpointManager
 
 SAVING, DELETING = ".saving", ".deleting"
@@ -28,12 +33,17 @@ class CheckpointError(RuntimeError):
 def saved_steps(folder: str | Path) -> list[int]:
     """Steps of the whole checkpoints in a `checkpoint` folder, ascending."""
     folder = Path(folder)
-    found = (re.fullmatch(r"step-(\d+)", p.name) for p in folder.iterdir()) if folder.is_dir() else ()
-    return sorted(int(m[1]) for m in found if m)
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found = (re.fullmatch(r"step-(\d+)", name) for name in names)
+    return sorted(int(match[1]) for match in found if match)
 
 
 class Checkpointer(CheckpointManager):
-    """torchtitan's checkpoint manager with whole folders only."""
+    """torchtitan's checkpoint manager with whole folders only.
+
+    `wanted`, when set, makes the next `save(step)` take place whatever the schedule says. A step
+    that is saved already is not saved again.
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(CheckpointManager.Config):
@@ -41,66 +51,66 @@ class Checkpointer(CheckpointManager):
 
     def __init__(self, config: Config, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
+        self.wanted = False
+        if not self.enable:
+            return
         self._run_config = config.run_config
-        self._newest: int | None = None
-        if self.enable and dist.get_rank() == 0 and Path(self.folder).is_dir():
+        self._newest = max(saved_steps(self.folder), default=-1)  # saved, or being saved
+        if dist.get_rank() == 0 and Path(self.folder).is_dir():
             for path in Path(self.folder).iterdir():
                 if path.suffix in (SAVING, DELETING):  # an earlier process was killed there
                     shutil.rmtree(path)
 
-    def dcp_save(self, state_dict: dict, checkpoint_id: str, async_mode: AsyncMode, **kwargs: Any) -> Any:
-        """Save into a temporary folder; the rename follows when all ranks are done."""
-        final = Path(checkpoint_id)
-        temporary = final.with_name(final.name + SAVING)
+    def dcp_save(
+        self, state_dict: dict[str, Any], checkpoint_id: str, async_mode: AsyncMode, **kwargs: Any
+    ) -> Any:
+        """Save into `checkpoint_id`; a Future in the asynchronous mode, otherwise None."""
+        self._newest = int(Path(checkpoint_id).name.removeprefix("step-"))
+        writer = _WholeFolderWriter(Path(checkpoint_id), self._run_config)
         try:
-            result = super().dcp_save(state_dict, str(temporary), async_mode, **kwargs)
-        except Exception as error:
-            raise self._failure(final, error) from error
-        if isinstance(result, Future):
-            # Chained, so that who waits for the save waits for the rename and sees its error.
-            done: Future = Future()
-            result.add_done_callback(lambda saved: self._finish(saved, done, temporary, final))
-            return done
-        self._publish(temporary, final)
-        return result
+            if async_mode == AsyncMode.ASYNC:
+                return dcp.async_save(state_dict, storage_writer=writer, process_group=self.pg)
+            dcp.save(state_dict, storage_writer=writer)
+        except (CheckpointException, OSError) as error:
+            raise self._failure(error) from error
+        return None
 
-    def _finish(self, saved: Future, done: Future, temporary: Path, final: Path) -> None:
+    def failed(self) -> bool:
+        """Whether a background save has failed on this rank and nobody has been told."""
+        future = self.save_future if self.enable else None
+        return future is not None and future.done() and future.exception() is not None
+
+    def raise_failure(self) -> None:
+        """Raise the error of the background save, which has failed on this rank or another."""
+        self.maybe_wait_for_saving()
+        raise self._failure(RuntimeError("another rank could not write its part"))
+
+    def newest_saved(self) -> str:
+        """The newest whole checkpoint, for messages."""
+        steps = saved_steps(self.folder) if self.enable else []
+        return str(Path(self.folder) / f"step-{steps[-1]}") if steps else "none"
+
+    def _wait_for_saving(self) -> None:
         try:
-            saved.result()
-            self._publish(temporary, final)
-            done.set_result(None)
-        except BaseException as error:  # handed to whoever waits
-            done.set_exception(self._failure(final, error))
+            super()._wait_for_saving()
+        except (CheckpointException, OSError) as error:
+            self.save_future = None
+            raise self._failure(error) from error
 
-    def _publish(self, temporary: Path, final: Path) -> None:
-        self._newest = int(final.name.removeprefix("step-"))
-        if dist.get_rank() != 0:
-            return
-        (temporary / "config.toml").write_text(self._run_config)
-        if final.exists():
-            self._remove(str(final))
-        temporary.rename(final)
-
-    def _failure(self, final: Path, error: BaseException) -> CheckpointError:
-        if isinstance(error, CheckpointError):
-            return error
-        whole = saved_steps(self.folder)
-        safe = f"step-{whole[-1]} is whole; the same command goes on from it" if whole else "none yet"
-        free = _free_bytes(Path(self.folder))
+    def _failure(self, error: BaseException) -> CheckpointError:
+        newest = self.newest_saved()
+        free = shutil.disk_usage(_existing(Path(self.folder))).free
         return CheckpointError(
-            f"{final}: not saved: {_root_cause(error)}. {free / 2**30:.2f} GiB are free there. "
-            f"Newest checkpoint: {safe}. Free some space, or set checkpoint.keep lower or "
-            "output to another disk"
+            f"checkpoint {self._create_checkpoint_id(self._newest)} could not be saved: "
+            f"{_root_cause(error)}. {free / 2**20:,.1f} MiB are free there. Newest whole "
+            f"checkpoint: {newest}. Free some space and give the same command again, which "
+            f"{'starts anew' if newest == 'none' else 'goes on from it'}; or set a smaller "
+            "checkpoint.keep, or put output on another disk"
         )
 
-    def raise_if_failed(self) -> None:
-        """Raise the error of a background save as soon as there is one."""
-        if self.enable and self.save_future is not None and self.save_future.done():
-            self.maybe_wait_for_saving()
-
-    def _close(self) -> None:
-        self.maybe_wait_for_saving()
-        super()._close()
+    def _should_save(self, curr_step: int, last_step: bool = False) -> bool:
+        due = self.wanted or super()._should_save(curr_step, last_step)
+        return due and curr_step != self._newest
 
     def _find_load_step(self, folder: str = "") -> int:
         return max(saved_steps(folder or self.folder), default=-1)
@@ -109,25 +119,48 @@ class Checkpointer(CheckpointManager):
         if self._should_purge():
             # A save in flight is not counted: `keep` whole ones stay until it is whole too.
             for step in saved_steps(self.folder)[: -self.keep_latest_k]:
-                self._remove(self._create_checkpoint_id(step))
+                _remove(Path(self._create_checkpoint_id(step)))
 
-    def _remove(self, path: str) -> None:
-        doomed = path + DELETING
-        Path(path).rename(doomed)
-        shutil.rmtree(doomed)
+    def _close(self) -> None:
+        self.maybe_wait_for_saving()
+        self._purge_stale_checkpoints()
+        super()._close()
+
+    def __del__(self) -> None:
+        """Nothing: `close` is called where its errors are heard."""
 
 
-def _free_bytes(folder: Path) -> int:
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+class _WholeFolderWriter(FileSystemWriter):
+    """DCP's writer, which gives the folder its name when all ranks have written into it."""
+
+    def __init__(self, final: Path, run_config: str) -> None:
+        super().__init__(final.with_name(final.name + SAVING))
+        self._final, self._run_config = final, run_config
+
+    def finish(self, metadata: Any, results: Any) -> None:
+        """Called on one rank; what it raises is raised on all."""
+        super().finish(metadata, results)
+        temporary = Path(self.path)
+        (temporary / "config.toml").write_text(self._run_config)
+        if self._final.exists():
+            _remove(self._final)
+        temporary.rename(self._final)
+
+
+def _remove(folder: Path) -> None:
+    doomed = folder.with_name(folder.name + DELETING)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)  # what is left goes at the next start
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def _root_cause(error: BaseException) -> str:
     """The innermost message; DCP wraps what each rank raised."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        rank, (inner, _) = next(iter(failures.items()))
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (inner, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {_root_cause(inner)}"
     inner = error.__cause__ or error.__context__
     return _root_cause(inner) if inner is not None else f"{type(error).__name__}: {error}"

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
+from lowline.cola.accounting import Shape
 from lowline.cola.ranks import PROJECTIONS, Rank, resolve_ranks
 from lowline.train.data.sources import SourceConfig
 
@@ -83,7 +84,12 @@ class ModelConfig:
 
     def projection_shapes(self) -> dict[str, tuple[int, int]]:
         """(in, out) features of each of a block's seven projections."""
-        q, kv, d, f = self.n_heads * self.per_head, self.kv_heads * self.per_head, self.dim, self.ffn_dim
+        q, kv, d, f = (
+            self.n_heads * self.per_head,
+            self.kv_heads * self.per_head,
+            self.dim,
+            self.ffn_dim,
+        )
         shapes = [(d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d)]
         return dict(zip(PROJECTIONS, shapes, strict=True))
 
@@ -112,7 +118,9 @@ class TrainingConfig:
     steps: Positive
     seq_len: Positive
     global_batch_size: Positive  # sequences a step, over all ranks
-    local_batch_size: Positive | None = None  # sequences a forward pass of a rank; default: its share
+    local_batch_size: Positive | None = (
+        None  # sequences a forward pass of a rank; default: its share
+    )
     max_norm: Annotated[float, Field(gt=0)] = 1.0  # gradient clipping
     # Parameters and activations of the forward pass; the master copy and the reduction are fp32.
     precision: Literal["float32", "bfloat16"] = "bfloat16"
@@ -282,6 +290,26 @@ class RunConfig:
     def ranks(self) -> dict[str, int]:
         """The rank of each of a block's seven projections; 0 where it is dense."""
         return resolve_ranks(self.cola.rank, self.model.dim, self.model.projection_shapes())
+
+    def shape(self) -> Shape:
+        """The sizes on which parameters, FLOPs and memory depend."""
+        m = self.model
+        return Shape(
+            dim=m.dim,
+            n_layers=m.n_layers,
+            n_heads=m.n_heads,
+            n_kv_heads=m.kv_heads,
+            head_dim=m.per_head,
+            ffn_dim=m.ffn_dim,
+            vocab_size=m.vocab_size,
+            ranks=self.ranks(),
+            activation=self.cola.activation,
+            mlp_activation=m.mlp_activation,
+            bias=self.cola.bias,
+            grouped=self.cola.grouped,
+            qk_norm=m.qk_norm,
+            tie_embeddings=m.tie_embeddings,
+        )
 
     def local_batch_size(self, world_size: int) -> int:
         """Sequences a forward pass of one rank.

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,11 @@ class LlamaStateDictAdapter(StateDictAdapter):
 
     Args:
         model_config: the training body; asked only whether its embeddings are tied.
-        hf_assets_path: a directory whose safetensors index says which file a weight is saved to,
-            or None to save one file.
+        hf_assets_path: the run's tokenizer; no weights are looked for there.
     """
 
     def __init__(self, model_config: BaseModel.Config, hf_assets_path: str | None) -> None:
-        super().__init__(model_config, hf_assets_path)
+        super().__init__(model_config, None)
         self.tied: bool = getattr(model_config, "enable_weight_tying", False)
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def config_from_hf(
     if isinstance(source, PreTrainedConfig):
         hf, name = source, source.name_or_path or source.model_type
     else:
-        hf, name = _read_config(source, gguf_file), str(source)
+        hf, name = read_config(source, gguf_file), str(source)
     if hf.model_type not in ("llama", "mistral", "qwen3", "cola_llama"):
         raise _refusal(name, "model_type", hf.model_type, "llama, mistral, qwen3, cola_llama")
     window = _sliding_window(hf, name)
@@ -247,20 +247,24 @@ def check_same_model(source: str | Path, model: ModelConfig, cola: ColaConfig) -
     """That the weights of `source` fit a run's [model] and [cola] tables and mean the same there.
 
     What may differ is what no weight depends on: the longest context and how attention and memory
-    are handled.
+    are handled. Of the weights only the headers are read.
 
     Raises:
-        ValueError: names every key that differs with both values.
+        ValueError: names every key that differs, or every weight that does, with both values.
     """
-    their_model, their_cola = config_from_hf(source)
-    ours, theirs = _essence(model, cola), _essence(their_model, their_cola)
-    wrong = [f"{key} = {ours[key]} (run), {theirs[key]} (checkpoint)" for key in ours
-             if ours[key] != theirs[key]]  # fmt: skip
+    hf = read_config(source)
+    ours, theirs = _essence(model, cola), _essence(*config_from_hf(hf))
+    wrong = [
+        f"{key} = {ours[key]} (run), {theirs[key]} (checkpoint)"
+        for key in ours
+        if ours[key] != theirs[key]
+    ]
     if wrong:
         raise ValueError(
             f"{source} is another model than the configuration's: {'; '.join(wrong)}. "
             "Set these keys to the checkpoint's values"
         )
+    _check_fit({k: s for k, s, _ in _safetensors(hf_directory(source))}, hf, source)
 
 
 def _essence(model: ModelConfig, cola: ColaConfig) -> dict[str, Any]:
@@ -277,7 +281,12 @@ def _essence(model: ModelConfig, cola: ColaConfig) -> dict[str, Any]:
     return essence
 
 
-def _read_config(source: str | Path, gguf_file: str | None) -> PreTrainedConfig:
+def read_config(source: str | Path, gguf_file: str | None = None) -> PreTrainedConfig:
+    """The Hugging Face configuration of a directory, a hub id, or a GGUF file in one of them.
+
+    Raises:
+        ValueError: there is none.
+    """
     try:
         return AutoConfig.from_pretrained(source, gguf_file=gguf_file)
     except OSError as error:
@@ -381,7 +390,7 @@ def load_hf_state_dict(
         ValueError: an unsupported model; no safetensors; a weight that is missing, unexpected or
             of another shape, named with both shapes.
     """
-    hf = _read_config(source, gguf_file)
+    hf = read_config(source, gguf_file)
     model, _ = config_from_hf(hf)
     if gguf_file is not None:
         body = AutoModelForCausalLM.from_pretrained(
@@ -389,13 +398,10 @@ def load_hf_state_dict(
         )
         weights = body.state_dict()
     else:
-        weights = _read_safetensors(hf_directory(source))
-    weights = {k: v for k, v in weights.items() if not k.endswith("rotary_emb.inv_freq")}
-    expected = hf_shapes(hf)
-    if model.tie_embeddings:
-        weights.pop("lm_head.weight", None)
-    check_shapes({k: tuple(v.shape) for k, v in weights.items()}, expected, str(source))
-    return from_hf_names(weights, tied=model.tie_embeddings)
+        weights = {name: read() for name, _, read in _safetensors(hf_directory(source))}
+    _check_fit({name: tuple(weight.shape) for name, weight in weights.items()}, hf, source)
+    known = hf_shapes(hf)
+    return from_hf_names({k: weights[k] for k in known}, tied=model.tie_embeddings)
 
 
 def hf_shapes(hf: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
@@ -430,13 +436,22 @@ def check_shapes(
         )
 
 
-def _read_safetensors(directory: Path) -> dict[str, torch.Tensor]:
+def _check_fit(found: dict[str, tuple[int, ...]], hf: PreTrainedConfig, source: str | Path) -> None:
+    # Old checkpoints carry RoPE's frequencies, which are computed; some carry a tied head twice.
+    idle = {"lm_head.weight"} if hf.tie_word_embeddings else set()
+    idle |= {name for name in found if name.endswith("rotary_emb.inv_freq")}
+    found = {name: shape for name, shape in found.items() if name not in idle}
+    check_shapes(found, hf_shapes(hf), str(source))
+
+
+def _safetensors(
+    directory: Path,
+) -> Iterator[tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]]:
+    """Name, shape and, on demand, value of every weight in a directory's safetensors."""
     index = directory / "model.safetensors.index.json"
+    names = ["model.safetensors"]
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    weights: dict[str, torch.Tensor] = {}
     for name in names:
         if Path(name).name != name:
             raise ValueError(f"{index}: {name!r} is not the name of a file beside it")
@@ -446,5 +461,5 @@ def _read_safetensors(directory: Path) -> dict[str, torch.Tensor]:
                 "others with transformers: from_pretrained(...).save_pretrained(...)"
             )
         with safe_open(directory / name, framework="pt") as file:
-            weights |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    return weights
+            for key in file.keys():  # noqa: SIM118
+                yield key, tuple(file.get_slice(key).get_shape()), partial(file.get_tensor, key)

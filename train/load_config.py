@@ -154,7 +154,9 @@ def _fields(cls: Any, prefix: str) -> Iterator[tuple[str, str]]:
     hints = get_type_hints(cls)
     for f in dataclasses.fields(cls):
         kind = hints[f.name]
-        inner = next((t for t in (kind, *getattr(kind, "__args__", ())) if dataclasses.is_dataclass(t)), None)
+        inner = next(
+            (t for t in (kind, *getattr(kind, "__args__", ())) if dataclasses.is_dataclass(t)), None
+        )
         if inner is not None:
             yield from _fields(inner, f"{prefix}{f.name}.")
         else:

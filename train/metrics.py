@@ -176,7 +176,11 @@ class Metrics(MetricsProcessor):
     def log_evaluation(self, step: int, loss: float, tokens: int) -> None:
         """Record a held-out loss (nats a token)."""
         self.logger.log(
-            {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0)), "eval_tokens": tokens},
+            {
+                "eval_loss": loss,
+                "eval_perplexity": math.exp(min(loss, 700.0)),
+                "eval_tokens": tokens,
+            },
             step,
         )
         if self.is_writer:

@@ -166,7 +166,9 @@ def build_model_config(run: RunConfig) -> Llama.Config:
                 rope=_rope(m, max_seq_len),
             ),
             feed_forward=FeedForward.Config(
-                w1=linear(m.dim, m.ffn_dim), w3=linear(m.dim, m.ffn_dim), w2=linear(m.ffn_dim, m.dim)
+                w1=linear(m.dim, m.ffn_dim),
+                w3=linear(m.dim, m.ffn_dim),
+                w2=linear(m.ffn_dim, m.dim),
             ),
         )
 

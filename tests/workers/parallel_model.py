@@ -112,8 +112,18 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
+def shards_differ(parameter: nn.Parameter) -> bool:
+    """Whether each process of a data-parallel mesh holds values of its own."""
+    local = parameter.detach().to_local()
+    shards = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(shards, local)
+    return not torch.equal(shards[0], shards[1])
+
+
 class Collectives(TorchDispatchMode):
-    """Widest last dimension and elements moved, by collective."""
+    """Elements of activations put into each collective by this rank, and how wide they are."""
+
+    names = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single")
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,12 +131,12 @@ class Collectives(TorchDispatchMode):
         self.elements: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "_c10d_functional" and "wait" not in str(func):
-            self.widths.add(args[0].shape[-1])
-            name = func._opname
-            self.elements[name] = self.elements.get(name, 0) + args[0].numel()
         if any(issubclass(t, DTensor) for t in types):
-            return NotImplemented  # counted when DTensor comes back with local tensors
+            return NotImplemented  # it comes back with the local tensors
+        name = func._opname
+        if name in self.names and args[0].ndim == 3:  # weight gradients have fewer dimensions
+            self.widths.add(args[0].shape[-1])
+            self.elements[name] = self.elements.get(name, 0) + args[0].numel()
         return func(*args, **(kwargs or {}))
 
 
@@ -141,6 +151,7 @@ def compare(run: RunConfig, tensor: int, precision: str = "float32") -> dict[str
         for name, p in parts.named_parameters()
     )
     result["dtypes"] = sorted({str(p.dtype) for p in parts.parameters()})
+    result["shards differ"] = all(shards_differ(p) for p in parts.parameters() if p.ndim == 2)
     logits = whole(tokens, positions)
     loss = cross_entropy_loss(logits, labels)
     loss.backward()
@@ -155,6 +166,7 @@ def compare(run: RunConfig, tensor: int, precision: str = "float32") -> dict[str
     result["logits"] = relative(full(logits_part.detach()).float(), logits[mine].detach())
     result["logits dtype"] = str(logits_part.dtype)
     result["loss"] = abs(summed.item() / tensor - loss.item()) / loss.item()
+    result["gradient dtypes"] = sorted({str(p.grad.dtype) for p in parts.parameters()})
     result["gradients"] = {
         name: relative(full(p.grad), originals[name].grad) for name, p in parts.named_parameters()
     }
@@ -166,10 +178,10 @@ def traffic(run: RunConfig) -> dict[str, Any]:
     block = laid_out(run, dist.get_world_size()).layers["1"]
     mesh = block.attention_norm.weight.device_mesh
     x = torch.randn(BATCH, LENGTH, DIM, generator=torch.Generator().manual_seed(2))
-    x_part = distribute_tensor(x, mesh["tp"] if mesh.ndim > 1 else mesh, [Shard(1)])
+    x_part = distribute_tensor(x, mesh["tp"], [Shard(1)])
     x_part.requires_grad_()
     with Collectives() as forward:
-        y = block.forward(x_part)
+        y = block(x_part)
     with Collectives() as backward:
         y.backward(torch.ones_like(y))
     return {

@@ -3,16 +3,18 @@
 Two parts, each document from one of them:
 
 - `pydoc_data.topics`: what `help("keyword")` prints, one document a topic;
-- the standard library's source files, parsed and not imported: one document a module, with the
+- the standard library's source files, parsed and not imported: one document a module: the
   module's docstring, then `qualified.name(arguments)` and the docstring of every public or
   private class and function that has one.
 
-It is small, and the same wherever the same Python is. On CPython 3.11.7:
+It is small, and the same wherever the same Python is. With CPython 3.11.7 on Linux,
 
     python -m lowline.train.data.embedded
 
-prints @@NUMBERS@@. Reading it takes about 4 s, so it is kept as JSON in
-the user's cache directory ($XDG_CACHE_HOME or ~/.cache, lowline/), by Python version and place.
+prints 2.36 M characters in 558 documents (0.687 M tokens of the embedded tokenizer) for train and
+0.08 M characters in 26 documents (0.024 M tokens) for validation. Parsing takes about 5 s, so the
+text is kept as JSON in the user's cache directory ($XDG_CACHE_HOME or ~/.cache, then lowline/), by
+Python version and place.
 
 Left out: docstrings of modules written in C (reading them means importing), tests, the turtle
 demos and IDLE.

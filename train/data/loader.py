@@ -40,9 +40,10 @@ class LaneDataLoader(BaseDataLoader):
     """Yields ({"input": [b, T], "positions": [b, T]}, labels [b, T]), int64, for ever.
 
     Built by `config.build(dp_world_size=, dp_rank=, tokenizer=, seq_len=, local_batch_size=)`;
-    `source=` (an open source) takes the place of `config.source`, other arguments of torchtitan's
-    trainer are not needed. After a finite number of epochs rows are padding; `exhausted` tells
-    when nothing else is left on this rank. Iterating again goes on after the last whole step.
+    `documents=`, an open source, takes the place of `config.source`; what else torchtitan's
+    trainer passes is not needed. After a finite number of epochs rows are padding, and
+    `exhausted` tells when nothing else is left on this rank. Iterating again goes on after the
+    last whole step.
 
     Raises ValueError where the batch, the ranks and the workers do not divide.
     """
@@ -89,7 +90,7 @@ class LaneDataLoader(BaseDataLoader):
         tokenizer: Encoder,
         seq_len: int,
         local_batch_size: int,
-        source: Source | None = None,
+        documents: Source | None = None,
         **_: Any,
     ) -> None:
         lanes = config.global_batch_size
@@ -112,7 +113,7 @@ class LaneDataLoader(BaseDataLoader):
         """True once the step last begun held nothing but padding on this rank. It is this rank's
         word only: agree on it (all-reduce with MIN) before stopping."""
 
-        self._source = open_source(config.source) if source is None else source
+        self._source = open_source(config.source) if documents is None else documents
         self._order, self._tokenizer, self._seq_len = config.order(), tokenizer, seq_len
         self._local_batch, self._workers, self._prefetch = (
             local_batch_size,

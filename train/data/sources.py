@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from pydantic import ConfigDict
 
@@ -47,6 +47,7 @@ _ACCEPTED = (
     "compressed: .gz, .bz2, .xz, .zst), .parquet or .arrow"
 )
 _READ_AHEAD = 256  # rows taken at a time from a stream
+_CHUNK = 1 << 20  # bytes parsed at a time from a stream: every lane may have a shard open
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,9 +254,7 @@ def _open_files(files: list[str], config: SourceConfig) -> Source:
     options = {"sample_by": "document"} if kind == "text" else {}
     name = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     try:
-        dataset = datasets.load_dataset(
-            kind, data_files=files, split="train", streaming=config.streaming, **options
-        )
+        dataset = _load("train", config.streaming, kind, data_files=files, **options)
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         raise ValueError(
             f"cannot read {name} as {kind}: {error.__cause__ or error}. Mend or remove the file"
@@ -293,8 +292,6 @@ def _open_saved(directory: Path, config: SourceConfig) -> Source:
 
 
 def _open_hub(config: SourceConfig) -> Source:
-    import datasets
-
     assert isinstance(config.path, str)
     if Path(config.path).exists():
         raise ValueError(
@@ -303,11 +300,11 @@ def _open_hub(config: SourceConfig) -> Source:
         )
     name = f"{config.path} ({config.name or 'default'}, {config.split})"
     try:
-        dataset = datasets.load_dataset(
+        dataset = _load(
+            config.split,
+            config.streaming,
             config.path,
-            config.name,
-            split=config.split,
-            streaming=config.streaming,
+            name=config.name,
             revision=config.revision,
         )
     except (OSError, ValueError) as error:  # not there, no network, unknown name or split
@@ -318,6 +315,19 @@ def _open_hub(config: SourceConfig) -> Source:
             "files and use source.dataset = 'files'"
         ) from error
     return _wrap(dataset, config.text_key, name)
+
+
+def _load(
+    split: str, streaming: bool, path: str, **options: Any
+) -> "datasets.Dataset | datasets.IterableDataset":
+    import datasets
+
+    if not streaming:
+        return datasets.load_dataset(path, split=split, **options)
+    builder = datasets.load_dataset_builder(path, **options)
+    if hasattr(builder.config, "chunksize"):  # json, text; 10 MiB unless set
+        builder.config.chunksize = _CHUNK
+    return builder.as_streaming_dataset(split=split)
 
 
 def _wrap(

@@ -1,0 +1,35 @@
+# make demo   pretrain three small models and compare them      make test   the tests
+# make lint   ruff and mypy      make test-slow, make test-gpu  the marked tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The folders at the top (kernels/, train/, ...) must not shadow packages of those names.
+export PYTHONSAFEPATH := 1
+
+.PHONY: demo test test-slow test-gpu lint clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("lowline needs Python 3.11 or newer; set PYTHON=python3.x" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/lowline demo
+
+test: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+test-slow: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
+
+test-gpu: $(VENV)/installed
+	$(BIN)/pytest -m gpu
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p lowline
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,108 @@
+"""The wheel holds what a user needs, and our folders hide nobody else's packages."""
+
+import ast
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ORDER = ("kernels", "cola", "linearize", "train", "tools")  # each may import those before it
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # a build leaves files beside what it reads
+    skip = shutil.ignore_patterns(".*", "build", "dist", "outputs", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=skip)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    subprocess.run(
+        [*command, "--quiet", "--wheel-dir", str(folder), str(source)],
+        check=True,
+        env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+    )
+    return next(folder.glob("lowline-*.whl"))
+
+
+def test_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    for folder in ("kernels", "cola", "train", "configs", "tools"):
+        for path in (ROOT / folder).rglob("*.py"):
+            inner = path.relative_to(ROOT).as_posix()
+            assert f"lowline/{inner.removeprefix('tools/lowline/')}" in inside, path
+    for path in (ROOT / "configs").glob("*.toml"):
+        assert f"lowline/configs/{path.name}" in inside
+    assert "lowline/train/data/tokenizer/tokenizer.json" in inside
+    assert {name.split("/")[0].split("-")[0] for name in inside} == {"lowline"}
+
+
+def test_installed_wheel_imports_and_lists_its_configs(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = (
+        "import lowline, lowline.train.load_config as c, importlib.resources as r;"
+        "print(lowline.__file__);"
+        "print(c.load_config(str(r.files('lowline.configs') / 'demo_cola.toml')).cola.rank)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    location, rank = done.stdout.split()
+    assert Path(location).is_relative_to(tmp_path)
+    assert rank.isdigit()
+
+
+@pytest.mark.parametrize("name", ["kernels", "cola", "train", "configs", "tools"])
+def test_no_folder_is_importable_under_its_bare_name(name: str) -> None:
+    """transformers asks for a top-level `kernels`; under our launchers it must not find ours."""
+    code = f"import importlib.util as u; s = u.find_spec({name!r}); print(s and s.origin)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    assert str(ROOT) not in done.stdout
+    spec = importlib.util.find_spec(name)  # and so it is under pytest
+    assert spec is None or str(ROOT) not in str(spec.origin)
+
+
+@pytest.mark.parametrize("folder", ORDER)
+def test_imports_point_one_way(folder: str) -> None:
+    later = {f"lowline.{name}" for name in ORDER[ORDER.index(folder) + 1 :]}
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+                names += [f"{node.module}.{alias.name}" for alias in node.names]
+            wrong = [n for n in names if any(n == x or n.startswith(x + ".") for x in later)]
+            assert not wrong, f"{path}: {wrong}"
+
+
+def test_torchtitan_stays_in_train_and_one_file_of_cola() -> None:
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ORDER
+        for path in (ROOT / folder).rglob("*.py")
+        if any(
+            line.lstrip().startswith(("import torchtitan", "from torchtitan"))
+            for line in path.read_text().splitlines()
+        )
+    }
+    outside = {user for user in users if not user.startswith("train/")}
+    assert outside == {"cola/titan.py"}

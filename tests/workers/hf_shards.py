@@ -1,0 +1,48 @@
+"""hf_shards.py HF_DIRECTORY OUTPUT: load it into an FSDP model through the adapter, save with DCP."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from lowline.train.config import OptimizerConfig, RunConfig, TrainingConfig
+from lowline.train.device import prepare
+from lowline.train.hf import LlamaStateDictAdapter, config_from_hf
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+prepare()
+
+from lowline.train.model import build_model_config  # noqa: E402
+
+
+def main(source: str, output: str) -> None:
+    dist.init_process_group("gloo")
+    model, cola = config_from_hf(source)
+    run = RunConfig(
+        model=model,
+        cola=cola,
+        training=TrainingConfig(steps=1, seq_len=32, global_batch_size=2),
+        optimizer=OptimizerConfig(lr=1e-3),
+    )
+    config = build_model_config(run)
+    body = config.build()
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in body.layers.values():
+        fully_shard(layer, mesh=mesh)
+    fully_shard(body, mesh=mesh)
+    body.init_states()
+    adapter = LlamaStateDictAdapter(config, None)
+    state = adapter.to_hf(body.state_dict())
+    dcp.load(state, storage_reader=adapter.get_hf_storage_reader(source))
+    body.load_state_dict(adapter.from_hf(state))
+    shards = [w.to_local().numel() for w in body.parameters()]
+    assert sum(shards) < sum(w.numel() for w in body.parameters())
+    assert all(w.dtype == torch.float32 for w in body.parameters())
+    dcp.save(body.state_dict(), checkpoint_id=Path(output) / "checkpoint" / "step-1")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

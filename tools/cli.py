@@ -1,0 +1,68 @@
+"""The `lowline` command: one word a task, each a plain function that is imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+# words of the command -> (function, one line about it)
+COMMANDS = {
+    "train": ("lowline.train.__main__:main", "train a model from a TOML file (one process)"),
+    "configs": ("lowline.tools.configs:configs", "list the configurations that come with lowline"),
+    "export": ("lowline.tools.hf_commands:export", "checkpoint -> Hugging Face directory"),
+    "import": (
+        "lowline.tools.hf_commands:import_tables",
+        "print the TOML under which a Hugging Face checkpoint trains",
+    ),
+    "generate": ("lowline.tools.hf_commands:generate", "continue a prompt"),
+    "inspect cost": (
+        "lowline.tools.inspect_cost:inspect_cost",
+        "parameters, FLOPs and memory: dense, CoLA, CoLA-M, checkpointing",
+    ),
+    "inspect rank": (
+        "lowline.tools.inspect_rank:inspect_rank",
+        "effective rank of a model's activations, with a plot",
+    ),
+    "bench pretrain": (
+        "lowline.tools.bench_pretrain:bench_pretrain",
+        "time CoLA's blocks and the trainer against their limits",
+    ),
+    "demo": ("lowline.tools.demo:demo", "pretrain dense, CoLA and CoLA-M and compare them"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `lowline WORDS...`; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for words in (" ".join(arguments[:2]), " ".join(arguments[:1])):
+        if words in COMMANDS:
+            return _call(words, arguments[len(words.split()) :])
+    print("usage: lowline COMMAND [options]; `lowline COMMAND --help` for a command's options\n")
+    for words, (_, about) in COMMANDS.items():
+        print(f"  {words:16} {about}")
+    return 0 if not arguments or arguments[0] in ("-h", "--help") else 2
+
+
+def _call(words: str, arguments: list[str]) -> int:
+    module, _, name = COMMANDS[words][0].partition(":")
+    function = getattr(importlib.import_module(module), name)
+    if words == "train":  # its options are the keys of the configuration
+        return function(arguments)
+    import tyro
+
+    try:
+        result = tyro.cli(
+            function,
+            prog=f"lowline {words}",
+            args=arguments,
+            config=(tyro.conf.PositionalRequiredArgs,),
+        )
+    except (ValueError, OSError) as error:
+        print(f"lowline {words}: {error}", file=sys.stderr)
+        return 2
+    return result if isinstance(result, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

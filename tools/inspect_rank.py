@@ -1,0 +1,276 @@
+"""`lowline inspect rank`: how many directions a model's activations use.
+
+    lowline inspect rank HuggingFaceTB/SmolLM2-135M --plot rank.png --json rank.json
+    lowline inspect rank exported/ --which bottleneck
+
+For every projection of every layer, the effective rank r(α) of its activations on a text against
+their full dimension: the observation that low-rank pretraining starts from (`lowline.cola.analysis`
+has the definition). A table, and if asked for a plot and the numbers as JSON.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from json import dumps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowline.cola.analysis import ActivationRanks, Which, projections
+
+if TYPE_CHECKING:
+    import torch
+
+GRAM_BYTES = 2 << 30  # what the sums XᵀX of one pass over the text may take
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.(?:.*\.)?([^.]+)$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionRank:
+    """The effective rank of one projection's activations.
+
+    `layer` counts from 0; `rank` is at most `width`, the full dimension.
+    """
+
+    name: str
+    layer: int
+    projection: str
+    rank: int
+    width: int
+
+
+def inspect_rank(
+    checkpoint: str,
+    *,
+    text: Path | None = None,
+    tokens: int = 16384,
+    seq_len: int = 512,
+    alpha: float = 0.95,
+    which: Which = "output",
+    plot: Path | None = None,
+    json: Path | None = None,
+) -> list[ProjectionRank]:
+    """Show the effective rank of a model's activations per layer and projection.
+
+    Args:
+        checkpoint: A Hugging Face directory (exported by lowline or not), a hub id, or a GGUF file.
+        text: A UTF-8 text to run the model on; default: held-out English documentation of Python.
+        tokens: How many tokens of it; several times the widest activation, since n tokens show at
+            most n directions.
+        seq_len: Tokens the model sees at once.
+        alpha: The fraction of the activations' energy that the counted directions hold.
+        which: Activations to measure: each projection's "output" or "input", or "bottleneck", the
+            z = A·x of low-rank layers.
+        plot: A PNG, PDF or SVG file to draw rank / full dimension in.
+        json: A file for the numbers.
+
+    Returns:
+        One entry a projection, in the model's order.
+
+    Raises:
+        ValueError: no such model or text, a text of fewer tokens, or a number out of its range.
+    """
+    for name, value in (("tokens", tokens), ("seq_len", seq_len)):
+        if value < 1:
+            raise ValueError(f"{name} = {value}; at least 1")
+    if not 0.0 < alpha < 1.0:
+        raise ValueError(f"alpha = {alpha}; the fraction of energy lies between 0 and 1")
+    if plot is not None and plot.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"plot = {plot}; its name ends in .png, .pdf or .svg")
+    model, tokenizer = load_model(checkpoint)
+    rows = token_rows(tokenizer, read_text(text), tokens, seq_len)
+    ranks = measure(model, rows, alpha, which)
+    print_table(ranks, tokens, alpha, which)
+    if json is not None:
+        report = {
+            "checkpoint": checkpoint,
+            "text": "embedded" if text is None else str(text),
+            "tokens": tokens,
+            "seq_len": seq_len,
+            "alpha": alpha,
+            "which": which,
+            "projections": [asdict(rank) for rank in ranks],
+        }
+        write_whole(json, lambda path: path.write_text(dumps(report, indent=1) + "\n"))
+    if plot is not None:
+        figure = draw(ranks, alpha, which)
+        write_whole(plot, lambda path: figure.savefig(path, format=plot.suffix[1:], dpi=150))
+    return ranks
+
+
+def load_model(checkpoint: str) -> tuple[Any, Any]:
+    """A causal language model in fp32 on the best device, and its tokenizer.
+
+    Raises:
+        ValueError: there is no such model, or transformers cannot read it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lowline.cola.hf import register
+
+    register()
+    source, options = checkpoint, {}
+    if checkpoint.endswith(".gguf"):
+        source, file = os.path.split(checkpoint)
+        source, options = source or ".", {"gguf_file": file}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ImportError) as error:
+        raise ValueError(
+            f"{checkpoint}: no Hugging Face directory, hub id or GGUF file that can be read "
+            f"(working directory {Path.cwd()}); a training checkpoint becomes one with "
+            f"`lowline export`: {error}"
+        ) from None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.eval().to(device), tokenizer
+
+
+def read_text(path: Path | None) -> Iterator[str]:
+    """The documents to run on: a file as one, or the embedded held-out ones."""
+    if path is None:
+        from lowline.train.data.embedded import embedded_documents
+
+        yield from embedded_documents("validation")
+        yield from embedded_documents("train")  # where a large model asks for more
+        return
+    try:
+        yield path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"text = {path}; a UTF-8 text file that can be read: {error}") from None
+
+
+def token_rows(
+    tokenizer: Any, documents: Iterator[str], tokens: int, seq_len: int
+) -> list[torch.Tensor]:
+    """Exactly `tokens` tokens as rows of (1, seq_len), the last one shorter.
+
+    Raises:
+        ValueError: the documents have fewer tokens.
+    """
+    import torch
+
+    ids: list[int] = []
+    for document in documents:
+        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= tokens:
+            return list(torch.tensor([ids[:tokens]]).split(seq_len, dim=1))
+    raise ValueError(f"the text has {len(ids)} tokens; give more text or tokens = {len(ids)}")
+
+
+def measure(
+    model: torch.nn.Module, rows: list[torch.Tensor], alpha: float, which: Which
+) -> list[ProjectionRank]:
+    """Run the rows through the model, in as many passes as the d x d sums need memory for."""
+    import torch
+
+    ranks: dict[str, int] = {}
+    widths: dict[str, int] = {}
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        for names in passes(model, which):
+            with ActivationRanks(model, which, names) as seen:
+                for row in rows:
+                    model(row.to(device), use_cache=False)
+            ranks |= seen.ranks(alpha)
+            widths |= seen.widths()
+    return [
+        ProjectionRank(name=name, **_position(name), rank=ranks[name], width=widths[name])
+        for name in ranks
+    ]
+
+
+def passes(model: torch.nn.Module, which: Which) -> Iterator[list[str] | None]:
+    """Names to watch together, whose sums fit into `GRAM_BYTES`; None is all of them."""
+    if which == "bottleneck":  # r wide: small, and only low-rank layers have them
+        yield None
+        return
+    names: list[str] = []
+    used = 0
+    for name, module in projections(model).items():
+        width = module.out_features if which == "output" else module.in_features
+        size = 8 * int(width) ** 2  # type: ignore[arg-type]
+        if names and used + size > GRAM_BYTES:
+            yield names
+            names, used = [], 0
+        names.append(name)
+        used += size
+    yield names
+
+
+def _position(name: str) -> dict[str, Any]:
+    match = _LAYER.search(name)
+    assert match is not None, name  # `projections` lists nothing else
+    return {"layer": int(match[1]), "projection": match[2]}
+
+
+def print_table(ranks: list[ProjectionRank], tokens: int, alpha: float, which: Which) -> None:
+    """One row a layer, one column a projection: rank and its share of the full dimension."""
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = list(dict.fromkeys(r.projection for r in ranks))
+    cell = {(r.layer, r.projection): f"{r.rank} ({r.rank / r.width:.0%})" for r in ranks}
+    widths = {r.projection: r.width for r in ranks}
+    table = Table(title=f"effective rank of the {which} at α = {alpha}, {tokens} tokens")
+    table.add_column("layer", justify="right")
+    for column in columns:
+        table.add_column(f"{column}\nof {widths[column]}", justify="right")
+    for layer in sorted({r.layer for r in ranks}):
+        table.add_row(str(layer), *(cell.get((layer, column), "") for column in columns))
+    means = [[r.rank / r.width for r in ranks if r.projection == column] for column in columns]
+    table.add_section()
+    table.add_row("mean", *(f"{sum(m) / len(m):.0%}" for m in means))
+    console = Console()
+    console.print(table)
+    widest = max(widths.values())
+    if tokens < 4 * widest:
+        console.print(
+            f"{tokens} tokens show at most {tokens} directions: for activations {widest} wide, "
+            f"ranks grow until about --tokens {4 * widest}"
+        )
+
+
+def draw(ranks: list[ProjectionRank], alpha: float, which: Which) -> Any:
+    """Effective rank over full dimension, a line a projection over the layers."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for projection in dict.fromkeys(r.projection for r in ranks):
+        line = [r for r in ranks if r.projection == projection]
+        axes.plot(
+            [r.layer for r in line],
+            [r.rank / r.width for r in line],
+            marker="o",
+            markersize=3.5,
+            linewidth=1.4,
+            label=f"{projection} ({line[0].width})",
+        )
+    axes.axhline(1.0, color="0.6", linestyle="--", linewidth=1.0)
+    axes.set_ylim(0, 1.05)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("layer")
+    axes.set_ylabel("effective rank / full dimension")
+    axes.set_title(f"Directions that hold {alpha:.0%} of the energy of each {which}")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(title=f"{which} (dimension)", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under a temporary name and rename it: it is complete or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
