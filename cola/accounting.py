@@ -37,7 +37,7 @@ _SAVED_BY_ACTIVATION = {"silu": 2, "gelu": 2, "relu": 1, "identity": 1}
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The sizes that cost depends on. `ranks` gives every projection's rank, 0 where it is dense."""
+    """The sizes that cost depends on; `ranks` is by projection, 0 where one is dense."""
 
     dim: int
     n_layers: int
@@ -115,9 +115,7 @@ def parameters(shape: Shape) -> Parameters:
     )
 
 
-def training_flops(
-    *, matrix_parameters: int, n_layers: int, query_width: int, seq_len: int
-) -> int:
+def training_flops(*, matrix_parameters: int, n_layers: int, query_width: int, seq_len: int) -> int:
     """FLOPs a token of forward + backward, 6 a matrix parameter and the attention's 12·n·d a layer.
 
     `matrix_parameters` are those a token is multiplied by: not the embedding, norms and biases, but
@@ -164,8 +162,8 @@ def recomputed_flops_per_token(
 class Saved:
     """Elements a token that stay alive until the backward pass.
 
-    `elements` are of the run's compute type, `fp32` are single precision in every run: statistics of
-    norms and softmax, the rotary table's rows.
+    `elements` are of the run's compute type, `fp32` are single precision in every run: statistics
+    of norms and softmax, the rotary table's rows.
     """
 
     elements: float = 0.0
@@ -235,6 +233,23 @@ def saved_by_head(shape: Shape, *, device: Device = "cuda", tp: int = 1) -> Save
     return gathered + _saved_by_norm(shape.dim, device, tp)
 
 
+def saved_by_model(
+    shape: Shape,
+    policy: Policy,
+    *,
+    device: Device = "cuda",
+    positions: bool = True,
+    tp: int = 1,
+) -> Saved:
+    """What the whole model keeps, a token, without the loss and the mask of masked attention."""
+    saved = saved_by_head(shape, device=device, tp=tp)
+    for layer in range(shape.n_layers):
+        saved += saved_by_block(
+            shape, policy, layer=layer, device=device, positions=positions, tp=tp
+        )
+    return saved
+
+
 def recomputed_at_once(
     shape: Shape, policy: Policy, *, device: Device = "cuda", positions: bool = True, tp: int = 1
 ) -> Saved:
@@ -247,9 +262,7 @@ def recomputed_at_once(
     activated = _SAVED_BY_ACTIVATION[shape.activation] - 1
     q, k, ranks = shape.query_width, shape.key_width, shape.ranks
     wide = 4 if shape.mlp_activation == "silu" else 3
-    mlp = Saved(
-        elements=activated * (ranks["gate"] + ranks["up"]) + wide * shape.ffn_dim / tp
-    )
+    mlp = Saved(elements=activated * (ranks["gate"] + ranks["up"]) + wide * shape.ffn_dim / tp)
     attention = Saved(
         elements=activated * (ranks["q"] + ranks["k"] + ranks["v"]) + (2 * q + 2 * k) / tp,
         fp32=shape.n_heads / tp + (2 * shape.head_dim if positions else 0),

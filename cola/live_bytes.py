@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Context manager; `now()` while inside or afterwards, and `peak`, the most seen at any operator.
+    """Context manager: `now()`, and `peak`, the most that any operator left alive.
 
     Args:
         count: tensors made earlier that belong to the sum, such as parameters.

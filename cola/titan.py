@@ -16,11 +16,18 @@ cut at the bottleneck pre-activations z = A·x into pieces, each a function of w
     σ, B_down, + h                       z_down (r)          σ
 
 CoLA-M checkpoints every piece; CoLA runs the same pieces plainly. The graph is the same, so the
-gradients are equal to the last bit in a deterministic precision. torch stops a recomputation at the
-last tensor the backward pass needs, which is the input of the closing A: no A runs twice.
+gradients are equal to the last bit in a deterministic precision. No A runs twice: torch stops a
+recomputation at the last tensor the backward pass needs, which is the input of the closing GEMM,
+and where several A's close a piece their outputs, which are kept anyway, stand in for the earlier.
 
-With r = d/4 and ffn = 8d/3 that keeps 3.75nd elements a layer for n tokens and recomputes 16.7ndr
-FLOPs beside the attention; every second layer also keeps v, which makes it 4.25nd and 15.7ndr.
+For n tokens that keeps 2nd + 7nr elements a layer and recomputes 6nrd + 4nr·ffn FLOPs beside the
+attention; every second layer keeps v too, which trades 2nrd FLOPs for nd elements. At r = d/4 and
+ffn = 2.69d, the average over two layers (tests/test_cola_memory.py counts them):
+
+                                kept between the passes     recomputed
+    CoLA                        24.3nd on a CPU             nothing
+    CoLA-M                      4.25nd                      15.75ndr + attention
+    a checkpoint a block        1nd                         38.1ndr + attention
 """
 
 from __future__ import annotations
@@ -34,7 +41,11 @@ import spmd_types as spmd
 import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 from torchtitan.models.common import Linear
 from torchtitan.models.common.attention import BaseQKVLinear, GQAttention, local_head_split
 from torchtitan.models.common.decoder_sharding import (
@@ -58,7 +69,10 @@ from lowline.kernels.low_rank import grouped_linear
 
 Memory = Literal["cola", "cola-m"]
 
-_GEMMS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+_keeping_gemms = partial(
+    create_selective_checkpoint_contexts,
+    [torch.ops.aten.mm.default, torch.ops.aten.addmm.default],
+)
 
 
 class TitanLowRankLinear(LowRankLinear, Module):
@@ -142,13 +156,12 @@ class ColaBlock(Llama3TransformerBlock):
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         run = _recomputed if self.memory == "cola-m" and torch.is_grad_enabled() else _plain
-        enter = _entered if run is _recomputed else _plain
-        z_q, z_k, v = enter(self._enter_attention, x_BLD)
+        z_q, z_k, v = run(self._enter_attention, x_BLD, keep_gemms=self.qkv_entry is None)
         if self.keep_v:
             v = run(self._expand_v, v)
         z_o = run(partial(self._attend, attention_masks, positions), z_q, z_k, v)
         h_BLD = run(self._leave_attention, x_BLD, z_o)
-        z_gate, z_up = enter(self._enter_mlp, h_BLD)
+        z_gate, z_up = run(self._enter_mlp, h_BLD, keep_gemms=self.mlp_entry is None)
         z_down = run(self._mlp, z_gate, z_up)
         return run(self._leave_mlp, h_BLD, z_down)
 
@@ -202,23 +215,21 @@ class ColaBlock(Llama3TransformerBlock):
         return h_BLD + _expand(self.feed_forward.w2, z_down)
 
 
-def _plain(piece: Callable, *kept: torch.Tensor) -> Any:
+def _plain(piece: Callable, *kept: torch.Tensor, keep_gemms: bool = False) -> Any:
     return piece(*kept)
 
 
-def _recomputed(piece: Callable, *kept: torch.Tensor) -> Any:
-    """Run a piece so that the backward pass finds only its arguments and computes the rest anew."""
-    return checkpoint(piece, *kept, use_reentrant=False, preserve_rng_state=False)
+def _recomputed(piece: Callable, *kept: torch.Tensor, keep_gemms: bool = False) -> Any:
+    """Run a piece so that the backward pass finds only its arguments and computes the rest anew.
 
-
-def _entered(piece: Callable, *kept: torch.Tensor) -> Any:
-    """`_recomputed` for a piece whose GEMMs make what is kept anyway: none of them runs twice."""
+    `keep_gemms`: the piece's GEMMs make nothing but its results, so none of them is run again.
+    """
     return checkpoint(
         piece,
         *kept,
         use_reentrant=False,
         preserve_rng_state=False,
-        context_fn=partial(create_selective_checkpoint_contexts, _GEMMS),
+        context_fn=_keeping_gemms if keep_gemms else noop_context_fn,
     )
 
 
@@ -285,9 +296,14 @@ class ColaConverter(ModelConfigConverter):
             mlp_activation=c.mlp_activation,
             memory=c.memory,
             keep_v=layer % 2 == 1,
-            qkv_entry=GroupedEntry.Config() if c.grouped else None,
-            mlp_entry=GroupedEntry.Config() if c.grouped else None,
+            qkv_entry=self._group("q", "k", "v"),
+            mlp_entry=self._group("gate", "up"),
         )
+
+    def _group(self, *names: str) -> GroupedEntry.Config | None:
+        """One GEMM for these projections' A's, where each of them has one."""
+        low_rank = all(self.config.ranks[name] > 0 for name in names)
+        return GroupedEntry.Config() if self.config.grouped and low_rank else None
 
     def _convert_linear(self, linear: Linear.Config, rank: int) -> Module.Config:
         if rank == 0:
@@ -333,10 +349,10 @@ def set_cola_sharding(block: ColaBlock.Config) -> None:
 
     Outside the pieces a rank holds a part of the sequence, and what the block keeps, x, h and every
     z, is that part. A of q, k, v, gate, up and σ run on it; σ(z) is gathered to the whole sequence
-    and B is split by output feature. A of o and down is split by input feature; its partial sums are
-    reduced to a part of the sequence *before* σ, and B runs on that part. So everything sent is r
-    wide, 7r elements a token and direction where the dense block sends 4d (BOOST, 2512.12131);
-    CoLA-M gathers its 5r once more in the backward pass.
+    and B is split by output feature. A of o and down is split by input feature; its partial sums
+    are reduced to a part of the sequence *before* σ, and B runs on that part. So everything sent is
+    r wide, 7r elements a token and direction where the dense block sends 4d (BOOST, 2512.12131);
+    CoLA-M gathers 5r once more in the backward pass.
     """
     part, whole = dense_sequence_parallel_placement(), dense_activation_placement(tp=spmd.R)
     gathered = replace(

@@ -6,21 +6,19 @@ import dataclasses
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
 from lowline.cola.accounting import (
     Shape,
     flops_per_token,
     parameters,
-    recomputed_at_once,
     recomputed_flops_per_token,
     saved_by_block,
-    saved_by_head,
+    saved_by_model,
 )
 from lowline.cola.live_bytes import LiveBytes
 from lowline.cola.ranks import PROJECTIONS
-from lowline.train.attention import document_mask
 from lowline.train.config import (
     ColaConfig,
     ModelConfig,
@@ -28,7 +26,7 @@ from lowline.train.config import (
     RunConfig,
     TrainingConfig,
 )
-from lowline.train.dry_run import shape_of
+from lowline.train.memory import shape_of
 from lowline.train.model import build_model_config
 
 B, L = 2, 32
@@ -100,7 +98,11 @@ CASES = {
     "cola-m": ("cola-m", COLA_M, {}),
     "cola-m, grouped": ("cola-m", {**COLA_M, "grouped": True}, {}),
     "cola-m, grouped queries": ("cola-m", COLA_M, {"n_kv_heads": 2}),
-    "cola-m, ranks": ("cola-m", {**COLA_M, "rank": dict(zip(PROJECTIONS, range(8, 64, 8)))}, {}),
+    "cola-m, ranks": (
+        "cola-m",
+        {**COLA_M, "rank": dict(zip(PROJECTIONS, range(8, 64, 8), strict=True))},
+        {},
+    ),
     "dense, whole block": ("full", {}, {}),
     "cola, whole block": ("full", LOW_RANK, {}),
     "dense, selective": ("selective", {}, {}),
@@ -133,7 +135,9 @@ def test_parameters_are_the_models(case: tuple[str, RunConfig], tied: bool) -> N
         model = config.build()
     expected = parameters(shape_of(run))
     assert sum(p.numel() for p in model.parameters()) == expected.total
-    bottleneck = sum(p.numel() for name, p in model.named_parameters() if ".A." in name or ".B." in name)
+    bottleneck = sum(
+        p.numel() for name, p in model.named_parameters() if ".A." in name or ".B." in name
+    )
     assert bottleneck == expected.low_rank
     assert config.get_nparams_and_flops(model, L) == (
         expected.total,
@@ -154,11 +158,111 @@ def test_published_flop_formulas() -> None:
         )
 
 
+def _attention_flops(
+    q_shape: tuple, k_shape: tuple, v_shape: tuple, *args: object, **_: object
+) -> int:
+    return sdpa_flop_count(q_shape, k_shape, v_shape)
+
+
 def counted_flops(run: RunConfig, policy: str) -> tuple[int, int]:
-    """(forward, backward) FLOPs a token of the model as torch counts them."""
+    """(forward, backward) FLOPs a token as torch counts them, without attention's own backward.
+
+    torch's counter does not know the CPU's attention; its forward is given to it here.
+    """
+    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     model, (tokens, positions) = build(run, policy), batch(documents=1)
-    with FlopCounterMode(display=False) as forward:
+    with FlopCounterMode(display=False, custom_mapping=attention) as forward:
         out = model(tokens, positions=positions)
-    with FlopCounterMode(display=False) as backward:
+    with FlopCounterMode(display=False, custom_mapping=attention) as backward:
         out.sum().backward()
     return forward.get_total_flops() // (B * L), backward.get_total_flops() // (B * L)
+
+
+def test_flops_are_torchs_count(case: tuple[str, RunConfig]) -> None:
+    policy, run = case
+    shape = shape_of(run)
+    total = flops_per_token(shape, L)
+    attention = 4 * shape.n_layers * shape.query_width * L
+    forward, backward = counted_flops(run, policy)
+    assert forward == total // 3
+    recomputed = recomputed_flops_per_token(shape, L, policy, "cpu")  # type: ignore[arg-type]
+    assert backward == 2 * (total // 3 - attention) + recomputed
+
+
+def test_cola_m_recomputes_what_is_wide() -> None:
+    """At r = d/4 and ffn = 8d/3: at most 16ndr FLOPs beside attention, 4.3nd elements a layer."""
+    shape = dataclasses.replace(
+        published("1b"), ffn_dim=5461, ranks=dict.fromkeys(PROJECTIONS, 512)
+    )
+    d, r, layers = shape.dim, 512, shape.n_layers
+    attention = layers * 4 * d * 256
+    redone = recomputed_flops_per_token(shape, 256, "cola-m") - attention
+    assert 15.6 * d * r < redone / layers <= 16 * d * r
+    kept = [saved_by_block(shape, "cola-m", layer=layer).elements for layer in range(layers)]
+    assert sum(kept) / layers == 4.25 * d
+    assert saved_by_block(shape, "full").elements == d
+
+
+@pytest.mark.parametrize("documents", [1, 2])
+def test_saved_activations_are_what_stays_alive(
+    case: tuple[str, RunConfig], documents: int
+) -> None:
+    policy, run = case
+    model, (tokens, positions) = build(run, policy), batch(documents)
+    with LiveBytes(ignore=[*model.parameters(), *model.buffers()]) as alive:
+        logits = model(tokens, positions=positions)
+        kept = alive.now()
+    mask = 0 if documents == 1 else B * L * L * 4
+    assert kept == alive_bytes(run, policy, logits, mask)
+
+
+def test_saved_activations_in_bf16() -> None:
+    for policy, cola in (("all", {}), ("all", LOW_RANK), ("cola-m", COLA_M), ("full", LOW_RANK)):
+        run = small_run(cola)
+        model, (tokens, positions) = build(run, policy).bfloat16(), batch(documents=2)
+        for layer in model.layers.values():
+            layer.attention.rope.cache = layer.attention.rope.cache.float()
+        with LiveBytes(ignore=[*model.parameters(), *model.buffers()]) as alive:
+            logits = model(tokens, positions=positions)
+            kept = alive.now()
+        assert kept == alive_bytes(run, policy, logits, mask=B * L * L * 2)
+
+
+def alive_bytes(run: RunConfig, policy: str, logits: torch.Tensor, mask: int) -> int:
+    saved = saved_by_model(shape_of(run), policy, device="cpu")  # type: ignore[arg-type]
+    return round(B * L * saved.bytes(logits.element_size())) + logits.nbytes + mask
+
+
+def test_without_positions_the_rotary_table_is_shared() -> None:
+    run = small_run(LOW_RANK)
+    model, (tokens, _) = build(run), batch(documents=1)
+    with LiveBytes(ignore=[*model.parameters(), *model.buffers()]) as alive:
+        logits = model(tokens)
+        kept = alive.now()
+    saved = saved_by_model(shape_of(run), "all", device="cpu", positions=False)
+    assert kept == B * L * saved.bytes(4) + logits.nbytes
+
+
+def test_ranks_name_every_projection() -> None:
+    with pytest.raises(ValueError, match="exactly .*'gate'.*0 where"):
+        dataclasses.replace(published("60m"), ranks={"q": 8})
+
+
+def test_live_bytes_forgets_what_is_freed_and_counts_views_once() -> None:
+    weight = torch.ones(10)
+    with LiveBytes(count=[weight]) as alive:
+        a = torch.zeros(100)
+        view = a[10:].reshape(9, 10)
+        assert alive.now() == 440
+        del a
+        assert alive.now() == 440  # the view holds it
+        doubled = view * 2
+        del view
+        assert alive.now() == 400
+        doubled.untyped_storage().resize_(0)
+        assert alive.now() == 40
+        assert alive.peak == 40 + 400 + 360
+    with LiveBytes(ignore=[weight]) as alive:
+        turned = weight.reshape(5, 2).t()
+        assert alive.now() == 0
+        assert turned.shape == (2, 5)

@@ -1,9 +1,11 @@
 """Effective rank: the definition, and that a model is watched where it claims to be."""
 
+import json
 import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,9 +152,8 @@ def test_recomputation_in_a_backward_pass_changes_nothing(tokens_BL):
 def test_hugging_face_body_gives_the_same_ranks(tokens_BL):
     from transformers import AutoModelForCausalLM
 
-    from lowline.cola.hf import register
+    import lowline.cola.hf  # noqa: F401  (registers cola_llama)
 
-    register()
     run, model = run_config(), build()
     body = AutoModelForCausalLM.from_config(config_to_hf(run.model, run.cola, max_seq_len=32))
     body.load_state_dict(to_hf_names(model.state_dict(), tied=False))
@@ -337,3 +338,80 @@ def test_two_processes(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-9000:]
     assert result.stdout.count("ok") == 2
+
+
+# ------------------------------------------------------------------------------- lowline inspect
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A tiny CoLA model and the embedded tokenizer as a Hugging Face directory."""
+    from transformers import AutoModelForCausalLM
+
+    import lowline.cola.hf  # noqa: F401  (registers cola_llama)
+    from lowline.train.data.tokenizer import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("exported")
+    tokenizer = load_tokenizer("embedded")
+    run = run_config()
+    config = config_to_hf(run.model, run.cola, max_seq_len=64)
+    config.vocab_size = len(tokenizer.hf)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.hf.save_pretrained(folder)
+    return str(folder)
+
+
+def test_inspect_rank(exported, tmp_path, capsys, monkeypatch):
+    from lowline.tools import inspect_rank as command
+
+    text = tmp_path / "text.txt"
+    text.write_text("A list is a sequence of objects, a tuple cannot change. " * 40)
+    options = dict(text=text, tokens=300, seq_len=64)
+    report, plot = tmp_path / "out" / "rank.json", tmp_path / "rank.png"
+    ranks = command.inspect_rank(exported, **options, json=report, plot=plot)
+    assert [(r.layer, r.projection, r.width) for r in ranks[:7]] == [
+        (0, "q_proj", 64), (0, "k_proj", 32), (0, "v_proj", 32), (0, "o_proj", 64),
+        (0, "gate_proj", 96), (0, "up_proj", 96), (0, "down_proj", 64),
+    ]  # fmt: skip
+    assert all(0 < r.rank <= RANK for r in ranks)  # B has r columns
+    saved = json.loads(report.read_text())
+    assert saved["tokens"] == 300 and saved["alpha"] == 0.95 and saved["which"] == "output"
+    assert saved["projections"][0] == vars(ranks[0])
+    assert plot.read_bytes().startswith(b"\x89PNG") and len(plot.read_bytes()) > 10_000
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "rank.png", "text.txt"]
+    printed = capsys.readouterr().out
+    assert "gate_proj" in printed and "until about --tokens 384" in printed
+    # In several passes over the text, for want of memory: the same.
+    monkeypatch.setattr(command, "GRAM_BYTES", 8 * 64**2)
+    assert command.inspect_rank(exported, **options) == ranks
+    into = command.inspect_rank(exported, **options, which="input")
+    assert [r.width for r in into[:7]] == [64] * 6 + [96]
+    assert len({r.rank for r in into[:3]}) == 1  # q, k and v read one input
+    z = command.inspect_rank(exported, **options, which="bottleneck", alpha=0.5)
+    assert {r.width for r in z} == {RANK} and all(r.rank < RANK for r in z)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": 0}, "tokens = 0"),
+        ({"seq_len": 0}, "seq_len = 0"),
+        ({"alpha": 1.5}, r"alpha = 1\.5"),
+        ({"plot": Path("rank.gif")}, r"rank\.gif"),
+        ({"text": Path("no-such-text")}, "no-such-text"),
+        ({"tokens": 10**6, "text": Path(__file__)}, "the text has .* tokens; give more text"),
+    ],
+)
+def test_inspect_rank_refuses(exported, options, message):
+    from lowline.tools.inspect_rank import inspect_rank
+
+    with pytest.raises(ValueError, match=message):
+        inspect_rank(exported, **options)
+
+
+def test_inspect_rank_without_a_model(tmp_path):
+    from lowline.tools.inspect_rank import inspect_rank
+
+    with pytest.raises(ValueError, match="lowline export"):
+        inspect_rank(str(tmp_path))

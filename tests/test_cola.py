@@ -286,15 +286,26 @@ def plain_rope(x_BLNH: torch.Tensor, positions_BL: torch.Tensor, theta: float) -
     return torch.cat([turned.real, turned.imag], dim=-1)
 
 
-def give_exact_rope(block: nn.Module, theta: float) -> None:
-    """Exchange the block's fp32 table of cosines and sines for the same in fp64."""
-    rope = block.attention.rope
-    length, width = rope.cache.shape
-    frequency = theta ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angle = torch.outer(torch.arange(length), frequency).repeat(1, 2)
-    exact = torch.cat([angle.cos(), angle.sin()], dim=1)
-    torch.testing.assert_close(rope.cache.double(), exact, rtol=0, atol=1e-5)
-    rope.cache = exact
+class ExactRope(nn.Module):
+    """Stands in for torchtitan's, which rounds to fp32 (tested against the same formula below)."""
+
+    def __init__(self, theta: float) -> None:
+        super().__init__()
+        self.theta = theta
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return plain_rope(q, positions, self.theta), plain_rope(k, positions, self.theta)
+
+
+def test_rope_is_the_formula() -> None:
+    rope = build(run_config({"rope_theta": 500.0})).layers["0"].attention.rope
+    positions = torch.tensor([[0, 1, 2, 0, 1], [7, 8, 9, 10, 15]])
+    q, k = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8)
+    for actual, x in zip(rope(q, k, positions), (q, k), strict=True):
+        expected = plain_rope(x.double(), positions, 500.0)
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def plain_block(
@@ -349,7 +360,7 @@ def test_block_is_the_formula(case: str, layer: str) -> None:
     """Output and every gradient in fp64 against plain arithmetic; layer 1 is the one keeping v."""
     run = run_config(*BLOCKS[case])
     block = build(run).layers[layer].double()
-    give_exact_rope(block, run.model.rope_theta)
+    block.attention.rope = ExactRope(run.model.rope_theta)
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter in block.parameters():  # norms at 1 and biases at 0 would hide mistakes

@@ -250,7 +250,7 @@ def measure(
 @pytest.mark.parametrize("grouped", [False, True], ids=["separate", "grouped"])
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_cola_m_at_the_published_shapes(size: str, grouped: bool) -> None:
-    """Kept <= 4.3nd and recomputed <= 16ndr; and exactly what the docstring of the block derives."""
+    """Kept <= 4.3nd, recomputed <= 16ndr: exactly what the docstring of the block derives."""
     dim, ffn, rank, _ = PUBLISHED[size]
     length = 64
     tokens = 2 * length
@@ -273,7 +273,7 @@ def test_the_counts_hold_on_a_real_device() -> None:
 
 
 def test_what_cola_and_whole_block_checkpointing_cost() -> None:
-    """The other rows of the comparison: CoLA 24.3nd kept, whole blocks 1nd kept, 38ndr more work."""
+    """Beside it: CoLA keeps 24.3nd; whole-block checkpointing 1nd, for 38ndr more work."""
     run = run_config(PUBLISHED["60m"], length=64)
     plain = measure(run, "cpu")
     # x, h and each one's norm twice, q, k, v, attention: 10d; 4 ffn; z and σ(z): 14r; scraps.

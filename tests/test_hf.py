@@ -32,6 +32,7 @@ from lowline.train.device import prepare
 prepare()
 
 from lowline.train import hf as train_hf  # noqa: E402
+from lowline.train import hf_names  # noqa: E402
 from lowline.train.model import build_model_config  # noqa: E402
 
 SEQ_LEN = 32
@@ -142,7 +143,7 @@ def test_trained_model_has_equal_logits_in_transformers(name):
     body = training_body(model, cola)
     config = train_hf.config_to_hf(model, cola, max_seq_len=64)
     theirs = AutoModelForCausalLM.from_config(config).eval()
-    weights = train_hf.to_hf_names(body.state_dict(), tied=model.tie_embeddings)
+    weights = hf_names.to_hf_names(body.state_dict(), tied=model.tie_embeddings)
     missing, unexpected = theirs.load_state_dict(weights, strict=False)
     assert missing == (["lm_head.weight"] if model.tie_embeddings else []) and not unexpected
     assert relative_error(body, theirs) <= 1e-5
@@ -196,12 +197,12 @@ def test_sliding_window_bounds_the_context():
 def test_every_name_goes_there_and_back():
     for config in HF_MODELS.values():
         for name in train_hf.hf_shapes(config):
-            assert train_hf.to_hf_name(train_hf.from_hf_name(name)) == name
+            assert hf_names.to_hf_name(hf_names.from_hf_name(name)) == name
     for name in ("layers.0.attention.wqkv.weight", "rope.cache", "layers.x.ffn_norm.weight"):
         with pytest.raises(ValueError, match=name):
-            train_hf.to_hf_name(name)
+            hf_names.to_hf_name(name)
     with pytest.raises(ValueError, match="mlp.experts"):
-        train_hf.from_hf_name("model.layers.0.mlp.experts.0.weight")
+        hf_names.from_hf_name("model.layers.0.mlp.experts.0.weight")
 
 
 # ------------------------------------------------------------------------ the transformers model
@@ -428,7 +429,7 @@ def test_weights_that_do_not_fit_are_named_with_both_shapes(tmp_path):
         metadata={"format": "pt"},
     )
     assert train_hf.load_hf_state_dict(tmp_path).keys() == {
-        train_hf.from_hf_name(name) for name in weights
+        hf_names.from_hf_name(name) for name in weights
     }
 
 

@@ -1,7 +1,7 @@
 """The CoLA Llama over several processes equals the same model on one.
 
-Tensor parallelism (with sequence parallelism) and FSDP2 through torchtitan, on gloo: initial values,
-logits, loss and every gradient; and what a tensor-parallel block sends.
+Tensor parallelism (with sequence parallelism) and FSDP2 through torchtitan, on gloo: initial
+values, logits, loss and every gradient; and what a tensor-parallel block sends.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ SHAPES = (
 TOLERANCE = 1e-5
 
 
-def launch(what: str, processes: int, folder: Path) -> dict[str, Any]:
+def launch(processes: int, folder: Path) -> dict[str, Any]:
     report = folder / "report.json"
     command = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(WORKER), what]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(WORKER)]
     run = subprocess.run(
         [sys.executable, "-P", *command, str(report)],
         env=os.environ | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},
@@ -47,13 +47,8 @@ def launch(what: str, processes: int, folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def tensor(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return launch("tensor", 2, tmp_path_factory.mktemp("tensor"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return launch("data", 2, tmp_path_factory.mktemp("data"))
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return launch(2, tmp_path_factory.mktemp("two"))
 
 
 def assert_equals_one_process(result: dict[str, Any]) -> None:
@@ -65,24 +60,24 @@ def assert_equals_one_process(result: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_tensor_parallel_equals_one_process(tensor: dict[str, Any], shape: str) -> None:
-    assert_equals_one_process(tensor[shape])
+def test_tensor_parallel_equals_one_process(two: dict[str, Any], shape: str) -> None:
+    assert_equals_one_process(two["tensor"][shape])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_fsdp_equals_one_process(data: dict[str, Any], shape: str) -> None:
-    assert_equals_one_process(data[shape])
+@pytest.mark.parametrize("shape", ["dense", "cola", "cola-m grouped", "dense mix", "tied"])
+def test_fsdp_equals_one_process(two: dict[str, Any], shape: str) -> None:
+    assert_equals_one_process(two["data"][shape])
 
 
 @pytest.mark.slow
 def test_fsdp_and_tensor_parallel_equal_one_process(tmp_path: Path) -> None:
-    result = launch("both", 4, tmp_path)
+    result = launch(4, tmp_path)["both"]
     for shape in SHAPES:
         assert_equals_one_process(result[shape])
 
 
-def test_mixed_precision_computes_in_bf16_and_keeps_fp32(data: dict[str, Any]) -> None:
-    result = data["bfloat16"]
+def test_mixed_precision_computes_in_bf16_and_keeps_fp32(two: dict[str, Any]) -> None:
+    result = two["bfloat16"]
     assert result["dtypes"] == ["torch.float32"]
     assert result["gradient dtypes"] == ["torch.float32"]
     assert result["logits dtype"] == "torch.bfloat16"
@@ -93,17 +88,15 @@ def test_mixed_precision_computes_in_bf16_and_keeps_fp32(data: dict[str, Any]) -
     assert max(result["gradients"].values()) < 0.1
 
 
-def test_shards_hold_different_values(data: dict[str, Any]) -> None:
-    assert data["cola"]["shards differ"]
+def test_shards_hold_different_values(two: dict[str, Any]) -> None:
+    assert two["data"]["cola"]["shards differ"]
 
 
 @pytest.mark.parametrize("shape", ["cola", "cola-m", "grouped", "cola-m grouped"])
-def test_what_a_tensor_parallel_block_sends_is_rank_wide(
-    tensor: dict[str, Any], shape: str
-) -> None:
+def test_what_a_tensor_parallel_block_sends_is_rank_wide(two: dict[str, Any], shape: str) -> None:
     """Five bottlenecks are gathered, two reduced; backward the same the other way round."""
     rank, tokens, processes = 8, 32, 2  # as in the worker
-    sent = tensor["traffic"][shape]
+    sent = two["traffic"][shape]
     part = tokens // processes
     assert sent["widths"] == [rank]
     assert sent["forward"] == {

@@ -25,18 +25,17 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+from lowline.train.checkpoint import saved_steps
 from lowline.train.config import RunConfig
 from lowline.train.data.tokenizer import load_tokenizer
-from lowline.train.checkpoint import saved_steps
 from lowline.train.hf import (
     check_shapes,
     config_to_hf,
-    from_hf_name,
     hf_shapes,
     load_hf_state_dict,
     read_config,
-    to_hf_names,
 )
+from lowline.train.hf_names import from_hf_name, to_hf_names
 from lowline.train.load_config import load_config, to_toml
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -182,7 +181,7 @@ tags: [lowline, {hf.model_type}]
 
 A {kind} language model with {parameters / 1e6:.2f}M parameters, {step} of a lowline run.
 
-- architecture: {hf.architectures[0] if hf.architectures else hf.model_type}
+- model type: {hf.model_type}
 - layers {hf.num_hidden_layers}, width {hf.hidden_size}, feed-forward {hf.intermediate_size}, \
 heads {hf.num_attention_heads} (key/value {hf.num_key_value_heads})
 - vocabulary {hf.vocab_size}, context {hf.max_position_embeddings} tokens

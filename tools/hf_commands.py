@@ -113,7 +113,7 @@ def generate(
     try:
         body = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
         tokenizer = AutoTokenizer.from_pretrained(model)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{model}: no Hugging Face model there (working directory {Path.cwd()}); a training "
             f"checkpoint becomes one with `lowline export`: {error}"
@@ -126,12 +126,14 @@ def generate(
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id
     torch.manual_seed(seed)
     tokens = body.generate(
         **inputs,
         **sampling,
         max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
     )
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))

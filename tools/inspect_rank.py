@@ -110,9 +110,8 @@ def load_model(checkpoint: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lowline.cola.hf import register
+    import lowline.cola.hf  # noqa: F401  (registers cola_llama)
 
-    register()
     source, options = checkpoint, {}
     if checkpoint.endswith(".gguf"):
         source, file = os.path.split(checkpoint)

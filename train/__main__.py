@@ -1,6 +1,6 @@
 """Train a model: one TOML file, one process or many.
 
-    torchrun --nproc_per_node=N -m lowline.train --config configs/cola_60m.toml [--section.key=value]
+    torchrun --nproc_per_node=N -m lowline.train --config configs/cola_60m.toml [--table.key=value]
 
 --dry-run prints sizes, FLOPs and memory for the layout and exits; --help lists every key. A run
 goes on from the newest checkpoint of its output folder. Started without torchrun it is one process.
@@ -12,9 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-USAGE = (
-    "usage: torchrun --nproc_per_node=N -m lowline.train --config FILE [--section.key=value ...]"
-)
+USAGE = "usage: torchrun --nproc_per_node=N -m lowline.train --config FILE [--table.key=value ...]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lowline.train.preflight import check_run
 
         check_run(run, int(os.environ.get("WORLD_SIZE", 1)))
-    except (ConfigError, ValueError, FileNotFoundError) as error:
+    except (ConfigError, ValueError, OSError) as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"lowline.train: {error}", file=sys.stderr)
         return 2

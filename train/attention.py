@@ -53,6 +53,8 @@ class DocumentSDPA(Module):
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q_BLNH, k_BLNH, v_BLNH))
+        if attention_masks is not None:  # GPU kernels want one precision
+            attention_masks = attention_masks.to(q.dtype)
         out = F.scaled_dot_product_attention(
             q,
             k,

@@ -1,61 +1,40 @@
-"""What a run will cost before it starts: sizes, FLOPs and the memory of its fullest device.
+"""What a run will cost before it starts: sizes, FLOPs, and the memory of its fullest device.
 
-A device holds its shards of weights, gradients and optimizer state (fp32), the parameters that FSDP
-has gathered in the compute type, what the forward pass saved, and the buffers of the loss. These do
-not all peak together, so the prediction follows the three moments that can be the highest:
+    torchrun --nproc_per_node=1 -m lowline.train --config configs/cola_7b.toml --dry-run
 
-    loss         everything saved, and three fp32 tensors as large as the logits
-    last block   everything saved, one block's gathered parameters and gradients on their way out
-    first block  all gradients, one block's saved activations, the same buffers
-
-With gradient accumulation FSDP keeps whole fp32 gradients between microbatches and shards them
-after the last one. `check_by_building` counts the shards of the real model under a process group
-that only pretends to have other ranks.
-
-Left out: memory of the libraries, of communication and of the allocator's gaps (a tenth or so on a
-GPU), and what `torch.compile` spares (the figures are those of eager execution).
+`dry_run` predicts from the configuration alone. `check_by_building` builds and shards the run's
+model under a process group that only pretends to have other ranks, and counts what one rank holds.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TextIO
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torchtitan.config.configs import CompileConfig
 
 from lowline.cola.accounting import (
     Device,
     Parameters,
-    Policy,
-    Saved,
-    Shape,
     flops_per_token,
     parameters,
-    recomputed_at_once,
     recomputed_flops_per_token,
-    saved_by_block,
-    saved_by_head,
+    saved_by_model,
 )
 from lowline.train.config import RunConfig
-
-FP32 = 4
-_SHARDED_BY_ROWS = ("q", "k", "v", "gate", "up")  # by tensor parallelism; o and down by columns
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes on one device. The parts need not sum to `peak`: they are not alive all at once."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    tables: int  # of the rotary embedding
-    gathered: int  # what FSDP unshards at once: parameters, and gradients on their way out
-    activations: int  # saved for the backward pass, and what a block recomputes
-    loss: int
-    peak: int
+from lowline.train.memory import (
+    Memory,
+    itemsize_of,
+    microbatches_of,
+    policy_of,
+    predict_memory,
+    shape_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,73 +42,14 @@ class Report:
     """A run's cost on `world_size` processes; FLOPs and saved bytes are a token's."""
 
     world_size: int
+    device: Device
     parameters: Parameters
     flops: int  # forward + backward
     recomputed_flops: int
-    saved_bytes: float  # by all blocks, on one device
+    saved_bytes: float  # by blocks, last norm and output projection, on one device
+    tokens_per_step: int
     microbatches: int  # a step, on one data-parallel rank
     memory: Memory  # of the fullest device
-
-
-@dataclass(frozen=True, kw_only=True)
-class Built:
-    """Bytes that one rank of a really sharded model holds."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Tensor:
-    """A parameter, and the dimension that tensor parallelism shards."""
-
-    shape: tuple[int, ...]
-    tp_dim: int | None = None
-
-    def unsharded(self, tp: int) -> int:
-        """Elements of a tensor-parallel rank's part (the first rank's, which is the largest)."""
-        sizes = list(self.shape)
-        if self.tp_dim is not None:
-            sizes[self.tp_dim] = math.ceil(sizes[self.tp_dim] / tp)
-        return math.prod(sizes)
-
-    def sharded(self, tp: int, shard: int) -> int:
-        """Elements of that part which FSDP leaves on a rank; it splits rows and pads the last."""
-        rows, *columns = self.shape
-        if self.tp_dim == 0:
-            rows = math.ceil(rows / tp)
-        elif self.tp_dim == 1:
-            columns[0] = math.ceil(columns[0] / tp)
-        return math.ceil(rows / shard) * math.prod(columns)
-
-
-def shape_of(run: RunConfig) -> Shape:
-    """The sizes of a run's model."""
-    m, c = run.model, run.cola
-    return Shape(
-        dim=m.dim,
-        n_layers=m.n_layers,
-        n_heads=m.n_heads,
-        n_kv_heads=m.kv_heads,
-        head_dim=m.per_head,
-        ffn_dim=m.ffn_dim,
-        vocab_size=m.vocab_size,
-        ranks=run.ranks(),
-        activation=c.activation,
-        mlp_activation=m.mlp_activation,
-        bias=c.bias,
-        grouped=c.grouped,
-        qk_norm=m.qk_norm,
-        tie_embeddings=m.tie_embeddings,
-    )
-
-
-def policy_of(run: RunConfig) -> Policy:
-    """What a run's blocks keep for the backward pass."""
-    if run.cola.memory == "cola-m":
-        return "cola-m"
-    return "all" if run.activation_checkpoint == "none" else run.activation_checkpoint
 
 
 def dry_run(run: RunConfig, world_size: int, device: Device | None = None) -> Report:
@@ -142,196 +62,98 @@ def dry_run(run: RunConfig, world_size: int, device: Device | None = None) -> Re
         ValueError: a layout that does not fit the world size, the batch or the model.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    shape, policy = shape_of(run), policy_of(run)
-    run.local_batch_size(world_size)  # raises
-    tp, seq_len = run.parallelism.tensor_parallel, run.training.seq_len
-    saved = sum(
-        (_saved(shape, policy, layer, device, tp) for layer in range(shape.n_layers)), Saved()
-    )
-    memories = [
-        _stage_memory(run, world_size, device, rank)
-        for rank in range(run.parallelism.pipeline_parallel)
-    ]
+    memory = predict_memory(run, world_size, device)
+    shape, policy, seq_len = shape_of(run), policy_of(run), run.training.seq_len
+    saved = saved_by_model(shape, policy, device=device, tp=run.parallelism.tensor_parallel)
     return Report(
         world_size=world_size,
+        device=device,
         parameters=parameters(shape),
         flops=flops_per_token(shape, seq_len),
         recomputed_flops=recomputed_flops_per_token(shape, seq_len, policy, device),
-        saved_bytes=saved.bytes(_itemsize(run)),
-        microbatches=_microbatches(run, world_size)[0],
-        memory=max(memories, key=lambda memory: memory.peak),
+        saved_bytes=saved.bytes(itemsize_of(run)),
+        tokens_per_step=run.training.global_batch_size * seq_len,
+        microbatches=microbatches_of(run, world_size)[0],
+        memory=memory,
     )
 
 
-def _stage_memory(run: RunConfig, world_size: int, device: Device, pp_rank: int) -> Memory:
-    """Memory of the devices that hold one rank's share of the pipeline (the whole without one)."""
-    shape, policy, p = shape_of(run), policy_of(run), run.parallelism
-    tp, itemsize = p.tensor_parallel, _itemsize(run)
-    shard = p.data_parallel(world_size) // p.data_parallel_replicate
-    names = _names_on(run, pp_rank)
-    tensors = _tensors(shape)
-    units = {name: sum(t.unsharded(tp) for t in tensors[name]) for name in names}
-    local = {name: sum(t.sharded(tp, shard) for t in tensors[name]) for name in names}
-    block = max((units[name] for name in names if name.startswith("layers.")), default=0)
-    head = units.get("norm", 0) + units.get("lm_head", 0)
-    microbatches, in_flight, rows = _microbatches(run, world_size, pp_rank)
-    accumulates = microbatches > 1
+def print_dry_run(run: RunConfig, world_size: int, out: TextIO | None = None) -> None:
+    """Print `dry_run`'s report: a table on a terminal, `name: value` lines elsewhere.
 
-    weights = FP32 * sum(local.values())
-    gradients = FP32 * sum((units if accumulates else local).values())
-    head_gradients = FP32 * (local.get("norm", 0) + local.get("lm_head", 0))
-    optimizer = FP32 * sum(_optimizer_elements(run, tensors[name], tp, shard, name) for name in names)
-    layers = [int(name.removeprefix("layers.")) for name in names if name.startswith("layers.")]
-    seq_len = run.training.seq_len
-    tables = len(layers) * seq_len * 2 * shape.head_dim * FP32
+    Raises:
+        ValueError: as `dry_run`.
+    """
+    out = out or sys.stdout
+    rows = _rows(dry_run(run, world_size))
+    if not out.isatty():
+        for name, value in rows:
+            print(f"{name}: {value}" if value else f"{name}:", file=out)
+        return
+    from rich.console import Console
+    from rich.table import Table
 
-    tokens = rows * seq_len
-    blocks = sum((_saved(shape, policy, layer, device, tp) for layer in layers), Saved())
-    one_block = _saved(shape, policy, max(layers), device, tp) if layers else Saved()
-    last = saved_by_head(shape, device=device, tp=tp) if "lm_head" in names else Saved()
-    working = recomputed_at_once(shape, policy, device=device, tp=tp)
-    working += Saved(elements=2 * shape.ffn_dim / tp)  # gradients inside the MLP
-    held = math.ceil(tokens * in_flight * (blocks + last).bytes(itemsize))
-    mask = tokens * in_flight * seq_len * itemsize if _masked(run, device) else 0
-    work = math.ceil(tokens * working.bytes(itemsize))
-    logits = 3 * FP32 * tokens * math.ceil(shape.vocab_size / tp) if "lm_head" in names else 0
-
-    reduced = p.data_parallel(world_size) > 1 or itemsize != FP32
-    in_block = work + (itemsize * block if reduced else 0)  # its gradients, not yet reduced
-    in_block = max(in_block, (itemsize + FP32) * block if reduced else 0)
-    if p.pipeline_parallel > 1:  # FSDP keeps a stage gathered between microbatches
-        gathered_at_loss = gathered_in_backward = itemsize * sum(units.values())
-    else:
-        gathered_at_loss, gathered_in_backward = itemsize * head, itemsize * 2 * block
-    before = gradients if accumulates else 0
-    moments = {
-        "loss": before + held + mask + gathered_at_loss + logits,
-        "last block": max(before, head_gradients)
-        + held
-        + mask
-        + in_block
-        + gathered_in_backward,
-        "first block": gradients
-        + math.ceil(tokens * (one_block.bytes(itemsize)))
-        + mask
-        + in_block
-        + gathered_in_backward,
-    }
-    return Memory(
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        tables=tables,
-        gathered=max(gathered_at_loss, gathered_in_backward),
-        activations=held + mask + work,
-        loss=logits,
-        peak=weights + optimizer + tables + max(moments.values()),
-    )
+    table = Table(title=run.output, show_header=False)
+    for name, value in rows:
+        table.add_row(name, value, style=None if value else "bold")
+    Console(file=out).print(table)
 
 
-def _tensors(shape: Shape) -> dict[str, list[_Tensor]]:
-    """Every parameter, by the module at the model's top that holds it."""
-    block = [_Tensor(shape=(shape.dim,)) for _ in range(2)]
-    if shape.qk_norm:
-        block += [_Tensor(shape=(shape.head_dim,)) for _ in range(2)]
-    for name, (fan_in, fan_out) in shape.projections.items():
-        by_rows, rank = name in _SHARDED_BY_ROWS, shape.ranks[name]
-        if not rank:
-            block.append(_Tensor(shape=(fan_out, fan_in), tp_dim=0 if by_rows else 1))
-            continue
-        block.append(_Tensor(shape=(rank, fan_in), tp_dim=None if by_rows else 1))
-        block.append(_Tensor(shape=(fan_out, rank), tp_dim=0 if by_rows else None))
-        if shape.bias:
-            block.append(_Tensor(shape=(rank,)))
-            block.append(_Tensor(shape=(fan_out,), tp_dim=0 if by_rows else None))
-    embedding = _Tensor(shape=(shape.vocab_size, shape.dim), tp_dim=0)
-    return {
-        "tok_embeddings": [] if shape.tie_embeddings else [embedding],
-        **{f"layers.{layer}": block for layer in range(shape.n_layers)},
-        "norm": [_Tensor(shape=(shape.dim,))],
-        "lm_head": [embedding],
-    }
+def _rows(report: Report) -> list[tuple[str, str]]:
+    p, m = report.parameters, report.memory
+    return [
+        ("parameters", f"{p.total:,}"),
+        ("  low-rank", f"{p.low_rank:,}"),
+        ("  embedding and output", f"{p.embedding + p.lm_head:,}"),
+        ("FLOPs a token, forward + backward", f"{report.flops:.4g}"),
+        ("  recomputed beside them", f"{report.recomputed_flops:.4g}"),
+        ("tokens a step", f"{report.tokens_per_step:,}"),
+        ("processes", f"{report.world_size} ({report.device})"),
+        ("microbatches a step and data-parallel rank", f"{report.microbatches}"),
+        ("saved for the backward pass, bytes a token", f"{report.saved_bytes:,.0f}"),
+        ("memory of the fullest device", ""),
+        ("  weights (fp32)", human_bytes(m.weights)),
+        ("  gradients (fp32)", human_bytes(m.gradients)),
+        ("  optimizer state", human_bytes(m.optimizer)),
+        ("  gathered parameters", human_bytes(m.gathered)),
+        ("  activations", human_bytes(m.activations)),
+        ("  loss", human_bytes(m.loss)),
+        ("  rotary tables", human_bytes(m.tables)),
+        ("  peak (they are not all alive at once)", human_bytes(m.peak)),
+    ]
 
 
-def _names_on(run: RunConfig, pp_rank: int) -> list[str]:
-    """The modules at the model's top that a rank of the pipeline holds, as torchtitan deals them."""
-    degree, layers = run.parallelism.pipeline_parallel, run.model.n_layers
-    if degree == 1:
-        return list(_tensors(shape_of(run)))
-    from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
-    from torchtitan.distributed.pipeline_parallel import (
-        _generate_llm_fqn_per_model_part,
-        _get_pp_rank_to_stage_indices_mapping,
-    )
-
-    schedule = run.parallelism.pipeline_schedule
-    stages = degree if issubclass(get_schedule_class(schedule), PipelineScheduleSingle) else 2 * degree
-    parts = _generate_llm_fqn_per_model_part(stages, layers)
-    mine = _get_pp_rank_to_stage_indices_mapping(pp_rank, degree, schedule, stages)
-    return [name for stage in mine for name in parts[stage]]
+def human_bytes(count: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"
 
 
-def _microbatches(run: RunConfig, world_size: int, pp_rank: int = 0) -> tuple[int, int, int]:
-    """(microbatches a step, how many of them are saved at once, sequences of each)."""
-    p, local = run.parallelism, run.local_batch_size(world_size)
-    share = run.training.global_batch_size // p.data_parallel(world_size)
-    if p.pipeline_parallel == 1:
-        return share // local, 1, local
-    rows = p.pipeline_microbatch_size
-    count = local // rows
-    # 1F1B starts a backward pass for every forward pass once the pipeline is full.
-    at_once = min(count, p.pipeline_parallel - pp_rank) if p.pipeline_schedule == "1F1B" else count
-    return share // rows, at_once, rows
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """Bytes that one rank of a really sharded model holds; the optimizer is AdamW."""
 
-
-def _optimizer_elements(
-    run: RunConfig, tensors: list[_Tensor], tp: int, shard: int, name: str
-) -> int:
-    """AdamW keeps two moments; Muon one momentum of the blocks' matrices."""
-    muon = run.optimizer.name == "muon" and name.startswith("layers.")
-    return sum(
-        (1 if muon and len(t.shape) == 2 else 2) * t.sharded(tp, shard) for t in tensors
-    )
-
-
-def _saved(shape: Shape, policy: Policy, layer: int, device: Device, tp: int) -> Saved:
-    return saved_by_block(shape, policy, layer=layer, device=device, tp=tp)
-
-
-def _itemsize(run: RunConfig) -> int:
-    return 2 if run.training.precision == "bfloat16" else 4
-
-
-def _masked(run: RunConfig, device: Device) -> bool:
-    """Whether attention runs through a mask of (L, L) a sequence, which all blocks share."""
-    attention = run.model.attention
-    return attention == "sdpa" or attention == "auto" and device == "cpu"
+    weights: int
+    gradients: int
+    optimizer: int
 
 
 def check_by_building(run: RunConfig, world_size: int, rank: int = 0) -> Built:
-    """Build and shard the run's model as rank `rank` of `world_size` and count what it holds.
+    """Build and shard the run's model as rank `rank` of `world_size`, and count what it holds.
 
     The model lives on the meta device and the process group is torch's fake one, so any world size
-    fits in one process and no memory is used. Call it where no process group exists.
+    fits in one process and no memory is used.
 
     Raises:
         RuntimeError: this process already has a process group.
         ValueError: a layout that does not fit.
     """
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        raise RuntimeError("check_by_building makes a process group of its own; call it before")
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    from lowline.train.device import prepare
-
-    prepare()
     run.local_batch_size(world_size)  # raises
-    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-    try:
-        parts = _build_parts(run, world_size)
-        held = [p for part in parts for p in part.parameters()]
+    with fake_process_group(world_size, rank):
+        held = [p for part in build_parts(run, world_size) for p in part.parameters()]
         for p in held:
             p.grad = torch.zeros_like(p)
         optimizer = torch.optim.AdamW(held, foreach=False)
@@ -342,13 +164,33 @@ def check_by_building(run: RunConfig, world_size: int, rank: int = 0) -> Built:
             gradients=_local_bytes([p.grad for p in held if p.grad is not None]),
             optimizer=_local_bytes(states),
         )
+
+
+@contextlib.contextmanager
+def fake_process_group(world_size: int, rank: int = 0) -> Iterator[None]:
+    """A process group whose other ranks do not exist: collectives return at once.
+
+    Raises:
+        RuntimeError: this process already has a process group.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from lowline.train.device import prepare
+
+    if dist.is_initialized():
+        raise RuntimeError("this process has a process group already; use a process of its own")
+    prepare()
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        yield
     finally:
         dist.destroy_process_group()
 
 
-def _build_parts(run: RunConfig, world_size: int) -> list[torch.nn.Module]:
-    """The sharded model, or its pipeline stages, of this rank of the current process group."""
+def build_parts(run: RunConfig, world_size: int) -> list[torch.nn.Module]:
+    """The sharded model, or its pipeline stages, of this process's rank, on the meta device."""
     import torchtitan.distributed.utils as titan_utils
+    from torchtitan.config.configs import CompileConfig
     from torchtitan.distributed import ParallelDims
 
     from lowline.train.trainer import trainer_config
@@ -384,6 +226,6 @@ def _build_parts(run: RunConfig, world_size: int) -> list[torch.nn.Module]:
     return parts
 
 
-def _local_bytes(tensors: list[torch.Tensor]) -> int:
+def _local_bytes(tensors: Sequence[torch.Tensor]) -> int:
     local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
     return sum(t.numel() * t.element_size() for t in local)

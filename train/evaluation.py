@@ -139,7 +139,7 @@ class Evaluator(BaseValidator):
 
     @staticmethod
     def _extra(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """What the model takes beside the tokens: positions, and masks where its attention needs."""
+        """What the model takes beside the tokens: positions, and masks if its attention needs."""
         extra: dict[str, Any] = {"positions": inputs["positions"]}
         attention = model.config.first_attention  # type: ignore[union-attr]
         if isinstance(attention.inner_attention, FlexAttention.Config | VarlenAttention.Config):

@@ -1,12 +1,4 @@
-"""Hugging Face checkpoints and the training body: names, shapes and weights, both ways.
-
-The training body rotates q and k by halves as transformers does, so a checkpoint changes sides by
-renaming alone: nothing is permuted, split or merged, and a sharded tensor stays sharded.
-
-    training                              Hugging Face
-    tok_embeddings                        model.embed_tokens
-    layers.0.attention.qkv_linear.wq.A    model.layers.0.self_attn.q_proj.A
-    layers.0.feed_forward.w1              model.layers.0.mlp.gate_proj
+"""Hugging Face checkpoints and the training body: configurations, shapes and weights, both ways.
 
 Understood are Llama, Mistral, Qwen3 and lowline's own low-rank "cola_llama", with RoPE plain,
 scaled as in Llama 3.1, or by YaRN without its attention factor. Left out, each refused by name:
@@ -17,8 +9,8 @@ quantized weights, pickled (.bin) weights.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,78 +32,7 @@ from transformers import (
 from lowline.cola.hf import CoLAConfig
 from lowline.cola.ranks import PROJECTIONS, resolve_ranks
 from lowline.train.config import ColaConfig, ModelConfig, RopeScaling
-
-# ---------------------------------------------------------------------------------------- names
-
-_HF_OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
-_HF_IN_LAYER = {
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attention.qkv_linear.wq": "self_attn.q_proj",
-    "attention.qkv_linear.wk": "self_attn.k_proj",
-    "attention.qkv_linear.wv": "self_attn.v_proj",
-    "attention.q_norm": "self_attn.q_norm",
-    "attention.k_norm": "self_attn.k_norm",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "feed_forward.w2": "mlp.down_proj",
-}
-_TRAINING_OUTSIDE = {theirs: ours for ours, theirs in _HF_OUTSIDE.items()}
-_TRAINING_IN_LAYER = {theirs: ours for ours, theirs in _HF_IN_LAYER.items()}
-# [model.]layers.3. | self_attn.q_proj | .A.weight
-_NAME = re.compile(r"(?:(?:model\.)?layers\.(\d+)\.)?(.+?)((?:\.[AB])?\.(?:weight|bias))")
-
-
-def to_hf_name(name: str) -> str:
-    """A parameter's name in a Hugging Face checkpoint.
-
-    Raises:
-        ValueError: the training body has no such parameter.
-    """
-    return _rename(name, "model.layers.", _HF_OUTSIDE, _HF_IN_LAYER, "the training body")
-
-
-def from_hf_name(name: str) -> str:
-    """The training body's name of a Hugging Face checkpoint's parameter.
-
-    Raises:
-        ValueError: a Llama has no such parameter.
-    """
-    return _rename(name, "layers.", _TRAINING_OUTSIDE, _TRAINING_IN_LAYER, "a Llama checkpoint")
-
-
-def _rename(
-    name: str, layers: str, outside: dict[str, str], in_layer: dict[str, str], side: str
-) -> str:
-    if match := _NAME.fullmatch(name):
-        layer, module, leaf = match.groups()
-        new = (outside if layer is None else in_layer).get(module)
-        if new is not None:
-            return new + leaf if layer is None else f"{layers}{layer}.{new}{leaf}"
-    raise ValueError(
-        f"{side} has no parameter {name!r}; known are {sorted(outside)} and, in a layer, "
-        f"{sorted(in_layer)}, each with .weight or .bias, low-rank ones below .A and .B"
-    )
-
-
-def to_hf_names(state: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
-    """Rename a training state dict; the values, sharded or not, are passed on as they are.
-
-    With `tied` embeddings the head is left out: a Hugging Face checkpoint holds it once.
-    """
-    renamed = {to_hf_name(name): value for name, value in state.items()}
-    if tied:
-        renamed.pop("lm_head.weight", None)
-    return renamed
-
-
-def from_hf_names(state: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
-    """Rename a Hugging Face state dict; with `tied` embeddings the head is the embedding."""
-    renamed = {from_hf_name(name): value for name, value in state.items()}
-    if tied:
-        renamed["lm_head.weight"] = renamed["tok_embeddings.weight"]
-    return renamed
+from lowline.train.hf_names import from_hf_names, to_hf_names
 
 
 class LlamaStateDictAdapter(StateDictAdapter):
@@ -268,17 +189,17 @@ def check_same_model(source: str | Path, model: ModelConfig, cola: ColaConfig) -
 
 
 def _essence(model: ModelConfig, cola: ColaConfig) -> dict[str, Any]:
-    keys = ("dim", "n_layers", "n_heads", "ffn_dim", "vocab_size", "rope_theta", "rope_scaling",
-            "norm_eps", "tie_embeddings", "qk_norm", "mlp_activation")  # fmt: skip
-    essence = {f"model.{key}": getattr(model, key) for key in keys}
-    essence |= {"model.n_kv_heads": model.kv_heads, "model.head_dim": model.per_head}
+    """What the weights depend on, by the key that sets it."""
+    explicit = replace(model, n_kv_heads=model.kv_heads, head_dim=model.per_head)
+    ignored = {"max_seq_len", "attention"}
+    essence = {f"model.{k}": v for k, v in vars(explicit).items() if k not in ignored}
     ranks = resolve_ranks(cola.rank, model.dim, model.projection_shapes())
-    essence["cola.rank"] = ranks
-    if any(ranks.values()):
-        essence |= {"cola.activation": cola.activation, "cola.bias": cola.bias}
-    else:
-        essence |= {"cola.activation": None, "cola.bias": None}
-    return essence
+    low_rank = any(ranks.values())
+    return essence | {
+        "cola.rank": ranks,
+        "cola.activation": cola.activation if low_rank else None,
+        "cola.bias": cola.bias if low_rank else None,
+    }
 
 
 def read_config(source: str | Path, gguf_file: str | None = None) -> PreTrainedConfig:

@@ -31,6 +31,7 @@ from torchtitan.models.llama3.parallelize import parallelize_llama
 from torchtitan.models.llama3.sharding import set_llama3_sharding_config
 from torchtitan.protocols.model_spec import ModelSpec
 
+from lowline.cola.accounting import training_flops
 from lowline.cola.titan import ColaBlock, ColaConverter, drawn_whole, set_cola_sharding
 from lowline.train.attention import DocumentSDPA, document_mask
 from lowline.train.config import ModelConfig, RopeScaling, RunConfig
@@ -77,11 +78,15 @@ class Llama(Llama3Model):
 
         def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
             """Parameters, and FLOPs a token of forward + backward (`lowline.cola.accounting`)."""
-            parameters = sum(p.numel() for p in model.parameters())
-            lookup = 0 if self.enable_weight_tying else self.vocab_size * self.dim
             attention = self.layers[0].attention
-            width = attention.n_heads * (attention.head_dim or self.dim // attention.n_heads)
-            return parameters, 6 * (parameters - lookup) + 12 * len(self.layers) * width * seq_len
+            lookup = 0 if self.enable_weight_tying else self.vocab_size * self.dim
+            flops = training_flops(
+                matrix_parameters=sum(p.numel() for p in model.parameters() if p.ndim == 2) - lookup,
+                n_layers=len(self.layers),
+                query_width=attention.n_heads * (attention.head_dim or self.dim // attention.n_heads),
+                seq_len=seq_len,
+            )
+            return sum(p.numel() for p in model.parameters()), flops
 
     def forward(
         self,

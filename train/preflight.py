@@ -5,7 +5,10 @@ Every rank checks the same, so all stop alike and none waits for another.
 
 from __future__ import annotations
 
+import dataclasses
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from lowline.train.checkpoint import saved_steps
 from lowline.train.config import RunConfig
@@ -13,11 +16,12 @@ from lowline.train.load_config import ConfigError, load_config
 
 
 def check_run(run: RunConfig, world_size: int) -> None:
-    """Raise ConfigError, ValueError or FileNotFoundError if `run` cannot work here."""
+    """Make the output folder, or raise ConfigError, ValueError or OSError if `run` cannot work."""
     from lowline.train.data import check_saved_lanes, open_source
     from lowline.train.data.tokenizer import load_tokenizer
 
     run.local_batch_size(world_size)
+    _check_rank_measurement(run)
     tokenizer = load_tokenizer(run.tokenizer)
     if tokenizer.get_vocab_size() > run.model.vocab_size:
         raise ConfigError(
@@ -37,35 +41,82 @@ def check_run(run: RunConfig, world_size: int) -> None:
                 "another output folder, or remove this one"
             )
         check_same_model(run, newest)
+        _compare(newest, "optimizer.name", load_config(newest / "config.toml"), run)
         check_saved_lanes(newest, run.training.global_batch_size)
     elif run.checkpoint.initial_weights is not None:
-        _check_initial_weights(run, Path(run.checkpoint.initial_weights))
+        check_initial_weights(run)
+    _check_writable(Path(run.output))
 
 
 def check_same_model(run: RunConfig, checkpoint: Path) -> None:
-    """Raise ConfigError unless a run's step folder holds the parameters of this run's model."""
+    """Raise ConfigError unless a run's step folder holds the parameters of this run's model.
+
+    How attention and memory are handled may differ, and the longest context: no weight depends on
+    them.
+    """
     saved = load_config(checkpoint / "config.toml")
-    for key in ("dim", "n_layers", "n_heads", "kv_heads", "per_head", "ffn_dim", "vocab_size"):
-        _compare(checkpoint, f"model.{key}", getattr(saved.model, key), getattr(run.model, key))
-    for key in ("tie_embeddings", "qk_norm"):
-        _compare(checkpoint, f"model.{key}", getattr(saved.model, key), getattr(run.model, key))
-    for name, rank in run.ranks().items():
-        _compare(checkpoint, f"cola.rank of {name}", saved.ranks()[name], rank)
-    _compare(checkpoint, "cola.bias", saved.cola.bias, run.cola.bias)
+    free = ("attention", "max_seq_len", "memory", "grouped", "rank")
+    for section in ("model", "cola"):
+        for field in dataclasses.fields(getattr(run, section)):
+            if field.name not in free:
+                _compare(checkpoint, f"{section}.{field.name}", saved, run)
+    if saved.ranks() != run.ranks():
+        raise _other(checkpoint, "cola.rank", saved.ranks(), run.ranks())
 
 
-def _compare(checkpoint: Path, key: str, saved: object, now: object) -> None:
-    if saved != now:
+def check_initial_weights(run: RunConfig) -> None:
+    """Raise ConfigError or ValueError unless `checkpoint.initial_weights` fits the model."""
+    path = run.checkpoint.initial_weights
+    assert path is not None
+    folder = Path(path)
+    if (folder / ".metadata").is_file():
+        check_same_model(run, folder)
+    elif (folder / "config.json").is_file():
+        from lowline.train.hf import check_same_model as check_same_hf_model
+
+        check_same_hf_model(folder, run.model, run.cola)
+    else:
         raise ConfigError(
-            f"{checkpoint} was written with {key} = {saved}, this run has {now}; set it back, or "
-            "choose another output folder"
+            f"checkpoint.initial_weights = {path!r} is neither a Hugging Face directory "
+            "(config.json) nor a checkpoint/step-N folder of a run; `lowline export` makes the "
+            "former of the latter"
         )
 
 
-def _check_initial_weights(run: RunConfig, folder: Path) -> None:
-    if (folder / ".metadata").is_file():
-        check_same_model(run, folder)
-        return
-    from lowline.train.hf import check_same_model as check_same_hf_model
+def _compare(checkpoint: Path, key: str, saved: RunConfig, run: RunConfig) -> None:
+    section, name = key.split(".")
+    before, now = getattr(getattr(saved, section), name), getattr(getattr(run, section), name)
+    if before != now:
+        raise _other(checkpoint, key, before, now)
 
-    check_same_hf_model(folder, run.model, run.cola)
+
+def _other(checkpoint: Path, key: str, before: Any, now: Any) -> ConfigError:
+    return ConfigError(
+        f"{checkpoint} was written with {key} = {before}, this run has {now}; set it back, or "
+        "choose another output folder"
+    )
+
+
+def _check_rank_measurement(run: RunConfig) -> None:
+    every = run.metrics.rank_every
+    if every and not any(run.ranks().values()):
+        raise ConfigError(
+            f"metrics.rank_every = {every} with a dense model, which has no bottleneck to measure; "
+            "set it to 0 (`lowline inspect rank` measures the activations of any model)"
+        )
+    if every and run.parallelism.pipeline_parallel > 1:
+        raise ConfigError(
+            f"metrics.rank_every = {every} with parallelism.pipeline_parallel = "
+            f"{run.parallelism.pipeline_parallel}; set rank_every = 0: a stage "
+            "cannot be run alone for a measurement"
+        )
+
+
+def _check_writable(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise ConfigError(
+            f"output = {str(output)!r} cannot be written to: {error}; choose another folder"
+        ) from None

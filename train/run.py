@@ -1,54 +1,158 @@
-"""One process of a training run, from its start to its exit code."""
+"""One process of a training run, from its start to its exit code.
+
+Exit codes: 0 trained, 1 failed, 128 + n stopped by signal n (with a checkpoint of that moment).
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from lowline.cola.accounting import flops_per_token, parameters
 from lowline.train.config import RunConfig
 from lowline.train.device import prepare
 from lowline.train.load_config import to_toml
 
+if TYPE_CHECKING:
+    from lowline.train.trainer import Trainer
+
+logger = logging.getLogger("lowline")
+
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
 
 def train(run: RunConfig) -> int:
-    """Train as `run` says; the exit code is 0, or 1 with the reason on standard error."""
+    """Train as `run` says; returns the exit code, with the reason on standard error."""
     _single_process_defaults()
     prepare()
     from lowline.train.checkpoint import CheckpointError
+    from lowline.train.metrics import DivergedError
     from lowline.train.trainer import trainer_config
 
     _set_up_logging(run)
     trainer = None
     try:
-        if os.environ["RANK"] == "0":
+        if _is_first():
             _write_config(run)
         trainer = trainer_config(run, int(os.environ["WORLD_SIZE"])).build()
-        trainer.train()
-        trainer.close()
+        trainer.metrics_processor.say(_summary(run, trainer))
+        with _signals_to(trainer):
+            trainer.train()
+            trainer.checkpointer.close()
+        if trainer.stopped_by:
+            name, newest = (
+                signal.Signals(trainer.stopped_by).name,
+                trainer.checkpointer.newest_saved(),
+            )
+            trainer.metrics_processor.say(
+                f"stopped by {name} after step {trainer.step}; newest checkpoint: {newest}; "
+                "the same command goes on from it"
+            )
+            return 128 + trainer.stopped_by
         return 0
-    except CheckpointError as error:
-        print(f"lowline.train: {error}", file=sys.stderr)
+    except (CheckpointError, DivergedError) as error:  # raised on every rank
+        if _is_first():
+            _complain(str(error))
         return 1
+    except KeyboardInterrupt:
+        if _is_first():
+            _complain("interrupted")
+        return 128 + signal.SIGINT
     except Exception:
         traceback.print_exc()
         return 1
     finally:
+        if trainer is not None:
+            trainer.metrics_processor.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
+def _is_first() -> bool:
+    return os.environ["RANK"] == "0"
+
+
+def _complain(text: str) -> None:
+    print(f"lowline.train: {text}", file=sys.stderr)
+
+
+@contextmanager
+def _signals_to(trainer: Trainer) -> Iterator[None]:
+    """SIGTERM and Ctrl-C stop the run after its step; a second one stops it at once."""
+
+    def note(number: int, frame: object) -> None:
+        if trainer.signal:
+            raise KeyboardInterrupt
+        trainer.signal = number
+        name = signal.Signals(number).name
+        trainer.metrics_processor.say(f"{name}: saving a checkpoint after this step, then stopping")
+
+    before = {number: signal.signal(number, note) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _summary(run: RunConfig, trainer: Trainer) -> list[str]:
+    """What is about to be trained, on what, and where to watch it."""
+    shape, t, dims = run.shape(), run.training, trainer.parallel_dims
+    count = parameters(shape)
+    kind = f"{count.low_rank / 1e6:,.2f}M of them low-rank" if shape.low_rank else "dense"
+    memory = f", {run.cola.memory}" if shape.low_rank else ""
+    degrees = {
+        "replicas": dims.dp_replicate,
+        "FSDP": dims.dp_shard,
+        "tensor": dims.tp,
+        "pipeline": dims.pp,
+    }
+    layout = " x ".join(f"{name} {n}" for name, n in degrees.items() if n > 1) or "one process"
+    accumulation = trainer.gradient_accumulation_steps
+    flops = flops_per_token(shape, t.seq_len)
+    return [
+        f"model    {count.total / 1e6:,.2f}M parameters, {kind}{memory}; "
+        f"{flops / 1e6:,.1f} MFLOPs a token, {t.precision}",
+        f"step     {t.global_batch_size * t.seq_len:,} tokens: {t.global_batch_size} sequences of "
+        f"{t.seq_len}" + (f", in {accumulation} microbatches" if accumulation > 1 else ""),
+        f"devices  {dist.get_world_size()} x {trainer.device.type}: {layout}",
+        f"output   {run.output}",
+        *([f"watch    tensorboard --logdir {run.output}/tb"] if run.metrics.tensorboard else []),
+    ]
+
+
+class _Lines(logging.Handler):
+    """Lines on what is standard error at the time: a progress bar puts itself below them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
 def _set_up_logging(run: RunConfig) -> None:
     """Ours at INFO; torchtitan, which logs to the root logger, at WARNING unless asked for."""
-    logging.basicConfig(format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", force=True)
-    first = os.environ["RANK"] == "0"
-    logging.getLogger().setLevel(logging.INFO if first and run.metrics.verbose else logging.WARNING)
-    logging.getLogger("lowline").setLevel(logging.INFO)
+    handler = _Lines()
+    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], force=True)
+    logging.getLogger().setLevel(
+        logging.INFO if _is_first() and run.metrics.verbose else logging.WARNING
+    )
+    logger.setLevel(logging.INFO)
+    if run.metrics.verbose:
+        return
+    # torchtitan seeds DTensor's generators, which a CPU has none of. Nothing here draws from them:
+    # every rank draws the whole of a parameter and keeps its part.
+    warnings.filterwarnings("ignore", message=".*on cpu device mesh")
 
 
 def _write_config(run: RunConfig) -> None:
@@ -61,7 +165,8 @@ def _write_config(run: RunConfig) -> None:
 
 
 def _single_process_defaults() -> None:
-    """What torchrun would set, for a run started without it."""
+    """What torchrun would set, for a run started without it; torchtitan sets NCCL's itself."""
+    os.environ.pop("TORCH_NCCL_ASYNC_ERROR_HANDLING", None)
     if "RANK" in os.environ:
         return
     with socket.socket() as probe:

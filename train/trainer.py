@@ -1,8 +1,8 @@
 """torchtitan's Trainer with what pretraining here adds to it.
 
-One all-reduce a step however many microbatches it has, agreement between ranks on the end of finite
-data, an evaluation after the last step, effective ranks of the bottlenecks on a schedule, and the
-failure of a background save raised at once. Everything else is torchtitan's.
+One all-reduce a step however many microbatches it has, agreement between ranks on when to stop (the
+end of finite data, a signal, a save that failed), an evaluation after the last step, and effective
+ranks of the bottlenecks on a schedule. Everything else is torchtitan's.
 """
 
 from __future__ import annotations
@@ -33,13 +33,38 @@ from lowline.train.data import LaneDataLoader
 from lowline.train.data.tokenizer import TextTokenizer
 from lowline.train.evaluation import Evaluator
 from lowline.train.load_config import to_toml
-from lowline.train.metrics import Metrics
+from lowline.train.metrics import Metrics, DivergedError
 from lowline.train.model import build_model_spec
 from lowline.train.optim import optimizer_config, schedule_config
 
 
+class Agreement:
+    """What any rank has to say, known to every rank by the end of the step.
+
+    The largest of each number over the ranks. The reduction runs on the CPU beside the step and
+    costs it no wait; all ranks read the same numbers after the same step, so they act alike.
+    """
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo")
+
+    def begin(self, *numbers: int) -> None:
+        self._numbers = torch.tensor(numbers)
+        self._work = dist.all_reduce(
+            self._numbers, op=dist.ReduceOp.MAX, group=self._group, async_op=True
+        )
+
+    def end(self) -> list[int]:
+        self._work.wait()
+        return self._numbers.tolist()
+
+
 class Trainer(TitanTrainer):
-    """Trains one model on packed text; built by `trainer_config(run, world_size).build()`."""
+    """Trains one model on packed text; built by `trainer_config(run, world_size).build()`.
+
+    `signal` may be set to a signal's number at any time: the step under way is finished, a
+    checkpoint saved, and `train` returns with `stopped_by` set on every rank.
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(TitanTrainer.Config):
@@ -54,6 +79,8 @@ class Trainer(TitanTrainer):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
+        self.signal = self.stopped_by = 0
+        self._agreement = Agreement()
         self._microbatch = 0
         self._last_inputs: tuple[torch.Tensor, dict[str, Any]] | None = None
 
@@ -62,6 +89,8 @@ class Trainer(TitanTrainer):
     ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         """The batches from here on; torchtitan asks for them once a checkpoint is loaded."""
         self.metrics_processor.resume(self.step)
+        if self.step:  # the process that saved this step may not have come to its evaluation
+            self._evaluate_if_missing()
         return self._batches(super().batch_generator(data_iterable))
 
     def _batches(self, batches: Iterator) -> Iterator:
@@ -83,12 +112,35 @@ class Trainer(TitanTrainer):
         return bool(over)
 
     def train_step(self, data_iterator: Iterator) -> None:
-        self.checkpointer.raise_if_failed()
-        super().train_step(data_iterator)
+        self._agreement.begin(self.signal, self.checkpointer.failed())
+        self.metrics_processor.begin_step()
+        try:
+            super().train_step(data_iterator)
+        except RuntimeError as error:
+            if isinstance(error, DivergedError) or "Loss is not finite" in str(error):
+                raise DivergedError(self._divergence(error)) from error
+            raise
+        self.metrics_processor.end_step(self.step)
         every = self.config.rank_every
         if every and self.step % every == 0:
             self._record_ranks()
-        self.metrics_processor.advance(self.step)
+        self.stopped_by, save_failed = self._agreement.end()
+        if save_failed:
+            self.checkpointer.raise_failure()
+        if self.stopped_by:  # torchtitan's loop saves next; an evaluation could take too long
+            self.checkpointer.wanted = True
+            self.config.validator.enable = False
+
+    def _divergence(self, error: Exception) -> str:
+        self.checkpointer.maybe_wait_for_saving()
+        return (
+            f"training diverged: {error}. Newest whole checkpoint: "
+            f"{self.checkpointer.newest_saved()}. Lower optimizer.lr, lengthen "
+            "schedule.warmup_steps or lower training.max_norm"
+        )
+
+    def should_continue_training(self) -> bool:
+        return super().should_continue_training() and not self.stopped_by
 
     def forward_backward_step(self, **kwargs: Any) -> torch.Tensor:
         """One microbatch; gradients are reduced over the ranks after the step's last one."""
@@ -129,10 +181,21 @@ class Trainer(TitanTrainer):
     def train(self) -> None:
         """Train to the last step, from the newest checkpoint if there is one, then evaluate."""
         super().train()
+        if self.stopped_by:
+            return
         if self.step < self.config.training.steps:  # the data ended first
+            self.metrics_processor.say(f"the data ended after step {self.step}")
             self.checkpointer.save(self.step, last_step=True)
-        if self.config.validator.enable and not self.validator.should_validate(self.step):
-            self.validator.validate(self.model_parts, self.step)
+        self._evaluate_if_missing(last=True)
+
+    def _evaluate_if_missing(self, last: bool = False) -> None:
+        if not self.config.validator.enable:
+            return
+        if last or self.validator.should_validate(self.step):
+            evaluated = torch.tensor(self.metrics_processor.evaluated, device=self.device)
+            dist.all_reduce(evaluated, op=dist.ReduceOp.MAX)  # one rank reads the records
+            if evaluated != self.step:
+                self.validator.validate(self.model_parts, self.step)
 
 
 def trainer_config(run: RunConfig, world_size: int) -> Trainer.Config:
@@ -140,8 +203,13 @@ def trainer_config(run: RunConfig, world_size: int) -> Trainer.Config:
     t, p, c, e = run.training, run.parallelism, run.checkpoint, run.evaluation
     recompute = {"none": None, "full": FullAC.Config(), "selective": SelectiveAC.Config()}
     weights = _initial_weights(c.initial_weights)
+    spec = build_model_spec(run)
+    adapter = spec.state_dict_adapter
+    assert adapter is not None
+    # No assets: torchtitan would look for weights in the tokenizer's folder.
+    spec.state_dict_adapter = lambda config, assets: adapter(config, None)  # type: ignore
     return Trainer.Config(
-        model_spec=build_model_spec(run),
+        model_spec=spec,
         hf_assets_path=run.tokenizer,
         tokenizer=TextTokenizer.Config(),
         dump_folder=run.output,
@@ -195,6 +263,11 @@ def trainer_config(run: RunConfig, world_size: int) -> Trainer.Config:
             enable_tensorboard=run.metrics.tensorboard,
             total_steps=t.steps,
             progress=run.metrics.progress,
+            log_also=(
+                c.every if c.enable else 0,
+                e.every if e.enable else 0,
+                run.metrics.rank_every,
+            ),
         ),
         activation_checkpoint=recompute[run.activation_checkpoint],
         compile=CompileConfig(enable=run.compile, components=["model"]),
@@ -214,9 +287,4 @@ def _initial_weights(path: str | None) -> dict[str, Any]:
     folder = Path(path).resolve()
     if (folder / ".metadata").is_file():
         return {"initial_load_path": str(folder)}
-    if (folder / "config.json").is_file():
-        return {"initial_load_path": str(folder), "initial_load_in_hf": True}
-    raise ValueError(
-        f"checkpoint.initial_weights = {path!r} is neither a Hugging Face directory (config.json) "
-        "nor a checkpoint/step-N folder of a run; `lowline export` makes the former of the latter"
-    )
+    return {"initial_load_path": str(folder), "initial_load_in_hf": True}

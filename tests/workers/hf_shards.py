@@ -1,4 +1,4 @@
-"""hf_shards.py HF_DIRECTORY OUTPUT: load it into an FSDP model through the adapter, save with DCP."""
+"""hf_shards.py HF_DIRECTORY OUTPUT: an FSDP model loads it through the adapter and saves DCP."""
 
 import sys
 from pathlib import Path
@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
 from lowline.train.config import OptimizerConfig, RunConfig, TrainingConfig
 from lowline.train.device import prepare
 from lowline.train.hf import LlamaStateDictAdapter, config_from_hf
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 prepare()
 
@@ -32,7 +33,8 @@ def main(source: str, output: str) -> None:
     for layer in body.layers.values():
         fully_shard(layer, mesh=mesh)
     fully_shard(body, mesh=mesh)
-    body.init_states()
+    with torch.no_grad():
+        body.init_states()
     adapter = LlamaStateDictAdapter(config, None)
     state = adapter.to_hf(body.state_dict())
     dcp.load(state, storage_reader=adapter.get_hf_storage_reader(source))

@@ -1,7 +1,8 @@
 """Run by torchrun: the CoLA Llama laid out over processes against the same model on one.
 
-    torchrun --nproc_per_node=2 tests/workers/parallel_model.py {tensor,data,both} REPORT.json
+    torchrun --nproc_per_node=2 tests/workers/parallel_model.py REPORT.json
 
+Two processes: tensor parallel, then FSDP2. Four: FSDP2 over two times tensor parallel over two.
 Every rank also holds the whole model, seeded alike, and compares: initial values, logits, loss,
 gradients, and for tensor parallelism the collectives inside a block. Rank 0 writes what it measured
 to REPORT.json; the assertions are in tests/test_tensor_parallel.py.
@@ -191,17 +192,19 @@ def traffic(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def main(what: str, report: Path) -> None:
+def main(report: Path) -> None:
     dist.init_process_group("gloo")
     set_spmd_backend("partial_dtensor")
     torch.set_num_threads(1)
-    tensor = {"tensor": dist.get_world_size(), "data": 1, "both": 2}[what]
-    result: dict[str, Any] = {}
-    for name, shape in SHAPES.items():
-        result[name] = compare(run_config(*shape), tensor)
-    if what == "data":
-        result["bfloat16"] = compare(run_config(*SHAPES["cola-m grouped"]), tensor, "bfloat16")
-    if what == "tensor":
+    if dist.get_world_size() == 4:
+        result = {"both": {name: compare(run_config(*s), 2) for name, s in SHAPES.items()}}
+    else:
+        names = ("dense", "cola", "cola-m grouped", "dense mix", "tied")
+        result = {
+            "tensor": {name: compare(run_config(*s), 2) for name, s in SHAPES.items()},
+            "data": {name: compare(run_config(*SHAPES[name]), 1) for name in names},
+        }
+        result["bfloat16"] = compare(run_config(*SHAPES["cola-m grouped"]), 1, "bfloat16")
         names = ("cola", "cola-m", "grouped", "cola-m grouped")
         result["traffic"] = {name: traffic(run_config(*SHAPES[name])) for name in names}
     if dist.get_rank() == 0:
@@ -211,4 +214,4 @@ def main(what: str, report: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]))
