@@ -41,11 +41,7 @@ import spmd_types as spmd
 import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import (
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    noop_context_fn,
-)
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torchtitan.models.common import Linear
 from torchtitan.models.common.attention import BaseQKVLinear, GQAttention, local_head_split
 from torchtitan.models.common.decoder_sharding import (
@@ -224,13 +220,8 @@ def _recomputed(piece: Callable, *kept: torch.Tensor, keep_gemms: bool = False) 
 
     `keep_gemms`: the piece's GEMMs make nothing but its results, so none of them is run again.
     """
-    return checkpoint(
-        piece,
-        *kept,
-        use_reentrant=False,
-        preserve_rng_state=False,
-        context_fn=_keeping_gemms if keep_gemms else noop_context_fn,
-    )
+    options = {"context_fn": _keeping_gemms} if keep_gemms else {}
+    return checkpoint(piece, *kept, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 def _enter(

@@ -209,13 +209,31 @@ def test_more_lanes_than_documents_starve_nobody(shuffle):
             assert dealer.next_document(lane) is not None
 
 
+def test_few_documents_in_a_shared_shard_starve_nobody(tmp_path):
+    path = write_jsonl(tmp_path / "few.jsonl", ["a", "b"])
+    stream = open_source(SourceConfig(dataset="files", path=path, streaming=True))
+    dealer = deal(stream, Order(lanes=5), {lane: (0, 0) for lane in range(5)})
+    found = {dealer.next_document(lane).text for _ in range(4) for lane in range(5)}
+    assert found == {"a", "b"}
+
+
+def test_a_lane_goes_on_with_its_first_document_at_or_after_its_cursor(tmp_path):
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", [name] * 4) for name in "abc"]
+    stream = open_source(SourceConfig(dataset="files", path=files, streaming=True))
+    order = Order(lanes=3, shuffle=False)
+    for cursor, expected in [((0, 2), (1, 0, "b")), ((1, 3), (1, 3, "b")), ((1, 4), (4, 0, "b"))]:
+        assert deal(stream, order, {1: cursor}).next_document(1) == expected
+    listed = deal(ListSource(list("abcd")), order, {1: (1, 2)})
+    assert listed.next_document(1) == (1, 3, "d")  # places 1, 4, 7, ... of the endless order
+
+
 def test_a_source_without_text_is_an_error_not_a_hang(tmp_path):
     dealer = deal(ListSource(["", " "]), Order(lanes=2), {0: (0, 0), 1: (0, 0)})
     with pytest.raises(ValueError, match="no document with text"):
         dealer.next_document(1)
     path = write_jsonl(tmp_path / "blank.jsonl", [" ", ""])
     stream = open_source(SourceConfig(dataset="files", path=path, streaming=True))
-    with pytest.raises(ValueError, match="blank.jsonl.*source.text_key"):
+    with pytest.raises(ValueError, match="blank.jsonl.*data.text_key"):
         deal(stream, Order(lanes=1), {0: (0, 0)}).next_document(0)
 
 
@@ -273,21 +291,21 @@ def test_lists_globs_saved_datasets_and_null_texts(tmp_path):
     datasets.DatasetDict({"dev": table}).save_to_disk(tmp_path / "splits")
     splits = SourceConfig(dataset="files", path=str(tmp_path / "splits"), split="dev")
     assert list(open_source(splits).documents()) == ["r", "p"]
-    with pytest.raises(ValueError, match=r"source.split = 'train': .*\['dev'\]"):
+    with pytest.raises(ValueError, match=r"data.split = 'train': .*\['dev'\]"):
         open_source(SourceConfig(dataset="files", path=str(tmp_path / "splits")))
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"dataset": "web"}, "source.dataset = 'web'"),
+        ({"dataset": "web"}, "data.dataset = 'web'"),
         ({"dataset": "embedded", "path": "x"}, "remove the path"),
         ({"dataset": "embedded", "streaming": True}, "'embedded' is in memory"),
         ({"dataset": "embedded", "split": "test"}, "'train' and 'validation'"),
-        ({"dataset": "embedded", "name": "en"}, "source.name = 'en' is only for"),
-        ({"dataset": "files"}, "needs source.path: .*jsonl"),
-        ({"dataset": "files", "path": "x", "revision": "v1"}, "source.revision = 'v1'"),
-        ({"dataset": "hub"}, "needs source.path: e.g. 'allenai/c4'"),
+        ({"dataset": "embedded", "name": "en"}, "data.name = 'en' is only for"),
+        ({"dataset": "files"}, "needs data.path: .*jsonl"),
+        ({"dataset": "files", "path": "x", "revision": "v1"}, "data.revision = 'v1'"),
+        ({"dataset": "hub"}, "needs data.path: e.g. 'allenai/c4'"),
         ({"dataset": "hub", "path": "../c4"}, "one dataset id"),
         ({"dataset": "hub", "path": ["a/b", "c/d"]}, "one dataset id"),
     ],
@@ -394,7 +412,7 @@ def test_a_hub_dataset_is_opened_as_named(tmp_path, monkeypatch, streaming):
     assert list(source.documents()) == ["x", "y", "z"]
     assert getattr(source, "num_shards", None) == (2 if streaming else None)
     assert calls[0] == ("allenai/c4", "en", "v1")
-    with pytest.raises(ValueError, match="cannot open allenai/c4 .*source.split"):
+    with pytest.raises(ValueError, match="cannot open allenai/c4 .*data.split"):
         open_source(SourceConfig(split="test", **config))
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,15 @@ MEASURED: dict[str, tuple[int, int, list[str]]] = {
     "dense on 8, tensor parallel": (8, 1, [TP2]),
     "cola on 8, tensor parallel": (8, 1, [*LOW_RANK, TP2]),
 }
+QUICK = ["dense, accumulated", "cola", "cola-m on 8, bf16", "cola on 8, tensor parallel"]
+SHALLOW = ["--model.n_layers=4"]
 ROWS, SEQ_LEN = 4, 64
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def built_run(case: str) -> tuple[RunConfig, int]:
+def built_run(case: str, more: Sequence[str] = ()) -> tuple[RunConfig, int]:
     name, world_size, overrides = BUILT[case]
-    return load_config(CONFIGS / f"{name}.toml", overrides), world_size
+    return load_config(CONFIGS / f"{name}.toml", [*overrides, *more]), world_size
 
 
 def small_run(case: str) -> tuple[RunConfig, int, int]:
@@ -98,44 +101,68 @@ def small_run(case: str) -> tuple[RunConfig, int, int]:
     return run, world_size, microbatches
 
 
-def run_as_script(what: str) -> dict[str, Any]:
+def run_as_script(*arguments: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-P", __file__, what],
+        [sys.executable, "-P", __file__, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.fixture(scope="module", name="built")
-def _built() -> dict[str, Any]:
-    return run_as_script("build")
+@pytest.fixture(scope="module", name="built_shallow")
+def _built_shallow() -> dict[str, Any]:
+    return run_as_script("build", json.dumps([list(BUILT), SHALLOW]))
 
 
 @pytest.fixture(scope="module", name="measured")
 def _measured() -> dict[str, Any]:
-    return run_as_script("measure")
+    return run_as_script("measure", json.dumps(QUICK))
 
 
-@pytest.mark.parametrize("case", BUILT)
-def test_shards_are_those_of_the_model_really_sharded(case: str, built: dict[str, Any]) -> None:
+def assert_built_as_predicted(run: RunConfig, world_size: int, built: list[dict]) -> None:
     """Byte for byte, on the first rank of every pipeline stage."""
-    run, world_size = built_run(case)
-    for pp_rank, held in enumerate(built[case]):
+    assert len(built) == run.parallelism.pipeline_parallel
+    for pp_rank, held in enumerate(built):
         memory = stage_memory(run, world_size, "cuda", pp_rank)
         assert memory.weights == held["weights"] == held["gradients"]
         assert memory.optimizer == held["optimizer"]
 
 
-@pytest.mark.parametrize("case", MEASURED)
-def test_peak_is_what_a_step_reaches(case: str, measured: dict[str, Any]) -> None:
+@pytest.mark.parametrize("case", BUILT)
+def test_shards_are_those_of_the_model_really_sharded(
+    case: str, built_shallow: dict[str, Any]
+) -> None:
+    assert_built_as_predicted(*built_run(case, SHALLOW), built_shallow[case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", BUILT)
+def test_shards_at_full_depth(case: str) -> None:
+    built = run_as_script("build", json.dumps([[case], []]))
+    assert_built_as_predicted(*built_run(case), built[case])
+
+
+def assert_peak_as_predicted(case: str, measured: dict[str, int]) -> None:
     run, world_size, _ = small_run(case)
     memory = dry_run(run, world_size, "cpu").memory
-    assert memory.peak == pytest.approx(measured[case]["peak"], rel=0.10)
-    assert memory.weights + memory.tables == measured[case]["before"]
+    assert memory.peak == pytest.approx(measured["peak"], rel=0.10)
+    assert memory.weights + memory.tables == measured["before"]
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_peak_is_what_a_step_reaches(case: str, measured: dict[str, Any]) -> None:
+    assert_peak_as_predicted(case, measured[case])
+
+
+@pytest.mark.slow
+def test_peak_in_every_layout() -> None:
+    measured = run_as_script("measure", json.dumps(list(MEASURED)))
+    for case in MEASURED:
+        assert_peak_as_predicted(case, measured[case])
 
 
 def test_whole_gradients_while_accumulating() -> None:
@@ -194,18 +221,14 @@ def test_human_bytes() -> None:
     assert human_bytes(3 * 1024**4) == "3072 GiB"
 
 
-def build_all() -> dict[str, Any]:
+def build(cases: list[str], more: list[str]) -> dict[str, Any]:
     found = {}
-    for case in BUILT:
-        run, world_size = built_run(case)
+    for case in cases:
+        run, world_size = built_run(case, more)
         stages = run.parallelism.pipeline_parallel
         held = [check_by_building(run, world_size, r * world_size // stages) for r in range(stages)]
         found[case] = [dataclasses.asdict(h) for h in held]
     return found
-
-
-def measure_all() -> dict[str, Any]:
-    return {case: measure(*small_run(case)) for case in MEASURED}
 
 
 def measure(run: RunConfig, world_size: int, microbatches: int) -> dict[str, int]:
@@ -234,4 +257,8 @@ def measure(run: RunConfig, world_size: int, microbatches: int) -> dict[str, int
 
 
 if __name__ == "__main__":
-    print(json.dumps(build_all() if sys.argv[1] == "build" else measure_all()))
+    arguments = json.loads(sys.argv[2])
+    if sys.argv[1] == "build":
+        print(json.dumps(build(*arguments)))
+    else:
+        print(json.dumps({case: measure(*small_run(case)) for case in arguments}))

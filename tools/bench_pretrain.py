@@ -30,6 +30,8 @@ from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lowline.tools.inspect_rank import wide_console, write_whole
+
 if TYPE_CHECKING:
     from lowline.train.config import RunConfig
 
@@ -100,8 +102,6 @@ def bench_pretrain(
     finally:
         torch.set_num_threads(before)
     if json is not None:
-        from lowline.tools.inspect_rank import write_whole
-
         write_whole(json, lambda path: path.write_text(dumps(report, indent=1) + "\n"))
     return report
 
@@ -334,10 +334,9 @@ def _machine(threads: int) -> dict[str, Any]:
 
 def print_blocks(result: dict[str, Any], threads: int) -> None:
     """The blocks' times and rates, then the ratios that matter and the machine's limits."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = wide_console()
     peak = result["gemm_flops_per_second"]["gemm, wide"]
     table = Table(
         title=f"{result['layers']} blocks of {result['shape']}, {result['tokens']} tokens, fp32, "
@@ -372,9 +371,7 @@ def print_blocks(result: dict[str, Any], threads: int) -> None:
 
 def print_trainer(result: dict[str, Any]) -> None:
     """The two steps' times and their ratio."""
-    from rich.console import Console
-
-    console = Console()
+    console = wide_console()
     console.print(
         f"a step of {result['config']} ({result['parameters'] / 1e6:.1f}M parameters, "
         f"{result['tokens']} tokens), medians of {result['repeats']}:"

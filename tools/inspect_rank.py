@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from json import dumps
@@ -22,6 +23,7 @@ from lowline.cola.analysis import ActivationRanks, Which, projections
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
 GRAM_BYTES = 2 << 30  # what the sums XᵀX of one pass over the text may take
 
@@ -119,7 +121,7 @@ def load_model(checkpoint: str) -> tuple[Any, Any]:
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, ValueError) as error:
         raise ValueError(
             f"{checkpoint}: no Hugging Face directory, hub id or GGUF file that can be read "
             f"(working directory {Path.cwd()}); a training checkpoint becomes one with "
@@ -209,7 +211,6 @@ def _position(name: str) -> dict[str, Any]:
 
 def print_table(ranks: list[ProjectionRank], tokens: int, alpha: float, which: Which) -> None:
     """One row a layer, one column a projection: rank and its share of the full dimension."""
-    from rich.console import Console
     from rich.table import Table
 
     columns = list(dict.fromkeys(r.projection for r in ranks))
@@ -224,7 +225,7 @@ def print_table(ranks: list[ProjectionRank], tokens: int, alpha: float, which: W
     means = [[r.rank / r.width for r in ranks if r.projection == column] for column in columns]
     table.add_section()
     table.add_row("mean", *(f"{sum(m) / len(m):.0%}" for m in means))
-    console = Console()
+    console = wide_console()
     console.print(table)
     widest = max(widths.values())
     if tokens < 4 * widest:
@@ -232,6 +233,13 @@ def print_table(ranks: list[ProjectionRank], tokens: int, alpha: float, which: W
             f"{tokens} tokens show at most {tokens} directions: for activations {widest} wide, "
             f"ranks grow until about --tokens {4 * widest}"
         )
+
+
+def wide_console() -> Console:
+    """Prints to a terminal in its own width, to a file or pipe in 120 columns."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def draw(ranks: list[ProjectionRank], alpha: float, which: Which) -> Any:

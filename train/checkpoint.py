@@ -27,7 +27,7 @@ SAVING, DELETING = ".saving", ".deleting"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; the message says which is the newest whole one."""
+    """A checkpoint could not be written or read; the message says what is safe and the mend."""
 
 
 def saved_steps(folder: str | Path) -> list[int]:
@@ -89,6 +89,16 @@ class Checkpointer(CheckpointManager):
         """The newest whole checkpoint, for messages."""
         steps = saved_steps(self.folder) if self.enable else []
         return str(Path(self.folder) / f"step-{steps[-1]}") if steps else "none"
+
+    def _load(self, step: int = -1) -> bool:
+        try:
+            return super()._load(step)
+        except (CheckpointException, ValueError, OSError) as error:
+            source = f"step-{self._newest} of {self.folder}"
+            if self._newest < 0:
+                source = str(self.initial_load_path)
+            cause = _root_cause(error)
+            raise CheckpointError(f"checkpoint {source} could not be loaded: {cause}") from error
 
     def _wait_for_saving(self) -> None:
         try:

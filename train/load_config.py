@@ -13,8 +13,10 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Sequence
+from datetime import date, time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,16 @@ from pydantic import TypeAdapter, ValidationError
 from lowline.train.config import RunConfig
 
 COMMAND_LINE = "command line"
+_KINDS = {  # the type names of lowline.train.config in words
+    "Positive": "integer > 0",
+    "NonNegative": "integer >= 0",
+    "Fraction": "number from 0 to 1",
+    "Rank": "integer, fraction of dim, or table by projection",
+    "float": "number",
+    "int": "integer",
+    "str": "string",
+    "bool": "true or false",
+}
 
 
 class ConfigError(ValueError):
@@ -94,10 +106,11 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _validate(tree: dict[str, Any], origin: dict[str, str], default_origin: str) -> RunConfig:
-    try:
-        text = json.dumps(tree)
-    except TypeError as error:  # TOML's dates have no use here
-        raise ConfigError(f"{default_origin}: {error}") from None
+    for key, value in _leaves(tree):
+        if isinstance(value, date | time):
+            where = origin.get(key, default_origin)
+            raise ConfigError(f"{where}: {key} = {value}: dates and times have no use here")
+    text = json.dumps(tree)
     try:
         return TypeAdapter(RunConfig).validate_json(text)
     except ValidationError as error:
@@ -121,15 +134,17 @@ def _explain(error: Any, origin: dict[str, str], default_origin: str) -> str:
             break
         parts.pop()
         key = ".".join(parts)
-    where = next((o for k, o in origin.items() if k == key or k.startswith(key + ".")), "")
-    where = where or default_origin
+    # A rule over a table may be broken by any of its keys: name every place they come from.
+    inside = {o for k, o in origin.items() if not key or k.startswith(key + ".")}
+    where = origin.get(key) or " and ".join(sorted(inside)) or default_origin
     given = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"
     if error["type"] == "unexpected_keyword_argument":
         section = key.rpartition(".")[0]
-        inside = [k for k in keys if k.rpartition(".")[0] == section]
+        prefix = f"{section}." if section else ""
+        known = [k.removeprefix(prefix).partition(".")[0] for k in keys if k.startswith(prefix)]
         near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]}?" if near else ""
-        names = ", ".join(k.rpartition(".")[2] for k in inside)
+        names = ", ".join(dict.fromkeys(known))
         return (
             f"{where}: {key}{given}: unknown key.{hint} "
             f"Known in {f'[{section}]' if section else 'the top level'}: {names}"
@@ -137,7 +152,7 @@ def _explain(error: Any, origin: dict[str, str], default_origin: str) -> str:
     if error["type"] == "missing":
         return f"{where}: {key} is missing: {known_keys().get(key, 'a table')} is required"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{where}: {key or 'configuration'}{given}: {message}"
+    return f"{where}: {key}{given}: {message}" if key else f"{where}: {message}"
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -160,7 +175,20 @@ def _fields(cls: Any, prefix: str) -> Iterator[tuple[str, str]]:
         if inner is not None:
             yield from _fields(inner, f"{prefix}{f.name}.")
         else:
-            yield prefix + f.name, str(f.type)
+            yield prefix + f.name, _describe(str(f.type))
+
+
+def _describe(annotation: str) -> str:
+    """'Annotated[float, Field(gt=0)]' -> 'number > 0'."""
+    for name, words in _KINDS.items():
+        annotation = re.sub(rf"\b{name}\b", words, annotation)
+    limited = re.fullmatch(r"Annotated\[(\w+), Field\((.*)\)\]", annotation)
+    if limited is None:
+        return annotation
+    limits = limited[2]
+    for short, sign in (("gt=", "> "), ("ge=", ">= "), ("lt=", "< "), ("le=", "<= ")):
+        limits = limits.replace(short, sign)
+    return f"{limited[1]} {limits}"
 
 
 def _without_none(value: Any) -> Any:

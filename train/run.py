@@ -51,13 +51,9 @@ def train(run: RunConfig) -> int:
             trainer.train()
             trainer.checkpointer.close()
         if trainer.stopped_by:
-            name, newest = (
-                signal.Signals(trainer.stopped_by).name,
-                trainer.checkpointer.newest_saved(),
-            )
             trainer.metrics_processor.say(
-                f"stopped by {name} after step {trainer.step}; newest checkpoint: {newest}; "
-                "the same command goes on from it"
+                f"stopped by {signal.Signals(trainer.stopped_by).name} after step {trainer.step}, "
+                f"saved {trainer.checkpointer.newest_saved()}; the same command goes on from there"
             )
             return 128 + trainer.stopped_by
         return 0
@@ -153,6 +149,8 @@ def _set_up_logging(run: RunConfig) -> None:
     # torchtitan seeds DTensor's generators, which a CPU has none of. Nothing here draws from them:
     # every rank draws the whole of a parameter and keeps its part.
     warnings.filterwarnings("ignore", message=".*on cpu device mesh")
+    # torchtitan recomputes the schedules' values where it resumes, which torch warns about.
+    warnings.filterwarnings("ignore", message=".*please use `get_last_lr")
 
 
 def _write_config(run: RunConfig) -> None:

@@ -33,7 +33,7 @@ from lowline.train.data import LaneDataLoader
 from lowline.train.data.tokenizer import TextTokenizer
 from lowline.train.evaluation import Evaluator
 from lowline.train.load_config import to_toml
-from lowline.train.metrics import Metrics, DivergedError
+from lowline.train.metrics import DivergedError, Metrics
 from lowline.train.model import build_model_spec
 from lowline.train.optim import optimizer_config, schedule_config
 
@@ -83,6 +83,15 @@ class Trainer(TitanTrainer):
         self._agreement = Agreement()
         self._microbatch = 0
         self._last_inputs: tuple[torch.Tensor, dict[str, Any]] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step, and the tokens seen by all ranks, which another number of ranks can share."""
+        ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
+        return {**super().state_dict(), "ntokens_seen": self.ntokens_seen * ranks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.ntokens_seen //= self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
 
     def batch_generator(
         self, data_iterable: Iterable[tuple[dict[str, torch.Tensor], torch.Tensor]]

@@ -98,7 +98,7 @@ def _gather(library: Path) -> list[str]:
     if not files:
         raise RuntimeError(
             f"this Python has no library sources in {library} (a zipped or stripped "
-            "installation): use source.dataset = 'files' or 'hub' instead of 'embedded'"
+            "installation): use data.dataset = 'files' or 'hub' instead of 'embedded'"
         )
     # Characters that UTF-8 cannot hold (lone surrogates in examples) would break tokenizers.
     texts = [text.encode("utf-8", "replace").decode("utf-8").strip() for text in texts]

@@ -33,6 +33,7 @@ from lowline.train.data.order import Order, deal
 from lowline.train.data.packing import START, Encoder, LanePacker, LaneState
 from lowline.train.data.sources import IndexedSource, Source, SourceConfig, open_source
 
+_ANEW = "a new output folder with checkpoint.initial_weights = the folder step-N"
 _LANE = re.compile(r"(?:^|\.)lane_(\d+)$")
 
 
@@ -181,8 +182,8 @@ class LaneDataLoader(BaseDataLoader):
             raise ValueError(
                 f"the saved place in the data is of another order of documents than "
                 f"{self._source.name} now has: seed, shuffle, streaming or the number of "
-                "documents (indexed) or shards (streamed) changed. Restore them, or start the "
-                "data anew (checkpoint.exclude_from_loading = ['dataloader'])"
+                "documents (indexed) or shards (streamed) changed. Restore them, or start "
+                f"the data anew: {_ANEW}"
             )
         missing = [key for key in self.state_dict() if key not in state_dict]
         if missing:
@@ -219,8 +220,7 @@ def _check_lanes(saved: int, now: int) -> None:
         raise ValueError(
             f"the checkpoint was written with a global batch of {saved} sequences, this run has "
             f"{now}; the place in the data is kept per sequence of the global batch. Set "
-            f"training.global_batch_size = {saved}, or start the data anew "
-            "(checkpoint.exclude_from_loading = ['dataloader'])"
+            f"training.global_batch_size = {saved}, or start the data anew: {_ANEW}"
         )
 
 

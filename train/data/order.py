@@ -218,5 +218,5 @@ def _mixed(value: int) -> int:
 def _no_text(source: Source, lane: int) -> ValueError:
     return ValueError(
         f"{source.name}: lane {lane} found no document with text; all of its share are empty. "
-        "Check the text column (source.text_key), remove empty documents, or set shuffle = true"
+        "Check the text column (data.text_key), remove empty documents, or set shuffle = true"
     )

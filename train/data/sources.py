@@ -12,7 +12,8 @@ read front to back, nothing stored). `open_source` makes either from a `SourceCo
 
 Kinds of files: .jsonl, .json, .ndjson (these and .txt also as .gz, .bz2, .xz, .zst), .parquet,
 .arrow, .txt. Without `streaming`, json, txt and parquet are converted once to Arrow in the cache
-of `datasets`. A stream keeps one open shard per lane or group of lanes (see `order`).
+of `datasets`. A stream keeps one open shard per lane or group of lanes (see `order`), each about
+4 MB for json (measured on gzipped files).
 
 Left out: mixing sources by weight, and columns other than the text.
 """
@@ -42,7 +43,7 @@ _COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 _COMPRESSIBLE = {"json", "text"}
 _SAVED_DATASET = ("dataset_info.json", "dataset_dict.json")
 _ACCEPTED = (
-    "source.path takes a file, a glob such as 'data/*.jsonl', a list of these, or a directory "
+    "data.path takes a file, a glob such as 'data/*.jsonl', a list of these, or a directory "
     "written by datasets' save_to_disk; files may be .jsonl, .json, .ndjson, .txt (each also "
     "compressed: .gz, .bz2, .xz, .zst), .parquet or .arrow"
 )
@@ -72,39 +73,39 @@ class SourceConfig:
     def __post_init__(self) -> None:
         if self.dataset not in ("embedded", "files", "hub"):
             raise ValueError(
-                f"source.dataset = {self.dataset!r}: must be 'embedded' (Python's own "
-                "documentation), 'files' (source.path) or 'hub' (source.path is the dataset's id)"
+                f"data.dataset = {self.dataset!r}: must be 'embedded' (Python's own "
+                "documentation), 'files' (data.path) or 'hub' (data.path is the dataset's id)"
             )
         if isinstance(self.path, list):  # TOML has lists only
             object.__setattr__(self, "path", tuple(self.path))
         for key in ("name", "revision"):
             if self.dataset != "hub" and getattr(self, key) is not None:
                 raise ValueError(
-                    f"source.{key} = {getattr(self, key)!r} is only for source.dataset = 'hub'; "
+                    f"data.{key} = {getattr(self, key)!r} is only for data.dataset = 'hub'; "
                     f"remove it for {self.dataset!r}"
                 )
         if self.dataset == "embedded":
             if self.path:
                 raise ValueError(
-                    f"source.path = {self.path!r} with source.dataset = 'embedded': remove the "
-                    "path, or set source.dataset to 'files' or 'hub'"
+                    f"data.path = {self.path!r} with data.dataset = 'embedded': remove the "
+                    "path, or set data.dataset to 'files' or 'hub'"
                 )
             if self.streaming:
-                raise ValueError("source.streaming = true: 'embedded' is in memory; remove it")
+                raise ValueError("data.streaming = true: 'embedded' is in memory; remove it")
             if self.split not in ("train", "validation"):
                 raise ValueError(
-                    f"source.split = {self.split!r}: 'embedded' has 'train' and 'validation'"
+                    f"data.split = {self.split!r}: 'embedded' has 'train' and 'validation'"
                 )
         elif not self.path:
             raise ValueError(
-                f"source.dataset = {self.dataset!r} needs source.path"
+                f"data.dataset = {self.dataset!r} needs data.path"
                 + (": e.g. 'allenai/c4'" if self.dataset == "hub" else f": {_ACCEPTED}")
             )
         if self.dataset == "hub" and not (
             isinstance(self.path, str) and re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", self.path)
         ):
             raise ValueError(
-                f"source.path = {self.path!r}: with source.dataset = 'hub' it must be one "
+                f"data.path = {self.path!r}: with data.dataset = 'hub' it must be one "
                 "dataset id, such as 'allenai/c4'"
             )
 
@@ -237,13 +238,13 @@ def _open_files(files: list[str], config: SourceConfig) -> Source:
 
     if config.split != "train":
         raise ValueError(
-            f"source.split = {config.split!r}: files have no splits; give the files of that "
-            "split as source.path"
+            f"data.split = {config.split!r}: files have no splits; give the files of that "
+            "split as data.path"
         )
     kinds = {_kind(file): file for file in files}
     if len(kinds) > 1:
         raise ValueError(
-            f"source.path mixes kinds of files ({', '.join(map(repr, kinds.values()))}): "
+            f"data.path mixes kinds of files ({', '.join(map(repr, kinds.values()))}): "
             "use one kind at a time"
         )
     kind = next(iter(kinds))
@@ -274,18 +275,18 @@ def _open_saved(directory: Path, config: SourceConfig) -> Source:
         )
     if config.streaming:
         raise ValueError(
-            f"source.streaming = true: {str(directory)!r} is memory-mapped already; remove it"
+            f"data.streaming = true: {str(directory)!r} is memory-mapped already; remove it"
         )
     dataset = datasets.load_from_disk(str(directory))
     if isinstance(dataset, datasets.DatasetDict):
         if config.split not in dataset:
             raise ValueError(
-                f"source.split = {config.split!r}: {str(directory)!r} has {sorted(dataset)}"
+                f"data.split = {config.split!r}: {str(directory)!r} has {sorted(dataset)}"
             )
         dataset = dataset[config.split]
     elif config.split != "train":
         raise ValueError(
-            f"source.split = {config.split!r}: {str(directory)!r} holds one dataset without "
+            f"data.split = {config.split!r}: {str(directory)!r} holds one dataset without "
             "splits; give the directory of that split"
         )
     return _wrap(dataset, config.text_key, str(directory))
@@ -295,7 +296,7 @@ def _open_hub(config: SourceConfig) -> Source:
     assert isinstance(config.path, str)
     if Path(config.path).exists():
         raise ValueError(
-            f"source.path = {config.path!r} is also a local path: set source.dataset = 'files' "
+            f"data.path = {config.path!r} is also a local path: set data.dataset = 'files' "
             "to read it, or start elsewhere to read the hub's"
         )
     name = f"{config.path} ({config.name or 'default'}, {config.split})"
@@ -310,9 +311,9 @@ def _open_hub(config: SourceConfig) -> Source:
     except (OSError, ValueError) as error:  # not there, no network, unknown name or split
         kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
         raise kind(
-            f"cannot open {name} on the Hugging Face hub: {error}. Check source.path, source.name "
-            "and source.split, the network, and HF_TOKEN for a gated dataset; or download the "
-            "files and use source.dataset = 'files'"
+            f"cannot open {name} on the Hugging Face hub: {error}. Check data.path, data.name "
+            "and data.split, the network, and HF_TOKEN for a gated dataset; or download the "
+            "files and use data.dataset = 'files'"
         ) from error
     return _wrap(dataset, config.text_key, name)
 
@@ -371,11 +372,11 @@ def _kind(file: str) -> str:
 def _check_column(columns: Sequence[str], features, text_key: str, name: str) -> None:
     if text_key not in columns:
         raise ValueError(
-            f"{name} has no column {text_key!r}; it has {sorted(columns)}. Set source.text_key"
+            f"{name} has no column {text_key!r}; it has {sorted(columns)}. Set data.text_key"
         )
     dtype = getattr(features[text_key], "dtype", "list") if features else "string"
     if dtype not in ("string", "large_string", "null"):
         raise ValueError(
-            f"{name}: column {text_key!r} holds {dtype}, not strings. Set source.text_key to one "
+            f"{name}: column {text_key!r} holds {dtype}, not strings. Set data.text_key to one "
             f"of {sorted(columns)} that holds text"
         )

@@ -1,0 +1,79 @@
+"""Three steps of a sharded run, each compared with plain torch optimizers on gathered tensors.
+
+    torchrun --nproc_per_node=2 tests/workers/engine_on_two_ranks.py OUTPUT KEY=VALUE...
+
+Prints, as JSON on rank 0: the number of reduce-scatters of each step, of FSDP units and of
+microbatches, and the largest difference of a parameter from the reference's, by optimizer.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from lowline.train.device import prepare
+from lowline.train.load_config import load_config
+from torch.distributed.fsdp import FSDPModule
+
+STEPS = 3
+
+
+def main(config: str, *overrides: str) -> None:
+    prepare()
+    from lowline.train.trainer import trainer_config
+
+    trainer = trainer_config(load_config(config, overrides), 2).build()
+    batches = trainer.batch_generator(trainer.dataloader)
+    copies = {n: p.full_tensor().clone() for n, p in trainer.model_parts[0].named_parameters()}
+    references = [_reference(optimizer, copies) for optimizer in trainer.optimizers]
+    report = {
+        "units": sum(isinstance(m, FSDPModule) for m in trainer.model_parts[0].modules()),
+        "microbatches": trainer.gradient_accumulation_steps,
+        "reduce_scatters": [],
+        "differences": {type(o).__name__: [] for o in trainer.optimizers},
+        "parameters": {
+            type(o).__name__: [n for g in o.param_groups for n in g["param_names"]]
+            for o in trainer.optimizers
+        },
+    }
+    real = dist.reduce_scatter_tensor
+    for _ in range(STEPS):
+        for ours, reference in zip(trainer.optimizers, references, strict=True):
+            for theirs, group in zip(reference.param_groups, ours.param_groups, strict=True):
+                theirs["lr"] = group["lr"]
+        trainer.step += 1
+        with mock.patch("torch.distributed.reduce_scatter_tensor", side_effect=real) as counted:
+            trainer.train_step(batches)
+        report["reduce_scatters"].append(counted.call_count)
+        parameters = dict(trainer.model_parts[0].named_parameters())
+        for name, copy in copies.items():
+            copy.grad = parameters[name].grad.full_tensor()  # clipped already
+        for ours, reference in zip(trainer.optimizers, references, strict=True):
+            reference.step()
+            names = [n for group in ours.param_groups for n in group["param_names"]]
+            worst = max(
+                float((parameters[n].full_tensor() - copies[n]).abs().max()) for n in names
+            )
+            report["differences"][type(ours).__name__].append(worst)
+    if dist.get_rank() == 0:
+        print(json.dumps(report))
+    dist.destroy_process_group()
+
+
+def _reference(ours: torch.optim.Optimizer, copies: dict) -> torch.optim.Optimizer:
+    """torch's own optimizer, one tensor at a time, with the same options on whole copies."""
+    (group,) = ours.param_groups
+    parameters = [copies[name] for name in group["param_names"]]
+    options = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+    if isinstance(ours, torch.optim.Muon):
+        options |= {"momentum": group["momentum"], "adjust_lr_fn": "match_rms_adamw"}
+        return torch.optim.Muon(parameters, **options)
+    options |= {"betas": group["betas"], "eps": group["eps"]}
+    return torch.optim.AdamW(parameters, foreach=False, fused=False, **options)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
