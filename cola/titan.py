@@ -220,7 +220,7 @@ def _recomputed(piece: Callable, *kept: torch.Tensor, keep_gemms: bool = False) 
 
     `keep_gemms`: the piece's GEMMs make nothing but its results, so none of them is run again.
     """
-    options = {"context_fn": _keeping_gemms} if keep_gemms else {}
+    options: dict[str, Any] = {"context_fn": _keeping_gemms} if keep_gemms else {}
     return checkpoint(piece, *kept, use_reentrant=False, preserve_rng_state=False, **options)
 
 

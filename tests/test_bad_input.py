@@ -97,7 +97,10 @@ def test_an_output_that_cannot_be_written(capsys, tmp_path):
         ("--cola.rank=8", ["was written with cola.rank", "16", "8", "another output folder"]),
         ("--cola.activation=gelu", ["cola.activation = silu, this run has gelu"]),
         ("--optimizer.name=muon", ["optimizer.name = adamw, this run has muon"]),
-        ("--training.global_batch_size=4", ["8 sequences, this run has 4", "global_batch_size = 8"]),
+        (
+            "--training.global_batch_size=4",
+            ["8 sequences, this run has 4", "global_batch_size = 8"],
+        ),
         ("--checkpoint.resume=false", ["checkpoint.resume = false", "another output folder"]),
         ("--parallelism.tensor_parallel=2", ["does not make 1 process"]),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,7 +91,9 @@ def assert_near(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> Non
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler() -> Any:
+def fresh_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Nothing compiled before, and no file of a run that was killed while it compiled."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

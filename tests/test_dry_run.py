@@ -101,9 +101,13 @@ def small_run(case: str) -> tuple[RunConfig, int, int]:
     return run, world_size, microbatches
 
 
-def run_as_script(*arguments: str) -> dict[str, Any]:
+def run_as_script(
+    build: Sequence[str] = (), overrides: Sequence[str] = (), measure: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What a process of its own finds: {"built": {case: ...}, "measured": {case: ...}}."""
+    arguments = json.dumps([build, overrides, measure])
     done = subprocess.run(
-        [sys.executable, "-P", __file__, *arguments],
+        [sys.executable, "-P", __file__, arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
         capture_output=True,
         text=True,
@@ -113,14 +117,9 @@ def run_as_script(*arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.fixture(scope="module", name="built_shallow")
-def _built_shallow() -> dict[str, Any]:
-    return run_as_script("build", json.dumps([list(BUILT), SHALLOW]))
-
-
-@pytest.fixture(scope="module", name="measured")
-def _measured() -> dict[str, Any]:
-    return run_as_script("measure", json.dumps(QUICK))
+@pytest.fixture(scope="module", name="found")
+def _found() -> dict[str, Any]:
+    return run_as_script(build=list(BUILT), overrides=SHALLOW, measure=QUICK)
 
 
 def assert_built_as_predicted(run: RunConfig, world_size: int, built: list[dict]) -> None:
@@ -133,17 +132,15 @@ def assert_built_as_predicted(run: RunConfig, world_size: int, built: list[dict]
 
 
 @pytest.mark.parametrize("case", BUILT)
-def test_shards_are_those_of_the_model_really_sharded(
-    case: str, built_shallow: dict[str, Any]
-) -> None:
-    assert_built_as_predicted(*built_run(case, SHALLOW), built_shallow[case])
+def test_shards_are_those_of_the_model_really_sharded(case: str, found: dict[str, Any]) -> None:
+    assert_built_as_predicted(*built_run(case, SHALLOW), found["built"][case])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", BUILT)
 def test_shards_at_full_depth(case: str) -> None:
-    built = run_as_script("build", json.dumps([[case], []]))
-    assert_built_as_predicted(*built_run(case), built[case])
+    found = run_as_script(build=[case])
+    assert_built_as_predicted(*built_run(case), found["built"][case])
 
 
 def assert_peak_as_predicted(case: str, measured: dict[str, int]) -> None:
@@ -154,13 +151,13 @@ def assert_peak_as_predicted(case: str, measured: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("case", QUICK)
-def test_peak_is_what_a_step_reaches(case: str, measured: dict[str, Any]) -> None:
-    assert_peak_as_predicted(case, measured[case])
+def test_peak_is_what_a_step_reaches(case: str, found: dict[str, Any]) -> None:
+    assert_peak_as_predicted(case, found["measured"][case])
 
 
 @pytest.mark.slow
 def test_peak_in_every_layout() -> None:
-    measured = run_as_script("measure", json.dumps(list(MEASURED)))
+    measured = run_as_script(measure=list(MEASURED))["measured"]
     for case in MEASURED:
         assert_peak_as_predicted(case, measured[case])
 
@@ -195,7 +192,7 @@ def test_muon_keeps_one_momentum_of_the_factors() -> None:
 
 def test_report_in_plain_text() -> None:
     out = io.StringIO()
-    print_dry_run(load_config(CONFIGS / "cola_60m.toml"), 8, out)
+    print_dry_run(load_config(CONFIGS / "cola_60m.toml"), 8, out=out)
     lines = dict(
         line.strip().split(": ", 1) for line in out.getvalue().splitlines() if ": " in line
     )
@@ -257,8 +254,6 @@ def measure(run: RunConfig, world_size: int, microbatches: int) -> dict[str, int
 
 
 if __name__ == "__main__":
-    arguments = json.loads(sys.argv[2])
-    if sys.argv[1] == "build":
-        print(json.dumps(build(*arguments)))
-    else:
-        print(json.dumps({case: measure(*small_run(case)) for case in arguments}))
+    to_build, more, to_measure = json.loads(sys.argv[1])
+    measured = {case: measure(*small_run(case)) for case in to_measure}
+    print(json.dumps({"built": build(to_build, more), "measured": measured}))

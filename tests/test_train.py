@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from lowline.train.checkpoint import saved_steps
 from lowline.train.load_config import load_config
 from lowline.train.metrics import read_metrics
@@ -56,8 +57,8 @@ def test_tensorboard_holds_the_same(cola):
             if name != "step":
                 expected.setdefault(name, []).append((record["step"], value))
     assert set(events.Tags()["scalars"]) == set(expected)
-    names = "loss perplexity lr/AdamW grad_norm tokens_per_second mfu memory_gib".split()
-    assert set(names) < set(expected)
+    names = {"loss", "perplexity", "lr/AdamW", "grad_norm", "tokens_per_second", "mfu"}
+    assert names | {"memory_gib", "eval_loss"} < set(expected)
     for name, points in expected.items():
         written = [(e.step, e.value) for e in events.Scalars(name)]
         assert written == [(step, pytest.approx(value, rel=1e-6)) for step, value in points]
@@ -100,10 +101,10 @@ def test_microbatches_do_not_change_the_losses(cola, tmp_path):
 
 def test_evaluation_does_not_depend_on_its_batch_size():
     from lowline.train.device import prepare
-    from lowline.train.run import _single_process_defaults
+    from lowline.train.run import single_process_defaults
 
     with training.one_process():
-        _single_process_defaults()
+        single_process_defaults()
         prepare()
         from lowline.train.trainer import trainer_config
 
@@ -121,7 +122,9 @@ def test_evaluation_does_not_depend_on_its_batch_size():
 
 
 def _documents(path: Path, count: int) -> list[str]:
-    texts = [f"Document {i} of {count}: " + "words and more words, " * (i % 7) for i in range(count)]
+    texts = [
+        f"Document {i} of {count}: " + "words and more words, " * (i % 7) for i in range(count)
+    ]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return [
         *("--data.dataset=files", f"--data.path={path}", "--data.epochs=1"),

@@ -159,7 +159,7 @@ def block_step(run: RunConfig, x_BLD: Any) -> Callable[[], None]:
     prepare()
     from lowline.train.model import build_model_config
 
-    blocks = torch.nn.ModuleList(layer.build() for layer in build_model_config(run).layers)
+    blocks: Any = torch.nn.ModuleList(layer.build() for layer in build_model_config(run).layers)
     torch.manual_seed(0)
     with torch.no_grad():
         for block in blocks:
@@ -194,7 +194,7 @@ def limits(tokens: int, dim: int, ffn: int, rank: int) -> dict[str, Callable[[],
 
 def bench_trainer(repeats: int, *overrides: str) -> dict[str, Any]:
     """Time a step of the demo's CoLA model in the trainer and in a bare loop, in one process."""
-    from lowline.train.run import _single_process_defaults
+    from lowline.train.run import single_process_defaults
 
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         run = load_run(
@@ -202,8 +202,9 @@ def bench_trainer(repeats: int, *overrides: str) -> dict[str, Any]:
             "--evaluation.enable=false", "--metrics.log_every=1000000",
         )  # fmt: skip
         environment = dict(os.environ)
-        stack.callback(lambda: (os.environ.clear(), os.environ.update(environment)))
-        _single_process_defaults()
+        stack.callback(os.environ.update, environment)  # called last: after clear
+        stack.callback(os.environ.clear)
+        single_process_defaults()
         trained, trainer = trainer_step(run, stack)
         model, batch = trainer.model_parts[0], next(iter(trainer.dataloader))
         timings = interleave({"bare": bare_step(run, batch), "trainer": trained}, repeats)

@@ -24,6 +24,7 @@ from rich.table import Table
 from lowline.cola.accounting import flops_per_token, parameters, saved_by_model
 from lowline.train.config import RunConfig
 from lowline.train.load_config import load_config
+from lowline.train.memory import policy_of, shape_of
 from lowline.train.metrics import read_metrics
 
 MODELS = ("dense", "cola", "colam")
@@ -43,8 +44,7 @@ class Result:
 
     def row(self) -> dict[str, Any]:
         """The table's columns."""
-        shape = self.run.shape()
-        policy = "cola-m" if self.run.cola.memory == "cola-m" else "all"
+        shape, policy = shape_of(self.run), policy_of(self.run)
         return {
             "model": self.name,
             "parameters": parameters(shape).total,

@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node=N -m lowline.train --config configs/cola_60m.toml [--table.key=value]
 
---dry-run prints sizes, FLOPs and memory for the layout and exits; --help lists every key. A run
+--dry-run prints sizes, FLOPs and memory for the layout and exits, --dry-run=64 those on 64 GPUs;
+--help lists every key. A run
 goes on from the newest checkpoint of its output folder. Started without torchrun it is one process.
 """
 
@@ -26,10 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             _print_help()
             return 0
         run = load_config(config, overrides)
-        if "--dry-run" in flags:
+        if dry := [flag for flag in flags if flag.startswith("--dry-run")]:
             from lowline.train.dry_run import print_dry_run
 
-            print_dry_run(run, int(os.environ.get("WORLD_SIZE", 1)))
+            gpus = dry[0].partition("=")[2]
+            if gpus and not (gpus.isdigit() and int(gpus)):
+                raise ConfigError(f"{dry[0]}: write --dry-run, or --dry-run=N for N GPUs")
+            world_size = int(gpus or os.environ.get("WORLD_SIZE", 1))
+            print_dry_run(run, world_size, "cuda" if gpus else None)
             return 0
         from lowline.train.preflight import check_run
 
@@ -52,7 +57,7 @@ def _split(arguments: Sequence[str]) -> tuple[str | None, set[str], list[str]]:
             config = next(rest, None)
         elif argument.startswith("--config="):
             config = argument.partition("=")[2]
-        elif argument in ("-h", "--help", "--dry-run"):
+        elif argument in ("-h", "--help") or argument.partition("=")[0] == "--dry-run":
             flags.add(argument)
         elif argument.startswith("--") and "=" not in argument and "." in argument:
             overrides.append(f"{argument}={next(rest, '')}")

@@ -108,11 +108,13 @@ class Checkpointer(CheckpointManager):
             raise self._failure(error) from error
 
     def _failure(self, error: BaseException) -> CheckpointError:
-        newest = self.newest_saved()
         free = shutil.disk_usage(_existing(Path(self.folder))).free
+        if dist.get_rank() == 0:  # make room for what can still be done
+            shutil.rmtree(self._create_checkpoint_id(self._newest) + SAVING, ignore_errors=True)
+        newest = self.newest_saved()
         return CheckpointError(
             f"checkpoint {self._create_checkpoint_id(self._newest)} could not be saved: "
-            f"{_root_cause(error)}. {free / 2**20:,.1f} MiB are free there. Newest whole "
+            f"{_root_cause(error)}. {free / 2**20:,.1f} MiB were free there. Newest whole "
             f"checkpoint: {newest}. Free some space and give the same command again, which "
             f"{'starts anew' if newest == 'none' else 'goes on from it'}; or set a smaller "
             "checkpoint.keep, or put output on another disk"
@@ -147,6 +149,15 @@ class _WholeFolderWriter(FileSystemWriter):
         super().__init__(final.with_name(final.name + SAVING))
         self._final, self._run_config = final, run_config
 
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            # DCP sends an error to the other ranks without its causes: send the first of them.
+            while (earlier := error.__cause__ or error.__context__) is not None:
+                error = earlier  # type: ignore[assignment]
+            raise error from None
+
     def finish(self, metadata: Any, results: Any) -> None:
         """Called on one rank; what it raises is raised on all."""
         super().finish(metadata, results)
@@ -172,5 +183,5 @@ def _root_cause(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         rank, (inner, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {_root_cause(inner)}"
-    inner = error.__cause__ or error.__context__
-    return _root_cause(inner) if inner is not None else f"{type(error).__name__}: {error}"
+    cause = error.__cause__ or error.__context__
+    return _root_cause(cause) if cause is not None else f"{type(error).__name__}: {error}"

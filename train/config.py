@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from lowline.cola.accounting import Shape
 from lowline.cola.ranks import PROJECTIONS, Rank, resolve_ranks
 from lowline.train.data.sources import SourceConfig
 
@@ -260,11 +259,15 @@ class RunConfig:
     def __post_init__(self) -> None:
         ranks = self.ranks()
         dense = [name for name, rank in ranks.items() if rank == 0]
-        if dense and (self.cola.memory == "cola-m" or self.cola.grouped):
-            key = "grouped" if self.cola.grouped else "memory"
+        if dense and self.cola.memory == "cola-m":
             raise ValueError(
-                f"cola.{key} = {getattr(self.cola, key)!r} with dense projections {dense}; it works "
-                "on bottlenecks, so give all seven projections a rank or leave it out"
+                f'cola.memory = "cola-m" with dense projections {dense}; it keeps bottlenecks, so '
+                'give all seven projections a rank or set memory = "cola"'
+            )
+        if self.metrics.rank_every and not any(ranks.values()):
+            raise ValueError(
+                f"metrics.rank_every = {self.metrics.rank_every} measures bottlenecks, and this "
+                "model is dense; set it to 0 (`lowline inspect rank` measures any model)"
             )
         if self.cola.memory == "cola-m" and self.activation_checkpoint != "none":
             raise ValueError(
@@ -290,26 +293,6 @@ class RunConfig:
     def ranks(self) -> dict[str, int]:
         """The rank of each of a block's seven projections; 0 where it is dense."""
         return resolve_ranks(self.cola.rank, self.model.dim, self.model.projection_shapes())
-
-    def shape(self) -> Shape:
-        """The sizes on which parameters, FLOPs and memory depend."""
-        m = self.model
-        return Shape(
-            dim=m.dim,
-            n_layers=m.n_layers,
-            n_heads=m.n_heads,
-            n_kv_heads=m.kv_heads,
-            head_dim=m.per_head,
-            ffn_dim=m.ffn_dim,
-            vocab_size=m.vocab_size,
-            ranks=self.ranks(),
-            activation=self.cola.activation,
-            mlp_activation=m.mlp_activation,
-            bias=self.cola.bias,
-            grouped=self.cola.grouped,
-            qk_norm=m.qk_norm,
-            tie_embeddings=m.tie_embeddings,
-        )
 
     def local_batch_size(self, world_size: int) -> int:
         """Sequences a forward pass of one rank.

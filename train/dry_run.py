@@ -78,14 +78,16 @@ def dry_run(run: RunConfig, world_size: int, device: Device | None = None) -> Re
     )
 
 
-def print_dry_run(run: RunConfig, world_size: int, out: TextIO | None = None) -> None:
+def print_dry_run(
+    run: RunConfig, world_size: int, device: Device | None = None, out: TextIO | None = None
+) -> None:
     """Print `dry_run`'s report: a table on a terminal, `name: value` lines elsewhere.
 
     Raises:
         ValueError: as `dry_run`.
     """
     out = out or sys.stdout
-    rows = _rows(dry_run(run, world_size))
+    rows = _rows(dry_run(run, world_size, device))
     if not out.isatty():
         for name, value in rows:
             print(f"{name}: {value}" if value else f"{name}:", file=out)

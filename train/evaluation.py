@@ -141,7 +141,7 @@ class Evaluator(BaseValidator):
     def _extra(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
         """What the model takes beside the tokens: positions, and masks if its attention needs."""
         extra: dict[str, Any] = {"positions": inputs["positions"]}
-        attention = model.config.first_attention  # type: ignore[union-attr]
+        attention = cast(Any, model).config.first_attention
         if isinstance(attention.inner_attention, FlexAttention.Config | VarlenAttention.Config):
             extra["attention_masks"] = cast(Decoder, model).get_attention_masks(inputs["positions"])
         return extra

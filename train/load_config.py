@@ -26,6 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 from lowline.train.config import RunConfig
 
 COMMAND_LINE = "command line"
+_WANTED = ": Input should be "  # pydantic's words
 _KINDS = {  # the type names of lowline.train.config in words
     "Positive": "integer > 0",
     "NonNegative": "integer >= 0",
@@ -115,13 +116,25 @@ def _validate(tree: dict[str, Any], origin: dict[str, str], default_origin: str)
         return TypeAdapter(RunConfig).validate_json(text)
     except ValidationError as error:
         lines = [_explain(e, origin, default_origin) for e in _specific(error.errors())]
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+        raise ConfigError("\n".join(_join_alternatives(lines))) from None
 
 
 def _specific(errors: list[Any]) -> list[Any]:
     """Drop a union's complaints about the alternatives that the value was not meant as."""
     unknown = [e for e in errors if e["type"] == "unexpected_keyword_argument"]
     return unknown or errors
+
+
+def _join_alternatives(lines: list[str]) -> list[str]:
+    """One line for a value that fits none of a union's types: '... should be a or b'."""
+    joined: dict[str, list[str]] = {}
+    for line in lines:
+        start, _, wanted = line.partition(_WANTED)
+        joined.setdefault(start, []).append(wanted)
+    return [
+        start + _WANTED + " or ".join(dict.fromkeys(wanted)) if any(wanted) else start
+        for start, wanted in joined.items()
+    ]
 
 
 def _explain(error: Any, origin: dict[str, str], default_origin: str) -> str:
@@ -175,7 +188,11 @@ def _fields(cls: Any, prefix: str) -> Iterator[tuple[str, str]]:
         if inner is not None:
             yield from _fields(inner, f"{prefix}{f.name}.")
         else:
-            yield prefix + f.name, _describe(str(f.type))
+            yield prefix + f.name, _describe(_type_text(f.type))
+
+
+def _type_text(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
 def _describe(annotation: str) -> str:

@@ -94,6 +94,7 @@ class Metrics(MetricsProcessor):
         log_also: tuple[int, ...] = ()  # further periods, 0 = never: what happens between steps
 
     config: Config
+    ntokens_since_last_log: int
 
     def __init__(self, config: Config, *, dump_folder: str, **kwargs: Any) -> None:
         super().__init__(config, dump_folder=dump_folder, **kwargs)

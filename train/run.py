@@ -34,7 +34,7 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 def train(run: RunConfig) -> int:
     """Train as `run` says; returns the exit code, with the reason on standard error."""
-    _single_process_defaults()
+    single_process_defaults()
     prepare()
     from lowline.train.checkpoint import CheckpointError
     from lowline.train.metrics import DivergedError
@@ -162,9 +162,12 @@ def _write_config(run: RunConfig) -> None:
     temporary.replace(output / "config.toml")
 
 
-def _single_process_defaults() -> None:
-    """What torchrun would set, for a run started without it; torchtitan sets NCCL's itself."""
-    os.environ.pop("TORCH_NCCL_ASYNC_ERROR_HANDLING", None)
+def single_process_defaults() -> None:
+    """What torchrun would set, for a run started without it."""
+    # torchtitan sets the first itself. Through the second, torchrun would repeat every rank's
+    # traceback for errors that have been reported already.
+    for name in ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCHELASTIC_ERROR_FILE"):
+        os.environ.pop(name, None)
     if "RANK" in os.environ:
         return
     with socket.socket() as probe:

@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node=2 tests/workers/engine_on_two_ranks.py OUTPUT KEY=VALUE...
 
-Prints, as JSON on rank 0: the number of reduce-scatters of each step, of FSDP units and of
-microbatches, and the largest difference of a parameter from the reference's, by optimizer.
+Prints, as JSON on rank 0: the number of microbatches and of each step's reduce-scatters, and by
+optimizer its parameters and their largest difference from the reference's.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+
 from lowline.train.device import prepare
 from lowline.train.load_config import load_config
-from torch.distributed.fsdp import FSDPModule
 
 STEPS = 3
 
@@ -27,10 +27,10 @@ def main(config: str, *overrides: str) -> None:
 
     trainer = trainer_config(load_config(config, overrides), 2).build()
     batches = trainer.batch_generator(trainer.dataloader)
-    copies = {n: p.full_tensor().clone() for n, p in trainer.model_parts[0].named_parameters()}
+    named = dict(trainer.model_parts[0].named_parameters())
+    copies = {n: p.full_tensor().detach().clone().requires_grad_() for n, p in named.items()}
     references = [_reference(optimizer, copies) for optimizer in trainer.optimizers]
     report = {
-        "units": sum(isinstance(m, FSDPModule) for m in trainer.model_parts[0].modules()),
         "microbatches": trainer.gradient_accumulation_steps,
         "reduce_scatters": [],
         "differences": {type(o).__name__: [] for o in trainer.optimizers},
@@ -39,24 +39,21 @@ def main(config: str, *overrides: str) -> None:
             for o in trainer.optimizers
         },
     }
-    real = dist.reduce_scatter_tensor
+    real = dist.reduce_scatter_single
     for _ in range(STEPS):
         for ours, reference in zip(trainer.optimizers, references, strict=True):
             for theirs, group in zip(reference.param_groups, ours.param_groups, strict=True):
                 theirs["lr"] = group["lr"]
         trainer.step += 1
-        with mock.patch("torch.distributed.reduce_scatter_tensor", side_effect=real) as counted:
+        with mock.patch("torch.distributed.reduce_scatter_single", side_effect=real) as counted:
             trainer.train_step(batches)
         report["reduce_scatters"].append(counted.call_count)
-        parameters = dict(trainer.model_parts[0].named_parameters())
         for name, copy in copies.items():
-            copy.grad = parameters[name].grad.full_tensor()  # clipped already
+            copy.grad = named[name].grad.full_tensor()  # clipped already
         for ours, reference in zip(trainer.optimizers, references, strict=True):
             reference.step()
             names = [n for group in ours.param_groups for n in group["param_names"]]
-            worst = max(
-                float((parameters[n].full_tensor() - copies[n]).abs().max()) for n in names
-            )
+            worst = max(float((named[n].full_tensor() - copies[n]).abs().max()) for n in names)
             report["differences"][type(ours).__name__].append(worst)
     if dist.get_rank() == 0:
         print(json.dumps(report))

@@ -47,8 +47,8 @@ def launch(output: Path, *arguments: str, processes: int = 1) -> subprocess.Comp
 def start(output: Path, *arguments: str, processes: int = 1) -> subprocess.Popen[str]:
     """Start the real command; its output goes to `output`.log."""
     line = command(output, *arguments, processes=processes)
-    log = Path(f"{output}.log").open("w")
-    return subprocess.Popen(line, env=ENVIRONMENT, stdout=log, stderr=log, text=True)
+    with Path(f"{output}.log").open("w") as log:
+        return subprocess.Popen(line, env=ENVIRONMENT, stdout=log, stderr=log, text=True)
 
 
 def train_here(output: Path, *arguments: str) -> int:

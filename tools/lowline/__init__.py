@@ -1,3 +1,10 @@
-"""lowline: low-rank pretraining and linear attention for Llama-class language models."""
+"""lowline: low-rank pretraining and linear attention for Llama-class language models.
+
+Importing it makes "cola_llama" known to transformers' `Auto*` classes, and costs nothing else.
+"""
+
+from lowline.cola.register import register_with_transformers
 
 __version__ = "0.1.0"
+
+register_with_transformers()
