@@ -114,6 +114,7 @@ def bench_blocks(shape: ShapeName, tokens: int, layers: int, repeats: int) -> di
     import torch
 
     from lowline.cola.accounting import flops_per_token
+    from lowline.train.memory import shape_of
 
     runs = {name: load_run(config.format(shape), *overrides, f"--model.n_layers={layers}",
                            "--training.precision=float32", "--model.attention=sdpa")
@@ -127,7 +128,7 @@ def bench_blocks(shape: ShapeName, tokens: int, layers: int, repeats: int) -> di
     cases = {name: block_step(run, x_BLD) for name, run in runs.items()}
     timings = interleave(cases | limits(tokens, dim, ffn, rank), repeats)
     head = 6 * runs["dense"].model.vocab_size * dim  # not among the blocks
-    flops = {n: tokens * (flops_per_token(r.shape(), length) - head) for n, r in runs.items()}
+    flops = {n: tokens * (flops_per_token(shape_of(r), length) - head) for n, r in runs.items()}
     rates = {
         "gemm, wide": 2 * tokens * dim * ffn / timings["gemm, wide"].wall,
         "gemm, narrow": 2 * tokens * dim * rank / timings["gemm, narrow"].wall,

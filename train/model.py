@@ -81,9 +81,11 @@ class Llama(Llama3Model):
             attention = self.layers[0].attention
             lookup = 0 if self.enable_weight_tying else self.vocab_size * self.dim
             flops = training_flops(
-                matrix_parameters=sum(p.numel() for p in model.parameters() if p.ndim == 2) - lookup,
+                matrix_parameters=sum(p.numel() for p in model.parameters() if p.ndim == 2)
+                - lookup,
                 n_layers=len(self.layers),
-                query_width=attention.n_heads * (attention.head_dim or self.dim // attention.n_heads),
+                query_width=attention.n_heads
+                * (attention.head_dim or self.dim // attention.n_heads),
                 seq_len=seq_len,
             )
             return sum(p.numel() for p in model.parameters()), flops
@@ -99,11 +101,8 @@ class Llama(Llama3Model):
             and positions is not None
             and isinstance(self.config.layers[0].attention.inner_attention, DocumentSDPA.Config)
         ):
-            attention_masks = document_mask(positions, self._compute_dtype())
+            attention_masks = document_mask(positions, next(self.parameters()).dtype)
         return super().forward(tokens, positions=positions, attention_masks=attention_masks)
-
-    def _compute_dtype(self) -> torch.dtype:
-        return self.norm.weight.dtype
 
 
 def _normal() -> dict[str, Any]:

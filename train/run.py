@@ -23,6 +23,7 @@ from lowline.cola.accounting import flops_per_token, parameters
 from lowline.train.config import RunConfig
 from lowline.train.device import prepare
 from lowline.train.load_config import to_toml
+from lowline.train.memory import shape_of
 
 if TYPE_CHECKING:
     from lowline.train.trainer import Trainer
@@ -104,7 +105,7 @@ def _signals_to(trainer: Trainer) -> Iterator[None]:
 
 def _summary(run: RunConfig, trainer: Trainer) -> list[str]:
     """What is about to be trained, on what, and where to watch it."""
-    shape, t, dims = run.shape(), run.training, trainer.parallel_dims
+    shape, t, dims = shape_of(run), run.training, trainer.parallel_dims
     count = parameters(shape)
     kind = f"{count.low_rank / 1e6:,.2f}M of them low-rank" if shape.low_rank else "dense"
     memory = f", {run.cola.memory}" if shape.low_rank else ""
@@ -169,6 +170,9 @@ def single_process_defaults() -> None:
     for name in ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCHELASTIC_ERROR_FILE"):
         os.environ.pop(name, None)
     if "RANK" in os.environ:
+        # torchtitan reads there whose output is shown; ours comes from the rank that has the loss.
+        ranks = range(int(os.environ["WORLD_SIZE"]))
+        os.environ.setdefault("LOG_RANK", ",".join(map(str, ranks)))
         return
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
