@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+FOLDERS := kernels cola train configs tools
 # The folders at the top (kernels/, train/, ...) must not shadow packages of those names.
 export PYTHONSAFEPATH := 1
 
@@ -18,7 +19,7 @@ demo: $(VENV)/installed
 	$(BIN)/lowline demo
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
 
 test-slow: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
@@ -29,7 +30,9 @@ test-gpu: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p lowline
+	mkdir -p build/types/lowline
+	cd build/types/lowline && ln -sfn $(addprefix ../../../,$(FOLDERS) tools/lowline/__init__.py) .
+	MYPYPATH=build/types $(BIN)/mypy -p lowline
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,4 +1,4 @@
-"""The `lowline` command: one word a task, each a plain function that is imported when it is called."""
+"""The `lowline` command: one word a task, each a plain function, imported when it is called."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ def _plot(results: list[Result], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for result, style in zip(results, ("-", "-", "--"), strict=True):
         label = f"{result.name}: {result.perplexity:.1f} held-out perplexity"
-        axes.plot(result.losses.keys(), result.losses.values(), style, label=label)
+        axes.plot(list(result.losses), list(result.losses.values()), style, label=label)
     axes.set(xlabel="step", ylabel="training loss (nats / token)", title="lowline demo")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             gpus = dry[0].partition("=")[2]
             if gpus and not (gpus.isdigit() and int(gpus)):
                 raise ConfigError(f"{dry[0]}: write --dry-run, or --dry-run=N for N GPUs")
-            world_size = int(gpus or os.environ.get("WORLD_SIZE", 1))
+            world_size = int(gpus or os.environ.get("WORLD_SIZE", "1"))
             print_dry_run(run, world_size, "cuda" if gpus else None)
             return 0
         from lowline.train.preflight import check_run

@@ -1,8 +1,8 @@
 """The typed configuration of a run: what each TOML key means, its default and its limits.
 
-Precedence, merged in `lowline.train.load_config` and nowhere else: defaults < TOML file < command line. The whole
-is checked before any process group starts (`lowline.train.load_config`).
-Sections are frozen dataclasses; a rule between two sections lives in `RunConfig.__post_init__`.
+Precedence, merged in `lowline.train.load_config` and nowhere else: defaults < TOML file < command
+line. The whole is checked there before any process group starts. Sections are frozen dataclasses; a
+rule between two sections lives in `RunConfig.__post_init__`.
 """
 
 from __future__ import annotations

@@ -28,7 +28,6 @@ from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.rope import CosSinRoPE
 from torchtitan.models.llama3.model import Llama3Model, Llama3TransformerBlock
 from torchtitan.models.llama3.parallelize import parallelize_llama
-from torchtitan.models.llama3.sharding import set_llama3_sharding_config
 from torchtitan.protocols.model_spec import ModelSpec
 
 from lowline.cola.accounting import training_flops
@@ -229,7 +228,7 @@ def parallelize(model: nn.Module, **kwargs: Any) -> nn.Module:
 
 
 def pipeline(model: nn.Module, **kwargs: Any) -> Any:
-    """torchtitan's pipeline, with the step() signature it expects added to torch 2.13's schedule."""
+    """torchtitan's pipeline, with the step() that it expects added to torch 2.13's schedule."""
     schedule, parts, first, last = pipeline_llm(model, **kwargs)
     if "arg_mbs" not in inspect.signature(type(schedule).step).parameters:
         schedule.step = partial(_step_microbatches, schedule)
