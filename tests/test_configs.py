@@ -249,7 +249,6 @@ def test_malformed_argument(path: Path) -> None:
         (["--cola.rank={Q = 8}"], "names ['Q']; the projections are ['q', 'k'"),
         (["--cola.rank=1.5"], "an absolute rank is written without a decimal point"),
         (["--cola.memory=cola-m"], "give all seven projections a rank"),
-        (["--cola.rank={q = 8}", "--cola.grouped=true"], "cola.grouped = True with dense"),
         (
             ["--cola.rank=8", "--cola.memory=cola-m", "--activation_checkpoint=full"],
             "recompute the same block twice",

@@ -264,11 +264,6 @@ class RunConfig:
                 f'cola.memory = "cola-m" with dense projections {dense}; it keeps bottlenecks, so '
                 'give all seven projections a rank or set memory = "cola"'
             )
-        if self.metrics.rank_every and not any(ranks.values()):
-            raise ValueError(
-                f"metrics.rank_every = {self.metrics.rank_every} measures bottlenecks, and this "
-                "model is dense; set it to 0 (`lowline inspect rank` measures any model)"
-            )
         if self.cola.memory == "cola-m" and self.activation_checkpoint != "none":
             raise ValueError(
                 'cola.memory = "cola-m" with activation_checkpoint = '
