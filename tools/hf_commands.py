@@ -42,15 +42,17 @@ def import_tables(
     """Print the [model], [cola] and [checkpoint] tables under which a Hugging Face model trains.
 
     Args:
-        source: A directory or a hub id.
+        source: A directory, a GGUF file, or a hub id.
         output: Copy the weights to this directory, which a hub model or a GGUF file needs.
-        gguf_file: The GGUF file in SOURCE to read instead of safetensors.
+        gguf_file: The GGUF file to read of a directory or hub id that holds several.
         overwrite: Replace OUTPUT if it is a Hugging Face directory.
     """
     import tomli_w
 
     from lowline.train.hf import config_from_hf
 
+    if source.endswith(".gguf") and gguf_file is None:
+        source, gguf_file = str(Path(source).parent), Path(source).name
     if output is None and not (Path(source) / "config.json").is_file():
         raise ValueError(f"{source} is no directory of safetensors: give --output to make one")
     model, cola = config_from_hf(source, gguf_file=gguf_file)
@@ -58,8 +60,13 @@ def import_tables(
         from lowline.tools.export import import_weights
 
         import_weights(source, output, gguf_file=gguf_file, overwrite=overwrite)
-    tables = {"model": _set_fields(model), "cola": _set_fields(cola)}
-    tables["checkpoint"] = {"initial_weights": str(output or source)}
+    weights = str(output or source)
+    tables = {
+        "tokenizer": weights,
+        "model": _set_fields(model),
+        "cola": _set_fields(cola),
+        "checkpoint": {"initial_weights": weights},
+    }
     print(tomli_w.dumps({name: table for name, table in tables.items() if table}), end="")
 
 
