@@ -70,7 +70,7 @@ def test_values_that_cannot_be(capsys, tmp_path, argument, parts):
 
 
 def test_a_missing_data_file(capsys, tmp_path):
-    files = ("--data.dataset=files", "--data.path=no/such.jsonl")
+    files = ("--data.dataset=files", "--data.path=no/such.jsonl", "--evaluation.enable=false")
     said = _refused(capsys, tmp_path / "run", *files)
     assert "'no/such.jsonl' does not exist" in said and "data.path takes a file" in said
 
@@ -122,7 +122,8 @@ def test_data_of_another_order(capsys, trained, tmp_path):
     """Known only when the checkpoint is loaded, and still no traceback."""
     text = tmp_path / "text.jsonl"
     text.write_text(json.dumps({"text": "some words"}) + "\n")
-    arguments = ("--data.dataset=files", f"--data.path={text}", "--training.steps=3")
+    data = ("--data.dataset=files", f"--data.path={text}", "--evaluation.data.split=validation")
+    arguments = (*data, "--training.steps=3")
     assert training.train_here(trained, *arguments) == 1
     said = capsys.readouterr().err
     assert "Traceback" not in said, said

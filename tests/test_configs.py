@@ -96,7 +96,7 @@ def test_published_recipe(size: str) -> None:
     assert (run.training.max_norm, run.training.precision) == (0.5, "bfloat16")
     assert (run.schedule.kind, run.schedule.min_lr_fraction) == ("cosine", 0.1)
     assert (run.data.path, run.data.name, run.data.streaming) == ("allenai/c4", "en", True)
-    assert (run.evaluation.data.path, run.evaluation.data.split) == ("allenai/c4", "validation")
+    assert (run.held_out().path, run.held_out().split) == ("allenai/c4", "validation")
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -173,7 +173,11 @@ def test_command_line_over_file_over_defaults(path: Path) -> None:
 
 def test_resolved_config_reproduces_the_run(path: Path) -> None:
     run = load_config(
-        path, ["--cola.rank={q = 8, up = 0.5}", '--data.path=["a", "b"]', "--data.dataset=files"]
+        path,
+        [
+            *("--cola.rank={q = 8, up = 0.5}", "--data.dataset=files", '--data.path=["a", "b"]'),
+            "--evaluation.data.split=validation",
+        ],
     )
     assert load_config_text(to_toml(run)) == run
 
@@ -249,6 +253,7 @@ def test_malformed_argument(path: Path) -> None:
         (["--cola.rank={Q = 8}"], "names ['Q']; the projections are ['q', 'k'"),
         (["--cola.rank=1.5"], "an absolute rank is written without a decimal point"),
         (["--cola.memory=cola-m"], "give all seven projections a rank"),
+        (["--data.dataset=files", "--data.path=a.jsonl"], "no [evaluation.data]: name held-out"),
         (
             ["--cola.rank=8", "--cola.memory=cola-m", "--activation_checkpoint=full"],
             "recompute the same block twice",

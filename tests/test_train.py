@@ -128,7 +128,7 @@ def _documents(path: Path, count: int) -> list[str]:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return [
         *("--data.dataset=files", f"--data.path={path}", "--data.epochs=1"),
-        "--training.steps=1000",
+        *("--evaluation.data.split=validation", "--training.steps=1000"),
     ]
 
 

@@ -171,7 +171,7 @@ class EvaluationConfig:
     enable: bool = True
     max_tokens: Positive = 10_000_000
     batch_size: Positive | None = None  # sequences a rank takes at once; default: as in training
-    data: SourceConfig = field(default_factory=lambda: SourceConfig(split="validation"))
+    data: SourceConfig | None = None  # default: the held-out part of the embedded text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,6 +284,16 @@ class RunConfig:
                 "model.tie_embeddings with parallelism.pipeline_parallel > 1: the two ends of the "
                 "pipeline cannot share a weight; untie them or set pipeline_parallel = 1"
             )
+
+        if self.evaluation.enable and not self.evaluation.data and self.data.dataset != "embedded":
+            raise ValueError(
+                f"data.dataset = {self.data.dataset!r} and no [evaluation.data]: name held-out "
+                "text of that kind there, or set evaluation.enable = false"
+            )
+
+    def held_out(self) -> SourceConfig:
+        """Where the evaluation's documents come from."""
+        return self.evaluation.data or SourceConfig(split="validation")
 
     def ranks(self) -> dict[str, int]:
         """The rank of each of a block's seven projections; 0 where it is dense."""

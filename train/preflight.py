@@ -31,7 +31,7 @@ def check_run(run: RunConfig, world_size: int) -> None:
         )
     open_source(run.data)
     if run.evaluation.enable:
-        open_source(run.evaluation.data)
+        open_source(run.held_out())
     folder = Path(run.output) / "checkpoint"
     if run.checkpoint.enable and (steps := saved_steps(folder)):
         newest = folder / f"step-{steps[-1]}"

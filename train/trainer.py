@@ -263,7 +263,7 @@ def trainer_config(run: RunConfig, world_size: int) -> Trainer.Config:
         validator=Evaluator.Config(
             enable=e.enable,
             freq=e.every,
-            source=e.data,
+            source=run.held_out(),
             max_tokens=e.max_tokens,
             batch_size=e.batch_size,
         ),
