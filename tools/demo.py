@@ -86,7 +86,7 @@ def demo(
     console.rule("CoLA as a Hugging Face directory, in a new process")
     exported = output / "cola-hf"
     _command("export", str(output / "cola"), str(exported), "--overwrite")
-    _command("generate", str(exported), PROMPT, "--max-new-tokens", "48")
+    _command("generate", str(exported), PROMPT, "--temperature", "0.8", "--max-new-tokens", "48")
     return 0 if equal == len(cola.losses) else 1
 
 
