@@ -7,7 +7,7 @@ latter two with the A matrices of one input as one GEMM. Trainer: a step of the 
 the trainer, loading of data included, against a plain PyTorch loop over batches in memory.
 
 The cases take turns (dense, CoLA, ..., dense, CoLA, ...), so that a machine that slows down slows
-all of them, and medians are compared. The machine's limits are measured in the same turns: its fp32
+all of them; a ratio is the median of the turns' ratios. The machine's limits are measured in the same turns: its fp32
 GEMM rate at the blocks' widest product and at their narrowest, and its copy bandwidth.
 
 `wall` is elapsed time. `cpu` is the processor time of the process over its number of threads: on a
@@ -50,8 +50,10 @@ COPY_BYTES = 64 << 20  # larger than caches
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Medians and the minimum over the turns, in seconds a call."""
+    """Seconds a call: of every turn, and their medians and minimum."""
 
+    walls: list[float]
+    cpus: list[float]
     wall: float
     wall_min: float
     cpu: float
@@ -298,6 +300,8 @@ def interleave(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str
                 cpu[name].append((time.process_time() - start_cpu) / threads)
     return {
         name: Timing(
+            walls=wall[name],
+            cpus=cpu[name],
             wall=statistics.median(wall[name]),
             wall_min=min(wall[name]),
             cpu=statistics.median(cpu[name]),
@@ -307,10 +311,11 @@ def interleave(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str
 
 
 def _ratio(of: Timing, to: Timing) -> dict[str, float]:
+    """Medians of the turns' own ratios, in which a machine's slow minutes cancel; and of minima."""
     return {
-        "wall": of.wall / to.wall,
+        "wall": statistics.median(a / b for a, b in zip(of.walls, to.walls, strict=True)),
         "wall_min": of.wall_min / to.wall_min,
-        "cpu": of.cpu / to.cpu,
+        "cpu": statistics.median(a / b for a, b in zip(of.cpus, to.cpus, strict=True)),
     }
 
 
