@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torchtitan.components.loss import cross_entropy_loss
 
 from lowline.cola.live_bytes import LiveBytes
@@ -243,7 +244,8 @@ def measure(run: RunConfig, world_size: int, microbatches: int) -> dict[str, int
             for _ in range(2):
                 alive.peak = 0
                 for i in range(microbatches):
-                    model.set_requires_gradient_sync(i == microbatches - 1)
+                    if isinstance(model, FSDPModule):
+                        model.set_requires_gradient_sync(i == microbatches - 1)
                     logits = model(tokens, positions=positions)
                     loss = cross_entropy_loss(logits, tokens)
                     del logits

@@ -155,6 +155,8 @@ def stage_memory(run: RunConfig, world_size: int, device: Device, pp_rank: int) 
         gathered_at_loss = gathered_in_backward = itemsize * sum(units.values())
     else:
         gathered_at_loss, gathered_in_backward = itemsize * head, itemsize * 2 * block
+    if world_size == 1 and itemsize == FP32:  # without FSDP
+        gathered_at_loss = gathered_in_backward = 0
     before = gradients if accumulates else 0
     moments = {
         "loss": before + held + mask + gathered_at_loss + logits,

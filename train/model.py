@@ -14,6 +14,9 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch.distributed.fsdp import FSDPModule
+from torchtitan.config.configs import CompileConfig, TrainingConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.models.common import Embedding, Linear, RMSNorm
 from torchtitan.models.common.attention import (
@@ -217,9 +220,36 @@ def build_model_spec(run: RunConfig) -> ModelSpec:
     )
 
 
-def parallelize(model: nn.Module, **kwargs: Any) -> nn.Module:
-    """torchtitan's layout, with a reduction that gloo knows (it has no pre-multiplied sum)."""
-    model = parallelize_llama(model, **kwargs)
+def parallelize(
+    model: nn.Module,
+    *,
+    parallel_dims: ParallelDims,
+    training: TrainingConfig,
+    compile_config: CompileConfig,
+    ac_config: Any,
+    dump_folder: str,
+    **kwargs: Any,
+) -> nn.Module:
+    """torchtitan's layout, with a reduction that gloo knows (it has no pre-multiplied sum).
+
+    One process in one precision has nothing to shard or cast: it goes without FSDP, which would
+    copy every parameter and gradient all the same.
+    """
+    if parallel_dims.world_size == 1 and training.mixed_precision_param == "float32":
+        if ac_config is not None:
+            ac_config.build(dump_folder=dump_folder).apply(model)
+        if compile_config.enable:
+            apply_compile(model, compile_config=compile_config, parallel_dims=parallel_dims)
+        return model
+    model = parallelize_llama(
+        model,
+        parallel_dims=parallel_dims,
+        training=training,
+        compile_config=compile_config,
+        ac_config=ac_config,
+        dump_folder=dump_folder,
+        **kwargs,
+    )
     if not torch.accelerator.is_available():
         for module in model.modules():
             if isinstance(module, FSDPModule):

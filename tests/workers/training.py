@@ -22,6 +22,7 @@ TINY = (
     str(files("lowline.configs") / "demo_cola.toml"),
     *("--model.n_layers=2", "--model.dim=64", "--model.n_heads=2", "--model.ffn_dim=172"),
     *("--cola.rank=16", "--training.seq_len=64", "--training.steps=12", "--metrics.log_every=1"),
+    "--training.global_batch_size=8",
     *("--schedule.warmup_steps=2", "--checkpoint.every=4", "--evaluation.every=6"),
     *("--evaluation.max_tokens=4096", "--metrics.tensorboard=false"),
 )
