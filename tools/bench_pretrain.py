@@ -7,8 +7,9 @@ latter two with the A matrices of one input as one GEMM. Trainer: a step of the 
 the trainer, loading of data included, against a plain PyTorch loop over batches in memory.
 
 The cases take turns (dense, CoLA, ..., dense, CoLA, ...), so that a machine that slows down slows
-all of them; a ratio is the median of the turns' ratios. The machine's limits are measured in the same turns: its fp32
-GEMM rate at the blocks' widest product and at their narrowest, and its copy bandwidth.
+all of them; a ratio is the median of the turns' ratios. The machine's limits are measured in the
+same turns: its fp32 GEMM rate at the blocks' widest product and at their narrowest, and its copy
+bandwidth.
 
 `wall` is elapsed time. `cpu` is the processor time of the process over its number of threads: on a
 machine that other programs share it says better what the work takes; on an idle one they agree.
