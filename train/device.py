@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+import time
 import types
 from typing import Any
 
@@ -59,17 +60,13 @@ class _CPU(types.ModuleType):
 
 
 def peak_memory_bytes() -> int:
-    """Largest memory held so far: the device's on a GPU, the process's resident set on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    """The process's largest resident set so far."""
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def cpu_peak_flops(n: int = 1024, repeats: int = 5) -> float:
     """FLOP/s of the best of a few fp32 n x n x n GEMMs on this process's threads."""
-    import time
-
     a, b, best = torch.randn(n, n), torch.randn(n, n), float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
