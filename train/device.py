@@ -7,6 +7,7 @@ them at the CPU. It also supplies what torch 2.13 lacks of the interface that to
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import sys
@@ -65,9 +66,10 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
+@functools.cache
 def cpu_peak_flops(n: int = 1024, repeats: int = 5) -> float:
-    """FLOP/s of the best of a few fp32 n x n x n GEMMs on this process's threads."""
-    a, b, best = torch.randn(n, n), torch.randn(n, n), float("inf")
+    """FLOP/s of the best of a few fp32 n x n x n GEMMs on this process's threads; measured once."""
+    a, b, best = torch.ones(n, n), torch.ones(n, n), float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
         torch.mm(a, b)
