@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-FOLDERS := kernels cola train configs tools
+FOLDERS := kernels cola linearize train configs tools
 # The folders at the top (kernels/, train/, ...) must not shadow packages of those names.
 export PYTHONSAFEPATH := 1
 

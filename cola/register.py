@@ -1,9 +1,9 @@
-"""Lets transformers' `Auto*` classes find "cola_llama", and `import lowline` stay instant.
+"""Lets transformers' `Auto*` classes find our models, and `import lowline` stay instant.
 
-`lowline.cola.hf` registers the model when it is imported, which takes transformers and torch:
-seconds that `lowline --help`, a mistake in a configuration or a launcher need not wait for. So it
-is imported in the moment somebody first imports transformers, by an import hook that this import
-uses up; or at once, if transformers is there already.
+Modules such as `lowline.cola.hf` register their models when they are imported, which takes
+transformers and torch: seconds that `lowline --help`, a mistake in a configuration or a launcher
+need not wait for. So they are imported in the moment somebody first imports transformers, by an
+import hook that this import uses up; or at once, if transformers is there already.
 """
 
 import importlib
@@ -14,31 +14,40 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 
-def register_with_transformers() -> None:
-    """Register now if transformers is imported, else as soon as it is."""
+def register_with_transformers(*modules: str) -> None:
+    """Import these modules now if transformers is imported, else as soon as it is."""
     if "transformers" in sys.modules:
-        importlib.import_module("lowline.cola.hf")
+        _import(modules)
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+        sys.meta_path.insert(0, _Finder(modules))
+
+
+def _import(modules: Sequence[str]) -> None:
+    for module in modules:
+        importlib.import_module(module)
 
 
 class _Finder(MetaPathFinder):
-    """Finds transformers as Python would, once, and has our model follow it."""
+    """Finds transformers, or the first of our modules, as Python would, and has the rest follow."""
+
+    def __init__(self, modules: Sequence[str]) -> None:
+        self.modules = modules
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "transformers":
+        if fullname != "transformers" and fullname not in self.modules:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader, self.modules)
         return spec
 
 
 class _Loader(Loader):
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Loader, modules: Sequence[str]) -> None:
         self.loader = loader
+        self.modules = modules
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -48,4 +57,4 @@ class _Loader(Loader):
         assert module.__spec__ is not None
         module.__loader__ = module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        importlib.import_module("lowline.cola.hf")
+        _import(self.modules)

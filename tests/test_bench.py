@@ -2,37 +2,93 @@
 
 import json
 import os
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from lowline.tools import bench as measure
 from lowline.tools import bench_pretrain as bench
 
 
-def test_cases_take_turns_and_medians_are_taken(monkeypatch):
-    clock = {"wall": 0.0, "cpu": 0.0}
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock["wall"])
-    monkeypatch.setattr(bench.time, "process_time", lambda: clock["cpu"])
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes only where a case says so; two threads."""
+    now = {"wall": 0.0, "cpu": 0.0}
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now["wall"])
+    monkeypatch.setattr(measure.time, "process_time", lambda: now["cpu"])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    return now
+
+
+def case(name, durations, clock, calls):
+    """A function that takes so many seconds, and one of processor time, a call."""
+    durations = iter(durations)
+
+    def call():
+        calls.append(name)
+        clock["wall"] += next(durations)
+        clock["cpu"] += 1.0
+
+    return call
+
+
+def test_cases_take_turns_and_medians_are_taken(clock):
     calls = []
-
-    def case(name, durations):
-        durations = iter(durations)
-
-        def call():
-            calls.append(name)
-            seconds = next(durations)
-            clock["wall"] += seconds
-            clock["cpu"] += 1.0
-
-        return call
-
     # The first turn (100 s) does not count.
-    timings = bench.interleave({"a": case("a", [100, 3, 1, 8]), "b": case("b", [100, 2, 2, 6])}, 3)
-    assert calls == ["a", "b"] * 4
+    timings = measure.interleave(
+        {
+            "a": case("a", [100, 3, 1, 8], clock, calls),
+            "b": case("b", [100, 2, 2, 6], clock, calls),
+        },
+        3,
+        on_call=lambda name: calls.append(f"to {name}"),
+    )
+    assert calls == ["to a", "a", "to b", "b"] * 4
     assert (timings["a"].wall, timings["a"].wall_min, timings["a"].cpu) == (3, 1, 0.5)
     assert (timings["b"].wall, timings["b"].wall_min) == (2, 2)
+    # 3/2, 1/2, 8/6: the median of the turns' ratios, not the ratio of the medians
+    assert measure.ratio(timings["a"], timings["b"])["wall"] == pytest.approx(8 / 6)
+
+
+def test_slow_cases_take_fewer_turns_and_short_ones_more_calls(clock):
+    calls = []
+    cases = {
+        "slow": case("slow", [50, 60], clock, calls),
+        "short": case("short", [9, 0.5, *[0.25] * 4, *[0.75] * 4, *[0.5] * 4], clock, calls),
+    }
+    timings = measure.interleave(cases, 3, turns={"slow": 2}, shortest=2.0)
+    turn = ["short"] * 4  # 2 s of 0.5 s, as its second call took
+    assert calls == ["short"] * 2 + ["slow", *turn] * 2 + turn
+    assert timings["slow"].walls == [50, 60]
+    assert timings["short"].walls == [0.25, 0.75, 0.5]
+    assert measure.ratio(timings["slow"], timings["short"])["wall"] == (50 / 0.25 + 60 / 0.75) / 2
+
+
+def test_limits():
+    before = torch.get_float32_matmul_precision()
+    cases, errors = measure.gemm_cases(64)
+    timings = measure.interleave(cases | {"copy": measure.copy_case()}, 1)
+    assert torch.get_float32_matmul_precision() == before
+    assert set(errors) == set(cases) == {"gemm, as shipped", "gemm, medium"}
+    assert 0 < errors["gemm, as shipped"] < 1e-5
+    fastest = min(cases, key=lambda name: timings[name].wall)
+    assert measure.gemm_limit(timings, cases, 64) == (fastest, 2 * 64**3 / timings[fastest].wall)
+    assert measure.copy_rate(timings["copy"]) == 2 * measure.COPY_BYTES / timings["copy"].wall
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from Linux's /proc")
+def test_peak_memory_is_what_lives_at_once():
+    size = 32 << 20
+
+    def call():
+        for _ in range(3):  # one after another
+            block = torch.ones(size // 4)
+            del block
+
+    # the kernel's count lags by some pages a processor
+    assert 0.95 * size < measure.peak_bytes(call) < 1.5 * size
 
 
 def test_blocks(tmp_path, capsys):

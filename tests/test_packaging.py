@@ -32,12 +32,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
-    for folder in ("kernels", "cola", "train", "configs", "tools"):
+    for folder in ("kernels", "cola", "linearize", "train", "configs", "tools"):
         for path in (ROOT / folder).rglob("*.py"):
             inner = path.relative_to(ROOT).as_posix()
             assert f"lowline/{inner.removeprefix('tools/lowline/')}" in inside, path
     for path in (ROOT / "configs").glob("*.toml"):
         assert f"lowline/configs/{path.name}" in inside
+    for path in (ROOT / "kernels" / "cpu").glob("*.[ch]*"):
+        assert f"lowline/kernels/cpu/{path.name}" in inside
     assert "lowline/train/data/tokenizer/tokenizer.json" in inside
     assert {name.split("/")[0].split("-")[0] for name in inside} == {"lowline"}
 
@@ -62,7 +64,7 @@ def test_installed_wheel_imports_and_lists_its_configs(wheel: Path, tmp_path: Pa
     assert rank.isdigit()
 
 
-@pytest.mark.parametrize("name", ["kernels", "cola", "train", "configs", "tools"])
+@pytest.mark.parametrize("name", [*ORDER, "configs"])
 def test_no_folder_is_importable_under_its_bare_name(name: str) -> None:
     """transformers asks for a top-level `kernels`; under our launchers it must not find ours."""
     code = f"import importlib.util as u; s = u.find_spec({name!r}); print(s and s.origin)"

@@ -6,31 +6,33 @@ Blocks: forward + backward of a few blocks on the CPU in fp32 as full rank, CoLA
 latter two with the A matrices of one input as one GEMM. Trainer: a step of the demo's CoLA model in
 the trainer, loading of data included, against a plain PyTorch loop over batches in memory.
 
-The cases take turns (dense, CoLA, ..., dense, CoLA, ...), so that a machine that slows down slows
-all of them; a ratio is the median of the turns' ratios. The machine's limits are measured in the
-same turns: its fp32 GEMM rate at the blocks' widest product and at their narrowest, and its copy
-bandwidth.
-
-`wall` is elapsed time. `cpu` is the processor time of the process over its number of threads: on a
-machine that other programs share it says better what the work takes; on an idle one they agree.
-FLOPs are those of `lowline.cola.accounting`; recomputation is time and no useful FLOP.
+The cases take turns, and a ratio is the median of the turns' ratios (`lowline.tools.bench`). The
+machine's limits are measured in the same turns: its fp32 GEMM rate at the blocks' widest product
+and at their narrowest, and its copy bandwidth. FLOPs are those of `lowline.cola.accounting`;
+recomputation is time and no useful FLOP.
 """
 
 from __future__ import annotations
 
 import os
-import platform
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.resources import as_file, files
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lowline.tools.bench import (
+    at_least_one,
+    copy_case,
+    copy_rate,
+    interleave,
+    machine,
+    ratio,
+    threads_of_operators,
+)
 from lowline.tools.inspect_rank import wide_console, write_whole
 
 if TYPE_CHECKING:
@@ -46,18 +48,6 @@ BLOCKS = {  # name: configuration and overrides
     "cola grouped": ("cola_{}", ["--cola.grouped=true"]),
     "cola-m grouped": ("colam_{}", ["--cola.grouped=true"]),
 }
-COPY_BYTES = 64 << 20  # larger than caches
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """Seconds a call: of every turn, and their medians and minimum."""
-
-    walls: list[float]
-    cpus: list[float]
-    wall: float
-    wall_min: float
-    cpu: float
 
 
 def bench_pretrain(
@@ -87,23 +77,15 @@ def bench_pretrain(
     Raises:
         ValueError: a number that is not positive, or tokens that do not fill sequences.
     """
-    for name, value in (("layers", layers), ("repeats", repeats), ("threads", threads)):
-        if value < 1:
-            raise ValueError(f"{name} = {value}; at least 1")
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        report: dict[str, Any] = {"machine": _machine(threads)}
+    at_least_one(layers=layers, repeats=repeats, threads=threads)
+    with threads_of_operators(threads):
+        report: dict[str, Any] = {"machine": machine(threads)}
         if part != "trainer":
             report["blocks"] = bench_blocks(shape, tokens, layers, repeats)
             print_blocks(report["blocks"], threads)
         if part != "blocks":
             report["trainer"] = bench_trainer(repeats)
             print_trainer(report["trainer"])
-    finally:
-        torch.set_num_threads(before)
     if json is not None:
         write_whole(json, lambda path: path.write_text(dumps(report, indent=1) + "\n"))
     return report
@@ -144,10 +126,10 @@ def bench_blocks(shape: ShapeName, tokens: int, layers: int, repeats: int) -> di
         "flops": flops,
         "seconds": {name: asdict(timing) for name, timing in timings.items()},
         "gemm_flops_per_second": rates,
-        "copy_bytes_per_second": 2 * COPY_BYTES / timings["copy"].wall,
+        "copy_bytes_per_second": copy_rate(timings["copy"]),
         "flop_ratio": flops["dense"] / flops["cola"],
-        "speedup": {name: _ratio(timings["dense"], timings[name]) for name in runs},
-        "cola_m_over_cola": _ratio(timings["cola-m"], timings["cola"]),
+        "speedup": {name: ratio(timings["dense"], timings[name]) for name in runs},
+        "cola_m_over_cola": ratio(timings["cola-m"], timings["cola"]),
     }
 
 
@@ -184,12 +166,10 @@ def limits(tokens: int, dim: int, ffn: int, rank: int) -> dict[str, Callable[[],
     import torch
 
     x, wide, narrow = torch.randn(tokens, dim), torch.randn(ffn, dim), torch.randn(rank, dim)
-    source = torch.zeros(COPY_BYTES // 4)
-    target = torch.zeros(COPY_BYTES // 4)
     return {
         "gemm, wide": lambda: x @ wide.T,
         "gemm, narrow": lambda: x @ narrow.T,
-        "copy": lambda: target.copy_(source),
+        "copy": copy_case(),
     }
 
 
@@ -219,7 +199,7 @@ def bench_trainer(repeats: int, *overrides: str) -> dict[str, Any]:
         "tokens": run.training.global_batch_size * run.training.seq_len,
         "repeats": repeats,
         "seconds": {name: asdict(timing) for name, timing in timings.items()},
-        "trainer_over_bare": _ratio(timings["trainer"], timings["bare"]),
+        "trainer_over_bare": ratio(timings["trainer"], timings["bare"]),
     }
 
 
@@ -274,67 +254,12 @@ def bare_step(run: RunConfig, batch: Any) -> Callable[[], None]:
     return step
 
 
-# ------------------------------------------------------------------------------------ measurement
-
-
 def load_run(name: str, *overrides: str) -> RunConfig:
     """A configuration that comes with lowline, with some keys changed."""
     from lowline.train.load_config import load_config
 
     with as_file(files("lowline.configs") / f"{name}.toml") as path:
         return load_config(path, overrides)
-
-
-def interleave(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
-    """Call every case once per turn for `repeats` turns, after one that does not count."""
-    import torch
-
-    threads = torch.get_num_threads()
-    wall: dict[str, list[float]] = {name: [] for name in cases}
-    cpu: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in range(repeats + 1):
-        for name, call in cases.items():
-            start, start_cpu = time.perf_counter(), time.process_time()
-            call()
-            if turn:
-                wall[name].append(time.perf_counter() - start)
-                cpu[name].append((time.process_time() - start_cpu) / threads)
-    return {
-        name: Timing(
-            walls=wall[name],
-            cpus=cpu[name],
-            wall=statistics.median(wall[name]),
-            wall_min=min(wall[name]),
-            cpu=statistics.median(cpu[name]),
-        )
-        for name in cases
-    }
-
-
-def _ratio(of: Timing, to: Timing) -> dict[str, float]:
-    """Medians of the turns' own ratios, in which a machine's slow minutes cancel; and of minima."""
-    return {
-        "wall": statistics.median(a / b for a, b in zip(of.walls, to.walls, strict=True)),
-        "wall_min": of.wall_min / to.wall_min,
-        "cpu": statistics.median(a / b for a, b in zip(of.cpus, to.cpus, strict=True)),
-    }
-
-
-def _machine(threads: int) -> dict[str, Any]:
-    import torch
-
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "load": os.getloadavg()[0],  # programs running at the start
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 # ----------------------------------------------------------------------------------------- tables
@@ -361,11 +286,11 @@ def print_blocks(result: dict[str, Any], threads: int) -> None:
             f"{result['speedup'][name]['wall']:.2f}",
         )  # fmt: skip
     console.print(table)
-    speedup, ratio = result["speedup"]["cola"], result["flop_ratio"]
+    speedup, flop_ratio = result["speedup"]["cola"], result["flop_ratio"]
     kinds = ("wall", "wall_min", "cpu")
     console.print(
-        f"FLOP ratio dense / CoLA {ratio:.2f}; CoLA's speed-up over it: "
-        + ", ".join(f"{kind} {speedup[kind] / ratio:.2f}" for kind in kinds)
+        f"FLOP ratio dense / CoLA {flop_ratio:.2f}; CoLA's speed-up over it: "
+        + ", ".join(f"{kind} {speedup[kind] / flop_ratio:.2f}" for kind in kinds)
     )
     more = result["cola_m_over_cola"]
     console.print("CoLA-M's time over CoLA's: " + ", ".join(f"{k} {more[k]:.2f}" for k in kinds))
@@ -389,5 +314,5 @@ def print_trainer(result: dict[str, Any]) -> None:
             f"  {name:8} wall {1e3 * t['wall']:.0f} ms, min {1e3 * t['wall_min']:.0f} ms, "
             f"cpu {1e3 * t['cpu']:.0f} ms"
         )
-    ratio = result["trainer_over_bare"]
-    console.print("trainer over bare: " + ", ".join(f"{k} {v:.3f}" for k, v in ratio.items()))
+    over = result["trainer_over_bare"]
+    console.print("trainer over bare: " + ", ".join(f"{k} {v:.3f}" for k, v in over.items()))

@@ -28,6 +28,10 @@ COMMANDS = {
         "lowline.tools.bench_pretrain:bench_pretrain",
         "time CoLA's blocks and the trainer against their limits",
     ),
+    "bench kernels": (
+        "lowline.tools.bench_kernels:bench_kernels",
+        "time and memory of the kernels against attention and their limits",
+    ),
     "demo": ("lowline.tools.demo:demo", "pretrain dense, CoLA and CoLA-M and compare them"),
 }
 

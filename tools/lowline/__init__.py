@@ -1,10 +1,11 @@
 """lowline: low-rank pretraining and linear attention for Llama-class language models.
 
-Importing it makes "cola_llama" known to transformers' `Auto*` classes, and costs nothing else.
+Importing it makes "cola_llama" and the linearized models known to transformers' `Auto*` classes,
+and costs nothing else.
 """
 
 from lowline.cola.register import register_with_transformers
 
 __version__ = "0.1.0"
 
-register_with_transformers()
+register_with_transformers("lowline.cola.hf", "lowline.linearize.hf")

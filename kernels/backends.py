@@ -1,0 +1,88 @@
+"""Which implementation of an op runs.
+
+Every op here has one signature and a `backend` argument:
+
+    reference   plain torch, a token at a time, the text-book formula; any device, fp64-capable
+    torch       chunkwise plain torch; any device, differentiable, traced by torch.compile
+    cpu         C++, built once on demand (`lowline.kernels.cpu`)
+    triton      CUDA devices (and Triton's interpreter, for tests)
+    auto        the fastest of them for where the tensors are
+
+`auto` takes triton for CUDA tensors and cpu for CPU tensors. It takes torch where that backend
+does not cover the call (a head dimension that is no multiple of 16, say: each op's docstring lists
+them), on any other device, and, saying so once in the log, on a CPU without a C++ compiler. An
+error inside a backend is raised, never answered by a slower one.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Literal
+
+import torch
+
+Backend = Literal["auto", "reference", "torch", "cpu", "triton"]
+BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
+
+logger = logging.getLogger(__name__)
+
+
+def choose(
+    op: str,
+    backend: str,
+    device: torch.device,
+    *,
+    cpu: str | None = None,
+    triton: str | None = None,
+) -> str:
+    """The backend that runs: one of `BACKENDS` but "auto".
+
+    Args:
+        op: the op's name, for messages.
+        backend: what the caller asked for.
+        device: where the tensors are.
+        cpu, triton: why that backend does not cover this call; None where it does.
+
+    Raises:
+        ValueError: an unknown backend, or one that does not cover this call.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend = {backend!r}; choose from {', '.join(BACKENDS)}")
+    if backend == "cpu" or (backend == "auto" and device.type == "cpu" and cpu is None):
+        if device.type != "cpu":
+            cpu = f"the tensors are on {device}"
+        elif cpu is None:
+            cpu = _no_compiler()
+            if backend == "auto" and cpu is not None:
+                _say_once(f"the fast CPU kernels are off, plain torch runs instead: {cpu}")
+        if cpu is None:
+            return "cpu"
+    if backend == "triton" or (backend == "auto" and device.type == "cuda" and triton is None):
+        if triton is None and device.type != "cuda" and not _interpreted():
+            triton = f"the tensors are on {device}"
+        if triton is None:
+            return "triton"
+    if backend in ("cpu", "triton"):
+        reason = cpu if backend == "cpu" else triton
+        raise ValueError(
+            f"{op}: backend = {backend!r} cannot run this call: {reason}; use 'torch' or 'auto'"
+        )
+    return "torch" if backend == "auto" else backend
+
+
+def _interpreted() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def _no_compiler() -> str | None:
+    from lowline.kernels.cpu import missing
+
+    return missing()
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)

@@ -1,0 +1,116 @@
+"""The causal short convolution that stands before a recurrence (Mamba, arXiv 2312.00752, figure 3).
+
+    y_td = act(bias_d + Σ_w weight_dw x_{t-W+1+w, d})
+
+Every channel has its own W taps, the last for the token itself, as in torch's `conv1d` with
+groups = D. Before a sequence's first token stand the W - 1 inputs of its state, or zeros; after it
+the state is the last W - 1 inputs.
+
+Shapes: B batch, T time, D channels, W taps, S sequences (B, or those of `cu_seqlens`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from lowline.kernels.backends import Backend, choose
+from lowline.kernels.scan.op import check_pack, type_reason
+
+NAME = "causal_conv"
+Activation = Literal["silu"]
+
+
+def causal_conv(
+    x_BTD: torch.Tensor,
+    weight_DW: torch.Tensor,
+    bias_D: torch.Tensor | None = None,
+    *,
+    activation: Activation | None = None,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The convolution of whole sequences and the states after them; differentiable in every tensor.
+
+    Args:
+        x_BTD: the input.
+        weight_DW: the taps.
+        bias_D: added before the activation.
+        activation: None or "silu".
+        initial_state: (S, D, W - 1) in x's type, oldest first; zero when None.
+        cu_seqlens: (S + 1,) bounds of sequences packed in a batch of one, from 0 to T.
+        backend: see `lowline.kernels.backends`. "cpu" and "triton" take fp32 and bf16.
+
+    Sums are fp32, of fp64 input fp64.
+
+    Returns:
+        y of (B, T, D) and the state of (S, D, W - 1), both in x's type.
+
+    Raises:
+        ValueError: shapes or types that do not fit, an unknown activation, or a backend that does
+            not cover the call.
+    """
+    check(x_BTD, weight_DW, bias_D, activation, initial_state, cu_seqlens)
+    reason = type_reason(x_BTD)
+    which = choose(NAME, backend, x_BTD.device, cpu=reason, triton=reason)
+    if initial_state is None:
+        sequences = x_BTD.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        initial_state = x_BTD.new_zeros(sequences, weight_DW.shape[0], weight_DW.shape[1] - 1)
+    run = _implementation(which)
+    return run(x_BTD, weight_DW, bias_D, activation, initial_state, cu_seqlens)
+
+
+def check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> None:
+    """Raise ValueError where the arguments of `causal_conv` do not fit."""
+    if activation not in (None, "silu"):
+        raise ValueError(f"{NAME}: activation = {activation!r}; choose from None, 'silu'")
+    if x.dim() != 3 or not x.is_floating_point():
+        raise ValueError(
+            f"{NAME}: x is {tuple(x.shape)} of {x.dtype}; it is (batch, time, channels) of a "
+            "floating type"
+        )
+    batch, time, channels = x.shape
+    if weight.dim() != 2 or weight.shape[0] != channels or weight.shape[1] == 0:
+        raise ValueError(
+            f"{NAME}: weight is {tuple(weight.shape)}; it is (channels, taps) with {channels} "
+            "channels and at least one tap"
+        )
+    if bias is not None and tuple(bias.shape) != (channels,):
+        raise ValueError(f"{NAME}: bias is {tuple(bias.shape)}, not {(channels,)}")
+    shape = (check_pack(NAME, batch, time, cu_seqlens), channels, weight.shape[1] - 1)
+    if initial_state is not None and (
+        tuple(initial_state.shape) != shape or initial_state.dtype != x.dtype
+    ):
+        raise ValueError(
+            f"{NAME}: initial_state is {tuple(initial_state.shape)} of {initial_state.dtype}, "
+            f"not {shape} of {x.dtype}"
+        )
+
+
+def _implementation(which: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """The backend's function; all have the signature of `reference.causal_conv`."""
+    if which == "reference":
+        from lowline.kernels.conv import reference
+
+        return reference.causal_conv
+    if which == "torch":
+        from lowline.kernels.conv import shifted
+
+        return shifted.causal_conv
+    if which == "cpu":
+        from lowline.kernels.conv import cpu
+
+        return cpu.causal_conv
+    from lowline.kernels.conv import triton_conv
+
+    return triton_conv.causal_conv

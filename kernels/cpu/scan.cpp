@@ -1,0 +1,490 @@
+// The selective scan (Mamba, arXiv 2312.00752) and the causal short convolution on a CPU.
+//
+//   h_t = e^{δ_t A} h_{t-1} + δ_t x_t B_t,   y_t = (Σ_n C_tn h_tn + D x_t) silu(z_t)
+//
+// A vector holds neighbouring channels, which share B_t and C_t: the states of a group of channels
+// are N vectors, and no sum over lanes stands in the forward loop. Tokens go in chunks of 64, all
+// groups of channels of a chunk before the next, so that a chunk's rows are read while they are in
+// the cache; rows lie too far apart for the processor to fetch the next ones by itself. For the
+// backward pass the forward one keeps the states at the chunks' beginnings; a
+// chunk's states and decays are computed anew from them. A group belongs to one thread, for all
+// sequences, so only the gradients of B and C, sums over channels, need a copy a thread.
+#include <ATen/Parallel.h>
+#include <torch/extension.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <vector>
+
+#include "functions.h"
+
+namespace {
+
+using namespace lowline;
+using at::Tensor;
+using Optional = std::optional<Tensor>;
+
+constexpr int64_t CHUNK = 64;
+constexpr int64_t AHEAD = 4;  // tokens between a row's prefetch and its use
+
+// (batch, time, channels) in memory, channels next to one another; null where there is no tensor.
+template <class T> struct Rows {
+  T* data = nullptr;
+  int64_t batch = 0, time = 0;
+  Rows() = default;
+  explicit Rows(const Tensor& t) : data((T*)t.data_ptr()), batch(t.stride(0)), time(t.stride(1)) {
+    TORCH_INTERNAL_ASSERT(t.size(2) <= 1 || t.stride(2) == 1);
+  }
+  explicit Rows(const Optional& t) { if (t) *this = Rows(*t); }
+  T* at(int64_t b, int64_t t) const { return data + b * batch + t * time; }
+};
+
+template <class... R> void prefetch(int64_t b, int64_t t, int64_t channel, const R&... rows) {
+  ((rows.data ? __builtin_prefetch(rows.at(b, t) + channel) : void()), ...);
+}
+
+// Where a sequence lies: rows [start, start + length) of a batch row, and its first chunk's number.
+struct Sequence { int64_t batch, start, length, chunk; };
+
+int64_t chunks_of(int64_t length) { return (length + CHUNK - 1) / CHUNK; }
+
+std::vector<Sequence> sequences(int64_t batch, int64_t time, const Optional& cu_seqlens) {
+  std::vector<Sequence> found;
+  int64_t chunk = 0;
+  auto add = [&](int64_t b, int64_t start, int64_t length) {
+    found.push_back({b, start, length, chunk});
+    chunk += chunks_of(length);
+  };
+  if (cu_seqlens) {
+    const Tensor bounds = cu_seqlens->to(at::kLong).contiguous();
+    const int64_t* at = bounds.data_ptr<int64_t>();
+    for (int64_t s = 0; s + 1 < bounds.numel(); s++) add(0, at[s], at[s + 1] - at[s]);
+  } else {
+    for (int64_t b = 0; b < batch; b++) add(b, 0, time);
+  }
+  return found;
+}
+
+int64_t chunk_count(const std::vector<Sequence>& all) {
+  return all.empty() ? 0 : all.back().chunk + chunks_of(all.back().length);
+}
+
+Tensor in_float(const Tensor& t) { return t.to(at::kFloat).contiguous(); }
+
+// (..., channels) in fp32, filled with zeros to whole vectors.
+Tensor whole_vectors(const Tensor& t) {
+  return in_float(at::constant_pad_nd(t, {0, (W - t.size(-1) % W) % W}));
+}
+
+struct Channels {  // one number a channel; zeros where there is no tensor
+  Tensor kept;
+  const float* data = nullptr;
+  explicit Channels(const Optional& t) {
+    if (t) kept = whole_vectors(*t), data = kept.data_ptr<float>();
+  }
+  vec operator[](int64_t group) const { return data ? load(data + group * W) : vec{}; }
+};
+
+struct Buffer {  // room for n vectors
+  struct alignas(4 * W) Line { float lane[W]; };
+  std::vector<Line> lines;
+  explicit Buffer(int64_t n) : lines(n) {}
+  float* at(int64_t i) { return lines.data()[i].lane; }
+};
+
+template <class T> struct Scan {
+  Rows<T> x, dt, z;
+  Tensor rates_tensor, B_tensor, C_tensor;
+  const float *rates, *B, *C;  // rates: A·log2(e), (group, N, lane); B, C: (batch, time, N)
+  Channels D, bias;
+  bool use_softplus;
+  int64_t time, channels, states, groups;
+  std::vector<Sequence> all;
+
+  Scan(const Tensor& x_, const Tensor& dt_, const Tensor& A_, const Tensor& B_, const Tensor& C_,
+       const Optional& D_, const Optional& z_, const Optional& bias_, bool softplus_,
+       const Optional& cu_seqlens)
+      : x(x_), dt(dt_), z(z_), D(D_), bias(bias_), use_softplus(softplus_), time(x_.size(1)),
+        channels(x_.size(2)), states(A_.size(1)), groups((channels + W - 1) / W),
+        all(sequences(x_.size(0), time, cu_seqlens)) {
+    rates_tensor = whole_vectors(A_.to(at::kFloat).t() * 1.4426950408889634);
+    rates_tensor = rates_tensor.view({states, groups, W}).transpose(0, 1).contiguous();
+    B_tensor = in_float(B_), C_tensor = in_float(C_);
+    rates = rates_tensor.data_ptr<float>();
+    B = B_tensor.data_ptr<float>();
+    C = C_tensor.data_ptr<float>();
+  }
+
+  int lanes_of(int64_t group) const { return std::min<int64_t>(W, channels - group * W); }
+
+  // δ before softplus; after it
+  vec raw_step(const Sequence& s, int64_t t, int64_t group) const {
+    return load(dt.at(s.batch, s.start + t) + group * W, lanes_of(group)) + bias[group];
+  }
+  vec step(vec raw) const { return use_softplus ? softplus(raw) : raw; }
+
+  // (S, channels, N) to and from N vectors a group
+  void load_state(const float* from, int64_t group, float* h) const {
+    const int lanes = lanes_of(group);
+    std::fill(h, h + states * W, 0.0f);
+    for (int i = 0; i < lanes; i++)
+      for (int64_t n = 0; n < states; n++) h[n * W + i] = from[(group * W + i) * states + n];
+  }
+  void store_state(const float* h, int64_t group, float* to) const {
+    const int lanes = lanes_of(group);
+    for (int i = 0; i < lanes; i++)
+      for (int64_t n = 0; n < states; n++) to[(group * W + i) * states + n] = h[n * W + i];
+  }
+
+  // y, and where `kept` is given the states at the chunks' beginnings: (chunk, group, N, W)
+  void forward(Rows<T> y, float* state, float* kept) const {
+    at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+      FlushDenormals flush;
+      Buffer carried((end - begin) * states);
+      for (size_t s = 0; s < all.size(); s++) {
+        float* own = state + s * channels * states;
+        for (int64_t g = begin; g < end; g++) load_state(own, g, carried.at((g - begin) * states));
+        for (int64_t t0 = 0; t0 < all[s].length; t0 += CHUNK)
+          for (int64_t g = begin; g < end; g++) {
+            float* h = carried.at((g - begin) * states);
+            if (kept)
+              std::copy_n(h, states * W,
+                          kept + ((all[s].chunk + t0 / CHUNK) * groups + g) * states * W);
+            forward_chunk(all[s], t0, g, h, y);
+          }
+        for (int64_t g = begin; g < end; g++)
+          store_state(carried.at((g - begin) * states), g, own);
+      }
+    });
+  }
+
+  void forward_chunk(const Sequence& s, int64_t t0, int64_t group, float* h, Rows<T> y) const {
+    const int lanes = lanes_of(group);
+    const vec skip = D[group];
+    for (int64_t t = t0; t < std::min(t0 + CHUNK, s.length); t++) {
+      const int64_t row = s.start + t, token = s.batch * time + row;
+      const int64_t soon = s.start + std::min(t + AHEAD, s.length - 1);
+      prefetch(s.batch, soon, group * W, x, dt, z, y);
+      const vec xt = load(x.at(s.batch, row) + group * W, lanes), dtt = step(raw_step(s, t, group));
+      const vec in = dtt * xt;
+      const float* rate = rates + group * states * W;
+      const float *b = B + token * states, *c = C + token * states;
+      vec out = skip * xt;
+      for (int64_t n = 0, count = states; n < count; n++) {
+        const vec next = exp2(dtt * load(rate + n * W)) * load(h + n * W) + in * b[n];
+        store(h + n * W, next);
+        out += next * c[n];
+      }
+      if (z.data) {
+        const vec zt = load(z.at(s.batch, row) + group * W, lanes);
+        out *= zt * sigmoid(zt);
+      }
+      store(y.at(s.batch, row) + group * W, out, lanes);
+    }
+  }
+
+  struct Gradients {
+    Rows<T> x, dt, z;
+    float *A, *D, *bias;  // (group, N, lane), (group, lane), (group, lane)
+    float *B, *C;          // (threads, batch, time, N)
+    float* state;          // in: of the final states; out: of the initial ones
+  };
+
+  void backward(Rows<T> dy, const float* kept, Gradients grad) const {
+    int64_t tokens = 0;
+    for (const Sequence& s : all) tokens += s.length;
+    at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+      FlushDenormals flush;
+      Buffer carried((end - begin) * states), hs((CHUNK + 1) * states), decays(CHUNK * states);
+      Gradients own = grad;
+      own.B += at::get_thread_num() * tokens * states;
+      own.C += at::get_thread_num() * tokens * states;
+      for (size_t s = 0; s < all.size(); s++) {
+        float* dstate = grad.state + s * channels * states;
+        for (int64_t g = begin; g < end; g++)
+          load_state(dstate, g, carried.at((g - begin) * states));
+        for (int64_t c = chunks_of(all[s].length) - 1; c >= 0; c--)
+          for (int64_t g = begin; g < end; g++) {
+            const float* first = kept + ((all[s].chunk + c) * groups + g) * states * W;
+            float* dh = carried.at((g - begin) * states);
+            backward_chunk(all[s], c * CHUNK, g, first, dh, dy, own, hs, decays);
+          }
+        for (int64_t g = begin; g < end; g++)
+          store_state(carried.at((g - begin) * states), g, dstate);
+      }
+    });
+  }
+
+  void backward_chunk(const Sequence& s, int64_t t0, int64_t group, const float* first, float* dh,
+                      Rows<T> dy, const Gradients& grad, Buffer& hs, Buffer& decays) const {
+    constexpr float ln2 = 0.693147181f;
+    const int lanes = lanes_of(group);
+    const int64_t length = std::min(CHUNK, s.length - t0);
+    const vec skip = D[group];
+    const float* rate = rates + group * states * W;
+    float* dA = grad.A + group * states * W;
+    const int64_t count = states;
+    vec raw[CHUNK], xs[CHUNK], out[CHUNK];
+    std::copy_n(first, count * W, hs.at(0));
+    for (int64_t i = 0; i < length; i++) {
+      const int64_t row = s.start + t0 + i, token = s.batch * time + row;
+      const int64_t soon = s.start + t0 + std::min(i + AHEAD, length - 1);
+      prefetch(s.batch, soon, group * W, x, dt);
+      xs[i] = load(x.at(s.batch, row) + group * W, lanes);
+      raw[i] = raw_step(s, t0 + i, group);
+      const vec dtt = step(raw[i]), in = dtt * xs[i];
+      const float *b = B + token * count, *c = C + token * count, *h = hs.at(i * count);
+      float *next_h = hs.at((i + 1) * count), *decay = decays.at(i * count);
+      vec y = skip * xs[i];
+      for (int64_t n = 0; n < count; n++) {
+        const vec a = exp2(dtt * load(rate + n * W)), next = a * load(h + n * W) + in * b[n];
+        store(decay + n * W, a);
+        store(next_h + n * W, next);
+        y += next * c[n];
+      }
+      out[i] = y;
+    }
+    vec dD = {}, dbias = {};
+    for (int64_t i = length - 1; i >= 0; i--) {
+      const int64_t row = s.start + t0 + i, token = s.batch * time + row;
+      const int64_t soon = s.start + t0 + std::max<int64_t>(i - AHEAD, 0);
+      prefetch(s.batch, soon, group * W, dy, z, grad.x, grad.dt, grad.z);
+      vec dout = load(dy.at(s.batch, row) + group * W, lanes);
+      if (z.data) {
+        const vec zt = load(z.at(s.batch, row) + group * W, lanes), gate = sigmoid(zt);
+        store(grad.z.at(s.batch, row) + group * W, dout * out[i] * silu_slope(zt, gate), lanes);
+        dout *= zt * gate;
+      }
+      const vec dtt = step(raw[i]), in = dtt * xs[i];
+      const float *b = B + token * count, *c = C + token * count;
+      const float *h = hs.at(i * count), *next_h = hs.at((i + 1) * count);
+      const float* decay = decays.at(i * count);
+      vec din = {}, dlog_rate = {};
+      for (int64_t n0 = 0; n0 < count; n0 += W) {
+        const int some = std::min<int64_t>(W, count - n0);
+        vec dBs[W] = {}, dCs[W] = {};
+        for (int j = 0; j < some; j++) {
+          const int64_t n = n0 + j, at = n * W;
+          const vec d = load(dh + at) + dout * c[n], before = d * load(decay + at);
+          const vec dlog = before * load(h + at);  // with respect to δA
+          dCs[j] = dout * load(next_h + at);
+          dBs[j] = d * in;
+          din += d * b[n];
+          dlog_rate += dlog * load(rate + at);
+          store(dA + at, load(dA + at) + dlog * dtt);
+          store(dh + at, before);
+        }
+        float *dB = grad.B + token * count + n0, *dC = grad.C + token * count + n0;
+        store(dB, load(dB, some) + sums(dBs), some);
+        store(dC, load(dC, some) + sums(dCs), some);
+      }
+      vec ddt = din * xs[i] + dlog_rate * ln2;
+      if (use_softplus) ddt *= sigmoid(raw[i]);
+      store(grad.x.at(s.batch, row) + group * W, din * dtt + dout * skip, lanes);
+      store(grad.dt.at(s.batch, row) + group * W, ddt, lanes);
+      dD += dout * xs[i];
+      dbias += ddt;
+    }
+    store(grad.D + group * W, load(grad.D + group * W) + dD);
+    store(grad.bias + group * W, load(grad.bias + group * W) + dbias);
+  }
+};
+
+// Calls f with an element of x's type.
+template <class F> void with_type(const Tensor& x, F f) {
+  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, "fp32 or bf16");
+  if (x.scalar_type() == at::kFloat) f(float{});
+  else f(bf16{});
+}
+
+// The state is (S, channels, N) in fp32; it is moved over the sequences in place. `kept` is empty, or
+// has room for the states at the chunks' beginnings: for every chunk N times whole vectors.
+Tensor scan_forward(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
+                    const Tensor& C, const Optional& D, const Optional& z, const Optional& bias,
+                    bool softplus, const Tensor& state, const Optional& cu_seqlens,
+                    const Tensor& kept) {
+  Tensor y = at::empty(x.sizes(), x.options());
+  with_type(x, [&](auto element) {
+    using T = decltype(element);
+    Scan<T> scan(x, dt, A, B, C, D, z, bias, softplus, cu_seqlens);
+    TORCH_INTERNAL_ASSERT(!kept.numel() || kept.numel() >= chunk_count(scan.all) * scan.groups *
+                                                               scan.states * W);
+    scan.forward(Rows<T>(y), state.data_ptr<float>(),
+                 kept.numel() ? kept.data_ptr<float>() : nullptr);
+  });
+  return y;
+}
+
+// Gradients of x, dt, A, B, C, D, z and the bias; `dstate` holds those of the final states, and then
+// those of the initial ones.
+std::vector<Tensor> scan_backward(const Tensor& dy, const Tensor& x, const Tensor& dt,
+                                  const Tensor& A, const Tensor& B, const Tensor& C,
+                                  const Optional& D, const Optional& z, const Optional& bias,
+                                  bool softplus, const Optional& cu_seqlens, const Tensor& kept,
+                                  const Tensor& dstate) {
+  auto like = [](const Tensor& t) { return at::empty(t.sizes(), t.options()); };
+  const auto sums_like = dstate.options();
+  Tensor dx = like(x), ddt = like(dt), dz = z ? like(*z) : at::empty({0}, x.options());
+  const int64_t threads = at::get_num_threads();
+  Tensor dBs = at::zeros({threads, B.size(0), B.size(1), B.size(2)}, sums_like);
+  Tensor dCs = at::zeros_like(dBs), dA, dD, dbias;
+  with_type(x, [&](auto element) {
+    using T = decltype(element);
+    Scan<T> scan(x, dt, A, B, C, D, z, bias, softplus, cu_seqlens);
+    const int64_t filled = scan.groups * W;
+    dA = at::zeros({scan.groups, A.size(1), W}, sums_like);
+    dD = at::zeros({filled}, sums_like);
+    dbias = at::zeros({filled}, sums_like);
+    scan.backward(Rows<T>(dy), kept.data_ptr<float>(),
+                  {Rows<T>(dx), Rows<T>(ddt), z ? Rows<T>(dz) : Rows<T>(), dA.data_ptr<float>(),
+                   dD.data_ptr<float>(), dbias.data_ptr<float>(), dBs.data_ptr<float>(),
+                   dCs.data_ptr<float>(), dstate.data_ptr<float>()});
+  });
+  const int64_t channels = x.size(2);
+  dA = dA.transpose(1, 2).flatten(0, 1).narrow(0, 0, channels);
+  return {dx, ddt, dA, dBs.sum(0), dCs.sum(0),
+          dD.narrow(0, 0, channels), dz, dbias.narrow(0, 0, channels)};
+}
+
+// y_t = act(bias + Σ_k weight_k x_{t-taps+1+k}) a channel; rows before the first are the state's.
+template <class T> struct Conv {
+  Rows<T> x;
+  Tensor weight_tensor;
+  const float* weight;  // (taps, channels), whole vectors
+  Channels bias;
+  bool silu;
+  const T* state;  // (S, taps - 1, channels)
+  int64_t taps, channels, groups;
+  std::vector<Sequence> all;
+
+  Conv(const Tensor& x_, const Tensor& weight_, const Optional& bias_, bool silu_,
+       const Tensor& state_, const Optional& cu_seqlens)
+      : x(x_), weight_tensor(whole_vectors(weight_.t())), weight(weight_tensor.data_ptr<float>()),
+        bias(bias_), silu(silu_), state((const T*)state_.data_ptr()), taps(weight_.size(1)),
+        channels(x_.size(2)), groups((channels + W - 1) / W),
+        all(sequences(x_.size(0), x_.size(1), cu_seqlens)) {}
+
+  int lanes_of(int64_t group) const { return std::min<int64_t>(W, channels - group * W); }
+  vec tap(int64_t k, int64_t group) const { return load(weight + (k * groups + group) * W); }
+
+  // Row t of a sequence; before its first token, the state's.
+  const T* row(size_t s, int64_t t) const {
+    return t >= 0 ? x.at(all[s].batch, all[s].start + t)
+                  : state + (s * (taps - 1) + taps - 1 + t) * channels;
+  }
+
+  vec before_activation(const T* const* rows, int64_t group, int lanes) const {
+    vec sum = bias[group];
+    for (int64_t k = 0; k < taps; k++) sum += tap(k, group) * load(rows[k] + group * W, lanes);
+    return sum;
+  }
+
+  // Calls f(sequence, first group, last group + 1) for all, a thread's channels side by side: rows
+  // are read in order.
+  template <class F> void each_sequence(F f) const {
+    at::parallel_for(0, groups, 4, [&](int64_t begin, int64_t end) {
+      for (size_t s = 0; s < all.size(); s++) f(s, begin, end);
+    });
+  }
+
+  void forward(Rows<T> y, T* final_state) const {
+    each_sequence([&](size_t s, int64_t begin, int64_t end) {
+      std::vector<const T*> rows(taps);
+      for (int64_t t = 0; t < all[s].length; t++) {
+        for (int64_t k = 0; k < taps; k++) rows[k] = row(s, t - taps + 1 + k);
+        T* to = y.at(all[s].batch, all[s].start + t);
+        for (int64_t g = begin; g < end; g++) {
+          vec out = before_activation(rows.data(), g, lanes_of(g));
+          if (silu) out *= sigmoid(out);
+          store(to + g * W, out, lanes_of(g));
+        }
+      }
+      for (int64_t r = 0; r < taps - 1; r++)
+        for (int64_t g = begin; g < end; g++)
+          store(final_state + (s * (taps - 1) + r) * channels + g * W,
+                load(row(s, all[s].length - taps + 1 + r) + g * W, lanes_of(g)), lanes_of(g));
+    });
+  }
+
+  // From the last token down to the state's first row: dx_t = Σ_k weight_k d_{t+taps-1-k}, where d
+  // is the gradient before the activation; recent[j] holds d_{t+j}.
+  void backward(Rows<T> dy, const float* dfinal, Rows<T> dx, float* dstate, float* dweight,
+                float* dbias) const {
+    each_sequence([&](size_t s, int64_t begin, int64_t end) {
+      const auto& [batch, start, length, chunk] = all[s];
+      Buffer buffer(taps * (end - begin));
+      std::vector<float*> recent(taps);
+      for (int64_t j = 0; j < taps; j++) recent[j] = buffer.at(j * (end - begin));
+      std::vector<const T*> rows(taps);
+      for (int64_t t = length - 1; t > -taps; t--) {
+        std::rotate(recent.begin(), recent.end() - 1, recent.end());
+        if (t >= 0)
+          for (int64_t k = 0; k < taps; k++) rows[k] = row(s, t - taps + 1 + k);
+        const int64_t left = t - length + taps - 1;  // the row's place in the final state
+        for (int64_t g = begin; g < end; g++) {
+          const int lanes = lanes_of(g);
+          vec d = {}, sum = {};
+          if (t >= 0) {
+            d = load(dy.at(batch, start + t) + g * W, lanes);
+            if (silu) {
+              const vec out = before_activation(rows.data(), g, lanes);
+              d *= silu_slope(out, sigmoid(out));
+            }
+            for (int64_t k = 0; k < taps; k++) {
+              float* at = dweight + (k * groups + g) * W;
+              store(at, load(at) + d * load(rows[k] + g * W, lanes));
+            }
+            store(dbias + g * W, load(dbias + g * W) + d);
+          }
+          store(recent[0] + (g - begin) * W, d);
+          for (int64_t k = 0; k < taps; k++)
+            sum += tap(k, g) * load(recent[taps - 1 - k] + (g - begin) * W);
+          if (left >= 0)
+            sum += load(dfinal + (s * (taps - 1) + left) * channels + g * W, lanes);
+          if (t >= 0) store(dx.at(batch, start + t) + g * W, sum, lanes);
+          else store(dstate + (s * (taps - 1) + taps - 1 + t) * channels + g * W, sum, lanes);
+        }
+      }
+    });
+  }
+};
+
+// States are (S, taps - 1, channels) here, in x's type; their gradients are in fp32.
+std::array<Tensor, 2> conv_forward(const Tensor& x, const Tensor& weight, const Optional& bias,
+                                   bool silu, const Tensor& state, const Optional& cu_seqlens) {
+  Tensor y = at::empty(x.sizes(), x.options()), final_state = at::empty_like(state);
+  with_type(x, [&](auto element) {
+    using T = decltype(element);
+    Conv<T>(x, weight, bias, silu, state, cu_seqlens)
+        .forward(Rows<T>(y), (T*)final_state.data_ptr());
+  });
+  return {y, final_state};
+}
+
+// Gradients of x, weight, bias and the initial state.
+std::array<Tensor, 4> conv_backward(const Tensor& dy, const Tensor& dfinal, const Tensor& x,
+                                    const Tensor& weight, const Optional& bias, bool silu,
+                                    const Tensor& state, const Optional& cu_seqlens) {
+  const int64_t channels = x.size(2), filled = (channels + W - 1) / W * W;
+  const Tensor wide = in_float(dfinal);
+  Tensor dx = at::empty(x.sizes(), x.options()), dstate = at::empty_like(wide);
+  Tensor dweight = at::zeros({weight.size(1), filled}, wide.options());
+  Tensor dbias = at::zeros({filled}, wide.options());
+  with_type(x, [&](auto element) {
+    using T = decltype(element);
+    Conv<T>(x, weight, bias, silu, state, cu_seqlens)
+        .backward(Rows<T>(dy), wide.data_ptr<float>(), Rows<T>(dx), dstate.data_ptr<float>(),
+                  dweight.data_ptr<float>(), dbias.data_ptr<float>());
+  });
+  return {dx, dweight.narrow(1, 0, channels).t(), dbias.narrow(0, 0, channels), dstate};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("scan_forward", &scan_forward);
+  m.def("scan_backward", &scan_backward);
+  m.def("conv_forward", &conv_forward);
+  m.def("conv_backward", &conv_backward);
+}

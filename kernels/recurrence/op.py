@@ -1,0 +1,205 @@
+"""The gated linear recurrence: the op under linear attention, GLA, HGRN2, GSA, SSD and DeltaNet.
+
+    S_t = diag(e^{g_t}) S_{t-1} + k_t v_tᵀ,   o_t = scale · q_tᵀ S_t            (S is K x V a head)
+
+With `beta`, the delta rule (Gated DeltaNet, arXiv 2412.06464; per-key decay as in KDA): v_t becomes
+β_t (v_t - S̃ᵀ k_t), S̃ the decayed state. With `normalize`, o_t is divided by q_t·z_t, where z is
+the state of a value that is always one (linear attention, arXiv 2006.16236, equation 9); z is the
+last column of the state.
+
+Chunkwise forms (Mamba2, arXiv 2405.21060, section 6; GLA, arXiv 2312.06635, section 4) take O(T)
+time and memory. What a method passes in is in docs/kernels.md.
+
+Shapes: B batch, T time, Q query heads, H state heads (Q = H · queries a state), K key features, V
+value features, N sequences (B, or those of `cu_seqlens`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from lowline.kernels.backends import Backend, choose
+
+EPSILON = 1e-12  # added to the normaliser
+NAME = "gated_linear_recurrence"
+Gate = Literal["key", "value"]
+
+
+def gated_linear_recurrence(
+    q_BTQK: torch.Tensor,
+    k_BTHK: torch.Tensor,
+    v_BTHV: torch.Tensor,
+    g: torch.Tensor | None = None,
+    beta_BTH: torch.Tensor | None = None,
+    *,
+    gate: Gate = "key",
+    normalize: bool = False,
+    scale: float = 1.0,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The outputs of a whole sequence and the state after it; differentiable in every tensor.
+
+    Args:
+        q_BTQK: queries; Q a multiple of H: query head i reads the state of head i // (Q / H).
+        k_BTHK: keys.
+        v_BTHV: values. Keys or values may have fewer heads than the other, each then shared by
+            neighbouring state heads.
+        g: logarithm of the decay, ≤ 0: None, (B, T, H), or (B, T, H, K) with gate="key", or
+            (B, T, H, V) with gate="value".
+        beta_BTH: step size of the delta rule; None for plain addition.
+        gate: which side of the state a four-dimensional g decays.
+        normalize: divide by q·z; for features that are not negative.
+        scale: factor of the output.
+        initial_state: (N, H, K, V), or (N, H, K, V + 1) with `normalize`; zero when None.
+        cu_seqlens: (N + 1,) bounds of sequences packed in a batch of one, from 0 to T.
+        backend: see `lowline.kernels.backends`. "cpu" takes fp32 and bf16, K and V multiples of 16;
+            "triton" fp32 and bf16, K and V up to 256.
+
+    Returns:
+        o of (B, T, Q, V) in q's type; the state of (N, H, K, V [+ 1]) in fp32 (fp64 of fp64).
+
+    Raises:
+        ValueError: shapes that do not fit, a combination that has no meaning (a value gate with a
+            normaliser or with the delta rule, the delta rule with a normaliser), or a backend that
+            does not cover the call.
+    """
+    k_BTHK, v_BTHV = share_heads(k_BTHK, v_BTHV)
+    check(q_BTQK, k_BTHK, v_BTHV, g, beta_BTH, gate, normalize, initial_state, cu_seqlens)
+    which = choose(
+        NAME,
+        backend,
+        q_BTQK.device,
+        cpu=cpu_reason(q_BTQK, v_BTHV),
+        triton=triton_reason(q_BTQK, v_BTHV),
+    )
+    if normalize:
+        v_BTHV = torch.cat([v_BTHV, v_BTHV.new_ones(*v_BTHV.shape[:-1], 1)], -1)
+    run = _implementation(which)
+    o, state = run(q_BTQK, k_BTHK, v_BTHV, g, beta_BTH, initial_state, cu_seqlens, gate, scale)
+    if normalize:
+        # scale cancels in a plain quotient: it belongs to the numerator alone
+        o = o[..., :-1] / (o[..., -1:] / scale + EPSILON)
+    return o, state
+
+
+def share_heads(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values with equally many heads (dimension -2)."""
+    few, many = sorted((k.shape[-2], v.shape[-2]))
+    if few == 0 or many % few:
+        raise ValueError(
+            f"{NAME}: {k.shape[-2]} key heads and {v.shape[-2]} value heads; "
+            "one number must be a multiple of the other"
+        )
+    if k.shape[-2] < many:
+        k = k.repeat_interleave(many // few, -2)
+    if v.shape[-2] < many:
+        v = v.repeat_interleave(many // few, -2)
+    return k, v
+
+
+def check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    gate: str,
+    normalize: bool,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> None:
+    """Raise ValueError where the arguments of `gated_linear_recurrence` do not fit."""
+
+    def need(holds: bool, message: str) -> None:
+        if not holds:
+            raise ValueError(f"{NAME}: {message}")
+
+    need(q.dim() == k.dim() == v.dim() == 4, "q, k and v are (batch, time, heads, features)")
+    B, T, H, K = k.shape
+    V = v.shape[-1]
+    need(v.shape[:3] == (B, T, H), f"k is {tuple(k.shape)}, v is {tuple(v.shape)}: unlike")
+    need(
+        q.shape[:2] == (B, T) and q.shape[3] == K,
+        f"q is {tuple(q.shape)}, k is {tuple(k.shape)}: unlike batch, time or features",
+    )
+    need(
+        q.shape[2] % H == 0, f"{q.shape[2]} query heads are no multiple of the {H} heads of k and v"
+    )
+    need(
+        q.dtype == k.dtype == v.dtype and q.dtype.is_floating_point,
+        f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; use one floating type",
+    )
+    need(gate in ("key", "value"), f"gate = {gate!r}; choose from 'key', 'value'")
+    if g is not None:
+        features = K if gate == "key" else V
+        allowed = ((B, T, H), (B, T, H, features))
+        need(
+            tuple(g.shape) in allowed,
+            f"g is {tuple(g.shape)}; with gate={gate!r} it is {' or '.join(map(str, allowed))}",
+        )
+    by_value = g is not None and g.dim() == 4 and gate == "value"
+    need(not (by_value and normalize), "a value gate has no normaliser; use gate='key'")
+    if beta is not None:
+        need(tuple(beta.shape) == (B, T, H), f"beta is {tuple(beta.shape)}, not {(B, T, H)}")
+        need(not by_value, "the delta rule takes gates per head or per key, not per value")
+        need(not normalize, "the delta rule has no normaliser; pass normalize=False")
+    N = B
+    if cu_seqlens is not None:
+        need(B == 1, f"cu_seqlens packs sequences into a batch of one, this batch is {B}")
+        need(
+            cu_seqlens.dim() == 1
+            and cu_seqlens.numel() >= 2
+            and not cu_seqlens.is_floating_point(),
+            "cu_seqlens is a vector of at least two integers",
+        )
+        N = cu_seqlens.numel() - 1
+        if cu_seqlens.device.type == "cpu":  # elsewhere the look would wait for the device
+            bounds = cu_seqlens.tolist()
+            need(
+                bounds[0] == 0 and bounds[-1] == T and bounds == sorted(bounds),
+                f"cu_seqlens = {bounds}; it rises from 0 to T = {T}",
+            )
+    if initial_state is not None:
+        shape = (N, H, K, V + normalize)
+        need(
+            tuple(initial_state.shape) == shape,
+            f"initial_state is {tuple(initial_state.shape)}, not {shape}",
+        )
+
+
+def cpu_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why the C++ kernels do not cover a call, or None."""
+    K, V = q.shape[-1], v.shape[-1]
+    if K % 16 or V % 16:
+        return f"K = {K}, V = {V}; it takes multiples of 16"
+    return _type_reason(q)
+
+
+def triton_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why the Triton kernels do not cover a call, or None."""
+    K, V = q.shape[-1], v.shape[-1]
+    if max(K, V) > 256:
+        return f"K = {K}, V = {V}; it takes up to 256"
+    return _type_reason(q)
+
+
+def _type_reason(q: torch.Tensor) -> str | None:
+    if q.dtype in (torch.float32, torch.bfloat16):
+        return None
+    return f"the tensors are {q.dtype}; it takes float32 and bfloat16"
+
+
+def _implementation(which: str):  # noqa: ANN202 - one signature, that of `reference.recurrence`
+    if which == "reference":
+        from lowline.kernels.recurrence.reference import recurrence
+    elif which == "torch":
+        from lowline.kernels.recurrence.chunk import recurrence
+    elif which == "cpu":
+        from lowline.kernels.recurrence.cpu import recurrence
+    else:
+        from lowline.kernels.recurrence.triton_backend import recurrence
+    return recurrence

@@ -1,0 +1,67 @@
+"""The gated linear recurrence as the text-book writes it, a token at a time.
+
+    S_t = diag(e^{g_t}) S_{t-1} + k_t v_tᵀ,   o_t = scale · q_tᵀ S_t
+
+and with the delta rule, where S̃ = diag(e^{g_t}) S_{t-1},
+
+    S_t = S̃ + β_t k_t (v_t - S̃ᵀ k_t)ᵀ
+
+Differentiable, in fp64 when its inputs are; slow. Shapes: B batch, T time, H state heads, G queries
+a state, K key features, V value features, N sequences.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def recurrence(
+    q_BTQK: torch.Tensor,
+    k_BTHK: torch.Tensor,
+    v_BTHV: torch.Tensor,
+    g: torch.Tensor | None,
+    beta_BTH: torch.Tensor | None,
+    initial_state_NHKV: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    gate: str,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `lowline.kernels.recurrence.gated_linear_recurrence`, which checks and documents."""
+    state_type = torch.promote_types(v_BTHV.dtype, torch.float32)
+    B, T, H, K = k_BTHK.shape
+    V = v_BTHV.shape[-1]
+    q_BTHGK = q_BTQK.unflatten(2, (H, -1)).to(state_type)
+    k_BTHK, v_BTHV = k_BTHK.to(state_type), v_BTHV.to(state_type)
+    spans = [(0, T)] if cu_seqlens is None else _spans(cu_seqlens)
+    outputs, states = [], []
+    for n, (start, end) in enumerate(spans):
+        if initial_state_NHKV is None:
+            S = k_BTHK.new_zeros(B, H, K, V)
+        else:  # packed sequences are a batch of one
+            S = initial_state_NHKV if cu_seqlens is None else initial_state_NHKV[n : n + 1]
+            S = S.to(state_type)
+        for t in range(start, end):
+            if g is not None:
+                S = decay(g[:, t].to(state_type), gate) * S
+            k, v = k_BTHK[:, t], v_BTHV[:, t]
+            if beta_BTH is not None:
+                read = torch.einsum("bhk,bhkv->bhv", k, S)
+                v = beta_BTH[:, t, :, None].to(state_type) * (v - read)
+            S = S + k[..., :, None] * v[..., None, :]
+            o = scale * torch.einsum("bhgk,bhkv->bhgv", q_BTHGK[:, t], S)
+            outputs.append(o.flatten(1, 2))
+        states.append(S)
+    o_BTQV = torch.stack(outputs, 1) if outputs else q_BTQK.new_zeros(B, 0, q_BTQK.shape[2], V)
+    return o_BTQV.to(q_BTQK.dtype), torch.cat(states)
+
+
+def decay(g: torch.Tensor, gate: str) -> torch.Tensor:
+    """e^g of (B, H), (B, H, K) or (B, H, V), shaped to multiply a state of (B, H, K, V)."""
+    if g.dim() == 2:
+        return g.exp()[..., None, None]
+    return g.exp()[..., :, None] if gate == "key" else g.exp()[..., None, :]
+
+
+def _spans(cu_seqlens: torch.Tensor) -> list[tuple[int, int]]:
+    bounds = cu_seqlens.tolist()
+    return list(zip(bounds, bounds[1:], strict=False))

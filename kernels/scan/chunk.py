@@ -1,0 +1,193 @@
+"""The selective scan in plain torch, a chunk of tokens at a time, with a hand-written backward.
+
+A chunk of 256 tokens is 16 blocks of 16. All blocks run their 16 steps side by side from a zero
+state; the states at the blocks' ends then follow one another in 16 steps; and each block adds what
+its first state has become by each token. So a chunk costs 32 operations on wide tensors where a
+token at a time costs 256, and decays are only ever multiplied, never divided by.
+
+Nothing of size T·D·N is kept for the backward pass: the states between chunks are, T·D·N / 256
+elements, and a chunk's states are computed anew when the backward pass comes to it. The gradient of
+the states runs through the same scan, backwards.
+
+Shapes: M blocks of R tokens make a chunk of L; the rest as in `lowline.kernels.scan.op`.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lowline.kernels.scan.reference import finish, step_size
+
+CHUNK = 256
+BLOCK = 16
+
+
+def selective_scan(
+    x_BTD: torch.Tensor,
+    dt_BTD: torch.Tensor,
+    A_DN: torch.Tensor,
+    B_BTN: torch.Tensor,
+    C_BTN: torch.Tensor,
+    D_D: torch.Tensor | None,
+    z_BTD: torch.Tensor | None,
+    dt_bias_D: torch.Tensor | None,
+    dt_softplus: bool,
+    initial_state_SDN: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `lowline.kernels.scan.selective_scan`, which checks and documents."""
+    dt = step_size(dt_BTD, dt_bias_D, dt_softplus)
+    sequences = x_BTD.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    if initial_state_SDN is None:
+        initial_state_SDN = dt.new_zeros(sequences, *A_DN.shape)
+    bounds = None if cu_seqlens is None else cu_seqlens.tolist()
+    y, state = _ChunkedScan.apply(
+        x_BTD, dt, A_DN.to(dt.dtype), B_BTN, C_BTN, initial_state_SDN.to(dt.dtype), bounds
+    )
+    return finish(y, x_BTD, D_D, z_BTD), state
+
+
+class _ChunkedScan(torch.autograd.Function):
+    """y and the final states, without D, z and softplus; dt, A and the states in the sums' type."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        dt: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        initial: torch.Tensor,
+        bounds: list[int] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        y = torch.empty_like(dt)
+        final = initial.clone()
+        carry = initial if bounds is None else torch.zeros_like(initial[:1])
+        carries = []
+        for chunk in _chunks(x.shape[1]):
+            carries.append(carry)
+            h, _, carry = _states(x, dt, A, B, initial, bounds, chunk, carry)
+            here = slice(0, chunk.stop - chunk.start)
+            C_LBN = C[:, chunk].transpose(0, 1).to(h.dtype)
+            y[:, chunk] = (h[here] @ C_LBN[..., None])[..., 0].transpose(0, 1)
+            rows, which = _inside(bounds, chunk, ends=True)
+            final[which] = h[rows, 0]
+        if bounds is None:
+            final = carry.clone()
+        ctx.save_for_backward(x, dt, A, B, C, initial, *carries)
+        ctx.bounds = bounds
+        return y, final
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, dy: torch.Tensor, dfinal: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        x, dt, A, B, C, initial, *carries = ctx.saved_tensors
+        bounds = ctx.bounds
+        dx, ddt, dA = torch.empty_like(dt), torch.empty_like(dt), torch.zeros_like(A)
+        dB = torch.empty(B.shape, dtype=dt.dtype, device=dt.device)
+        dC = torch.empty_like(dB)
+        dinitial = dfinal.clone()
+        dcarry = dfinal if bounds is None else torch.zeros_like(dfinal[:1])
+        for chunk, carry in zip(reversed(_chunks(x.shape[1])), reversed(carries), strict=True):
+            L = chunk.stop - chunk.start
+            h, decay, _ = _states(x, dt, A, B, initial, bounds, chunk, carry)
+            x_LBD, dt_LBD, dy_LBD, B_LBN, C_LBN = (
+                tensor[:, chunk].transpose(0, 1).to(h.dtype) for tensor in (x, dt, dy, B, C)
+            )
+            starts, which_start = _inside(bounds, chunk)
+            ends, which_end = _inside(bounds, chunk, ends=True)
+
+            # dh_t = C_t dy_t + e^{δ_{t+1} A} dh_{t+1}
+            dh = h.new_zeros(h.shape)
+            torch.mul(dy_LBD[..., None], C_LBN[:, :, None, :], out=dh[:L])
+            dh[ends, 0] += dfinal[which_end]
+            kept = decay.clone()
+            kept[starts] = 0
+            after = torch.cat([kept[1:], torch.ones_like(kept[:1])])
+            _scan_(after, dh, dcarry, backwards=True)
+            dcarry = kept[0] * dh[0]
+            dinitial[which_start] = (decay * dh)[starts, 0]
+
+            before = torch.cat([carry[None], h[:-1]])
+            before[starts, 0] = initial[which_start]
+            dC[:, chunk] = (dy_LBD[:, :, None] @ h[:L])[:, :, 0].transpose(0, 1)
+            dh = dh[:L]
+            dB[:, chunk] = ((dt_LBD * x_LBD)[:, :, None] @ dh)[:, :, 0].transpose(0, 1)
+            dlog = before[:L].mul_(decay[:L]).mul_(dh)  # with respect to δA
+            dxdt = (dh @ B_LBN[..., None])[..., 0]
+            dx[:, chunk] = (dxdt * dt_LBD).transpose(0, 1)
+            ddt[:, chunk] = (torch.einsum("lbdn,dn->lbd", dlog, A) + dxdt * x_LBD).transpose(0, 1)
+            dA += torch.einsum("lbdn,lbd->dn", dlog, dt_LBD)
+        if bounds is None:
+            dinitial = dcarry
+        return dx.to(x.dtype), ddt, dA, dB.to(B.dtype), dC.to(C.dtype), dinitial, None
+
+
+def _chunks(T: int) -> list[slice]:
+    return [slice(start, min(start + CHUNK, T)) for start in range(0, T, CHUNK)]
+
+
+def _inside(
+    bounds: list[int] | None, chunk: slice, ends: bool = False
+) -> tuple[list[int], list[int]]:
+    """Rows of the chunk at which packed sequences start (or end), and which sequences those are."""
+    rows, which = [], []
+    for s, (start, end) in enumerate(pairwise(bounds or [])):
+        token = end - 1 if ends else start
+        if start < end and chunk.start <= token < chunk.stop:
+            rows.append(token - chunk.start)
+            which.append(s)
+    return rows, which
+
+
+def _states(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    initial: torch.Tensor,
+    bounds: list[int] | None,
+    chunk: slice,
+    carry: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """h and e^{δA} of (L, B, D, N) in a chunk filled up to whole blocks; the state after it."""
+    x_LBD, dt_LBD, B_LBN = (tensor[:, chunk].transpose(0, 1).to(dt.dtype) for tensor in (x, dt, B))
+    decay = torch.exp(dt_LBD[..., None] * A)
+    h = (dt_LBD * x_LBD)[..., None] * B_LBN[:, :, None, :]
+    if fill := -h.shape[0] % BLOCK:  # rows that change nothing
+        decay = F.pad(decay, (0, 0, 0, 0, 0, 0, 0, fill), value=1.0)
+        h = F.pad(h, (0, 0, 0, 0, 0, 0, 0, fill))
+    kept = decay.clone()
+    starts, which = _inside(bounds, chunk)
+    h[starts, 0] += decay[starts, 0] * initial[which]
+    kept[starts] = 0  # nothing of the sequence before
+    return h, decay, _scan_(kept, h, carry)
+
+
+def _scan_(
+    decay: torch.Tensor, h: torch.Tensor, carry: torch.Tensor, backwards: bool = False
+) -> torch.Tensor:
+    """h_t += decay_t h_{t-1} (or h_{t+1}) in place, from `carry`; returns the last.
+
+    `decay` is overwritten by its products from each block's beginning.
+    """
+    blocks, decays = h.unflatten(0, (-1, BLOCK)), decay.unflatten(0, (-1, BLOCK))
+    rows, order = list(range(BLOCK)), list(range(blocks.shape[0]))
+    if backwards:
+        rows.reverse()
+        order.reverse()
+    for before, t in pairwise(rows):
+        blocks[:, t].addcmul_(decays[:, t], blocks[:, before])
+        decays[:, t].mul_(decays[:, before])
+    first = torch.empty_like(blocks[:, 0])
+    for m in order:
+        first[m] = carry
+        carry = torch.addcmul(blocks[m, rows[-1]], decays[m, rows[-1]], carry)
+    blocks.addcmul_(decays, first[:, None])
+    return carry

@@ -1,0 +1,159 @@
+"""The selective scan of Mamba (arXiv 2312.00752, equation 2 and algorithm 2).
+
+    h_t = e^{δ_t A} ⊙ h_{t-1} + δ_t x_t B_tᵀ,   y_t = (h_t C_t + D ⊙ x_t) ⊙ silu(z_t)
+
+h is D x N: every channel has N states that decay at their own rates, so the decay is no product of
+a row and a column and the recurrence has no form in GEMMs. δ_t is `dt`, or softplus(dt + bias).
+
+Left out: complex A, and B and C in groups of channels (Mamba1 has one group; Mamba2 is
+`lowline.kernels.recurrence` with a scalar gate).
+
+Shapes: B batch, T time, D channels, N states a channel, S sequences (B, or those of `cu_seqlens`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from lowline.kernels.backends import Backend, choose
+
+NAME = "selective_scan"
+
+
+def selective_scan(
+    x_BTD: torch.Tensor,
+    dt_BTD: torch.Tensor,
+    A_DN: torch.Tensor,
+    B_BTN: torch.Tensor,
+    C_BTN: torch.Tensor,
+    D_D: torch.Tensor | None = None,
+    *,
+    z_BTD: torch.Tensor | None = None,
+    dt_bias_D: torch.Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The outputs of whole sequences and the states after them; differentiable in every tensor.
+
+    Args:
+        x_BTD: the input.
+        dt_BTD: step sizes, ≥ 0 after bias and softplus.
+        A_DN: rates, ≤ 0.
+        B_BTN, C_BTN: how the input enters the states and how the states are read.
+        D_D: weight of the input in the output; none when None.
+        z_BTD: gate of the output; none when None.
+        dt_bias_D: added to dt.
+        dt_softplus: take softplus(dt + bias) for the step size.
+        initial_state: (S, D, N); zero when None.
+        cu_seqlens: (S + 1,) bounds of sequences packed in a batch of one, from 0 to T.
+        backend: see `lowline.kernels.backends`. "cpu" and "triton" take fp32 and bf16, "triton"
+            up to 64 states.
+
+    x, dt, B, C and z have one type; A, D, the bias and the state may have another. Sums are fp32,
+    of fp64 input fp64.
+
+    Returns:
+        y of (B, T, D) in x's type; the state of (S, D, N) in fp32 (fp64 of fp64).
+
+    Raises:
+        ValueError: shapes or types that do not fit, or a backend that does not cover the call.
+    """
+    check(x_BTD, dt_BTD, A_DN, B_BTN, C_BTN, D_D, z_BTD, dt_bias_D, initial_state, cu_seqlens)
+    reason = triton = type_reason(x_BTD)
+    if A_DN.shape[1] > 64:
+        triton = f"A has {A_DN.shape[1]} states; it takes up to 64"
+    which = choose(NAME, backend, x_BTD.device, cpu=reason, triton=triton)
+    return _implementation(which)(
+        x_BTD, dt_BTD, A_DN, B_BTN, C_BTN, D_D, z_BTD, dt_bias_D, dt_softplus,
+        initial_state, cu_seqlens,
+    )  # fmt: skip
+
+
+def check(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> None:
+    """Raise ValueError where the arguments of `selective_scan` do not fit."""
+    if x.dim() != 3 or not x.is_floating_point():
+        raise ValueError(
+            f"{NAME}: x is {tuple(x.shape)} of {x.dtype}; it is (batch, time, channels) of a "
+            "floating type"
+        )
+    batch, time, channels = x.shape
+    if A.dim() != 2 or A.shape[0] != channels:
+        raise ValueError(
+            f"{NAME}: A is {tuple(A.shape)}; it is (channels, states) with {channels} channels"
+        )
+    states = A.shape[1]
+    sequences = check_pack(NAME, batch, time, cu_seqlens)
+    for name, tensor, shape in (
+        ("dt", dt, (batch, time, channels)),
+        ("B", B, (batch, time, states)),
+        ("C", C, (batch, time, states)),
+        ("z", z, (batch, time, channels)),
+        ("D", D, (channels,)),
+        ("dt_bias", dt_bias, (channels,)),
+        ("initial_state", initial_state, (sequences, channels, states)),
+    ):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{NAME}: {name} is {tuple(tensor.shape)}, not {shape}")
+    for name, tensor in (("dt", dt), ("B", B), ("C", C), ("z", z)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise ValueError(
+                f"{NAME}: {name} is {tensor.dtype}, x is {x.dtype}; cast one to the other"
+            )
+
+
+def check_pack(op: str, batch: int, time: int, cu_seqlens: torch.Tensor | None) -> int:
+    """The number of sequences; ValueError where `cu_seqlens` does not fit the batch."""
+    if cu_seqlens is None:
+        return batch
+    if batch != 1:
+        raise ValueError(
+            f"{op}: cu_seqlens packs sequences into a batch of one, this batch is {batch}"
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
+        raise ValueError(f"{op}: cu_seqlens is a vector of at least two integers")
+    if cu_seqlens.device.type == "cpu":  # elsewhere the look would wait for the device
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != time or bounds != sorted(bounds):
+            raise ValueError(f"{op}: cu_seqlens = {bounds}; it rises from 0 to T = {time}")
+    return cu_seqlens.numel() - 1
+
+
+def type_reason(x: torch.Tensor) -> str | None:
+    """Why the fast backends do not cover x's type, or None."""
+    if x.dtype in (torch.float32, torch.bfloat16):
+        return None
+    return f"x is {x.dtype}; it takes float32 and bfloat16"
+
+
+def _implementation(which: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """The backend's function; all have the signature of `reference.selective_scan`."""
+    if which == "reference":
+        from lowline.kernels.scan import reference
+
+        return reference.selective_scan
+    if which == "torch":
+        from lowline.kernels.scan import chunk
+
+        return chunk.selective_scan
+    if which == "cpu":
+        from lowline.kernels.scan import cpu
+
+        return cpu.selective_scan
+    from lowline.kernels.scan import triton_scan
+
+    return triton_scan.selective_scan

@@ -1,0 +1,383 @@
+"""The selective scan on a GPU: one kernel each way, a tile of tokens at a time in registers.
+
+    h_t = e^{δ_t A} ⊙ h_{t-1} + δ_t x_t B_tᵀ,   y_t = (h_t C_t + D ⊙ x_t) ⊙ silu(z_t)
+
+A program walks one sequence with BLOCK_D channels. Its tile is (L tokens, channels, N states); the
+pairs (e^{δA}, δxB) are combined along the tokens by an associative scan, whose products of decays
+only ever shrink, and the state enters at the tile's edge. The forward pass leaves the state before
+each tile, from which the backward pass makes the tile's states again; the gradient of the states is
+the same scan in the other direction. The scans run on the inputs of the token before (after), so
+that h_{t-1} is at hand and nothing is divided by a decay.
+
+dB and dC are sums over channels: each program leaves its share, and they are added in a fixed
+order afterwards (2 N / BLOCK_D fp32 numbers a token and channel).
+
+Roofline, bf16, N 16, a token and channel, on an H100 (3.35 TB/s; 16 exponentials a clock and SM
+quarter, 14·10¹² a second): forward 8 bytes and N exponentials, backward 14 + 16 bytes and 2N.
+T 8192, D 4096: 0.08 and 0.30 ms of memory, 0.04 and 0.08 ms of exponentials; at batch 1 the walk
+along T, not either of them, is expected to set the time.
+
+N goes up to 64. Legend: as in `op`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowline.kernels.triton_tools import Case
+
+LARGEST = 64
+TOKENS = 32  # of a tile
+OPTIONS = dict(num_warps=8, num_stages=1)
+
+
+@triton.jit
+def _combine(a, b, later_a, later_b):
+    return a * later_a, b * later_a + later_b
+
+
+@triton.jit
+def _bounds(s, cu, T, L: tl.constexpr, PACKED: tl.constexpr):
+    """Batch row, first token, end and first tile of sequence s; tiles of sequences do not meet."""
+    if PACKED:
+        start = tl.load(cu + s).to(tl.int32)
+        end = tl.load(cu + s + 1).to(tl.int32)
+        row = s * 0
+        tile = start // L + s
+    else:
+        start = s * 0
+        end = start + T
+        row = s
+        tile = s * tl.cdiv(T, L)
+    return row.to(tl.int64), start, end, tile.to(tl.int64)
+
+
+@triton.jit
+def _rows(x, t, start, end, stride, column, width):
+    """x at tokens t within the sequence, zeros elsewhere, in fp32."""
+    ok = ((t >= start) & (t < end))[:, None] & (column < width)[None, :]
+    at = t.to(tl.int64)[:, None] * stride + column[None, :]
+    return tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _step_size(raw, bias, t, start, end, SOFTPLUS: tl.constexpr):
+    """δ, and 0 outside the sequence, where nothing then changes."""
+    dt = raw + bias[None, :]
+    if SOFTPLUS:
+        # log(1 + e^-|x|), exact where e^-|x| is lost beside 1
+        small = tl.exp(-tl.abs(dt))
+        one = 1.0 + small
+        log1p = tl.where(one == 1.0, small, tl.log(one) * small / tl.where(one == 1.0, 1, one - 1))
+        dt = tl.maximum(dt, 0.0) + log1p
+    return tl.where(((t >= start) & (t < end))[:, None], dt, 0.0)
+
+
+@triton.jit
+def _states(x, dt, A, B, h):
+    """Tokens' states from inputs (L, D), (L, D), (D, N), (L, N) and the state before them."""
+    a = tl.exp(dt[:, :, None] * A[None, :, :])
+    b = (dt * x)[:, :, None] * B[:, None, :]
+    a, b = tl.associative_scan((a, b), 0, _combine)
+    return a * h[None, :, :] + b
+
+
+@triton.jit
+def _forward_kernel(
+    x, dt, A, B, C, D_D, z, bias, state, y, state_out, edges, cu,
+    x_b, x_t, dt_b, dt_t, B_b, B_t, C_b, C_t, z_b, z_t, T, D,
+    N: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, SOFTPLUS: tl.constexpr,
+    PACKED: tl.constexpr, L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    s = tl.program_id(1)
+    row, start, end, tile = _bounds(s, cu, T, L, PACKED)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    here = d[:, None] * N + n[None, :]
+    ok = (d < D)[:, None] & (n < N)[None, :]
+    A_DN = tl.load(A + here, mask=ok, other=0.0)
+    bias_D = tl.load(bias + d, mask=d < D, other=0.0)
+    h = tl.load(state + s.to(tl.int64) * D * N + here, mask=ok, other=0.0)
+    last = tl.arange(0, L)[:, None, None] == L - 1
+    for first in range(start, end, L):
+        tl.store(edges + tile * D * N + here, h, mask=ok)
+        tile += 1
+        t = first + tl.arange(0, L)
+        x_LD = _rows(x + row * x_b, t, start, end, x_t, d, D)
+        raw = _rows(dt + row * dt_b, t, start, end, dt_t, d, D)
+        dt_LD = _step_size(raw, bias_D, t, start, end, SOFTPLUS)
+        B_LN = _rows(B + row * B_b, t, start, end, B_t, n, N)
+        h_LDN = _states(x_LD, dt_LD, A_DN, B_LN, h)
+        C_LN = _rows(C + row * C_b, t, start, end, C_t, n, N)
+        y_LD = tl.sum(h_LDN * C_LN[:, None, :], 2)
+        if SKIP:
+            y_LD += tl.load(D_D + d, mask=d < D, other=0.0)[None, :] * x_LD
+        if GATE:
+            z_LD = _rows(z + row * z_b, t, start, end, z_t, d, D)
+            y_LD *= z_LD * tl.sigmoid(z_LD)
+        at = (row * T + t)[:, None] * D + d[None, :]
+        tl.store(y + at, y_LD.to(y.dtype.element_ty), mask=(t < end)[:, None] & (d < D)[None, :])
+        h = tl.sum(tl.where(last, h_LDN, 0.0), 0)
+    tl.store(state_out + s.to(tl.int64) * D * N + here, h, mask=ok)
+
+
+@triton.jit
+def _backward_kernel(
+    x, dt, A, B, C, D_D, z, bias, dy, dstate_out, edges, cu,
+    dx, ddt, dA, dB, dC, dD, dz, dbias, dstate,
+    x_b, x_t, dt_b, dt_t, B_b, B_t, C_b, C_t, z_b, z_t, T, D, tokens,
+    N: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, SOFTPLUS: tl.constexpr,
+    PACKED: tl.constexpr, L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    s = tl.program_id(1)
+    row, start, end, tile = _bounds(s, cu, T, L, PACKED)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    here = d[:, None] * N + n[None, :]
+    ok = (d < D)[:, None] & (n < N)[None, :]
+    A_DN = tl.load(A + here, mask=ok, other=0.0)
+    bias_D = tl.load(bias + d, mask=d < D, other=0.0)
+    dh = tl.load(dstate_out + s.to(tl.int64) * D * N + here, mask=ok, other=0.0)
+    dA_DN = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
+    dD_D = tl.zeros((BLOCK_D,), tl.float32)
+    dbias_D = tl.zeros((BLOCK_D,), tl.float32)
+    row0 = tl.arange(0, L)[:, None, None] == 0
+    count = tl.cdiv(end - start, L)
+    for back in range(0, count):
+        c = count - 1 - back
+        t = start + c * L + tl.arange(0, L)
+        at = (row * T + t)[:, None] * D + d[None, :]
+        there = (t < end)[:, None] & (d < D)[None, :]
+        h0 = tl.load(edges + (tile + c) * D * N + here, mask=ok, other=0.0)
+        first = start + c * L
+
+        # The states before the tile's tokens, by a scan over the inputs one token earlier.
+        x_LD = _rows(x + row * x_b, t - 1, first, end, x_t, d, D)
+        raw = _rows(dt + row * dt_b, t - 1, first, end, dt_t, d, D)
+        dt_LD = _step_size(raw, bias_D, t - 1, first, end, SOFTPLUS)
+        B_LN = _rows(B + row * B_b, t - 1, first, end, B_t, n, N)
+        before = _states(x_LD, dt_LD, A_DN, B_LN, h0)
+
+        x_LD = _rows(x + row * x_b, t, start, end, x_t, d, D)
+        raw = _rows(dt + row * dt_b, t, start, end, dt_t, d, D)
+        dt_LD = _step_size(raw, bias_D, t, start, end, SOFTPLUS)
+        step_slope = tl.sigmoid(raw + bias_D[None, :])
+        B_LN = _rows(B + row * B_b, t, start, end, B_t, n, N)
+        C_LN = _rows(C + row * C_b, t, start, end, C_t, n, N)
+        decayed = tl.exp(dt_LD[:, :, None] * A_DN[None, :, :]) * before
+        h = decayed + (dt_LD * x_LD)[:, :, None] * B_LN[:, None, :]
+
+        grad = tl.load(dy + at, mask=there, other=0.0).to(tl.float32)
+        if GATE:
+            z_LD = _rows(z + row * z_b, t, start, end, z_t, d, D)
+            gate = tl.sigmoid(z_LD)
+            out = tl.sum(h * C_LN[:, None, :], 2)
+            if SKIP:
+                out += tl.load(D_D + d, mask=d < D, other=0.0)[None, :] * x_LD
+            dz_LD = grad * out * gate * (1 + z_LD * (1 - gate))
+            tl.store(dz + at, dz_LD.to(dz.dtype.element_ty), mask=there)
+            grad *= z_LD * gate
+        dx_LD = tl.zeros((L, BLOCK_D), tl.float32)
+        if SKIP:
+            dx_LD += tl.load(D_D + d, mask=d < D, other=0.0)[None, :] * grad
+            dD_D += tl.sum(grad * x_LD, 0)
+
+        # dh_t = C_t dy_t + e^{δ_{t+1} A} dh_{t+1}; `dh` holds the tile after's, decayed.
+        raw = _rows(dt + row * dt_b, t + 1, start, end, dt_t, d, D)
+        next_dt = _step_size(raw, bias_D, t + 1, start, tl.minimum(end, first + L), SOFTPLUS)
+        a = tl.exp(next_dt[:, :, None] * A_DN[None, :, :])
+        dh_LDN = grad[:, :, None] * C_LN[:, None, :]
+        a, dh_LDN = tl.associative_scan((a, dh_LDN), 0, _combine, reverse=True)
+        dh_LDN += a * dh[None, :, :]
+
+        share = (tl.program_id(0) * tokens + row * T + t)[:, None] * N + n[None, :]
+        there_N = (t < end)[:, None] & (n < N)[None, :]
+        tl.store(dC + share, tl.sum(grad[:, :, None] * h, 1), mask=there_N)
+        tl.store(dB + share, tl.sum((dt_LD * x_LD)[:, :, None] * dh_LDN, 1), mask=there_N)
+        dlog = dh_LDN * decayed  # of δA
+        dxdt = tl.sum(dh_LDN * B_LN[:, None, :], 2)
+        dx_LD += dxdt * dt_LD
+        tl.store(dx + at, dx_LD.to(dx.dtype.element_ty), mask=there)
+        dA_DN += tl.sum(dlog * dt_LD[:, :, None], 0)
+        ddt_LD = tl.sum(dlog * A_DN[None, :, :], 2) + dxdt * x_LD
+        if SOFTPLUS:
+            ddt_LD *= step_slope
+        tl.store(ddt + at, ddt_LD.to(ddt.dtype.element_ty), mask=there)
+        dbias_D += tl.sum(tl.where(there, ddt_LD, 0.0), 0)
+        edge = tl.exp(dt_LD[:, :, None] * A_DN[None, :, :]) * dh_LDN
+        dh = tl.sum(tl.where(row0, edge, 0.0), 0)
+    sequence = s.to(tl.int64) * D
+    tl.store(dstate + sequence * N + here, dh, mask=ok)
+    tl.store(dA + sequence * N + here, dA_DN, mask=ok)
+    tl.store(dD + sequence + d, dD_D, mask=d < D)
+    tl.store(dbias + sequence + d, dbias_D, mask=d < D)
+
+
+def not_on_triton(N: int) -> str | None:
+    """Why these kernels do not cover a call; None where they do."""
+    return f"A has {N} states; it takes up to {LARGEST}" if N > LARGEST else None
+
+
+def _constants(N: int) -> dict[str, int]:
+    states = max(2, triton.next_power_of_2(N))
+    return dict(N=N, L=TOKENS, BLOCK_D=max(2, 128 // states), BLOCK_N=states)
+
+
+_ROWS = ("x", "dt", "B", "C", "z")
+
+
+def _arguments(
+    tensors: dict[str, Tensor | None], cu: Tensor | None, softplus: bool
+) -> dict[str, Any]:
+    """What both kernels take: tensors, strides, sizes, constants."""
+    x, A = tensors["x"], tensors["A"]
+    assert x is not None and A is not None
+    given: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if tensor is not None and (name not in _ROWS or tensor.stride(-1) != 1):
+            tensor = tensor.contiguous()
+        given[name] = tensor
+    for name in _ROWS:
+        strides = (0, 0) if given[name] is None else given[name].stride()
+        given |= {f"{name}_b": strides[0], f"{name}_t": strides[1]}
+    return given | dict(
+        cu=cu, T=x.shape[1], D=x.shape[2], SKIP=given["D_D"] is not None,
+        GATE=given["z"] is not None, SOFTPLUS=softplus, PACKED=cu is not None,
+        **_constants(A.shape[1]), **OPTIONS,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("lowline::selective_scan", mutates_args=())
+def _forward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D_D: Tensor | None, z: Tensor | None,
+    bias: Tensor, state: Tensor, cu: Tensor | None, softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, the final states, and the states before each tile."""
+    y, state_out, edges = _outputs(x, state)
+    if x.shape[2]:
+        given = _arguments(
+            dict(x=x, dt=dt, A=A, B=B, C=C, D_D=D_D, z=z, bias=bias, state=state), cu, softplus
+        )
+        grid = (triton.cdiv(x.shape[2], given["BLOCK_D"]), len(state))
+        _forward_kernel[grid](**given, y=y, state_out=state_out, edges=edges)
+    return y, state_out, edges
+
+
+def _outputs(x: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    S, D, N = state.shape
+    tiles = x.shape[0] * triton.cdiv(x.shape[1], TOKENS) + S
+    return x.new_empty(x.shape), state.new_empty(state.shape), state.new_empty(tiles, D, N)
+
+
+@_forward.register_fake
+def _(x, dt, A, B, C, D_D, z, bias, state, cu, softplus):
+    return _outputs(x, state)
+
+
+@torch.library.custom_op("lowline::selective_scan_backward", mutates_args=())
+def _backward(
+    dy: Tensor, dstate_out: Tensor, edges: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor,
+    C: Tensor, D_D: Tensor | None, z: Tensor | None, bias: Tensor, cu: Tensor | None,
+    softplus: bool,
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of x, dt, A, B, C, D, z, bias and the initial states."""
+    (S, D, N), (rows, T) = dstate_out.shape, x.shape[:2]
+    given = _arguments(dict(x=x, dt=dt, A=A, B=B, C=C, D_D=D_D, z=z, bias=bias), cu, softplus)
+    programs = triton.cdiv(D, given["BLOCK_D"])
+
+    def fp32(*shape: int) -> Tensor:
+        return torch.empty(shape, device=x.device)
+
+    out = dict(
+        dx=x.new_empty(x.shape), ddt=x.new_empty(x.shape), dA=fp32(S, D, N),
+        dB=fp32(programs, rows, T, N), dC=fp32(programs, rows, T, N), dD=fp32(S, D),
+        dz=x.new_empty(x.shape if z is not None else 0), dbias=fp32(S, D), dstate=fp32(S, D, N),
+    )  # fmt: skip
+    _backward_kernel[(programs, S)](
+        **{n: v for n, v in given.items() if n != "state"}, **out, dy=dy.contiguous(),
+        dstate_out=dstate_out.contiguous(), edges=edges, tokens=rows * T,
+    )  # fmt: skip
+    return [
+        out["dx"], out["ddt"], out["dA"].sum(0), out["dB"].sum(0).to(x.dtype),
+        out["dC"].sum(0).to(x.dtype), out["dD"].sum(0), out["dz"], out["dbias"].sum(0),
+        out["dstate"],
+    ]  # fmt: skip
+
+
+@_backward.register_fake
+def _(dy, dstate_out, edges, x, dt, A, B, C, D_D, z, bias, cu, softplus):
+    fp32 = dict(dtype=torch.float32)
+    return [
+        x.new_empty(x.shape), x.new_empty(x.shape), A.new_empty(A.shape), B.new_empty(B.shape),
+        C.new_empty(C.shape), bias.new_empty(bias.shape, **fp32),
+        x.new_empty(x.shape if z is not None else 0), bias.new_empty(bias.shape, **fp32),
+        dstate_out.new_empty(dstate_out.shape),
+    ]  # fmt: skip
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _, cu, ctx.softplus = inputs
+    ctx.save_for_backward(output[2], *tensors, cu)
+    ctx.mark_non_differentiable(output[2])
+
+
+def _differentiate(ctx: Any, dy: Tensor, dstate: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    edges, *tensors, cu = ctx.saved_tensors
+    gradients = _backward(dy, dstate, edges, *tensors, cu, ctx.softplus)
+    given = (*tensors, edges)  # the states always want theirs
+    kept = [g if t is not None else None for g, t in zip(gradients, given, strict=True)]
+    return (*kept, None, None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def selective_scan(
+    x_BTD: Tensor,
+    dt_BTD: Tensor,
+    A_DN: Tensor,
+    B_BTN: Tensor,
+    C_BTN: Tensor,
+    D_D: Tensor | None,
+    z_BTD: Tensor | None,
+    dt_bias_D: Tensor | None,
+    dt_softplus: bool,
+    initial_state_SDN: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `lowline.kernels.scan.selective_scan`, which checks and documents."""
+    if reason := not_on_triton(A_DN.shape[1]):
+        raise ValueError(f"selective_scan: backend = 'triton' cannot run this call: {reason}")
+    device, (D, N) = x_BTD.device, A_DN.shape
+    cu = None if cu_seqlens is None else cu_seqlens.to(device)
+    S = x_BTD.shape[0] if cu is None else len(cu) - 1
+    bias = torch.zeros(D, device=device) if dt_bias_D is None else dt_bias_D.float()
+    state = initial_state_SDN
+    state = torch.zeros(S, D, N, device=device) if state is None else state.float()
+    y, state_out, _ = _forward(
+        x_BTD, dt_BTD, A_DN.float(), B_BTN, C_BTN, None if D_D is None else D_D.float(), z_BTD,
+        bias, state, cu, dt_softplus,
+    )  # fmt: skip
+    return y, state_out
+
+
+def _case(kernel: Any, name: str) -> Case:
+    strides = tuple(f"{tensor}_{axis}" for tensor in _ROWS for axis in "bt")
+    constants: dict[str, Any] = dict(
+        cu=None, SKIP=True, GATE=True, SOFTPLUS=True, PACKED=False, **_constants(16)
+    )
+    types = {n: "i32" for n in (*strides, "T", "D", "tokens")}
+    types |= {n: f"*{name}" for n in (*_ROWS, "y", "dy", "dx", "ddt", "dz")}
+    return Case(
+        kernel=kernel, shape=f"{name}, 16 states", constants=constants,
+        types={n: types.get(n, "*fp32") for n in kernel.arg_names if n not in constants},
+        div16=(*strides, "D"), tensor_cores=False, **OPTIONS,
+    )  # fmt: skip
+
+
+AOT_CASES = [_case(k, n) for n in ("bf16", "fp32") for k in (_forward_kernel, _backward_kernel)]

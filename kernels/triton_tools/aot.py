@@ -1,0 +1,230 @@
+"""Compiles every Triton kernel for GPUs that are not there, and reads what the compiler made.
+
+    python -m lowline.kernels.triton_tools.aot --write docs/triton_aot.md   # the committed table
+    python -m lowline.kernels.triton_tools.aot --check docs/triton_aot.md   # what CI runs
+
+A kernel that spills registers, asks for more shared memory than the chip has, or multiplies without
+tensor cores compiles in silence: the first two are slow or fail at the launch, the third is slow.
+Here they are errors. ptxas, cuobjdump and nvdisasm come with Triton's wheel; no GPU, driver or CUDA
+toolkit is needed. Triton keeps what it compiled in its own cache.
+
+The cases are the lists `AOT_CASES` of the modules `lowline.kernels.*.triton_*` (see `Case`).
+Numbers belong to the version of Triton in the table's heading: under another one `--check` tests
+the limits and leaves the comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import lowline.kernels
+from lowline.kernels.triton_tools.cases import Case
+from lowline.kernels.triton_tools.interpreter import interpreting
+
+# Compute capability -> bytes of shared memory a block may ask for (CUDA C++ Programming Guide,
+# table of technical specifications: 164 KiB, 228 KiB and 228 KiB an SM, 1 KiB of it the system's).
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+CHIPS = tuple(SHARED_MEMORY)
+_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_HEADING = f"Compiled by Triton {triton.__version__}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What the compiler made of a case, for one chip."""
+
+    kernel: str
+    shape: str
+    chip: int
+    warps: int
+    registers: int  # a thread
+    stack: int  # bytes a thread
+    spills: int  # loads from and stores to local memory in the machine code
+    shared: int  # bytes a block
+    mma: int  # tensor-core instructions in the PTX, by kind
+    wgmma: int
+    tcgen05: int
+    tma: int  # asynchronous copies, by kind
+    cp_async: int
+    tensor_cores: bool  # asked for
+
+    @property
+    def faults(self) -> list[str]:
+        """Why this kernel must not be shipped."""
+        found = []
+        if self.spills or self.stack:
+            found.append(f"{self.spills} spill instructions, {self.stack} bytes of stack")
+        if self.shared > SHARED_MEMORY[self.chip]:
+            found.append(f"{self.shared} bytes of shared memory of {SHARED_MEMORY[self.chip]}")
+        if self.tensor_cores and not self.mma + self.wgmma + self.tcgen05:
+            found.append("no tensor-core instruction")
+        return [f"{self.kernel} [{self.shape}] sm_{self.chip}: {fault}" for fault in found]
+
+
+def kernel_modules() -> list[ModuleType]:
+    """Every module `triton_*` under `lowline.kernels`."""
+    prefix = lowline.kernels.__name__ + "."
+    found = pkgutil.walk_packages(lowline.kernels.__path__, prefix)
+    names = (module.name for module in found if not module.ispkg)
+    return [importlib.import_module(n) for n in names if n.rpartition(".")[2].startswith("triton_")]
+
+
+def find_cases() -> list[Case]:
+    """The cases of every module that has some."""
+    return [case for module in kernel_modules() for case in getattr(module, "AOT_CASES", ())]
+
+
+def kernel_name(case: Case) -> str:
+    """The op's folder and the function ("window.forward_kernel")."""
+    return f"{case.kernel.__module__.split('.')[-2]}.{case.kernel.__name__}"
+
+
+def compile_case(case: Case, chip: int) -> Compiled:
+    """Compile one case for one compute capability (80, 90, 100).
+
+    Raises:
+        RuntimeError: under `TRITON_INTERPRET=1`, which leaves nothing to compile.
+    """
+    if interpreting():
+        raise RuntimeError("interpreted kernels have no code to compile; unset TRITON_INTERPRET")
+    names = case.kernel.arg_names
+    signature = {name: case.types.get(name, "constexpr") for name in names}
+    constants = {(names.index(name),): value for name, value in case.constants.items()}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or name in case.div16
+    }
+    made = triton.compile(
+        ASTSource(case.kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", chip, 32),
+        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(made.asm["cubin"])
+        usage = _output("cuobjdump", "--dump-resource-usage", cubin)
+        machine_code = _output("nvdisasm", "-c", cubin)
+    resources = dict(re.findall(r"\b(REG|STACK):(\d+)", usage))
+    ptx = made.asm["ptx"]
+    return Compiled(
+        kernel=kernel_name(case),
+        shape=case.shape,
+        chip=chip,
+        warps=made.metadata.num_warps,
+        registers=int(resources["REG"]),
+        stack=int(resources["STACK"]),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", machine_code)),
+        shared=made.metadata.shared,
+        mma=len(re.findall(r"\bmma\.sync", ptx)),
+        wgmma=len(re.findall(r"\bwgmma\.mma_async", ptx)),
+        tcgen05=len(re.findall(r"\btcgen05\.mma", ptx)),
+        tma=len(re.findall(r"\bcp\.async\.bulk\.tensor", ptx)),
+        cp_async=len(re.findall(r"\bcp\.async\.c[ag]\.", ptx)),
+        tensor_cores=case.tensor_cores,
+    )
+
+
+def compile_all(chips: Sequence[int] = CHIPS, jobs: int = 1, only: str = "") -> Iterator[Compiled]:
+    """Compile the cases, those with `only` in the kernel's name, for the chips, `jobs` at a time."""
+    mine = [index for index, case in enumerate(find_cases()) if only in kernel_name(case)]
+    work = [(index, chip) for chip in chips for index in mine]
+    if jobs == 1:
+        yield from map(_compile_one, work)
+        return
+    with ProcessPoolExecutor(jobs) as pool:
+        yield from pool.map(_compile_one, work)
+
+
+def table(compiled: Sequence[Compiled]) -> str:
+    """The Markdown page of these results."""
+    rows = [
+        "# What the compiler makes of the Triton kernels",
+        "",
+        "`python -m lowline.kernels.triton_tools.aot --write docs/triton_aot.md`",
+        "",
+        f"{_HEADING}, without a GPU. Registers a thread, shared memory a block; tensor-core"
+        " instructions and asynchronous copies counted in the PTX. Nothing here spills.",
+        "",
+        "| kernel | shape | chip | warps | registers | shared KiB | tensor cores | copies |",
+        "|---|---|---|---:|---:|---:|---|---|",
+    ]
+    for c in sorted(compiled, key=lambda c: (c.kernel, c.shape, c.chip)):
+        products = {"mma.sync": c.mma, "wgmma": c.wgmma, "tcgen05": c.tcgen05}
+        copies = {"TMA": c.tma, "cp.async": c.cp_async}
+        rows.append(
+            f"| {c.kernel} | {c.shape} | sm_{c.chip} | {c.warps} | {c.registers}"
+            f" | {c.shared / 1024:.1f} | {_counts(products)} | {_counts(copies)} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def differences(page: str, compiled: Sequence[Compiled]) -> list[str]:
+    """Rows of a committed table that these results contradict; none under another Triton."""
+    if _HEADING not in page:
+        return []
+
+    def rows(text: str) -> dict[str, str]:
+        cells = {line: line.split(" | ") for line in text.splitlines() if " | sm_" in line}
+        return {" | ".join(c[:3]): line for line, c in cells.items()}
+
+    committed, found = rows(page), rows(table(compiled))
+    wrong = [key for key, line in found.items() if committed.get(key) != line]
+    return [line for key in wrong for line in (f"- {committed.get(key)}", f"+ {found[key]}")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Compile the Triton kernels without a GPU.")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the table here")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="fail where this table differs")
+    parser.add_argument("--chips", type=int, nargs="+", choices=CHIPS, default=CHIPS)
+    parser.add_argument("--only", default="", metavar="NAME", help="kernels with this in the name")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    options = parser.parse_args(arguments)
+    if options.write and (options.only or set(options.chips) != set(CHIPS)):
+        parser.error("--write writes the whole table: leave --only and --chips")
+    compiled = []
+    for result in compile_all(options.chips, options.jobs, options.only):
+        compiled.append(result)
+        print(table([result]).splitlines()[-1], file=sys.stderr)
+    complaints = [fault for result in compiled for fault in result.faults]
+    if options.check:
+        complaints += differences(options.check.read_text(), compiled)
+    if options.write:
+        options.write.write_text(table(compiled))
+    print("\n".join(complaints) or f"{len(compiled)} compiled, no fault")
+    return bool(complaints)
+
+
+def _compile_one(work: tuple[int, int]) -> Compiled:
+    index, chip = work
+    return compile_case(find_cases()[index], chip)
+
+
+def _output(tool: str, *arguments: str | Path) -> str:
+    command = [str(_BIN / tool), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _counts(kinds: dict[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count) or "–"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

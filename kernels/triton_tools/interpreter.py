@@ -1,0 +1,204 @@
+"""Triton's interpreter (`TRITON_INTERPRET=1`), made right for bfloat16 on a machine without a GPU.
+
+The interpreter runs a kernel in numpy, one program after the other. It keeps a bfloat16 as the
+uint16 of its bits and, as shipped in Triton 3.7 and 3.9, computes with those integers: sums,
+products and comparisons of bfloat16 are silently wrong, and fp32 is truncated to bfloat16 where a
+GPU rounds. `install()` widens bfloat16 operands to fp32, exactly, and rounds results to nearest
+even, which is what the hardware does. Reductions and atomics of bfloat16 raise: a GPU's order of
+rounding is its own, so kernels reduce in fp32. Also mended: libdevice's functions, which return
+None, `minimum` and `maximum` of NaN, associative scans, a hundred times faster, and the autotuner,
+which asks for a GPU to time on and here takes the first of its configurations.
+
+The interpreter is more permissive than a GPU: races, misaligned loads and too much shared memory
+go unseen (`aot` sees the last). It multiplies fp32 in full precision whatever `input_precision`
+says. In Triton 3.7 it takes `a < b < c` for `b < c`: write two comparisons.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import numpy as np
+import torch
+
+# libdevice's name -> the torch function that computes it.
+LIBDEVICE = ("erf", "exp", "expm1", "log", "log1p", "rsqrt", "sqrt", "tanh")
+
+
+def interpreting() -> bool:
+    """Whether kernels decorated from now on are interpreted (`TRITON_INTERPRET=1`)."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+@functools.cache
+def install() -> None:
+    """Mend the interpreter of this process. A second call does nothing.
+
+    Raises:
+        RuntimeError: `TRITON_INTERPRET=1` is not set; it has to be, before kernels are imported.
+    """
+    if not interpreting():
+        raise RuntimeError("set TRITON_INTERPRET=1 before importing any kernel, then install()")
+    _mend_arithmetic()
+    _mend_reductions()
+    _mend_libdevice()
+    _stand_in_for_driver()
+
+
+def bf16_to_fp32(bits: np.ndarray) -> np.ndarray:
+    """uint16 bit patterns to the fp32 they stand for, exactly."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def fp32_to_bf16(values: np.ndarray) -> np.ndarray:
+    """fp32 to bfloat16 bit patterns, rounded to nearest, ties to even; every NaN becomes one."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    odd = (bits >> 16) & 1
+    rounded = ((bits + odd + np.uint32(0x7FFF)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def _is_bf16(handle: Any) -> bool:
+    from triton import language as tl
+
+    return handle.dtype.scalar == tl.bfloat16
+
+
+def _widen(handle: Any) -> Any:
+    from triton import language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    return TensorHandle(bf16_to_fp32(handle.data), tl.float32) if _is_bf16(handle) else handle
+
+
+def _narrow(handle: Any) -> Any:
+    """Round to bfloat16; comparisons stay as they are."""
+    from triton import language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    if handle.data.dtype == np.bool_:
+        return handle
+    return TensorHandle(fp32_to_bf16(handle.data), tl.bfloat16)
+
+
+def _mend_arithmetic() -> None:
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+    from triton.runtime.interpreter import TensorHandle
+
+    def in_fp32(method: Any, operands: int) -> Any:
+        @functools.wraps(method)
+        def mended(self: Any, *args: Any) -> Any:
+            values = args[:operands]
+            if not any(_is_bf16(value) for value in values):
+                return method(self, *args)
+            return _narrow(method(self, *map(_widen, values), *args[operands:]))
+
+        return mended
+
+    Builder.unary_op = in_fp32(Builder.unary_op, 1)
+    Builder.binary_op = in_fp32(Builder.binary_op, 2)
+    Builder.create_fma = in_fp32(Builder.create_fma, 3)
+    Builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
+    Builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+
+    shipped_dot, shipped_cast = Builder.create_dot, Builder.cast_impl
+    shipped_fp_to_fp, shipped_atomic = Builder.create_fp_to_fp, Builder.create_atomic_rmw
+
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return shipped_dot(self, _widen(a), _widen(b), *rest)
+
+    def convert(shipped: Any, self: Any, source: Any, target: Any, *rest: Any) -> Any:
+        if target.scalar == tl.bfloat16:
+            return source if _is_bf16(source) else _narrow(_to_fp32(source))
+        if not _is_bf16(source):
+            return shipped(self, source, target, *rest)
+        wide = _widen(source)
+        return wide if target.scalar == tl.float32 else shipped(self, wide, target, *rest)
+
+    def _to_fp32(handle: Any) -> Any:
+        return TensorHandle(handle.data.astype(np.float32), tl.float32)
+
+    def atomic(self: Any, operation: Any, pointer: Any, value: Any, *rest: Any) -> Any:
+        if _is_bf16(value):
+            raise TypeError("atomics of bfloat16 are not interpreted: accumulate in fp32")
+        return shipped_atomic(self, operation, pointer, value, *rest)
+
+    Builder.create_dot = dot
+    Builder.cast_impl = lambda self, *args: convert(shipped_cast, self, *args)
+    Builder.create_fp_to_fp = lambda self, *args: convert(shipped_fp_to_fp, self, *args)
+    Builder.create_atomic_rmw = atomic
+    if not hasattr(Builder, "get_bf16"):  # Triton 3.7
+        Builder.get_bf16 = lambda self, value: _narrow(self.get_fp32(value))
+
+
+def _mend_reductions() -> None:
+    from triton.runtime.interpreter import ReduceScanOpInterface, ScanOps
+
+    shipped = ReduceScanOpInterface.check_tensor
+
+    def check_tensor(self: Any, inputs: Any) -> None:
+        shipped(self, inputs)
+        if any(_is_bf16(tensor.handle) for tensor in inputs):
+            raise TypeError("reductions of bfloat16 are not interpreted: cast to fp32 first")
+
+    def scan(self: Any, inputs: Any) -> list[Any]:
+        """A step combines all elements of a row; as shipped it is one element, and thousands."""
+        axis = self.axis % inputs[0].handle.data.ndim
+        rows = [
+            [self.to_tensor(part, x.dtype) for part in np.split(data, data.shape[axis], axis)]
+            for x in inputs
+            for data in [x.handle.data]
+        ]
+        out = [list(step) for step in zip(*rows, strict=True)]
+        for i in range(1, len(out)):
+            new = self.combine_fn.fn(*out[i - 1], *out[i])
+            out[i] = list(new) if isinstance(new, tuple) else [new]
+        return [
+            self.to_tensor(np.concatenate([r.handle.data for r in column], axis), x.dtype)
+            for column, x in zip(zip(*out, strict=True), inputs, strict=True)
+        ]
+
+    ReduceScanOpInterface.check_tensor = check_tensor
+    ScanOps.generic_scan = scan
+
+
+def _mend_libdevice() -> None:
+    from triton import language as tl
+    from triton.language.extra import libdevice
+    from triton.runtime.interpreter import TensorHandle
+
+    def by_torch(name: str) -> Any:
+        def function(x: Any, **_: Any) -> Any:
+            data = torch.from_numpy(np.ascontiguousarray(x.handle.data))
+            if not data.is_floating_point():
+                raise TypeError(f"libdevice.{name} takes fp32 or fp64, not {x.dtype}")
+            return tl.tensor(TensorHandle(getattr(torch, name)(data).numpy(), x.dtype), x.type)
+
+        return function
+
+    for name in LIBDEVICE:
+        setattr(libdevice, name, by_torch(name))
+
+
+def _stand_in_for_driver() -> None:
+    """A driver that times nothing: `autotune` takes the first of its configurations."""
+    from triton.runtime.driver import driver
+
+    def benchmark(call: Any, quantiles: Any = None, **_: Any) -> list[float]:
+        call()
+        return [0.0, 0.0, 0.0]
+
+    driver.set_active(
+        types.SimpleNamespace(
+            get_benchmarker=lambda: benchmark,
+            get_current_device=lambda: 0,
+            get_current_target=lambda: None,
+            get_active_torch_device=lambda: torch.device("cpu"),
+            get_device_interface=lambda: torch.cpu,
+        )
+    )

@@ -1,0 +1,231 @@
+"""Window-plus-linear attention in C++ (`cpu/window.cpp`), for autograd and torch.compile.
+
+Forward and backward are custom ops: `lowline::window_forward` and `lowline::window_backward`. fp32
+throughout; bf16 is converted on the way in and out. Beside its inputs the forward pass keeps the
+sums before each block of 64 queries: P·F·(V + 1) numbers a block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lowline.kernels.cpu import load
+from lowline.kernels.window.state import WindowState
+
+BLOCK = 64
+
+
+def attend(
+    q_BTHD: torch.Tensor,
+    k_BUGD: torch.Tensor,
+    v_BUGV: torch.Tensor,
+    phi_q_BTHF: torch.Tensor,
+    phi_k_BUPF: torch.Tensor,
+    sink_k_NsGD: torch.Tensor,
+    sink_v_NsGV: torch.Tensor,
+    window_factor_H: torch.Tensor,
+    linear_factor_H: torch.Tensor,
+    S_NPFW: torch.Tensor,
+    length_N: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    *,
+    window: int,
+    prefix: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o_BTHV, S_NPFW); the arguments are `reference.attend`'s."""
+    per_token = (q_BTHD, k_BUGD, v_BUGV, phi_q_BTHF, phi_k_BUPF)
+    per_sequence = (sink_k_NsGD, sink_v_NsGV, window_factor_H, linear_factor_H, S_NPFW)
+    tensors = [x.float() for x in (*per_token, *per_sequence)]
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    o, S, _ = torch.ops.lowline.window_forward(
+        *tensors, length_N, cu_seqlens, window, prefix, scale, keep
+    )
+    return o.to(q_BTHD.dtype), S
+
+
+@torch.library.custom_op("lowline::window_forward", mutates_args=(), device_types="cpu")
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    phi_q: torch.Tensor,
+    phi_k: torch.Tensor,
+    sink_k: torch.Tensor,
+    sink_v: torch.Tensor,
+    window_factor: torch.Tensor,
+    linear_factor: torch.Tensor,
+    S: torch.Tensor,
+    length: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    window: int,
+    prefix: int,
+    scale: float,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """o, the sum after the last token, and (with `keep`) the sums before each block."""
+    inputs = (q, k, v, phi_q, phi_k, sink_k, sink_v, window_factor, linear_factor, S)
+    outputs = _empty_outputs(q, v, S, length, cu_seqlens, prefix, keep)
+    load("window").forward(*_dense(inputs), length, cu_seqlens, window, prefix, scale, *outputs)
+    return outputs
+
+
+def _empty_outputs(
+    q: torch.Tensor,
+    v: torch.Tensor,
+    S: torch.Tensor,
+    length: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    prefix: int,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    N, T = len(length), q.shape[1]
+    if cu_seqlens is None:
+        blocks = N * (-(-(prefix + T) // BLOCK) - prefix // BLOCK)
+    else:
+        blocks = T // BLOCK + 2 * N  # at most; the boundaries are not known here
+    return (
+        q.new_empty(*q.shape[:3], v.shape[3]),
+        S.new_empty(S.shape),
+        S.new_empty(blocks if keep else 0, *S.shape[1:]),
+    )
+
+
+@_forward.register_fake
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    phi_q: torch.Tensor,
+    phi_k: torch.Tensor,
+    sink_k: torch.Tensor,
+    sink_v: torch.Tensor,
+    window_factor: torch.Tensor,
+    linear_factor: torch.Tensor,
+    S: torch.Tensor,
+    length: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    window: int,
+    prefix: int,
+    scale: float,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _empty_outputs(q, v, S, length, cu_seqlens, prefix, keep)
+
+
+@torch.library.custom_op("lowline::window_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    inputs: list[torch.Tensor],
+    length: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    window: int,
+    prefix: int,
+    scale: float,
+    saved: torch.Tensor,
+    do: torch.Tensor,
+    dS: torch.Tensor,
+) -> list[torch.Tensor]:
+    """The gradients of the ten inputs."""
+    gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:7]]
+    H = inputs[0].shape[2]
+    factors = [inputs[0].new_empty(len(length), H) for _ in range(2)]
+    dS = dS.clone(memory_format=torch.contiguous_format)
+    load("window").backward(
+        *(*_dense(inputs), length, cu_seqlens, window, prefix, scale, saved),
+        *_dense([do]),
+        [*gradients, *factors, dS],
+    )
+    return [*gradients, *(x.sum(0) for x in factors), dS]
+
+
+@_backward.register_fake
+def _(
+    inputs: list[torch.Tensor],
+    length: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    window: int,
+    prefix: int,
+    scale: float,
+    saved: torch.Tensor,
+    do: torch.Tensor,
+    dS: torch.Tensor,
+) -> list[torch.Tensor]:
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    *tensors, cu_seqlens, window, prefix, scale, _ = inputs
+    ctx.save_for_backward(*tensors, output[2], cu_seqlens)
+    ctx.numbers = window, prefix, scale
+
+
+def _backward_of_forward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    *tensors, length, saved, cu_seqlens = ctx.saved_tensors
+    gradients = torch.ops.lowline.window_backward(
+        tensors, length, cu_seqlens, *ctx.numbers, saved, grads[0], grads[1]
+    )
+    return (*gradients, *[None] * 6)
+
+
+_forward.register_autograd(_backward_of_forward, setup_context=_setup_context)
+
+
+def _dense(tensors: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """As the kernels read them: features side by side; sinks, factors and states contiguous."""
+    per_token, rest = tensors[:5], tensors[5:]
+    dense = [x if x.stride(-1) == 1 or x.shape[-1] == 0 else x.contiguous() for x in per_token]
+    return [*dense, *(x.contiguous() for x in rest)]
+
+
+def step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    phi_q: torch.Tensor,
+    phi_k: torch.Tensor,
+    state: WindowState,
+    window_factor: torch.Tensor,
+    linear_factor: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """The outputs (B, 1, H, V) of one token each, which the state takes in."""
+    block = _dense((q, k, v, phi_q, phi_k))
+    factors = window_factor.contiguous(), linear_factor.contiguous()
+    return _decode(*block, *state, *factors, scale, True)
+
+
+def verify(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    phi_q: torch.Tensor,
+    phi_k: torch.Tensor,
+    state: WindowState,
+    window_factor: torch.Tensor,
+    linear_factor: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """The outputs (B, T, H, V) of a block that the state does not take in."""
+    block = _dense((q, k, v, phi_q, phi_k))
+    factors = window_factor.contiguous(), linear_factor.contiguous()
+    return _decode(*block, *state, *factors, scale, False)
+
+
+def _decode(*args: Any) -> torch.Tensor:
+    q, v = args[0], args[2]
+    o = q.new_empty(*q.shape[:3], v.shape[3])
+    load("window").decode(*args, o)
+    return o
+
+
+def advance(
+    state: WindowState,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    phi_k: torch.Tensor,
+    accepted: torch.Tensor,
+) -> None:
+    """Row b of the state takes in its first accepted[b] tokens."""
+    load("window").advance(*_dense((k, v, phi_k)), *state, accepted.to(torch.int64).contiguous())

@@ -1,0 +1,287 @@
+"""Window-plus-linear attention from a state: a token at a time, or a speculative block at once.
+
+    window_linear_step      one token: its output, and the state advanced in place
+    window_linear_verify    K + 1 proposed tokens: their outputs, from an unchanged state
+    window_linear_advance   the state advanced in place by the tokens that were accepted
+
+A verify keeps the keys, values and features of its block as `pending`; the next verify first
+advances by those of them that were accepted (lazy advance: Mamba-in-the-Llama, arXiv 2408.15237,
+Algorithm 2), so that no state is saved and restored. Memory and time are constant in the number of
+tokens seen. Nothing here is differentiable.
+
+Shapes: those of `op`; X = s + w + T columns: the sinks, the ring buffer, the block.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from lowline.kernels.backends import choose
+from lowline.kernels.window.op import (
+    check_heads,
+    check_state,
+    not_on_cpu,
+    per_head_factor,
+    window_linear_attention,
+)
+from lowline.kernels.window.state import WindowState, ring_positions
+
+
+class WindowPending(NamedTuple):
+    """A verified block that the state has not taken in."""
+
+    k: torch.Tensor  # (B, T, G, D)
+    v: torch.Tensor  # (B, T, G, V)
+    phi_k: torch.Tensor  # (B, T, P, F)
+
+
+@torch.no_grad()
+def window_linear_step(
+    q_BHD: torch.Tensor,
+    k_BGD: torch.Tensor,
+    v_BGV: torch.Tensor,
+    phi_q_BHF: torch.Tensor | None = None,
+    phi_k_BPF: torch.Tensor | None = None,
+    *,
+    state: WindowState,
+    window_factor_H: torch.Tensor | None = None,
+    linear_factor_H: torch.Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """One token of each sequence; advances the state in place.
+
+    Arguments are `window_linear_attention`'s without the time dimension; window and sinks are the
+    state's. `triton` has no kernel of its own here: CUDA tensors take `torch`.
+
+    Returns:
+        o_BHV in q's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit the state.
+    """
+    op = "window_linear_step"
+    block = [None if x is None else x[:, None] for x in (q_BHD, k_BGD, v_BGV, phi_q_BHF, phi_k_BPF)]
+    call = _checked(op, block, state, window_factor_H, linear_factor_H, scale)
+    if _backend(op, backend, call.k, call.v, call.phi_k, state) == "cpu":
+        from lowline.kernels.window.cpu import step
+
+        return step(*call)[:, 0]
+    o_BTHV = _outputs(op, call, backend)
+    _push(state, WindowPending(call.k, call.v, call.phi_k), torch.ones_like(state.length))
+    return o_BTHV[:, 0]
+
+
+@torch.no_grad()
+def window_linear_verify(
+    q_BTHD: torch.Tensor,
+    k_BTGD: torch.Tensor,
+    v_BTGV: torch.Tensor,
+    phi_q_BTHF: torch.Tensor | None = None,
+    phi_k_BTPF: torch.Tensor | None = None,
+    *,
+    state: WindowState,
+    pending: WindowPending | None = None,
+    accepted: torch.Tensor | None = None,
+    window_factor_H: torch.Tensor | None = None,
+    linear_factor_H: torch.Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, WindowPending]:
+    """The outputs of a block of proposed tokens.
+
+    The state is first advanced in place by `accepted` (B,) tokens of `pending`, the block of the
+    verify before; the new block leaves it unchanged.
+
+    Returns:
+        o_BTHV in q's dtype, and the new block for the next verify or `window_linear_advance`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit the state, or one of pending and
+            accepted without the other.
+    """
+    if (pending is None) != (accepted is None):
+        raise ValueError("window_linear_verify: give both pending and accepted, or neither")
+    if pending is not None and accepted is not None:
+        window_linear_advance(state, pending, accepted, backend=backend)
+    op = "window_linear_verify"
+    block = [q_BTHD, k_BTGD, v_BTGV, phi_q_BTHF, phi_k_BTPF]
+    call = _checked(op, block, state, window_factor_H, linear_factor_H, scale)
+    return _outputs(op, call, backend), WindowPending(call.k, call.v, call.phi_k)
+
+
+@torch.no_grad()
+def window_linear_advance(
+    state: WindowState,
+    pending: WindowPending,
+    accepted_B: torch.Tensor,
+    *,
+    backend: str = "auto",
+) -> None:
+    """Advances row b of the state in place by the first accepted_B[b] tokens of `pending`.
+
+    Raises:
+        ValueError: accepted_B is not (B,) integers (for CPU tensors also: of 0 … T), or pending
+            does not fit the state.
+    """
+    op = "window_linear_advance"
+    B, T = pending.k.shape[:2]
+    check_state(op, state, B, *pending, *_window_and_sinks(state))
+    if accepted_B.shape != (B,) or accepted_B.is_floating_point():
+        raise ValueError(
+            f"{op}: accepted_B is {accepted_B.dtype} of shape {tuple(accepted_B.shape)}; give "
+            f"integers of shape ({B},)"
+        )
+    if not accepted_B.is_cuda and not all(0 <= a <= T for a in accepted_B.tolist()):
+        raise ValueError(f"{op}: accepted_B = {accepted_B.tolist()}; each must be of 0 … {T}")
+    if _backend(op, backend, *pending, state) == "cpu":
+        from lowline.kernels.window.cpu import advance
+
+        advance(state, *pending, accepted_B)
+    else:
+        _push(state, pending, accepted_B.to(state.length))
+
+
+class _Call(NamedTuple):
+    """The checked arguments of a step or a verify; without φ, features of size 0."""
+
+    q: torch.Tensor  # (B, T, H, D)
+    k: torch.Tensor
+    v: torch.Tensor
+    phi_q: torch.Tensor
+    phi_k: torch.Tensor
+    state: WindowState
+    window_factor: torch.Tensor  # (H,)
+    linear_factor: torch.Tensor  # (H,)
+    scale: float
+
+
+def _checked(
+    op: str,
+    block: list[torch.Tensor | None],
+    state: WindowState,
+    window_factor_H: torch.Tensor | None,
+    linear_factor_H: torch.Tensor | None,
+    scale: float | None,
+) -> _Call:
+    q, k, v, phi_q, phi_k = block
+    assert q is not None and k is not None and v is not None
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ValueError(f"{op}: q, k, v have {q.ndim}, {k.ndim}, {v.ndim} dimensions")
+    check_heads(op, q, k, v, phi_q, phi_k)
+    if phi_q is None or phi_k is None:
+        phi_q, phi_k = q[..., :0], k[..., :0]
+    check_state(op, state, q.shape[0], k, v, phi_k, *_window_and_sinks(state))
+    gamma = per_head_factor(op, "window_factor_H", window_factor_H, q)
+    lam = per_head_factor(op, "linear_factor_H", linear_factor_H, q)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _Call(q, k, v, phi_q, phi_k, state, gamma, lam, scale)
+
+
+def _window_and_sinks(state: WindowState) -> tuple[int, int]:
+    return state.k.shape[1], state.sink_k.shape[1]
+
+
+def _backend(
+    op: str,
+    backend: str,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    phi_k: torch.Tensor,
+    state: WindowState,
+) -> str:
+    cpu = not_on_cpu(k.dtype, k.shape[-1], v.shape[-1], phi_k.shape[-1])
+    if any(x.dtype != torch.float32 for x in (k, *state[:5])):
+        cpu = "it decodes in fp32 only"
+    return choose(op, backend, k.device, cpu=cpu, triton="it has no decoding kernels")
+
+
+def _outputs(op: str, call: _Call, backend: str) -> torch.Tensor:
+    which = _backend(op, backend, call.k, call.v, call.phi_k, call.state)
+    if which == "cpu":
+        from lowline.kernels.window.cpu import verify
+
+        return verify(*call)
+    if which == "torch":
+        return _read(*call)
+    window, sinks = _window_and_sinks(call.state)
+    return window_linear_attention(
+        *call[:5],
+        window=window,
+        sinks=sinks,
+        window_factor_H=call.window_factor,
+        linear_factor_H=call.linear_factor,
+        scale=call.scale,
+        initial_state=call.state,
+        backend=which,
+    )[0]
+
+
+def _read(
+    q_BTHD: torch.Tensor,
+    k_BTGD: torch.Tensor,
+    v_BTGV: torch.Tensor,
+    phi_q_BTHF: torch.Tensor,
+    phi_k_BTPF: torch.Tensor,
+    state: WindowState,
+    window_factor_H: torch.Tensor,
+    linear_factor_H: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """The block's outputs in plain torch; every query against every column, masked by age."""
+    T, H = q_BTHD.shape[1:3]
+    G, P, dtype = k_BTGD.shape[2], phi_k_BTPF.shape[2], state.S.dtype
+    w, s = _window_and_sinks(state)
+    B, length_B1, device = len(state.length), state.length[:, None], q_BTHD.device
+    t_BT = length_B1 + torch.arange(T, device=device)
+    sink_Bs = torch.arange(s, device=device).expand(B, s)
+    ring_Bw = ring_positions(state.length, w)
+    held_BX = torch.cat([sink_Bs < length_B1 - w, ring_Bw >= 0, t_BT >= 0], dim=1)
+    position_BX = torch.cat([sink_Bs, ring_Bw, t_BT], dim=1)
+    age_BTX = t_BT[:, :, None] - position_BX[:, None]
+    seen_BTX = held_BX[:, None] & (age_BTX >= 0)
+    exact_BTX = seen_BTX & ((age_BTX < w) | (position_BX < s)[:, None])
+    older_BTX = seen_BTX & ~exact_BTX
+
+    def columns(*parts: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x.to(dtype) for x in parts], dim=1)
+
+    k_BXGD = columns(state.sink_k, state.k, k_BTGD)
+    v_BXGV = columns(state.sink_v, state.v, v_BTGV)
+    v1_BXGW = torch.cat([v_BXGV, torch.ones_like(v_BXGV[..., :1])], dim=-1)
+    q, phi_q = q_BTHD.to(dtype).unflatten(2, (G, -1)), phi_q_BTHF.to(dtype)
+    phi_q = (phi_q * linear_factor_H[:, None]).unflatten(2, (P, H // P))
+
+    scores = scale * torch.einsum("btgrd,bxgd->bgrtx", q, k_BXGD)
+    scores = scores.masked_fill_(~exact_BTX[:, None, None], -torch.inf)
+    E = (scores - scores.amax(-1, keepdim=True)).exp_()
+    W = E * window_factor_H.view(G, -1, 1, 1)
+    older = torch.einsum("btprf,bxpf->bprtx", phi_q, columns(state.phi_k, phi_k_BTPF))
+    W[..., s:] += older.reshape(B, G, H // G, T, w + T) * older_BTX[:, None, None, :, s:]
+    y = torch.einsum("bgrtx,bxgw->btgrw", W, v1_BXGW).reshape(B, T, H, -1)
+    y = y + torch.einsum("btprf,bpfw->btprw", phi_q, state.S).reshape(B, T, H, -1)
+    return (y[..., :-1] / y[..., -1:]).to(q_BTHD.dtype)
+
+
+def _push(state: WindowState, pending: WindowPending, accepted_B: torch.Tensor) -> None:
+    """Row b takes in its first accepted_B[b] tokens, one after another."""
+    (w, s), P = _window_and_sinks(state), pending.phi_k.shape[2]
+    b_B = torch.arange(len(accepted_B), device=accepted_B.device)
+    for i in range(pending.k.shape[1]):
+        taken_B = accepted_B > i
+        slot_B = state.length % w
+        joins_B = taken_B & (state.length - w >= s)
+        v = state.v[b_B, slot_B].to(state.S.dtype)
+        v1 = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1) * joins_B[:, None, None]
+        v1 = v1.repeat_interleave(P // v1.shape[1], dim=1)
+        state.S.add_(state.phi_k[b_B, slot_B].to(v.dtype)[..., None] * v1[:, :, None])
+        for ring, new in zip(state[:3], pending, strict=True):
+            kept = torch.where(taken_B[:, None, None], new[:, i].to(ring), ring[b_B, slot_B])
+            ring[b_B, slot_B] = kept
+        if s:
+            here = taken_B[:, None] & (torch.arange(s, device=b_B.device) == state.length[:, None])
+            for sink, new in ((state.sink_k, pending.k), (state.sink_v, pending.v)):
+                sink.copy_(torch.where(here[..., None, None], new[:, i : i + 1].to(sink), sink))
+        state.length.add_(taken_B)

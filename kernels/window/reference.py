@@ -1,0 +1,100 @@
+"""Window-plus-linear attention by the book: one sequence, one token at a time.
+
+The arguments are `op.window_linear_attention`'s after its checks: k, v and phi_k begin with
+`prefix` rows of the window before each sequence, F = 0 stands for no linear part.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lowline.kernels.window.state import accumulation_dtype
+
+
+def attend(
+    q_BTHD: torch.Tensor,
+    k_BUGD: torch.Tensor,
+    v_BUGV: torch.Tensor,
+    phi_q_BTHF: torch.Tensor,
+    phi_k_BUPF: torch.Tensor,
+    sink_k_NsGD: torch.Tensor,
+    sink_v_NsGV: torch.Tensor,
+    window_factor_H: torch.Tensor,
+    linear_factor_H: torch.Tensor,
+    S_NPFW: torch.Tensor,
+    length_N: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    *,
+    window: int,
+    prefix: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o_BTHV, S_NPFW), W = V + 1: the outputs and the sum after the last token."""
+    outputs, states = [], []
+    for n, length in enumerate(length_N.tolist()):
+        if cu_seqlens is None:
+            row, queries, keys = n, slice(None), slice(None)
+        else:
+            a, b = cu_seqlens[n : n + 2].tolist()
+            row, queries, keys = 0, slice(a, b), slice(a + n * prefix, b + (n + 1) * prefix)
+        o, S = _sequence(
+            *(q_BTHD[row, queries], k_BUGD[row, keys], v_BUGV[row, keys]),
+            *(phi_q_BTHF[row, queries], phi_k_BUPF[row, keys]),
+            *(sink_k_NsGD[n], sink_v_NsGV[n], window_factor_H, linear_factor_H, S_NPFW[n]),
+            length=length,
+            window=window,
+            prefix=prefix,
+            scale=scale,
+        )
+        outputs.append(o)
+        states.append(S)
+    o_BTHV = torch.stack(outputs) if cu_seqlens is None else torch.cat(outputs)[None]
+    return o_BTHV, torch.stack(states)
+
+
+def _sequence(
+    q_THD: torch.Tensor,
+    k_UGD: torch.Tensor,
+    v_UGV: torch.Tensor,
+    phi_q_THF: torch.Tensor,
+    phi_k_UPF: torch.Tensor,
+    sink_k_sGD: torch.Tensor,
+    sink_v_sGV: torch.Tensor,
+    window_factor_H: torch.Tensor,
+    linear_factor_H: torch.Tensor,
+    S_PFW: torch.Tensor,
+    *,
+    length: int,
+    window: int,
+    prefix: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    T, H, _ = q_THD.shape
+    G, P, sinks = k_UGD.shape[1], phi_k_UPF.shape[1], sink_k_sGD.shape[0]
+    dtype = accumulation_dtype(q_THD.dtype)
+    q, k, v, phi_q, phi_k, sink_k, sink_v = (
+        x.to(dtype) for x in (q_THD, k_UGD, v_UGV, phi_q_THF, phi_k_UPF, sink_k_sGD, sink_v_sGV)
+    )
+    k, v, sink_k, sink_v = (x.repeat_interleave(H // G, dim=1) for x in (k, v, sink_k, sink_v))
+    phi_k, S = phi_k.repeat_interleave(H // P, dim=1), S_PFW.repeat_interleave(H // P, dim=0)
+
+    outputs = []
+    for t in range(T):
+        position, row = length + t, prefix + t
+        # The token that leaves the window joins the sum, unless it is a sink.
+        if position - window >= sinks:
+            left = row - window
+            joined = torch.cat([v[left], torch.ones_like(v[left, :, :1])], dim=-1)
+            S = S + phi_k[left, :, :, None] * joined[:, None, :]
+        outside = min(max(position - window + 1, 0), sinks)
+        first = row - min(window - 1, position)
+        keys = torch.cat([sink_k[:outside], k[first : row + 1]])
+        values = torch.cat([sink_v[:outside], v[first : row + 1]])
+
+        s = scale * (keys * q[t]).sum(-1)
+        exact = window_factor_H * torch.exp(s - s.max(dim=0).values)
+        older = linear_factor_H[:, None] * (phi_q[t, :, None, :] @ S)[:, 0]
+        numerator = (exact[..., None] * values).sum(0) + older[:, :-1]
+        outputs.append(numerator / (exact.sum(0)[:, None] + older[:, -1:]))
+    o = torch.stack(outputs) if outputs else v.new_zeros(0, H, v.shape[-1])
+    return o.to(q_THD.dtype), S[:: H // P]

@@ -1,0 +1,162 @@
+"""What a sequence leaves behind for the next call: a window of keys, the sinks, and one sum.
+
+A token at position p lives in slot p % window of the ring buffers until position p + window
+overwrites it; its φ(k)·[v, 1]ᵀ then joins the running sum S, unless it is a sink, which stays exact
+for ever. Memory is constant in the number of tokens seen.
+
+Shapes: N sequences, w window, s sinks, G key/value heads, P feature heads, D key, V value and F
+feature dimensions; U = prefix + T key rows of a call that continues a state.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class WindowState(NamedTuple):
+    """The state of N sequences; tensors only, so that a cache can move and index it.
+
+    k, v and phi_k are ring buffers in the inputs' dtype (slots of tokens not seen yet hold zeros).
+    S sums φ(k)·[v, 1]ᵀ over every token that has left the window and is no sink: its last column
+    is the normaliser. It is fp32, or fp64 for fp64 inputs.
+    """
+
+    k: torch.Tensor  # (N, w, G, D)
+    v: torch.Tensor  # (N, w, G, V)
+    phi_k: torch.Tensor  # (N, w, P, F); F = 0 without a linear part
+    sink_k: torch.Tensor  # (N, s, G, D)
+    sink_v: torch.Tensor  # (N, s, G, V)
+    S: torch.Tensor  # (N, P, F, V + 1)
+    length: torch.Tensor  # (N,) int64, tokens seen
+
+
+def empty_window_state(
+    sequences: int,
+    *,
+    window: int,
+    kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+    feature_heads: int | None = None,
+    feature_dim: int = 0,
+    sinks: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> WindowState:
+    """The state of sequences of which no token has been seen.
+
+    Args:
+        feature_heads: heads of φ(k), kv_heads where None.
+        feature_dim: features of φ(k); 0 without a linear part.
+    """
+    P = kv_heads if feature_heads is None else feature_heads
+    N, w, s = sequences, window, sinks
+
+    def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    return WindowState(
+        k=zeros(N, w, kv_heads, key_dim),
+        v=zeros(N, w, kv_heads, value_dim),
+        phi_k=zeros(N, w, P, feature_dim),
+        sink_k=zeros(N, s, kv_heads, key_dim),
+        sink_v=zeros(N, s, kv_heads, value_dim),
+        S=zeros(N, P, feature_dim, value_dim + 1, dtype=accumulation_dtype(dtype)),
+        length=zeros(N, dtype=torch.int64),
+    )
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 for fp64 inputs."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def ring_positions(length_N: torch.Tensor, window: int) -> torch.Tensor:
+    """(N, w): the position each slot holds, negative where it holds none yet."""
+    slot_w = torch.arange(window, device=length_N.device)
+    last_N1 = length_N[:, None] - 1
+    return last_N1 - (last_N1 - slot_w) % window
+
+
+def prepend_ring(
+    ring_NwGD: torch.Tensor, x_BTGD: torch.Tensor, length_N: torch.Tensor, cu: torch.Tensor | None
+) -> torch.Tensor:
+    """The window before each sequence, in order, then its new rows: (B, U, G, D).
+
+    With packed sequences U = N·w + T and sequence n starts at row cu[n] + n·w.
+    """
+    N, w = ring_NwGD.shape[:2]
+    position_Nw = length_N[:, None] + torch.arange(-w, 0, device=length_N.device)
+    ordered = _rows(ring_NwGD, position_Nw % w).to(x_BTGD.dtype)
+    ordered = torch.where((position_Nw >= 0)[..., None, None], ordered, 0)
+    if cu is None:
+        return torch.cat([ordered, x_BTGD], dim=1)
+    w_w = torch.arange(w, device=cu.device)
+    ring_row_Nw = (cu[:-1] + w * torch.arange(N, device=cu.device))[:, None] + w_w
+    row_T = torch.arange(x_BTGD.shape[1], device=cu.device)
+    n_T = torch.searchsorted(cu[1:].contiguous(), row_T, right=True)
+    source_U = torch.cat([ring_row_Nw.flatten(), row_T + w * (n_T + 1)]).argsort()
+    return torch.cat([ordered.flatten(0, 1)[None], x_BTGD], dim=1).index_select(1, source_U)
+
+
+def ring_after(
+    x_BUGD: torch.Tensor,
+    length_N: torch.Tensor,
+    new_N: torch.Tensor,
+    cu: torch.Tensor | None,
+    *,
+    window: int,
+    prefix: int,
+) -> torch.Tensor:
+    """The ring buffer (N, w, G, D) once the rows of `prepend_ring` have been seen."""
+    position_Nw = ring_positions(length_N + new_N, window)
+    row_Nw = position_Nw - length_N[:, None] + prefix
+    return _gather(x_BUGD, row_Nw, position_Nw >= 0, cu, prefix)
+
+
+def sinks_after(
+    sink_NsGD: torch.Tensor | None,
+    x_BUGD: torch.Tensor,
+    length_N: torch.Tensor,
+    new_N: torch.Tensor,
+    cu: torch.Tensor | None,
+    *,
+    sinks: int,
+    prefix: int,
+) -> torch.Tensor:
+    """The first `sinks` tokens of each sequence (N, s, G, D), zero where not seen yet."""
+    position_s = torch.arange(sinks, device=length_N.device)
+    length_N1 = length_N[:, None]
+    seen_Ns = position_s < length_N1 + new_N[:, None]
+    fresh = _gather(
+        x_BUGD, position_s - length_N1 + prefix, seen_Ns & (position_s >= length_N1), cu, prefix
+    )
+    if sink_NsGD is None:
+        return fresh
+    return torch.where((position_s < length_N1)[..., None, None], sink_NsGD.to(fresh.dtype), fresh)
+
+
+def _gather(
+    x_BUGD: torch.Tensor,
+    row_Nr: torch.Tensor,
+    wanted_Nr: torch.Tensor,
+    cu: torch.Tensor | None,
+    prefix: int,
+) -> torch.Tensor:
+    """Rows of each sequence; zeros where not wanted, whatever row is named there."""
+    if x_BUGD.shape[1] == 0:
+        return x_BUGD.new_zeros(*row_Nr.shape, *x_BUGD.shape[2:])
+    if cu is not None:
+        n_N1 = torch.arange(len(cu) - 1, device=cu.device)[:, None]
+        row_Nr = row_Nr + cu[:-1, None] + prefix * n_N1
+        x_BUGD = x_BUGD.expand(row_Nr.shape[0], *x_BUGD.shape[1:])
+    got = _rows(x_BUGD, row_Nr.clamp(0, x_BUGD.shape[1] - 1))
+    return torch.where(wanted_Nr[..., None, None], got, 0)
+
+
+def _rows(x_NUGD: torch.Tensor, row_Nr: torch.Tensor) -> torch.Tensor:
+    """x[n, row[n, r]]."""
+    n_N1 = torch.arange(row_Nr.shape[0], device=row_Nr.device)[:, None]
+    return x_NUGD[n_N1, row_Nr]

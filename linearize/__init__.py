@@ -1,0 +1,1 @@
+"""Pretrained Transformers to linear attention and hybrids: mixers, conversion, generation."""

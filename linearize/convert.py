@@ -1,0 +1,292 @@
+"""A pretrained Transformer becomes a model with mixers in the chosen layers.
+
+    model = convert("meta-llama/Llama-3.2-1B", mixer="lolcats", layers="all but every 4")
+    save(model, load_tokenizer("meta-llama/Llama-3.2-1B"), "outputs/llama-1b-lolcats")
+
+Sources are a hub id, a directory, a GGUF file (dequantized by transformers), or a loaded model, of
+the architectures in `lowline.linearize.hf.FAMILIES`; a model that was converted before may be
+converted further. Every weight that was there stays as it is, bit for bit; mixers begin as their
+constructors leave them. What is saved loads with transformers' `from_pretrained`, after
+`import lowline`.
+
+Layer patterns, for which layers get the mixer (counted from 0):
+
+    all                     every layer
+    none                    no layer
+    0-3, 8                  layers 0, 1, 2, 3 and 8; a list of numbers will do, too
+    every 4                 the last of each four: layers 3, 7, 11, …
+    all but every 4, 0      the rest: those named are left as they are
+
+Left out: weights that are pickled (.bin) or quantized in another form than GGUF, code from hubs.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lowline.linearize.hf import FAMILIES, PREFIX, SOFTMAX, LinearizedConfig
+
+Layers = str | Sequence[int]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+GRAMMAR = "allowed are 'all', 'none', '0-3, 8', 'every 4', 'all but ...', or a list of numbers"
+
+
+def convert(
+    source: str | Path | PreTrainedModel,
+    *,
+    mixer: str,
+    layers: Layers = "all",
+    options: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    gguf_file: str | None = None,
+) -> PreTrainedModel:
+    """The model of `source` with a mixer in the chosen layers, ready for `generate`.
+
+    Of a model that was converted before, the other layers stay as they are, and so does a chosen
+    layer that has this very mixer with these very options.
+
+    Args:
+        source: a hub id, a directory, a GGUF file or a directory with one, or a loaded model, which
+            stays as it is and shares no weight with the new one.
+        mixer: a name from `lowline.linearize.mixers.MIXERS`, or "softmax".
+        layers: a pattern (see above), or numbers of layers.
+        options: of the mixer.
+        dtype: of the weights; None for the source's (float32 of a GGUF file).
+        gguf_file: the GGUF file to read in a directory or hub id that holds several.
+
+    Raises:
+        ValueError: no such source, an architecture that is not supported, a checkpoint that is not
+            complete, a pattern that does not fit, an unknown mixer or option.
+    """
+    if given := isinstance(source, PreTrainedModel):
+        teacher = source
+    else:
+        teacher = load_teacher(source, dtype=dtype, gguf_file=gguf_file)
+    config = linearized_config(teacher.config, mixer=mixer, layers=layers, options=options)
+    config.dtype = dtype = dtype or teacher.dtype
+    weights = teacher.state_dict()
+    if given:
+        weights = {name: weight.clone() for name, weight in weights.items()}
+    before = _mixers(teacher.config)
+    for layer in range(config.num_hidden_layers):
+        if config.mixers[layer] != before[layer]:
+            place = f"model.layers.{layer}.self_attn.mixer."
+            weights = {k: v for k, v in weights.items() if not k.startswith(place)}
+            if config.mixers[layer]["name"] != SOFTMAX:
+                new = config.build_mixer(layer).state_dict()
+                weights |= {place + name: weight for name, weight in new.items()}
+    model, found = FAMILIES[_family(config)].causal_lm.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+    )
+    assert not any(found.values()), found
+    model.generation_config = copy.deepcopy(teacher.generation_config)
+    return model.to(teacher.device)
+
+
+def linearized_config(
+    teacher: PreTrainedConfig,
+    *,
+    mixer: str,
+    layers: Layers = "all",
+    options: Mapping[str, Any] | None = None,
+) -> LinearizedConfig:
+    """The configuration of `teacher` with a mixer in the chosen layers; see `convert`."""
+    family = _family(teacher)
+    chosen = parse_layers(layers, teacher.num_hidden_layers)
+    fields = teacher.to_dict()
+    fields["mixers"] = _mixers(teacher)
+    for layer in chosen:
+        fields["mixers"][layer] = {"name": mixer, **(options or {})}
+    for stale in ("model_type", "architectures", "transformers_version", "quantization_config"):
+        fields.pop(stale, None)
+    return FAMILIES[family].config(name_or_path=teacher.name_or_path, **fields)
+
+
+def parse_layers(pattern: Layers, n_layers: int) -> set[int]:
+    """The layers that a pattern names.
+
+    Raises:
+        ValueError: it does not follow the grammar, names a layer that is not there, or names none
+            without saying so ("none", or an empty list).
+    """
+    if not isinstance(pattern, str):
+        if any(type(layer) is not int for layer in pattern):
+            raise ValueError(f"layers = {pattern!r}: {GRAMMAR}")
+        named = set(pattern)
+    elif pattern.strip() in ("all", "none"):
+        named = set(range(n_layers)) if pattern.strip() == "all" else set()
+    else:
+        listed = pattern.strip().removeprefix("all but ")
+        named = set().union(*(_item(item, pattern, n_layers) for item in listed.split(",")))
+    outside = sorted(named.difference(range(n_layers)))
+    if outside:
+        raise ValueError(
+            f"layers = {pattern!r} names {outside}; the model's layers are 0 to {n_layers - 1}"
+        )
+    if isinstance(pattern, str) and pattern.strip().startswith("all but "):
+        named = set(range(n_layers)) - named
+    if not named and isinstance(pattern, str) and pattern.strip() != "none":
+        raise ValueError(f"layers = {pattern!r} leaves none of {n_layers} layers; 'none' says so")
+    return named
+
+
+def _item(item: str, pattern: str, n_layers: int) -> range:
+    """The layers of "7", "4-7" or "every 4"."""
+    if found := re.fullmatch(r"\s*every\s+([1-9]\d*)\s*", item):
+        return range(int(found[1]) - 1, n_layers, int(found[1]))
+    if found := re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", item):
+        first, last = int(found[1]), int(found[2] or found[1])
+        if first <= last:
+            return range(first, last + 1)
+    raise ValueError(f"layers = {pattern!r}: {item.strip()!r} means nothing; {GRAMMAR}")
+
+
+def load_teacher(
+    source: str | Path, *, dtype: torch.dtype | None = None, gguf_file: str | None = None
+) -> PreTrainedModel:
+    """A checkpoint of a supported architecture, whole, as transformers loads it.
+
+    Args:
+        source: a hub id, a directory, a GGUF file or a directory with one.
+        dtype: of the weights; None for the checkpoint's (float32 of a GGUF file).
+        gguf_file: the GGUF file to read in a directory or hub id that holds several.
+
+    Raises:
+        ValueError: no such source, an architecture that is not supported, weights that are
+            quantized (but for GGUF), pickled, missing or of another shape.
+    """
+    place, gguf_file = _locate(source, gguf_file)
+    with _named(source):
+        fields, _ = PreTrainedConfig.get_config_dict(place, gguf_file=gguf_file)
+    _family(fields, str(source))
+    packed = gguf_file is not None and hasattr(transformers, "GgufConfig")  # older ones unpack it
+    how = {"quantization_config": transformers.GgufConfig(dequantize=True)} if packed else {}
+    with _named(source):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place,
+            gguf_file=gguf_file,
+            dtype=dtype or ("auto" if gguf_file is None else torch.float32),
+            use_safetensors=True,
+            output_loading_info=True,
+            **how,
+        )
+    model, found = loaded
+    wrong = [f"{key} is missing" for key in sorted(found["missing_keys"])]
+    wrong += [f"{key} is unexpected" for key in sorted(found["unexpected_keys"])]
+    if wrong:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(
+            f"{source}: its weights do not fit its configuration: {'; '.join(wrong[:5])}{more}"
+        )
+    return model
+
+
+def load_tokenizer(source: str | Path, *, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub id, a directory, a GGUF file or a directory with one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    place, gguf_file = _locate(source, gguf_file)
+    local = Path(place).is_dir() and gguf_file is None
+    if local and not any((Path(place) / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(
+            f"{source} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); "
+            "put the one its model was trained with there"
+        )
+    with _named(source):
+        return AutoTokenizer.from_pretrained(place, gguf_file=gguf_file)
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> Path:
+    """Write a Hugging Face directory: config.json, safetensors, the tokenizer; all or nothing.
+
+    Raises:
+        ValueError: no tokenizer, or a directory that holds something.
+        OSError: the disk is full or cannot be written.
+    """
+    directory = Path(directory)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"tokenizer = {tokenizer!r}; a saved model needs one, see load_tokenizer")
+    if directory.is_file() or directory.is_dir() and any(directory.iterdir()):
+        raise ValueError(f"{directory} exists and is not empty; give another directory")
+    new = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        new.mkdir(parents=True)
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        os.replace(new, directory)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return directory
+
+
+@contextmanager
+def _named(source: str | Path) -> Iterator[None]:
+    """Whatever goes wrong in loading becomes a ValueError that names the source."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"{source}: cannot be loaded as a directory (working directory {Path.cwd()}), a GGUF "
+            f"file or a model of the Hugging Face hub: {error}"
+        ) from error
+
+
+def _mixers(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """What stands in each layer; softmax throughout before the first conversion."""
+    softmax = [{"name": SOFTMAX} for _ in range(config.num_hidden_layers)]
+    return copy.deepcopy(getattr(config, "mixers", softmax))
+
+
+def _family(config: PreTrainedConfig | Mapping[str, Any], name: str = "") -> str:
+    """The key of `FAMILIES` for a configuration, converted before or not."""
+    fields = config if isinstance(config, Mapping) else config.to_dict()
+    model_type = str(fields.get("model_type"))
+    name = name or fields.get("_name_or_path") or type(config).__name__
+    if model_type.removeprefix(PREFIX) not in FAMILIES:
+        raise ValueError(
+            f"{name}: model_type = {model_type!r} cannot be converted; supported: "
+            f"{', '.join(FAMILIES)}"
+        )
+    quantized = fields.get("quantization_config")
+    if quantized and not quantized.get("dequantize"):  # which a GGUF file's may be
+        raise ValueError(
+            f"{name}: its weights are quantized ({quantized.get('quant_method')}); give the "
+            "checkpoint they were made from, or a GGUF file"
+        )
+    return model_type.removeprefix(PREFIX)
+
+
+def _locate(source: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
+    """The directory or hub id, and the GGUF file in it if that is what is to be read."""
+    path = Path(source)
+    if gguf_file is not None:
+        return str(source), gguf_file
+    if path.suffix == ".gguf":
+        return str(path.parent), path.name
+    if path.is_dir() and not (path / "config.json").is_file():
+        files = sorted(file.name for file in path.glob("*.gguf"))
+        if len(files) > 1:
+            raise ValueError(f"{source} holds {', '.join(files)}; say which as gguf_file")
+        return str(source), files[0] if files else None
+    return str(source), None

@@ -1,0 +1,66 @@
+"""Mixers by name, each with its options: what may stand where softmax attention stood."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from lowline.linearize.mixers.base import HeadShape, Mixer
+from lowline.linearize.mixers.delta import KDA, DeltaOptions, GatedDeltaNet
+from lowline.linearize.mixers.hedgehog import Hedgehog, HedgehogOptions
+from lowline.linearize.mixers.liger import LigerGLA, LigerHGRN2, LigerOptions
+from lowline.linearize.mixers.liger_gsa import LigerGSA
+from lowline.linearize.mixers.lolcats import Lolcats, LolcatsOptions
+from lowline.linearize.mixers.retention import Retention, RetentionOptions
+from lowline.linearize.mixers.share import recorded_shares
+from lowline.linearize.mixers.sink_window import SinkWindow, SinkWindowOptions
+from lowline.linearize.mixers.t2r import T2R, T2ROptions
+
+__all__ = ["MIXERS", "HeadShape", "Mixer", "build_mixer", "recorded_shares"]
+
+MIXERS: dict[str, tuple[type, type[Mixer]]] = {
+    "gated_deltanet": (DeltaOptions, GatedDeltaNet),
+    "hedgehog": (HedgehogOptions, Hedgehog),
+    "kda": (DeltaOptions, KDA),
+    "liger_gla": (LigerOptions, LigerGLA),
+    "liger_gsa": (LigerOptions, LigerGSA),
+    "liger_hgrn2": (LigerOptions, LigerHGRN2),
+    "lolcats": (LolcatsOptions, Lolcats),
+    "retention": (RetentionOptions, Retention),
+    "sink_window": (SinkWindowOptions, SinkWindow),
+    "t2r": (T2ROptions, T2R),
+}
+"""The options and the mixer of each name."""
+
+
+def build_mixer(name: str, options: Mapping[str, Any], shape: HeadShape) -> Mixer:
+    """A new mixer.
+
+    Args:
+        name: a key of `MIXERS`.
+        options: of that mixer; those left out get their defaults.
+        shape: of the attention it replaces.
+
+    Raises:
+        ValueError: an unknown name or option, or an impossible value.
+    """
+    if name not in MIXERS:
+        raise ValueError(f"mixer = {name!r} is not known; {_allowed(name, MIXERS)}")
+    kind, mixer = MIXERS[name]
+    known = [field.name for field in fields(kind)]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"mixer {name!r} has no option {option!r}; {_allowed(option, known)}")
+    try:
+        chosen = kind(**options)
+    except ValueError as error:
+        raise ValueError(f"mixer {name!r}: {error}") from None
+    return mixer(shape, chosen)
+
+
+def _allowed(word: str, words: Iterable[str]) -> str:
+    words = list(words)
+    near = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
+    return f"choose from {', '.join(words)}" + (f"; did you mean {near[0]!r}?" if near else "")

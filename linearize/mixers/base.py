@@ -1,0 +1,98 @@
+"""What stands in for softmax attention: a mixer, between the q, k, v projections and o's.
+
+    o, state = mixer(q, k, v, rope=(cos, sin), x=x)               a whole sequence, or a first part
+    o, state = mixer(q, k, v, rope=..., x=x, state=state)         what follows it, at any split
+
+Both bodies (transformers' and torchtitan's) project, normalise q and k where the architecture does,
+and call a mixer with q and k *before* the rotary embedding, since some branches take them so. With
+`cu_seqlens` the tokens are those of several sequences, packed in a batch of one; padded batches are
+packed before they come here, so that no mixer knows of padding.
+
+Shapes: B batch, T time, H query heads, G key and value heads, D features a head, E features of the
+model, N sequences (B, or those of `cu_seqlens`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+Rope = tuple[torch.Tensor, torch.Tensor]
+State = Any
+"""A tensor, or a (named) tuple or dict of states; every tensor leads with N. Nothing grows with
+the tokens seen, except in softmax attention."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadShape:
+    """What a mixer needs to know of the attention it replaces."""
+
+    hidden_size: int  # E
+    n_heads: int  # H
+    n_kv_heads: int  # G
+    head_dim: int  # D
+    layer: int = 0  # index of the layer
+
+    @property
+    def queries_per_kv_head(self) -> int:
+        return self.n_heads // self.n_kv_heads
+
+
+class Mixer(nn.Module):
+    """Base of all mixers. A subclass takes `(shape, options)`, a frozen dataclass of its own.
+
+    Attributes:
+        has_window: softmax attention in a sliding window is a part of it.
+        has_linear: a part with a state that sums over all tokens is.
+        linear_enabled: where there are both: set it to False to leave the linear part's terms out
+            of the output, all else unchanged; states go on as they would.
+        drop_window: where there are both: set it to True to have the linear part alone stand in for
+            attention, over all tokens and at weight 1, so that it learns what the window would
+            hide from it (arXiv 2510.05901). Like dropout, of whole sequences in training mode only.
+    """
+
+    has_window = False
+    has_linear = True
+    linear_enabled = True
+    drop_window = False
+
+    def __init__(self, shape: HeadShape) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(
+        self,
+        q_BTHD: torch.Tensor,
+        k_BTGD: torch.Tensor,
+        v_BTGD: torch.Tensor,
+        *,
+        rope: Rope,
+        x_BTE: torch.Tensor,
+        state: State | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, State]:
+        """Mix tokens.
+
+        Args:
+            q_BTHD, k_BTGD, v_BTGD: projections, before the rotary embedding.
+            rope: cos and sin of (B, T, D), or (1, T, D).
+            x_BTE: the layer's normalised input, for gates that are learned from it.
+            state: what a call before returned; None at the start of every sequence. Without
+                gradients it may be changed in place.
+            cu_seqlens: (N + 1,) bounds of packed sequences, B = 1.
+
+        Returns:
+            o of (B, T, H, D), before the output projection, and the state after the last token of
+            every sequence.
+        """
+        raise NotImplementedError
+
+
+def apply_rope(x_BTHD: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """Rotary embedding of the half-split layout that Hugging Face checkpoints have."""
+    cos_BT1D, sin_BT1D = (t.unsqueeze(-2).to(x_BTHD.dtype) for t in rope)
+    first, second = x_BTHD.chunk(2, -1)
+    return x_BTHD * cos_BT1D + torch.cat([-second, first], -1) * sin_BT1D

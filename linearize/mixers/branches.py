@@ -1,0 +1,184 @@
+"""The two branches that mixers are made of, whole or a token at a time, and their sum.
+
+    attend    softmax attention in a window, with or without a linear part below its denominator
+    recur     a gated linear recurrence
+    beside    (1 - m) · window + m · linear, the window after the rotary embedding
+
+A single token that follows a state takes the kernels' step, which changes the state in place,
+unless gradients are recorded.
+
+Shapes: those of `lowline.linearize.mixers.base`, F features of q and k in a linear part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+
+from lowline.kernels.backends import Backend
+from lowline.kernels.recurrence import gated_linear_recurrence, recurrence_step
+from lowline.kernels.recurrence.op import Gate
+from lowline.kernels.window import WindowState, window_linear_attention, window_linear_step
+from lowline.linearize.mixers.base import Mixer, Rope, State, apply_rope
+from lowline.linearize.mixers.options import StateHeads
+
+
+class States(NamedTuple):
+    """What the branches of a mixer carry on."""
+
+    window: WindowState | None  # None without a window
+    linear: State
+
+
+class WindowOptions(Protocol):
+    """The options that `beside` reads; a window of 0 is none."""
+
+    @property
+    def window(self) -> int: ...
+    @property
+    def sinks(self) -> int: ...
+    @property
+    def backend(self) -> Backend: ...
+
+
+def attend(
+    q_BTHD: torch.Tensor,
+    k_BTGD: torch.Tensor,
+    v_BTGD: torch.Tensor,
+    phi_q_BTHF: torch.Tensor | None = None,
+    phi_k_BTPF: torch.Tensor | None = None,
+    *,
+    window: int,
+    sinks: int,
+    window_factor_H: torch.Tensor | None = None,
+    linear_factor_H: torch.Tensor | None = None,
+    state: WindowState | None,
+    cu_seqlens: torch.Tensor | None,
+    backend: Backend,
+) -> tuple[torch.Tensor, WindowState]:
+    """`window_linear_attention`, by its step where that will do."""
+    inputs = (q_BTHD, k_BTGD, v_BTGD, phi_q_BTHF, phi_k_BTPF)
+    factors = {"window_factor_H": window_factor_H, "linear_factor_H": linear_factor_H}
+    if state is not None and is_step(q_BTHD, cu_seqlens, *state):
+        token = (None if x is None else x[:, 0] for x in inputs)
+        o_BHD = window_linear_step(*token, **factors, state=state, backend=backend)  # type: ignore[arg-type]
+        return o_BHD[:, None], state
+    return window_linear_attention(
+        *inputs,
+        **factors,
+        window=window,
+        sinks=sinks,
+        initial_state=state,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+    )
+
+
+def recur(
+    q_BTHF: torch.Tensor,
+    k_BTPF: torch.Tensor,
+    v_BTGD: torch.Tensor,
+    g: torch.Tensor | None = None,
+    beta_BTP: torch.Tensor | None = None,
+    *,
+    gate: Gate = "key",
+    normalize: bool = False,
+    scale: float = 1.0,
+    state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    backend: Backend,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`gated_linear_recurrence`, by its step where that will do."""
+    inputs = (q_BTHF, k_BTPF, v_BTGD, g, beta_BTP)
+    if state is not None and is_step(q_BTHF, cu_seqlens, state):
+        token = (None if x is None else x[:, 0] for x in inputs)
+        o_BHD = recurrence_step(
+            *token,  # type: ignore[arg-type]
+            state=state,
+            gate=gate,
+            normalize=normalize,
+            scale=scale,
+            backend=backend,
+        )
+        return o_BHD[:, None], state
+    return gated_linear_recurrence(
+        *inputs,
+        gate=gate,
+        normalize=normalize,
+        scale=scale,
+        initial_state=state,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+    )
+
+
+def beside(
+    mixer: Mixer,
+    options: WindowOptions,
+    q_BTHD: torch.Tensor,
+    k_BTGD: torch.Tensor,
+    v_BTGD: torch.Tensor,
+    linear: Callable[[State], tuple[torch.Tensor, State]],
+    *,
+    share: float | torch.Tensor,
+    rope: Rope,
+    state: States | None,
+    cu_seqlens: torch.Tensor | None,
+) -> tuple[torch.Tensor, States]:
+    """A linear part with the window beside it, as `options` and the mixer's attributes say.
+
+    Args:
+        linear: from the linear part's state to its output (B, T, H, D) and its next state.
+        share: m, the weight of the linear part: one for all heads, or (H, 1).
+    """
+    before = States(None, None) if state is None else state
+    o_linear, linear_state = linear(before.linear)
+    if not options.window or dropping_window(mixer, state):
+        return o_linear, States(None, linear_state)
+    o_window, window_state = attend(
+        apply_rope(q_BTHD, rope),
+        apply_rope(k_BTGD, rope),
+        v_BTGD,
+        window=options.window,
+        sinks=options.sinks,
+        state=before.window,
+        cu_seqlens=cu_seqlens,
+        backend=options.backend,
+    )
+    o = (1 - share) * o_window
+    if mixer.linear_enabled:
+        o = o + share * o_linear
+    return o, States(window_state, linear_state)
+
+
+def dropping_window(mixer: Mixer, state: State | None) -> bool:
+    """Whether this call leaves out the window.
+
+    Raises:
+        ValueError: it would, in the middle of a sequence.
+    """
+    dropping = mixer.drop_window and mixer.training
+    if dropping and state is not None:
+        raise ValueError("drop_window takes whole sequences; call without past_key_values")
+    return dropping
+
+
+def repeat_heads(x_BTGD: torch.Tensor, mixer: Mixer, state_heads: StateHeads) -> torch.Tensor:
+    """What each state has of its own: x as it is, or once for each query head."""
+    if state_heads == "kv" or mixer.shape.queries_per_kv_head == 1:
+        return x_BTGD
+    return x_BTGD.repeat_interleave(mixer.shape.queries_per_kv_head, 2)
+
+
+def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+    """x in fp32, where gates and norms are computed; fp64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def is_step(x_BTHD: torch.Tensor, cu_seqlens: torch.Tensor | None, *state: torch.Tensor) -> bool:
+    """Whether a call with this state can take the kernels' step, which changes it in place."""
+    if x_BTHD.shape[1] != 1 or cu_seqlens is not None or torch.is_grad_enabled():
+        return False
+    return not any(held.requires_grad for held in state)

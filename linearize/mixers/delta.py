@@ -1,0 +1,212 @@
+"""The gated delta rule beside a window: what is stored at a key is replaced, not added to.
+
+    S_t = (1 - β_t k_t k_tᵀ) diag(α_t) S_{t-1} + β_t k_t v_tᵀ
+    o_t = (1 - m) window_t + m S_tᵀ q_t,    β = sigmoid(x W_β),  log α = -e^a softplus(x W_α + b)
+
+with q and k of length 1, so that a key reads back its value, and x the layer's input.
+
+    gated_deltanet    α a number of each head         (arXiv 2412.06464, section 3.1)
+    kda               α a number of each key feature, W_α of rank D   (Kimi Linear, 2510.26692)
+
+a and m are numbers of each head. Heads begin with decays spread between 1 - 1/16 and 1 - 1/1024 a
+token whatever x is, β with ½, m small: the output begins close to the window's. Without a window
+(window=0) the recurrence has weight 1. `conv` puts a causal convolution of that many taps before
+the recurrence's q, k and v; it begins as the identity.
+
+Left out: the published output norm and gate, for o's projection is the teacher's, and the
+activation after the convolution, with which it could not begin as the identity.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from lowline.kernels.backends import Backend
+from lowline.kernels.conv import causal_conv, causal_conv_step
+from lowline.linearize.mixers.base import HeadShape, Mixer, Rope, State, apply_rope
+from lowline.linearize.mixers.branches import (
+    States,
+    at_least_fp32,
+    beside,
+    is_step,
+    recur,
+    repeat_heads,
+)
+from lowline.linearize.mixers.learned_share import LearnedShare
+from lowline.linearize.mixers.options import (
+    STATE_HEADS,
+    StateHeads,
+    check_backend,
+    check_bool,
+    check_choice,
+    check_fraction,
+    check_int,
+    check_window,
+)
+
+FASTEST, SLOWEST = 1 / 16, 1 / 1024  # log decay of a token, at the beginning
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaOptions:
+    """Options of `GatedDeltaNet` and `KDA`.
+
+    Args:
+        window: tokens that softmax sees, the own included; 0 for the recurrence alone.
+        sinks: tokens at a sequence's start that it sees for ever.
+        share_init: m at the beginning, the weight of the recurrence beside a window.
+        rotary: whether the recurrence takes q and k after the rotary embedding.
+        conv: taps of the convolution before the recurrence; 0 for none, published is 4.
+        state_heads: "query": states and gates for each query head; "kv": one for each key and
+            value head, which is smaller by their ratio.
+        backend: see `lowline.kernels.backends`.
+    """
+
+    window: int = 64
+    sinks: int = 4
+    share_init: float = 0.01
+    rotary: bool = True
+    conv: int = 0
+    state_heads: StateHeads = "query"
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        check_window(self.window, self.sinks)
+        check_fraction("share_init", self.share_init)
+        check_bool("rotary", self.rotary)
+        check_int("conv", self.conv, 0)
+        check_choice("state_heads", self.state_heads, STATE_HEADS)
+        check_backend(self.backend)
+
+
+class Decay(nn.Module):
+    """log α = -e^a softplus(x W + b) of x (B, T, E): (B, T, P), or (B, T, P, D) with `rank`.
+
+    Args:
+        width: E.
+        heads: P.
+        rank: of W, and D; None for a decay of each head, and W as it is.
+    """
+
+    def __init__(self, width: int, heads: int, rank: int | None = None) -> None:
+        super().__init__()
+        self.down = None if rank is None else nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank or width, heads * (rank or 1))
+        self.log_rate = nn.Parameter(torch.zeros(heads))
+        start = torch.linspace(math.log(FASTEST), math.log(SLOWEST), heads).exp()
+        nn.init.zeros_(self.up.weight)
+        with torch.no_grad():  # softplus(b) = start
+            self.up.bias.copy_(torch.expm1(start).log().repeat_interleave(rank or 1))
+
+    def forward(self, x_BTE: torch.Tensor) -> torch.Tensor:
+        inner = x_BTE if self.down is None else self.down(x_BTE)
+        steps_BTP_ = F.softplus(at_least_fp32(self.up(inner)))
+        rate_P = at_least_fp32(self.log_rate).exp()
+        if self.down is None:
+            return -rate_P * steps_BTP_
+        return -rate_P[:, None] * steps_BTP_.unflatten(-1, (rate_P.numel(), -1))
+
+
+class GatedDeltaNet(Mixer):
+    """The delta rule with a decay of each head, and a window."""
+
+    decay_of_keys = False
+
+    def __init__(self, shape: HeadShape, options: DeltaOptions) -> None:
+        super().__init__(shape)
+        self.options = options
+        self.has_window = options.window > 0
+        states = shape.n_heads if options.state_heads == "query" else shape.n_kv_heads
+        rank = shape.head_dim if self.decay_of_keys else None
+        self.decay = Decay(shape.hidden_size, states, rank)
+        self.beta = nn.Linear(shape.hidden_size, states, bias=False)
+        nn.init.zeros_(self.beta.weight)
+        self.share = LearnedShare(shape.n_heads, options.share_init) if self.has_window else None
+        self.taps: nn.Parameter | None = None
+        if options.conv:
+            channels = (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim
+            self.taps = nn.Parameter(torch.zeros(channels, options.conv))
+            nn.init.ones_(self.taps[:, -1])
+
+    def forward(
+        self,
+        q_BTHD: torch.Tensor,
+        k_BTGD: torch.Tensor,
+        v_BTGD: torch.Tensor,
+        *,
+        rope: Rope,
+        x_BTE: torch.Tensor,
+        state: States | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, States]:
+        """See `Mixer.forward`."""
+
+        def linear(state: State) -> tuple[torch.Tensor, State]:
+            taken, memory = (None, None) if state is None else state
+            q, k, v, taken = self._convolved(q_BTHD, k_BTGD, v_BTGD, taken, cu_seqlens)
+            if self.options.rotary:
+                q, k = apply_rope(q, rope), apply_rope(k, rope)
+            o_BTHD, memory = recur(
+                _unit(q),
+                repeat_heads(_unit(k), self, self.options.state_heads),
+                v,
+                self.decay(x_BTE),
+                self.beta(x_BTE).sigmoid(),
+                state=memory,
+                cu_seqlens=cu_seqlens,
+                backend=self.options.backend,
+            )
+            return o_BTHD, (taken, memory)
+
+        return beside(
+            self,
+            self.options,
+            q_BTHD,
+            k_BTGD,
+            v_BTGD,
+            linear,
+            share=1.0 if self.share is None else self.share(),
+            rope=rope,
+            state=state,
+            cu_seqlens=cu_seqlens,
+        )
+
+    def _convolved(
+        self,
+        q_BTHD: torch.Tensor,
+        k_BTGD: torch.Tensor,
+        v_BTGD: torch.Tensor,
+        taken: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """q, k and v after the convolution, and its state: the inputs that it took last."""
+        if self.taps is None:
+            return q_BTHD, k_BTGD, v_BTGD, None
+        joined_BTC = torch.cat([q_BTHD, k_BTGD, v_BTGD], 2).flatten(2)
+        if taken is not None and is_step(q_BTHD, cu_seqlens, taken):
+            joined_BTC = causal_conv_step(joined_BTC[:, 0], self.taps, state=taken)[:, None]
+        else:
+            joined_BTC, taken = causal_conv(
+                joined_BTC,
+                self.taps,
+                initial_state=taken,
+                cu_seqlens=cu_seqlens,
+                backend=self.options.backend,
+            )
+        heads = (self.shape.n_heads, self.shape.n_kv_heads, self.shape.n_kv_heads)
+        return *joined_BTC.unflatten(2, (sum(heads), -1)).split(heads, 2), taken
+
+
+class KDA(GatedDeltaNet):
+    """The delta rule with a decay of each key feature, and a window."""
+
+    decay_of_keys = True
+
+
+def _unit(x_BTHD: torch.Tensor) -> torch.Tensor:
+    return F.normalize(at_least_fp32(x_BTHD), dim=-1).to(x_BTHD.dtype)

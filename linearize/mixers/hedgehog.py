@@ -1,0 +1,97 @@
+"""Linear attention with Hedgehog features, and the feature maps that LoLCATs has too.
+
+    y_t = Σ_{j≤t} (φ(q_t)·φ(k_j)) v_j / Σ_{j≤t} φ(q_t)·φ(k_j),   φ(x) = [softmax(xW); softmax(-xW)]
+
+after the rotary embedding (Hedgehog, arXiv 2402.04347, section 4; LoLCATs, 2410.10254, section
+3.1). Queries and keys have maps of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from lowline.kernels.backends import Backend
+from lowline.kernels.feature_map import hedgehog
+from lowline.linearize.mixers.base import HeadShape, Mixer, Rope, apply_rope
+from lowline.linearize.mixers.branches import recur, repeat_heads
+from lowline.linearize.mixers.options import (
+    STATE_HEADS,
+    StateHeads,
+    check_backend,
+    check_choice,
+    check_int,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HedgehogOptions:
+    """Options of `Hedgehog`.
+
+    Args:
+        features: columns F of W; φ has 2F. The head dimension when None; published is its half.
+        state_heads: "query": maps of keys, and states, for each query head; "kv": one for each key
+            and value head, which is smaller by their ratio.
+        backend: see `lowline.kernels.backends`.
+    """
+
+    features: int | None = None
+    state_heads: StateHeads = "query"
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        if self.features is not None:
+            check_int("features", self.features, 1)
+        check_choice("state_heads", self.state_heads, STATE_HEADS)
+        check_backend(self.backend)
+
+
+def map_weights(shape: HeadShape, heads: int, features: int | None) -> nn.Parameter:
+    """W of (heads, D, F) as it begins: the identity; with F < D every feature sums D / F of them.
+
+    So every dimension is passed on, at its variance.
+    """
+    D, F = shape.head_dim, features or shape.head_dim
+    W_DF = torch.zeros(D, F)
+    W_DF[torch.arange(D), torch.arange(D) % F] = min(1.0, F / D) ** 0.5
+    return nn.Parameter(W_DF.repeat(heads, 1, 1))
+
+
+class Hedgehog(Mixer):
+    """Linear attention with learned, positive features.
+
+    `map_q` is (H, D, F), `map_k` (H or G, D, F).
+    """
+
+    def __init__(self, shape: HeadShape, options: HedgehogOptions) -> None:
+        super().__init__(shape)
+        self.options = options
+        state_heads = shape.n_heads if options.state_heads == "query" else shape.n_kv_heads
+        self.map_q = map_weights(shape, shape.n_heads, options.features)
+        self.map_k = map_weights(shape, state_heads, options.features)
+
+    def forward(
+        self,
+        q_BTHD: torch.Tensor,
+        k_BTGD: torch.Tensor,
+        v_BTGD: torch.Tensor,
+        *,
+        rope: Rope,
+        x_BTE: torch.Tensor,
+        state: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Mixer.forward`."""
+        backend = self.options.backend
+        k_BTPD = repeat_heads(apply_rope(k_BTGD, rope), self, self.options.state_heads)
+        return recur(
+            hedgehog(apply_rope(q_BTHD, rope), self.map_q, backend=backend),
+            hedgehog(k_BTPD, self.map_k, backend=backend),
+            v_BTGD,
+            normalize=True,
+            state=state,
+            cu_seqlens=cu_seqlens,
+            backend=backend,
+        )

@@ -1,0 +1,125 @@
+"""Retention: a decay of each head that never changes, beside a window.
+
+    S_t = γ_h S_{t-1} + k_t v_tᵀ,    o_t = (1 - m) window_t + m w ⊙ RMSNorm(S_tᵀ q_t / √D)
+
+after the rotary embedding, γ_h from 31/32 to 511/512 (RetNet, arXiv 2307.08621, section 2.1; with
+other γ, Lightning attention, 2405.17381). m is a number of each head, and w of each value feature;
+both are learned. Without a window (window=0) the recurrence has weight 1. Left out: RetNet's output
+gate.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from lowline.kernels.backends import Backend
+from lowline.linearize.mixers.base import HeadShape, Mixer, Rope, State, apply_rope
+from lowline.linearize.mixers.branches import (
+    States,
+    at_least_fp32,
+    beside,
+    recur,
+    repeat_heads,
+)
+from lowline.linearize.mixers.learned_share import LearnedShare
+from lowline.linearize.mixers.options import (
+    STATE_HEADS,
+    StateHeads,
+    check_backend,
+    check_choice,
+    check_fraction,
+    check_window,
+)
+
+FASTEST, SLOWEST = 1 / 32, 1 / 512  # what a head forgets in a step
+EPSILON = 1e-6  # below the root of the norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetentionOptions:
+    """Options of `Retention`.
+
+    Args:
+        window: tokens that softmax sees, the own included; 0 for the recurrence alone.
+        sinks: tokens at a sequence's start that it sees for ever.
+        share_init: m at the beginning, the weight of the recurrence beside a window.
+        state_heads: "query": states and decays for each query head; "kv": one for each key and
+            value head, which is smaller by their ratio.
+        backend: see `lowline.kernels.backends`.
+    """
+
+    window: int = 64
+    sinks: int = 4
+    share_init: float = 0.01
+    state_heads: StateHeads = "query"
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        check_window(self.window, self.sinks)
+        check_fraction("share_init", self.share_init)
+        check_choice("state_heads", self.state_heads, STATE_HEADS)
+        check_backend(self.backend)
+
+
+class Retention(Mixer):
+    """Retention and a window. `norm_HD` is w; `share` holds m where there is a window."""
+
+    def __init__(self, shape: HeadShape, options: RetentionOptions) -> None:
+        super().__init__(shape)
+        self.options = options
+        self.has_window = options.window > 0
+        self.norm_HD = nn.Parameter(torch.ones(shape.n_heads, shape.head_dim))
+        self.share = LearnedShare(shape.n_heads, options.share_init) if self.has_window else None
+
+    def log_decay(self, device: torch.device) -> torch.Tensor:
+        """log γ of each state head, in fp32."""
+        shape = self.shape
+        heads = shape.n_heads if self.options.state_heads == "query" else shape.n_kv_heads
+        log_loss_P = torch.linspace(math.log(FASTEST), math.log(SLOWEST), heads, device=device)
+        return torch.log1p(-log_loss_P.exp())
+
+    def forward(
+        self,
+        q_BTHD: torch.Tensor,
+        k_BTGD: torch.Tensor,
+        v_BTGD: torch.Tensor,
+        *,
+        rope: Rope,
+        x_BTE: torch.Tensor,
+        state: States | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, States]:
+        """See `Mixer.forward`."""
+
+        def linear(state: State) -> tuple[torch.Tensor, State]:
+            g_BTP = self.log_decay(q_BTHD.device).expand(*q_BTHD.shape[:2], -1)
+            o_BTHD, state = recur(
+                apply_rope(q_BTHD, rope),
+                repeat_heads(apply_rope(k_BTGD, rope), self, self.options.state_heads),
+                v_BTGD,
+                g_BTP,
+                scale=self.shape.head_dim**-0.5,
+                state=state,
+                cu_seqlens=cu_seqlens,
+                backend=self.options.backend,
+            )
+            o = at_least_fp32(o_BTHD)
+            normed = o * (o.square().mean(-1, keepdim=True) + EPSILON).rsqrt()
+            return normed.to(o_BTHD.dtype) * self.norm_HD, state
+
+        return beside(
+            self,
+            self.options,
+            q_BTHD,
+            k_BTGD,
+            v_BTGD,
+            linear,
+            share=1.0 if self.share is None else self.share(),
+            rope=rope,
+            state=state,
+            cu_seqlens=cu_seqlens,
+        )

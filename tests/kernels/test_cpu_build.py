@@ -1,0 +1,129 @@
+"""Building the C++ kernels: what a failed, a killed or an impossible build does."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowline.kernels import backends, cpu
+
+CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
+
+SOURCE = """
+#include <Python.h>
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "lowline_tiny", nullptr, -1, nullptr};
+PyMODINIT_FUNC PyInit_lowline_tiny() { return PyModule_Create(&module); }
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Sources are looked for here, and built into `folder/cache`."""
+    monkeypatch.setenv("LOWLINE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "__init__.py"))
+    yield from _forgotten(tmp_path)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    yield from _forgotten(None)
+
+
+def _forgotten(value):  # noqa: ANN001, ANN202
+    caches = (cpu.missing, cpu.load, backends._say_once)
+    for cached in caches:
+        cached.cache_clear()
+    yield value
+    for cached in caches:
+        cached.cache_clear()
+
+
+@needs_compiler
+def test_a_build_is_kept_and_a_changed_header_makes_another(folder: Path) -> None:
+    (folder / "tiny.cpp").write_text(SOURCE)
+    assert cpu.load("tiny").__name__ == "lowline_tiny"
+    (kept,) = (folder / "cache").iterdir()
+    written = kept.stat().st_mtime_ns
+    cpu.load.cache_clear()
+    cpu.load("tiny")
+    assert [f.stat().st_mtime_ns for f in (folder / "cache").iterdir()] == [written]
+    (folder / "new.h").write_text("// changed")
+    cpu.load.cache_clear()
+    cpu.load("tiny")
+    assert len(list((folder / "cache").iterdir())) == 2
+
+
+@needs_compiler
+def test_a_broken_source_gives_the_compilers_words(folder: Path) -> None:
+    (folder / "broken.cpp").write_text("int main() { return undeclared_name; }")
+    with pytest.raises(RuntimeError, match="undeclared_name"):
+        cpu.load("broken")
+    assert list((folder / "cache").iterdir()) == []
+
+
+@needs_compiler
+def test_a_killed_build_leaves_no_module(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "tiny.cpp").write_text(SOURCE)
+    slow = folder / "slow-compiler"  # writes half a file, then hangs
+    slow.write_text(
+        '#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\n'
+        f'echo half > "$2"; touch "{folder}/half"; exec sleep 60\n'
+    )
+    slow.chmod(slow.stat().st_mode | stat.S_IXUSR)
+    program = (
+        "from lowline.kernels import cpu\n"
+        f"cpu.__file__ = {str(folder / '__init__.py')!r}\n"
+        "cpu.load('tiny')\n"
+    )
+    build = subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=os.environ | {"CXX": str(slow)},
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (folder / "half").exists():
+            assert build.poll() is None and time.monotonic() < deadline, "the build never began"
+            time.sleep(0.05)
+    finally:
+        os.killpg(build.pid, signal.SIGKILL)
+        build.wait()
+    assert list((folder / "cache").glob("*.so")) == []
+    assert cpu.load("tiny").__name__ == "lowline_tiny"
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_compiler_auto_takes_torch_and_says_so_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING, logger=backends.__name__):
+        assert [backends.choose("op", "auto", CPU) for _ in range(3)] == ["torch"] * 3
+    (record,) = caplog.records
+    assert "no-such-compiler" in record.message and "CXX" in record.message
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_compiler_cpu_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot run this call: no C.. compiler"):
+        backends.choose("op", "cpu", CPU)
+
+
+def test_without_a_compiler_a_build_says_what_is_missing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    (folder / "tiny.cpp").write_text(SOURCE)
+    with pytest.raises(RuntimeError, match="install g.., or set CXX"):
+        cpu.load("tiny")

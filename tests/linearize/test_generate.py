@@ -1,0 +1,227 @@
+"""Generation: the same tokens with a cache of constant size as without one."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache, LlamaConfig, PreTrainedModel, pipeline
+
+from lowline.linearize.cache import LinearizedCache, MixerLayer, break_even_length, state_bytes
+from lowline.linearize.convert import linearized_config, save
+from lowline.linearize.mixers import MIXERS
+from lowline.linearize.mixers.base import Mixer
+from lowline.train.data.tokenizer import load_tokenizer
+from tests.linearize.models import ARCHITECTURES, converted, scrambled, small_options, tokens
+
+ANY = "lolcats"
+HYBRID = "0, 2"
+NEW = 8
+
+
+def generate(model: PreTrainedModel, ids: torch.Tensor, **how):
+    how = {"do_sample": False, "max_new_tokens": NEW, "attention_mask": torch.ones_like(ids)} | how
+    return model.generate(ids, **how, eos_token_id=None, pad_token_id=0)
+
+
+@torch.no_grad()
+def argmax_of_full_forwards(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    for _ in range(NEW):
+        following = model(ids, use_cache=False).logits[:, -1].argmax(-1)
+        ids = torch.cat([ids, following[:, None]], -1)
+    return ids
+
+
+@pytest.mark.parametrize(
+    "mixer", [m if m == ANY else pytest.param(m, marks=pytest.mark.slow) for m in sorted(MIXERS)]
+)
+def test_greedy_generation_is_the_argmax_of_full_forwards(mixer):
+    model, ids = converted(mixer, HYBRID), tokens(2, 9)
+    expected = argmax_of_full_forwards(model, ids)
+    for how in ({}, {"use_cache": False}, {"prefill_chunk_size": 4}, {"prefill_chunk_size": 1}):
+        assert torch.equal(generate(model, ids, **how), expected), how
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_generates(name):
+    model, ids = converted(ANY, "all", name), tokens(2, 9)
+    assert torch.equal(generate(model, ids), argmax_of_full_forwards(model, ids))
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {"do_sample": True, "top_p": 0.9}])
+def test_beams_and_samples_do_not_depend_on_the_cache(how):
+    model, ids, results = converted(ANY, HYBRID), tokens(2, 7), []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        results.append(generate(model, ids, use_cache=use_cache, **how))
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], generate(model, ids))
+
+
+@pytest.mark.parametrize("layers", ["all", HYBRID])
+def test_left_padded_batch_generates_as_its_rows_alone(layers):
+    model = converted(ANY, layers)
+    rows = [tokens(1, length)[0] for length in (5, 9, 3)]
+    ids = torch.stack([torch.cat([torch.zeros(9 - len(r), dtype=torch.long), r]) for r in rows])
+    mask = torch.stack([(torch.arange(9) >= 9 - len(r)).long() for r in rows])
+    for how in ({}, {"prefill_chunk_size": 2}, {"prefill_chunk_size": 5}):
+        together = generate(model, ids, attention_mask=mask, **how)
+        for row, out in zip(rows, together, strict=True):
+            assert torch.equal(generate(model, row[None])[0, len(row) :], out[9:])
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_a_conversation_goes_on_where_it_stopped(chunk):
+    model, ids = converted(ANY, HYBRID), tokens(2, 9)
+    cache = LinearizedCache(model.config)
+    for seed in range(3):
+        before = ids
+        ids = generate(model, before, past_key_values=cache, prefill_chunk_size=chunk)
+        assert torch.equal(ids, generate(model, before))
+        assert cache.get_seq_length() == ids.shape[1] - 1  # the last one was not fed in
+        ids = torch.cat([ids, tokens(2, 4, seed=seed)], 1)
+
+
+def test_pipeline(tmp_path):
+    config = copy.deepcopy(ARCHITECTURES["llama"])
+    config.vocab_size = 4096
+    config = linearized_config(config, mixer=ANY, layers=HYBRID, options=small_options(ANY))
+    from lowline.linearize.hf import FAMILIES
+
+    model, tokenizer = scrambled(FAMILIES["llama"].causal_lm(config)), load_tokenizer("embedded").hf
+    save(model, tokenizer, tmp_path / "model")
+    prompts, how = ["A list is", "Then the other"], {"max_new_tokens": 8, "do_sample": False}
+    generator = pipeline("text-generation", model=str(tmp_path / "model"))
+    answers = generator(prompts, **how)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        inputs = tokenizer(prompt, return_tensors="pt")
+        ids = model.generate(**inputs, **how)[0]
+        assert answer[0]["generated_text"] == tokenizer.decode(ids, skip_special_tokens=True)
+    together = generator(prompts, batch_size=2, **how)
+    assert together == answers
+
+
+# --------------------------------------------------------------------------------------- cache
+
+
+@torch.no_grad()
+def filled(model: PreTrainedModel, length: int, rows: int = 2) -> LinearizedCache:
+    return model(tokens(rows, length), use_cache=True).past_key_values
+
+
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
+def test_state_does_not_grow_and_its_size_is_known_beforehand(mixer):
+    model = converted(mixer)
+    sizes = {state_bytes(filled(model, length, rows)) for length in (1, 7, 16) for rows in (1, 3)}
+    assert sizes == {state_bytes(model.config)} and sizes != {0}
+
+
+def test_softmax_layers_add_their_keys_and_values():
+    kv = 2 * 2 * 16 * 4  # K and V, 2 heads of 16, float32
+    for name, tokens_held in (("llama", 16), ("mistral, window", 7)):
+        model = converted(ANY, HYBRID, name)
+        both = state_bytes(model.config) + tokens_held * kv
+        assert state_bytes(filled(model, 16)) == state_bytes(model.config, context=16) == both
+    theirs = DynamicCache()
+    for layer in range(3):
+        theirs.update(torch.zeros(2, 2, 16, 16), torch.zeros(2, 2, 16, 16), layer)
+    assert state_bytes(theirs) == 3 * 16 * kv
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainOptions:
+    heads: str = "kv"
+    backend: str = "auto"
+
+
+class Plain(Mixer):
+    """Nothing but a float32 state of (D, D) for each head."""
+
+    def __init__(self, shape, options):
+        super().__init__(shape)
+        self.heads = {"kv": shape.n_kv_heads, "query": shape.n_heads}[options.heads]
+
+    def forward(self, q_BTHD, k_BTGD, v_BTGD, **_):
+        return q_BTHD, torch.zeros(q_BTHD.shape[0], self.heads, *2 * q_BTHD.shape[-1:])
+
+
+def test_break_even_length_of_llama_3_8b(monkeypatch):
+    """A state shared by the queries of a key: 128 tokens; one for each query head: 512."""
+    monkeypatch.setitem(MIXERS, "plain", (PlainOptions, Plain))
+    shape = dict(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8)
+    llama = LlamaConfig(**shape, num_hidden_layers=32, dtype="bfloat16")
+
+    def length(layers="all", **how):
+        config = linearized_config(llama, mixer="plain", layers=layers, options={"heads": "kv"})
+        return break_even_length(config, **how)
+
+    assert length() == length(layers="every 4") == 128
+    assert length(dtype=torch.float32) == 64
+    config = linearized_config(llama, mixer="plain", options={"heads": "query"})
+    assert break_even_length(config) == 512
+    assert state_bytes(config) == 32 * 32 * 128 * 128 * 4
+    narrow = copy.deepcopy(ARCHITECTURES["mistral, window"])
+    narrow.dtype = torch.float32  # 7 tokens of 2·16 numbers a head never reach 16·16
+    assert break_even_length(linearized_config(narrow, mixer="plain")) is None
+    narrow.sliding_window = 9
+    assert break_even_length(linearized_config(narrow, mixer="plain")) == 8
+
+
+def leaves(cache: LinearizedCache) -> list[torch.Tensor]:
+    held = [layer.state for layer in cache.layers if isinstance(layer, MixerLayer)]
+    held += [(c.keys, c.values) for c in cache.layers if not isinstance(c, MixerLayer)]
+    return [t.clone() for t in tree_leaves(held)]
+
+
+def test_rows_are_chosen_and_repeated():
+    cache = filled(converted(ANY, HYBRID), 7, rows=3)
+    before = leaves(cache)
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    for now, then in zip(leaves(cache), before, strict=True):
+        assert torch.equal(now, then[[2, 0, 0]])
+        assert (then == then[:1]).all() or not torch.equal(now, then)  # lengths are alike
+    cache.batch_select_indices(torch.tensor([1]))
+    cache.batch_repeat_interleave(2)
+    for now, then in zip(leaves(cache), before, strict=True):
+        assert torch.equal(now, then[[0, 0]])
+    cache.reset()
+    assert cache.get_seq_length() == 0 and state_bytes(cache) == 0
+
+
+def test_a_copy_of_the_cache_is_a_way_back():
+    model, ids = converted(ANY, HYBRID), tokens(2, 9)
+    cache = filled(model, 5)
+    saved = copy.deepcopy(cache)
+
+    @torch.no_grad()
+    def following(cache):
+        return [model(t, past_key_values=cache).logits for t in ids.split(1, 1)]
+
+    assert all(map(torch.equal, following(cache), following(saved)))
+
+
+def test_what_a_state_cannot_do_is_refused():
+    model, ids = converted(ANY, HYBRID), tokens(1, 7)
+    cache = filled(model, 5)
+    with pytest.raises(ValueError, match="no token can be taken back"):
+        cache.crop(-1)
+    for how in (
+        {"prompt_lookup_num_tokens": 2},
+        {"assistant_model": converted(ANY)},
+    ):
+        with pytest.raises(ValueError, match="no token can be taken back: generate without"):
+            generate(model, ids, **how)
+    softmax_only = converted(ANY, "none")
+    with pytest.raises(ValueError, match="no token can be taken back"):
+        generate(softmax_only, ids, assistant_model=model)
+    assert torch.equal(
+        generate(softmax_only, ids, prompt_lookup_num_tokens=2), generate(softmax_only, ids)
+    )
+    with pytest.raises(ValueError, match="'static'.*leave it out"):
+        generate(model, ids, cache_implementation="static")
+    with pytest.raises(ValueError, match="DynamicCache.*LinearizedCache"):
+        generate(model, ids, past_key_values=DynamicCache())
