@@ -77,6 +77,7 @@ def _interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+@torch.compiler.assume_constant_result  # it looks at files, which cannot be traced
 def _no_compiler() -> str | None:
     from lowline.kernels.cpu import missing
 

@@ -8,35 +8,10 @@
 #pragma once
 #include <algorithm>
 
+#include "memory.h"
 #include "simd.h"
 
 namespace lowline {
-
-// Memory that will be wanted soon. `multiply` asks for some of it every 16 steps, so that it arrives
-// meanwhile: rows that lie apart are beyond the processor's own foresight.
-class Ahead;
-inline thread_local Ahead* ahead __attribute__((tls_model("initial-exec"))) = nullptr;
-
-class Ahead {  // lives for a thread's part of a call
-  static constexpr int ROOM = 1024, PIECE = 256;  // pieces, bytes
-  const char* pieces[ROOM];
-  int next = 0, end = 0, at_once = 1;
-
- public:
-  Ahead() { ahead = this; }
-  ~Ahead() { ahead = nullptr; }
-  void clear() { next = end = 0; }
-  void want(const void* p, long stride, int count, int bytes) {  // in bytes
-    for (int i = 0; i < count; i++)
-      for (int at = 0; at < bytes && end < ROOM; at += PIECE)
-        pieces[end++] = (const char*)p + i * stride + at;
-  }
-  void over(int times) { at_once = (end + times - 1) / times; }  // asked for in so many steps
-  LOWLINE_INLINE void some() {
-    for (int left = at_once; next < end && left; left--, next++)
-      for (int at = 0; at < PIECE; at += 64) __builtin_prefetch(pieces[next] + at, 0, 2);
-  }
-};
 
 enum class Band { full, lower, upper };
 
@@ -138,8 +113,8 @@ inline void column(float* y, long ldy, Left a, const float* b, long ldb, int m, 
   }
 }
 
-LOWLINE_OUTLINE void multiply(float* y, long ldy, Left a, const float* b, long ldb, int m, int n, int k,
-                     bool add) {
+LOWLINE_OUTLINE void multiply(float* y, long ldy, Left a, const float* b, long ldb, int m, int n,
+                              int k, bool add) {
   int vectors = n / 16 * 16 / W;
   if (n % 16) column(y + n - 1, ldy, a, b + n - 1, ldb, m, k, add);
   if constexpr (W == 16) {  // at most 24 sums, 4 vectors of B and one of A: 32 registers

@@ -7,8 +7,8 @@
 //
 // the forward pass of a key gate is the first with x, y, u = q, k, v, and its dq the second with
 // w = do. A value gate is the same with the roles exchanged: x, y, u, w = do, v, k, q and S
-// transposed, so that its forward pass is the second and its dq the first. No gate and a gate a head
-// count as key gates.
+// transposed, so that its forward pass is the second and its dq the first. No gate, and a gate a
+// head, count as key gates.
 //
 // The gradient of a gate is the sum over the pairs (j, i) whose decay holds it, j < t <= i, summed
 // as such: a difference of q ⊙ dq and k ⊙ dk would drown a small gradient in their rounding.
@@ -17,9 +17,6 @@
 // strictly lower (y yᵀ ⊙ decay): a forward substitution. Backward, k is one more query whose output
 // gradient is -dv.
 #pragma once
-#include <cstdlib>
-#include <new>
-
 #include "recurrence_gates.h"
 
 namespace lowline {
@@ -39,28 +36,6 @@ struct Shape {
   long state() const { return (long)D1() * ld(); }
 };
 
-// Memory that a thread keeps between calls, dealt out in pieces.
-class Arena {
-  float* memory = nullptr;
-  size_t room = 0, used = 0, pieces = 0;
-
- public:
-  ~Arena() { std::free(memory); }
-  void reset(size_t floats) {
-    used = pieces = 0;
-    if (floats <= room) return;
-    std::free(memory);
-    room = (floats + 15) / 16 * 16;
-    memory = (float*)std::aligned_alloc(64, room * sizeof(float));
-    if (!memory) throw std::bad_alloc();
-  }
-  float* take(size_t floats) {  // steps of five cache lines keep pieces off each other's sets
-    float* piece = memory + used;
-    used += (floats + 15) / 16 * 16 + 80;
-    return piece;
-  }
-};
-
 // The tensors of a chunk, packed, and what is worked out from them.
 struct Chunk {
   Shape shape;
@@ -75,7 +50,7 @@ struct Chunk {
   float *turnedS, *turneddS;              // [D2 x D1]
   float *from, *to, *before, *after, *inside, *crossing, *ends;  // parts of dg
 
-  // floats of an arena for `layout`
+  // floats of an arena that it takes
   static size_t floats(const Shape& s) {
     const size_t side = std::max(s.D1(), s.ld());
     return 26 * (C * side + 80) + 6 * (C * C + 80) + 2 * ((size_t)(s.D2() + 15) * s.D1() + 80) +
@@ -303,7 +278,8 @@ struct Chunk {
       product(scratch, in, by_feature, (long)m * D1);
     } else {
       for (int i = 0; i < m; i++)
-        for (int d = 0; d < D1; d += W) store(scratch + i * D1 + d, load(in + i * D1 + d) * by_row[i]);
+        for (int d = 0; d < D1; d += W)
+          store(scratch + i * D1 + d, load(in + i * D1 + d) * by_row[i]);
     }
     return scratch;
   }

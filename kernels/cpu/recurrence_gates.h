@@ -1,7 +1,7 @@
 // One chunk of the gated recurrence: the decays, and the three products that hold them.
 //
-// A decay from token j to token i is the product of e^g over j < t <= i: always a product of numbers
-// in [0, 1], never a quotient or a difference of sums, so that any gate is exact, -inf included.
+// A decay from token j to token i is the product of e^g over j < t <= i: always a product of
+// numbers in [0, 1], never a quotient or a difference of sums: any gate is exact, -inf included.
 // With a gate for every feature the products over a chunk are made from blocks of 16 tokens: within
 // a block token by token, between blocks as a matrix product of
 //
@@ -59,7 +59,8 @@ struct ScalarGate {
       const int width = (i / BLOCK + 1) * BLOCK;
       if (i % BLOCK == 0) zero(row + i, BLOCK);
       if (i)
-        for (int j = 0; j < (i % BLOCK ? width : i); j += W) store(row + j, load(row + j - C) * a[i]);
+        for (int j = 0; j < (i % BLOCK ? width : i); j += W)
+          store(row + j, load(row + j - C) * a[i]);
       row[i] = 1;
     }
   }
@@ -171,8 +172,8 @@ struct VectorGate {
       const int later = m - (J + 1) * BLOCK;
       if (later) {
         float* part = right;
-        multiply(part, D, {N + (J + 1) * BLOCK * C + J * BLOCK, C, true}, left + behind, D, BLOCK, D,
-                 later, false);
+        multiply(part, D, {N + (J + 1) * BLOCK * C + J * BLOCK, C, true}, left + behind, D, BLOCK,
+                 D, later, false);
         product(part, part, out + at, BLOCK * D);
         add_product(after + at, y + at, part, BLOCK * D);
         for (int i = 0; i < BLOCK * D; i += W) store(o + at + i, load(o + at + i) + load(part + i));

@@ -4,11 +4,15 @@
 //
 // A pass over the state, which is the time it takes: it is read and written once.
 #pragma once
-#include "simd.h"
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include "tensors.h"
 
 namespace lowline {
 
-// out[N vectors] = factor · Σ_i weights[i] · S[i], of rows ld apart; two rows at a time hide the latency
+// out[N vectors] = factor · Σ_i weights[i] · S[i], of rows ld apart; two rows at a time hide the
+// latency
 template <int N>
 inline void read_columns(float* out, const float* S, long ld, const float* weights, int K,
                          float factor) {
@@ -106,5 +110,110 @@ struct StepHead {
     o[V - 1] = total * factor;
   }
 };
+
+// a tensor as rows of float32 or bfloat16 side by side; `kept` holds the copy where one is needed
+inline View rows_of(const at::Tensor& t, at::Tensor& kept) {
+  const bool direct = (t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16) &&
+                      (t.dim() < 3 || t.stride(-1) == 1);
+  if (direct) return View(t);
+  kept = t.to(at::kFloat).contiguous();
+  return View(kept);
+}
+inline bool plain(PyObject* object) {  // a tensor proper, in this machine's memory
+  return THPVariable_CheckExact(object) && THPVariable_Unpack(object).is_cpu();
+}
+
+inline bool named(PyObject* text, const char* name) {
+  return PyUnicode_Check(text) && PyUnicode_CompareWithASCIIString(text, name) == 0;
+}
+
+// step(q, k, v, g, beta, state, gate, scale) -> o, or None for a call it does not cover
+inline PyObject* step(PyObject* const* args, Py_ssize_t count) {
+  if (count != 8) throw std::invalid_argument("step takes q, k, v, g, beta, state, gate, scale");
+  for (int i : {0, 1, 2, 5})
+    if (!plain(args[i])) Py_RETURN_NONE;
+  for (int i : {3, 4})
+    if (args[i] != Py_None && !plain(args[i])) Py_RETURN_NONE;
+  const at::Tensor &q = *tensor(args[0]), &k = *tensor(args[1]), &v = *tensor(args[2]);
+  const at::Tensor *g = tensor(args[3]), *beta = tensor(args[4]), &state = *tensor(args[5]);
+  const auto type = q.scalar_type();
+  if (q.dim() != 3 || k.dim() != 3 || v.dim() != 3 || state.dim() != 4) Py_RETURN_NONE;
+  const long B = k.size(0), H = k.size(1), K = k.size(2), V = v.size(2), Q = q.size(1);
+  const auto fits = [&](const at::Tensor& t, long heads, long features) {
+    return t.size(0) == B && t.size(1) == heads && (t.dim() == 2 || t.size(2) == features);
+  };
+  const bool value_gate = named(args[6], "value"), by_value = value_gate && g && g->dim() == 3;
+  const bool covered =
+      (type == at::kFloat || type == at::kBFloat16) && k.scalar_type() == type &&
+      v.scalar_type() == type && state.scalar_type() == at::kFloat && !state.requires_grad() &&
+      K % 16 == 0 && V % 16 <= 1 && H > 0 && Q % H == 0 && fits(q, Q, K) && fits(v, H, V) &&
+      fits(state, H, K) && state.size(3) == V && (value_gate || named(args[6], "key")) &&
+      (!g || (g->is_floating_point() && (g->dim() == 2 || g->dim() == 3) &&
+              fits(*g, H, by_value ? V : K))) &&
+      (!beta || (beta->is_floating_point() && beta->dim() == 2 && fits(*beta, H, 0))) &&
+      !(by_value && (beta || V % 16));
+  if (!covered) Py_RETURN_NONE;
+  const double scale = PyFloat_AsDouble(args[7]);
+  if (scale == -1 && PyErr_Occurred()) return nullptr;
+
+  at::Tensor kept[6];
+  const View vq = rows_of(q, kept[0]), vk = rows_of(k, kept[1]), vv = rows_of(v, kept[2]);
+  const View vg = g ? rows_of(*g, kept[3]) : View(), vb = beta ? rows_of(*beta, kept[4]) : View();
+  const bool in_place = state.stride(3) == 1;
+  if (!in_place) kept[5] = state.contiguous();
+  const at::Tensor& memory = in_place ? state : kept[5];
+  at::Tensor o = at::empty({B, Q, V}, q.options());
+  float* const S = memory.data_ptr<float>();
+  const long along[3] = {memory.stride(0), memory.stride(1), memory.stride(2)};
+  const View vo(o);
+  const long queries = Q / H;
+  const size_t room = queries * (K + V) + 3 * (K + V + 32) + 8 * 96;
+
+  at::parallel_for(0, B * H, std::max(1L, (1L << 18) / std::max(1L, K * V)),
+                   [&](int64_t begin, int64_t end) {
+    static thread_local Arena arena;
+    FlushDenormals flush;
+    arena.reset(room);
+    float *q_ = arena.take(queries * K), *k_ = arena.take(K), *v_ = arena.take(V + 15);
+    float *rows = arena.take(K), *columns = arena.take(V + 15), *out = arena.take(queries * V + 15);
+    float *scratch = arena.take(K + V + 15), beta_;
+    std::fill_n(rows, K, 1.0f);
+    // rows of floats where they lie, or widened into `room`
+    auto read = [&](float* room, const View& view, long at, long stride, int count, int n) {
+      if (!view.half) return (const float*)view.p + at;
+      pack_rows(room, n, (const bf16*)view.p + at, stride, count, n, 1);
+      return (const float*)room;
+    };
+    for (long task = begin; task < end; task++) {
+      const long b = task / H, h = task % H;
+      auto token = [&](float* room, const View& view, int n) {
+        return read(room, view, b * view.batch + h * view.time, 0, 1, n);
+      };
+      if (g) {
+        const int n = g->dim() == 2 ? 1 : by_value ? V : K;
+        float* decays = by_value ? columns : rows;
+        const float* logs = token(decays, vg, n);
+        if (n == 1)
+          std::fill_n(rows, K, exp(fill(*logs))[0]);
+        else
+          for (int d = 0; d < n; d += W) store(decays + d, exp(load(logs + d)));
+      }
+      StepHead head{(int)K, (int)V, (int)queries, S + b * along[0] + h * along[1], along[2]};
+      head.q = read(q_, vq, b * vq.batch + h * queries * vq.time, vq.time, queries, K);
+      head.q_ld = vq.half ? K : vq.time;
+      head.k = token(k_, vk, K), head.v = token(v_, vv, V);
+      head.rows = rows, head.columns = by_value ? columns : nullptr;
+      head.delta = beta, head.beta = beta ? *token(&beta_, vb, 1) : 1;
+      head.scale = scale, head.scratch = scratch;
+      const long at = (b * Q + h * queries) * V;
+      head.out = vo.half ? out : (float*)vo.p + at;
+      head.run();
+      if (vo.half) unpack_rows((bf16*)vo.p + at, V, out, V, queries, V, 1);
+    }
+  });
+  if (!in_place) state.copy_(kept[5]);
+  state.unsafeGetTensorImpl()->bump_version();
+  return THPVariable_Wrap(o);
+}
 
 }  // namespace lowline

@@ -33,7 +33,8 @@ struct View {
 };
 
 template <typename T>
-inline void pack_rows(float* out, long ldo, const T* in, long stride, int rows, int n, float factor) {
+inline void pack_rows(float* out, long ldo, const T* in, long stride, int rows, int n,
+                      float factor) {
   const int whole = n / 16 * 16;
   for (int i = 0; i < rows; i++, out += ldo, in += stride) {
     int d = 0;
@@ -54,16 +55,16 @@ inline void unpack_rows(T* out, long stride, const float* in, long ldi, int rows
 }
 
 // `rows` rows of n features from (b, t, h) on, times `factor`, with zeros up to m rows of ldo
-LOWLINE_OUTLINE void pack(float* out, long ldo, const View& view, long b, long t, long h, int rows, int m,
-                 int n, float factor = 1) {
+LOWLINE_OUTLINE void pack(float* out, long ldo, const View& view, long b, long t, long h, int rows,
+                          int m, int n, float factor = 1) {
   if (view.half)
     pack_rows(out, ldo, (const bf16*)view.at(b, t, h), view.time, rows, n, factor);
   else
     pack_rows(out, ldo, (const float*)view.at(b, t, h), view.time, rows, n, factor);
   std::memset(out + rows * ldo, 0, sizeof(float) * (m - rows) * ldo);
 }
-LOWLINE_OUTLINE void unpack(const View& view, long b, long t, long h, const float* in, long ldi, int rows,
-                   int n, float factor = 1) {
+LOWLINE_OUTLINE void unpack(const View& view, long b, long t, long h, const float* in, long ldi,
+                            int rows, int n, float factor = 1) {
   if (view.half)
     unpack_rows((bf16*)view.at(b, t, h), view.time, in, ldi, rows, n, factor);
   else

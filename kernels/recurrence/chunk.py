@@ -23,7 +23,7 @@ from lowline.kernels.recurrence import delta, plain, ungated
 from lowline.kernels.recurrence.pairs import Decay, decays
 
 CHUNK = 64  # rows, a power of two
-ROWS = 2048  # of all heads at a time, where there is a gate or the delta rule: what a cache holds
+ROWS = 4096  # of all heads at a time, where there is a gate or the delta rule: what a cache holds
 
 
 class Group(NamedTuple):

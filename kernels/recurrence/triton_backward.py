@@ -196,7 +196,7 @@ def mix_by_key(
     to_keys = tl.zeros((CHUNK, BLOCK_K), tl.float32)
     g = load_gates(G, first, r, rows, head, H, K, at_k)
     decay = fade(g - load_gates(G, first, strip * STRIP - 1, rows, head, H, K, at_k))
-    for s in tl.static_range(1, CHUNK // STRIP):
+    for s in range(1, CHUNK // STRIP):
         bound = load_last_gate(G, first, tl.minimum(s * STRIP, rows), head, H, K, at_k)
         before = (r < s * STRIP)[:, None]
         rest = fade(tl.where(before, bound[None, :] - g, float("-inf")))
@@ -226,13 +226,14 @@ def mix_by_key(
 
 @triton.jit
 def query_head_backward(
-    q, k, v, do, G, P, S, chunk, first, rows, scale, q_head, Q_HEADS, head, at_k, k_tile,
+    q, k, v, do, G, P, S, chunk, first, rows, scale, q_head, Q_HEADS, head, at_k,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     GATE: tl.constexpr, KEYS: tl.constexpr, STRICT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Of one query head: dq, its part of dk, and its parts of dg before they are summed over i."""
     r = tl.arange(0, CHUNK)
+    k_tile = load_tile(k, first, rows, head, H, K, at_k)
     q_tile = k_tile
     if KEYS:
         q_tile = load_tile(q, first, rows, q_head, Q_HEADS, K, at_k)
@@ -258,6 +259,8 @@ def query_head_backward(
         to_keys = dot(tl.trans(weights), q_tile, k)
     to_queries += scale * read
     flow = q_tile * to_queries - k_tile * to_keys
+    if GATE == SCALAR:
+        flow = tl.sum(flow, 1)[:, None]
     if not STRICT:
         to_queries += same * k_tile
         to_keys += same * q_tile
@@ -297,14 +300,13 @@ def keys_backward_kernel(
     head = tl.program_id(1)
     first, rows = chunk_bounds(chunk, T, chunks, PACKED)
     r = tl.arange(0, CHUNK)
-    k_tile = load_tile(k, first, rows, head, H, K, at_k)
     acc = tl.zeros((CHUNK, BLOCK_K), tl.float32)
-    flow = tl.zeros((CHUNK, BLOCK_K), tl.float32)
+    flow = tl.zeros((CHUNK, 1 if GATE == SCALAR else BLOCK_K), tl.float32)
     for group in range(GROUPS):
         query_head = head * GROUPS + group
         to_queries, to_keys, moved = query_head_backward(
             q, k, v, do, G, P, S, chunk, first, rows, scale, query_head, H * GROUPS, head, at_k,
-            k_tile, H, K, V, GATE, KEYS, False, BLOCK_K, BLOCK_V,
+            H, K, V, GATE, KEYS, False, BLOCK_K, BLOCK_V,
         )  # fmt: skip
         store_tile(dq, to_queries, first, rows, query_head, H * GROUPS, K, at_k)
         acc += to_keys
@@ -312,11 +314,12 @@ def keys_backward_kernel(
     if DELTA:
         to_queries, to_keys, moved = query_head_backward(
             k, k, v, dv, G, P_delta, S, chunk, first, rows, -1.0, head, H, head, at_k,
-            k_tile, H, K, V, GATE, KEYS, True, BLOCK_K, BLOCK_V,
+            H, K, V, GATE, KEYS, True, BLOCK_K, BLOCK_V,
         )  # fmt: skip
         acc += to_queries + to_keys
         flow += moved
     if KEYS:
+        k_tile = load_tile(k, first, rows, head, H, K, at_k)
         to_state = tl.zeros((CHUNK, BLOCK_K), tl.float32)
         through = tl.zeros((BLOCK_K,), tl.float32)
         for begin in range(0, V, BLOCK_V):
@@ -333,22 +336,20 @@ def keys_backward_kernel(
             zero = tl.zeros((1,), tl.int32)
             last = load_last_gate(G, first, rows, head, H, 1, zero)
             to_state *= fade(last[None, :] - load_gates(G, first, r, rows, head, H, 1, zero))
-            moved = tl.sum(flow, 1)[:, None]
             kept = tl.sum(k_tile * to_state, 1)[:, None]
             over = tl.sum(through, 0) * fade(last)
         elif GATE == KEY:
             last = load_last_gate(G, first, rows, head, H, K, at_k)
             g = load_gates(G, first, r, rows, head, H, K, at_k)
             to_state *= fade(last[None, :] - g)
-            moved = flow
             kept = k_tile * to_state
             over = through * fade(last)
         if GATE != NONE:
-            moved = tl.cumsum(moved, 0, reverse=True) + sum_before(kept) + over[None, :]
+            total = tl.cumsum(flow, 0, reverse=True) + sum_before(kept) + over[None, :]
             if GATE == SCALAR:
-                store_tile(dg, moved, first, rows, head * blocks_k + block, H * blocks_k, 1, zero)
+                store_tile(dg, total, first, rows, head * blocks_k + block, H * blocks_k, 1, zero)
             else:
-                store_tile(dg, moved, first, rows, head, H, K, at_k)
+                store_tile(dg, total, first, rows, head, H, K, at_k)
         store_tile(dk, acc + to_state, first, rows, head, H, K, at_k)
 
 

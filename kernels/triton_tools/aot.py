@@ -142,7 +142,7 @@ def compile_case(case: Case, chip: int) -> Compiled:
 
 
 def compile_all(chips: Sequence[int] = CHIPS, jobs: int = 1, only: str = "") -> Iterator[Compiled]:
-    """Compile the cases, those with `only` in the kernel's name, for the chips, `jobs` at a time."""
+    """Compile the cases (those with `only` in the kernel's name), `jobs` at a time."""
     mine = [index for index, case in enumerate(find_cases()) if only in kernel_name(case)]
     work = [(index, chip) for chip in chips for index in mine]
     if jobs == 1:

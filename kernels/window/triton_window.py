@@ -69,7 +69,7 @@ def attend(
 class _Chunks(NamedTuple):
     """How many chunks a launch has, and, for packed sequences, what each one is."""
 
-    count: int  # no fewer than there are
+    total: int  # no fewer than there are
     table: Tensor | None  # (count, 2): sequence, chunk in it; sequence N where there is none
     starts: Tensor | None  # (N,): chunks of the sequences before
     per_sequence: int  # of sequences that are not packed
@@ -143,8 +143,8 @@ def _states(call: _Call, chunks: _Chunks, phi_k: Tensor, v: Tensor, S: Tensor, l
             cu: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """S and its normaliser before each chunk, and S at the end."""
     N, P, F, W = S.shape
-    states = v.new_empty(chunks.count, P, F, W - 1)
-    norms = S.new_empty(chunks.count, P, F)
+    states = v.new_empty(chunks.total, P, F, W - 1)
+    norms = S.new_empty(chunks.total, P, F)
     S_out = torch.empty_like(S, memory_format=torch.contiguous_format)
     tile = dict(BLOCK_V=min(64, _padded(W - 1)), BLOCK_F=min(64, _padded(F)))
     arguments = call.to(
@@ -173,7 +173,7 @@ def _forward(
     call = _call(q, k, v, phi_q, phi_k, sink_k.shape[1], cu, window, prefix)
     chunks = _chunks(cu, len(length), T, 0, call.constants["C"])
     states, norms, S_out = _states(call, chunks, phi_k, v, S, length, cu)
-    forward_kernel[(chunks.count, H)](**call.to(
+    forward_kernel[(chunks.total, H)](**call.to(
         forward_kernel, q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k,
         sink_k=sink_k.contiguous(), sink_v=sink_v.contiguous(), gamma_H=gamma, lam_H=lam,
         states=states, norms=norms, length_N=length, cu=cu, chunks=chunks.table,
@@ -216,14 +216,14 @@ def _backward(
     C = call.constants["C"]
     chunks = _chunks(cu, N, T, 0, C)
     states, norms, _ = _states(call, chunks, phi_k, v, S, length, cu)
-    dsink_k = den.new_zeros(chunks.count, H, *sink_k.shape[1::2])
-    dsink_v = den.new_zeros(chunks.count, H, *sink_v.shape[1::2])
+    dsink_k = den.new_zeros(chunks.total, H, *sink_k.shape[1::2])
+    dsink_v = den.new_zeros(chunks.total, H, *sink_v.shape[1::2])
     shared = dict(
         q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k, gamma_H=gamma, lam_H=lam, length_N=length, cu=cu,
         starts=chunks.starts, top_HT=top, row_HT=row, u=u, r=r, ell=ell, states=states,
         norms=norms, N=N, scale=scale,
     )  # fmt: skip
-    backward_query_kernel[(chunks.count, H)](**call.to(
+    backward_query_kernel[(chunks.total, H)](**call.to(
         backward_query_kernel, **shared, sink_k=sink_k.contiguous(), sink_v=sink_v.contiguous(),
         o=o, do=do.contiguous(), den=den, dq=dq, dphi_q=dphi_q, dsink_k=dsink_k, dsink_v=dsink_v,
         chunks=chunks.table, per_sequence=chunks.per_sequence,
@@ -243,9 +243,9 @@ def _backward(
         per_sequence=blocks.per_sequence, q_per_sequence=chunks.per_sequence,
     )  # fmt: skip
     if F:
-        backward_feature_kernel[(blocks.count, P)](**call.to(backward_feature_kernel, **keys))
-        backward_value_kernel[(blocks.count, G)](**call.to(backward_value_kernel, **keys))
-    backward_key_kernel[(blocks.count, G)](**call.to(backward_key_kernel, **keys))
+        backward_feature_kernel[(blocks.total, P)](**call.to(backward_feature_kernel, **keys))
+        backward_value_kernel[(blocks.total, G)](**call.to(backward_value_kernel, **keys))
+    backward_key_kernel[(blocks.total, G)](**call.to(backward_key_kernel, **keys))
 
     sink_gradients = [
         _over_chunks(part, chunks, N, like) for part, like in ((dsink_k, sink_k), (dsink_v, sink_v))

@@ -42,8 +42,13 @@ def check(
     )
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("activation", ["silu", "gelu", "relu", "identity"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(FP32, marks=SLOW), BF16])
+@pytest.mark.parametrize(
+    "activation", ["silu", *(pytest.param(a, marks=SLOW) for a in ("gelu", "relu", "identity"))]
+)
 def test_bottleneck(activation: str, dtype: torch.dtype, device: torch.device) -> None:
     inputs = {
         "x": random(3, 43, 24),
@@ -63,8 +68,8 @@ def test_bottleneck_of_nothing(device: torch.device) -> None:
     assert y.shape == (0, 70) and x.grad is not None
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dtype", [FP32, pytest.param(BF16, marks=SLOW)])
+@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=SLOW)])
 def test_hedgehog(shared: bool, dtype: torch.dtype, device: torch.device) -> None:
     W = random(20, 12) if shared else random(2, 20, 12)
     check(hedgehog, {"x_BTHD": random(2, 37, 2, 20), "W_HDF": W / 4}, device, dtype)
@@ -88,9 +93,9 @@ def test_hedgehog_too_wide_is_said(device: torch.device) -> None:
         )
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("T", [1, 2, 70])
-@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("dtype", [FP32, pytest.param(BF16, marks=SLOW)])
+@pytest.mark.parametrize("T", [pytest.param(1, marks=SLOW), 2, pytest.param(70, marks=SLOW)])
+@pytest.mark.parametrize("activation", [pytest.param(None, marks=SLOW), "silu"])
 def test_conv(activation: str | None, T: int, dtype: torch.dtype, device: torch.device) -> None:
     inputs = {
         "x_BTD": random(2, T, 20),
@@ -127,7 +132,7 @@ def scan_inputs(T: int, D: int, N: int, rate: float = 1.0) -> dict[str, torch.Te
     }
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("dtype", [FP32, pytest.param(BF16, marks=SLOW)])
 def test_scan(dtype: torch.dtype, device: torch.device) -> None:
     inputs = scan_inputs(35, 3, 3) | {
         "D_D": random(3),
@@ -138,11 +143,12 @@ def test_scan(dtype: torch.dtype, device: torch.device) -> None:
     check(selective_scan, inputs, device, dtype, dt_softplus=True)
 
 
-@pytest.mark.parametrize("rate", [0.0, 50.0])
+@pytest.mark.parametrize("rate", [pytest.param(0.0, marks=SLOW), 50.0])
 def test_scan_of_no_and_strong_decay(rate: float, device: torch.device) -> None:
     check(selective_scan, scan_inputs(33, 2, 2, rate), device, FP32)
 
 
+@SLOW
 def test_scan_packed(device: torch.device) -> None:
     inputs = scan_inputs(40, 2, 2) | {"initial_state": random(4, 2, 2)}
     cu = torch.tensor([0, 1, 1, 34, 40])

@@ -98,6 +98,7 @@ def test_every_kernel_has_a_case() -> None:
     assert kernels == {case.kernel for case in aot.find_cases()}
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_for_every_case_and_chip() -> None:
     rows = [line.split(" | ")[:3] for line in TABLE.read_text().splitlines() if " | sm_" in line]
     expected = [
