@@ -117,7 +117,7 @@ def state_bytes(
     """
     if isinstance(source, Cache):
         return sum(t.nbytes // t.shape[0] for layer in source.layers for t in _tensors(layer))
-    dtype = dtype or source.dtype or torch.float32
+    dtype = dtype or _dtype(source)
     converted = source.converted_layers()
     softmax = set(range(source.num_hidden_layers)).difference(converted)
     return _mixer_bytes(source, dtype) + _kv_bytes(source, softmax, context, dtype)
@@ -133,12 +133,17 @@ def break_even_length(config: LinearizedConfig, *, dtype: torch.dtype | None = N
         config: of a converted model.
         dtype: of its weights; the one it names, or float32, when None.
     """
-    dtype = dtype or config.dtype or torch.float32
+    dtype = dtype or _dtype(config)
     converted = config.converted_layers()
     state = _mixer_bytes(config, dtype)
     enough = range(1 + -(-state // _token_bytes(config, dtype)))  # a single layer would do
     length = bisect_left(enough, state, key=lambda n: _kv_bytes(config, converted, n, dtype))
     return length if length < len(enough) else None
+
+
+def _dtype(config: LinearizedConfig) -> torch.dtype:
+    dtype = config.dtype or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def _tensors(layer: Any) -> Iterator[torch.Tensor]:

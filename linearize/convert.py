@@ -94,9 +94,10 @@ def convert(
             if config.mixers[layer]["name"] != SOFTMAX:
                 new = config.build_mixer(layer).state_dict()
                 weights |= {place + name: weight for name, weight in new.items()}
-    model, found = FAMILIES[_family(config)].causal_lm.from_pretrained(
+    loaded: Any = FAMILIES[_family(config)].causal_lm.from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
     )
+    model, found = loaded
     assert not any(found.values()), found
     model.generation_config = copy.deepcopy(teacher.generation_config)
     return model.to(teacher.device)
@@ -112,13 +113,13 @@ def linearized_config(
     """The configuration of `teacher` with a mixer in the chosen layers; see `convert`."""
     family = _family(teacher)
     chosen = parse_layers(layers, teacher.num_hidden_layers)
-    fields = teacher.to_dict()
+    fields: dict[str, Any] = teacher.to_dict() | {"name_or_path": teacher.name_or_path}
     fields["mixers"] = _mixers(teacher)
     for layer in chosen:
         fields["mixers"][layer] = {"name": mixer, **(options or {})}
     for stale in ("model_type", "architectures", "transformers_version", "quantization_config"):
         fields.pop(stale, None)
-    return FAMILIES[family].config(name_or_path=teacher.name_or_path, **fields)
+    return FAMILIES[family].config(**fields)
 
 
 def parse_layers(pattern: Layers, n_layers: int) -> set[int]:

@@ -109,7 +109,7 @@ class LinearizedConfig(_Architecture):
         return HeadShape(
             hidden_size=self.hidden_size,
             n_heads=self.num_attention_heads,
-            n_kv_heads=self.num_key_value_heads,
+            n_kv_heads=self.num_key_value_heads or self.num_attention_heads,
             head_dim=getattr(self, "head_dim", None)
             or self.hidden_size // self.num_attention_heads,
             layer=layer,
@@ -145,6 +145,7 @@ class _Initialized(PreTrainedModel):
 class _Body(_Initialized):
     """The decoder without a head: token ids [B, T] to hidden states [B, T, hidden_size]."""
 
+    config: LinearizedConfig
     layers: nn.ModuleList
 
     def __init__(self, config: LinearizedConfig) -> None:
@@ -176,7 +177,7 @@ class _Body(_Initialized):
         packing = None
         if tokens is not None and self.config.converted_layers():
             packing, position_ids = plan_packing(
-                tuple(tokens.shape[:2]),
+                (tokens.shape[0], tokens.shape[1]),
                 attention_mask,
                 position_ids,
                 kwargs.get("cu_seq_lens_q"),
@@ -203,6 +204,7 @@ class _Body(_Initialized):
 class _CausalLM(_Initialized):
     """The language model: token ids [B, T] to logits [B, T, vocab_size], and `generate`."""
 
+    config: LinearizedConfig
     body_class: type[_Body]
 
     def __init__(self, config: LinearizedConfig) -> None:

@@ -141,7 +141,8 @@ def step_case(shape: Shape, backend: str, kind: str, context: int) -> Callable[[
     before = recurrence_inputs(shape, context, kind)
     _, state = gated_linear_recurrence(*before, gate=gate, backend="torch")  # type: ignore[arg-type]
     token = [None if x is None else x[:, 0] for x in recurrence_inputs(shape, 1, kind)]
-    return partial(recurrence_step, *token, state=state, gate=gate, backend=backend)
+    options: Any = {"state": state, "gate": gate, "backend": backend}
+    return partial(recurrence_step, *token, **options)  # type: ignore[arg-type]
 
 
 def verify_case(shape: Shape, backend: str) -> Callable[[], object]:
@@ -150,7 +151,7 @@ def verify_case(shape: Shape, backend: str) -> Callable[[], object]:
 
     from lowline.kernels.recurrence import recurrence_verify
 
-    block = recurrence_inputs(shape, DRAFT + 1, "scalar")
+    block: list[Any] = recurrence_inputs(shape, DRAFT + 1, "scalar")
     state = torch.zeros(1, shape.heads, shape.head_dim, shape.head_dim, device=shape.device)
     options: Any = {"state": state, "backend": backend}
     _, pending = recurrence_verify(*block, **options)

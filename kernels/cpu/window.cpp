@@ -1,14 +1,15 @@
 // Window-plus-linear attention in fp32: forward, backward, and decoding from a state.
 //
-// One task is one key/value head of one sequence. Keys are worked in blocks of C = 64 rows. A block
-// of 64 queries sees M + 1 key blocks, its own and the M before it, as one row of (M + 1)·64 columns
-// x; in row i the columns x < ea(i) are linear and ea(i) <= x < eb(i) exact. Both bounds grow by one
-// a row, so every product skips what lies outside its band. All blocks before those are in the sum
-// S (F x V) and its normaliser z (F). Sinks stand in columns of their own. See chunk.py for the
-// equations; the sums before each block are all that the forward pass keeps for the backward pass.
+// Keys are worked in blocks of C = 64 rows. A block of 64 queries sees M + 1 key blocks, its own and
+// the M before it, as one row of (M + 1)·64 columns; in row i the columns before exact_from(i) are
+// linear and those up to exact_to(i) exact. Both bounds grow by one a row, so every product skips
+// what lies outside its band. All blocks before those are in the sum S (F x V) and its normaliser
+// z (F); sinks stand in columns of their own. chunk.py has the equations. The sums before each block
+// of queries are all that the forward pass keeps for the backward pass.
 //
 // D, V, F: multiples of 16. H query heads, G key/value heads, P heads of phi(k) (G or H).
-
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <torch/csrc/utils/pybind.h>
 
 #if defined(__linux__)
@@ -39,8 +40,8 @@ class Forward {
     for (long b = std::max(0L, first - c.M); b < first && c.tokens[n]; b++) x.enter(b);
   }
 
-  // Query block b; meanwhile what comes next, block `b_next` of `next`, is fetched.
-  void queries(long b, const at::Tensor& o, const at::Tensor& saved, const Block& next, long b_next) {
+  // Query block b; the first comes first.
+  void queries(long b, const at::Tensor& o, const at::Tensor& saved) {
     const long first = c.prefix / C;
     if (b > first && b - 1 - c.M >= 0)
       for (int h = 0; h < c.p && c.F; h++) add(b - 1 - c.M, h, C);
@@ -50,16 +51,12 @@ class Forward {
                   sizeof(float) * c.F * (c.V + 1));
     for (int h = 0; h < c.r; h++) {
       const int ph = x.phi_head(h);
-        x.weigh<false>(b, h, z(ph));
-      const bool more = h + 1 < c.r;
-      const Block& then = more ? x : next;
-      then.fetch_queries(c.q, more ? b : b_next, more ? h + 1 : 0, c.D);
-      then.fetch_queries(c.phi_q, more ? b : b_next, more ? h + 1 : 0, c.F);
+      x.weigh<false>(b, h, z(ph));
       for (int d = 0; d <= c.M && d <= b; d++)
-        t.product(t.y, c.V, t.weights + x.column(d), c.X, 1, x.V[x.slot(b - d)], c.V, x.m, all(c.V),
+        product(t.y, c.V, t.weights + x.column(d), c.X, 1, x.V[x.slot(b - d)], c.V, x.m, all(c.V),
                 [&](int i, int j) { return x.either(d, i, j); }, d > 0);
-      if (c.sinks) t.product(t.y, c.V, t.weights, c.X, 1, x.sink_V, c.V, x.m, all(c.V), all(c.sinks), true);
-      if (c.F) t.product(t.y, c.V, t.phi_q, c.F, 1, S[ph], c.V, x.m, all(c.V), all(c.F), true);
+      if (c.sinks) product(t.y, c.V, t.weights, c.X, 1, x.sink_V, c.V, x.m, all(c.V), all(c.sinks), true);
+      if (c.F) product(t.y, c.V, t.phi_q, c.F, 1, S[ph], c.V, x.m, all(c.V), all(c.F), true);
       const Rows out = c.of_query(o, x.n, x.g * c.r + h);
       for (int i = x.m.first; i < x.m.last; i++)
         copy_rows(out[b * C - c.prefix + i], 0, t.y + i * c.V, 0, 1, c.V, 1 / t.den[i]);
@@ -85,7 +82,7 @@ class Forward {
   // Adds the first `rows` rows of key block b to the sum of head h.
   void add(long b, int h, int rows) {
     const float* phi_t = x.phi_t(b, h);
-    t.product(S[h], c.V, phi_t, C, 1, x.V[x.slot(b)], c.V, {0, c.F}, all(c.V), all(rows), true);
+    product(S[h], c.V, phi_t, C, 1, x.V[x.slot(b)], c.V, {0, c.F}, all(c.V), all(rows), true);
     for (int f = 0; f < c.F; f++) {
       float total = 0;
       if (rows == C) {
@@ -105,13 +102,9 @@ void forward_heads(const Call& c, int n, int first, int last, const at::Tensor& 
   Memory memory(Scratch::floats(c) + (last - first) * Forward::floats(c));
   Scratch scratch(c, memory);
   const auto heads = heads_of<Forward>(c, n, first, last, scratch, memory);
-  const int count = last - first;
   const long end = c.tokens[n] ? c.blocks(n) : 0;
   for (long b = c.prefix / C; b < end; b++)
-    for (int i = 0; i < count; i++) {
-      const bool same = i + 1 < count;
-      heads[i]->queries(b, o, saved, heads[same ? i + 1 : 0]->x, same ? b : b + 1);
-    }
+    for (const auto& head : heads) head->queries(b, o, saved);
   for (const auto& head : heads) head->finish(S_out);
 }
 

@@ -45,9 +45,9 @@ class Backward {
       enter(b, rows_of_the_end(c, n, b));
   }
 
-  // Query block b, the last first; meanwhile what comes next is fetched.
-  void queries(long b, const Block& next, long b_next) {
-    for (int h = 0; h < c.r; h++) queries_of(b, h, next, b_next);
+  // Query block b; the last comes first.
+  void queries(long b) {
+    for (int h = 0; h < c.r; h++) queries_of(b, h);
     leave(b);
     if (b > c.prefix / C && b - 1 - c.M >= 0) enter(b - 1 - c.M, C);
   }
@@ -108,8 +108,8 @@ class Backward {
       if (!rows) continue;
       transpose_rows(t.St, c.F, dS[h], c.V, c.F, c.V);
       for (int j = 0; j < rows; j++) std::memcpy(out + j * c.F, dz(h), sizeof(float) * c.F);
-      t.product(out, c.F, x.V[x.slot(b)], c.V, 1, t.St, c.F, {0, rows}, all(c.F), all(c.V), true);
-      t.product(key.dV, c.V, key.phi[h], c.F, 1, dS[h], c.V, {0, rows}, all(c.V), all(c.F), true);
+      product(out, c.F, x.V[x.slot(b)], c.V, 1, t.St, c.F, {0, rows}, all(c.F), all(c.V), true);
+      product(key.dV, c.V, key.phi[h], c.F, 1, dS[h], c.V, {0, rows}, all(c.V), all(c.F), true);
     }
   }
 
@@ -128,20 +128,11 @@ class Backward {
   }
 
   // Query block b and head h of the group: all its gradients, and its part in dS.
-  void queries_of(long b, int h, const Block& next, long b_next) {
+  void queries_of(long b, int h) {
     const int n = x.n, head = x.g * c.r + h, ph = x.phi_head(h);
     const long row0 = b * C - c.prefix;
     const float* S = c.F ? c.saved_sum(saved, n, b - c.prefix / C, x.g * c.p + ph) : nullptr;
     const float* z = S + c.F * c.V;
-    const bool more = h + 1 < c.r;
-    const Block& then = more ? x : next;
-    const long b_then = more ? b : b_next;
-    const int h_then = more ? h + 1 : 0;
-    t.ahead.clear();
-    then.fetch_queries(c.q, b_then, h_then, c.D);
-    then.fetch_queries(c.phi_q, b_then, h_then, c.F);
-    then.fetch_queries(d_o, b_then, h_then, c.V);
-    if (!more) next.fetch_keys(b_next - 1 - c.M);
     x.weigh<true>(b, h, z);
     const Range m = x.m;
     const int M = std::min<long>(c.M, b);
@@ -150,40 +141,40 @@ class Backward {
     for (int i = m.first; i < m.last; i++)
       copy_rows(t.u + i * c.V, c.V, d_out[row0 + i], 0, 1, c.V, 1 / t.den[i]);
     for (int d = 0; d <= M; d++)
-      t.product(t.dW + x.column(d), c.X, t.u, c.V, 1, keys[x.slot(b - d)].Vt, C, m,
+      product(t.dW + x.column(d), c.X, t.u, c.V, 1, keys[x.slot(b - d)].Vt, C, m,
               [&](int i, int j) { return x.either(d, i, j); }, all(c.V), false);
-    if (c.sinks) t.product(t.dW, c.X, t.u, c.V, 1, sink_Vt, c.X0, m, all(c.X0), all(c.V), false);
+    if (c.sinks) product(t.dW, c.X, t.u, c.V, 1, sink_Vt, c.X0, m, all(c.X0), all(c.V), false);
     if (c.F) {
       transpose_rows(t.St, c.F, S, c.V, c.F, c.V);
-      t.product(t.dphi, c.F, t.u, c.V, 1, t.St, c.F, m, all(c.F), all(c.V), false);
+      product(t.dphi, c.F, t.u, c.V, 1, t.St, c.F, m, all(c.F), all(c.V), false);
     }
     for (int i = m.first; i < m.last; i++) gradient_row(i, M, h, head, z);
 
     for (int d = 0; d <= M; d++)
-      t.product(t.dq, c.D, t.ds + x.column(d), c.X, 1, keys[x.slot(b - d)].K, c.D, m, all(c.D),
+      product(t.dq, c.D, t.ds + x.column(d), c.X, 1, keys[x.slot(b - d)].K, c.D, m, all(c.D),
               [&](int i, int j) { return x.exact(d, i, j); }, d > 0);
-    if (c.sinks) t.product(t.dq, c.D, t.ds, c.X, 1, sink_K, c.D, m, all(c.D), all(c.sinks), true);
+    if (c.sinks) product(t.dq, c.D, t.ds, c.X, 1, sink_K, c.D, m, all(c.D), all(c.sinks), true);
     const Rows out_q = c.of_query(to.q, n, head);
     copy_rows(out_q[row0 + m.first], out_q.step, t.dq + m.first * c.D, c.D, m.last - m.first, c.D, c.scale);
 
     for (int d = 0; d <= M; d++) {
       const KeyGradients& key = keys[x.slot(b - d)];
-      t.product(key.dK, c.D, t.ds + x.column(d), 1, c.X, t.q, c.D, {0, C}, all(c.D),
+      product(key.dK, c.D, t.ds + x.column(d), 1, c.X, t.q, c.D, {0, C}, all(c.D),
               [&](int i, int j) { return x.exact_rows(d, i, j); }, true);
-      t.product(key.dV, c.V, t.weights + x.column(d), 1, c.X, t.u, c.V, {0, C}, all(c.V),
+      product(key.dV, c.V, t.weights + x.column(d), 1, c.X, t.u, c.V, {0, C}, all(c.V),
               [&](int i, int j) { return x.either_rows(d, i, j); }, true);
     }
     if (c.sinks) {
-      t.product(dsink_K, c.D, t.ds, 1, c.X, t.q, c.D, {0, c.sinks}, all(c.D), only(m), true);
-      t.product(dsink_V, c.V, t.weights, 1, c.X, t.u, c.V, {0, c.sinks}, all(c.V), only(m), true);
+      product(dsink_K, c.D, t.ds, 1, c.X, t.q, c.D, {0, c.sinks}, all(c.D), only(m), true);
+      product(dsink_V, c.V, t.weights, 1, c.X, t.u, c.V, {0, c.sinks}, all(c.V), only(m), true);
     }
     if (!c.F) return;
 
     for (int d = 0; d <= M; d++) {
       const KeyGradients& key = keys[x.slot(b - d)];
-      t.product(t.dphi, c.F, t.dlinear + x.column(d), c.X, 1, key.phi[ph], c.F, m, all(c.F),
+      product(t.dphi, c.F, t.dlinear + x.column(d), c.X, 1, key.phi[ph], c.F, m, all(c.F),
               [&](int i, int j) { return x.older(d, i, j); }, true);
-      t.product(key.dphi[ph], c.F, t.dlinear + x.column(d), 1, c.X, t.phi_q, c.F, {0, C}, all(c.F),
+      product(key.dphi[ph], c.F, t.dlinear + x.column(d), 1, c.X, t.phi_q, c.F, {0, C}, all(c.F),
               [&](int i, int) { return x.older_rows(d, i); }, true);
     }
     const Rows phi = c.of_query(c.phi_q, n, head), out = c.of_query(to.phi_q, n, head);
@@ -192,7 +183,7 @@ class Backward {
       dlambda[h] += dot(phi[row0 + i], t.dphi + i * c.F, c.F);
       copy_rows(out[row0 + i], 0, t.dphi + i * c.F, 0, 1, c.F, lambda);
     }
-    t.product(dS[ph], c.V, t.phi_q + m.first * c.F, 1, c.F, t.u + m.first * c.V, c.V, {0, c.F},
+    product(dS[ph], c.V, t.phi_q + m.first * c.F, 1, c.F, t.u + m.first * c.V, c.V, {0, c.F},
             all(c.V), all(m.last - m.first), true);
     float* to_z = dz(ph);
     for (int i = m.first; i < m.last; i++)
@@ -247,12 +238,8 @@ void backward_heads(const Call& c, int n, int first, int last, const at::Tensor&
   Memory memory(Scratch::floats(c) + (last - first) * Backward::floats(c));
   Scratch scratch(c, memory);
   const auto heads = heads_of<Backward>(c, n, first, last, scratch, memory, saved, d_o, to);
-  const int count = last - first;
   for (long b = c.blocks(n) - 1; b >= c.prefix / C && c.tokens[n]; b--)
-    for (int i = 0; i < count; i++) {
-      const bool same = i + 1 < count;
-      heads[i]->queries(b, heads[same ? i + 1 : 0]->x, same ? b : b - 1);
-    }
+    for (const auto& head : heads) head->queries(b);
   for (const auto& head : heads) head->finish();
 }
 

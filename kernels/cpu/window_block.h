@@ -22,35 +22,8 @@ struct Rows {
   float* operator[](long row) const { return at + row * step; }
 };
 
-// Rows that are read soon, fetched a few lines at a time: a head's rows lie far apart in memory, where
-// the processor does not foresee them, and too many requests at once would stop it.
-class Ahead {
- public:
-  void add(Rows rows, long first, long last, int columns) {
-    first = std::max(first, 0L);
-    if (first < last && columns && count_ < MOST) parts_[count_++] = {rows[first], rows.step, last - first, columns};
-  }
-  void clear() { done_ = count_ = column_ = 0; }
-  void some() {
-    for (int n = 0; n < 16 && done_ < count_; n++) {
-      Part& part = parts_[done_];
-      __builtin_prefetch(part.at + column_, 0, 2);
-      if ((column_ += W) < part.columns) continue;
-      column_ = 0, part.at += part.step;
-      if (--part.rows == 0) done_++;
-    }
-  }
-
- private:
-  static constexpr int MOST = 16;
-  struct Part {
-    const float* at;
-    long step, rows;
-    int columns;
-  } parts_[MOST];
-  int done_ = 0, count_ = 0, column_ = 0;
-};
-
+// The arguments of a call. r query heads and p heads of phi(k) belong to a key/value head; a block of
+// queries sees X columns: X0 of sinks, then those of its M + 1 key blocks.
 struct Call {
   at::Tensor q, k, v, phi_q, phi_k, sink_k, sink_v, gamma, lambda, S, length;
   std::optional<at::Tensor> cu;
@@ -119,13 +92,6 @@ struct Scratch {
   float *q, *phi_q, *scores, *linear, *weights, *shift, *den, *y;
   float *u, *dW, *ds, *dlinear, *dq, *dphi, *St, *delta;
   int top[C];  // column of each row's largest score
-  Ahead ahead;
-
-  template <class Columns, class Terms>
-  void product(float* Y, long ldy, const float* A, long ar, long ac, const float* B, long ldb,
-               Range m, Columns columns, Terms terms, bool add) {
-    multiply(Y, ldy, A, ar, ac, B, ldb, m, columns, terms, add, [this] { ahead.some(); });
-  }
 
   static size_t floats(const Call& c) {
     return static_cast<size_t>(C) * (2 * c.D + 2 * c.F + 6 * c.X + 2 * c.V + 3) + c.F * c.V + 256;
@@ -188,17 +154,6 @@ struct Block {
       for (int f = 0; f < c.F && gone; f++) std::fill_n(phi_t(b, h) + f * C, gone, 0.0f);
     }
   }
-  void fetch_keys(long b) const {
-    const long last = std::min(c.keys(n), (b + 1) * C);
-    if (b < 0) return;
-    t.ahead.add(c.of_key(c.k, n, g), b * C, last, c.D);
-    t.ahead.add(c.of_key(c.v, n, g), b * C, last, c.V);
-    for (int h = 0; h < c.p; h++) t.ahead.add(c.of_key(c.phi_k, n, g * c.p + h), b * C, last, c.F);
-  }
-  void fetch_queries(const at::Tensor& x, long b, int h, int columns) const {
-    const long row0 = b * C - c.prefix;
-    t.ahead.add(c.of_query(x, n, g * c.r + h), row0, std::min(row0 + C, c.tokens[n]), columns);
-  }
   int exact_from(int i) const { return std::max<int>(0, C * c.M + i - c.window + 1); }
   int exact_to(int i) const { return C * c.M + i + 1; }
   // Columns, within key block b - m, of the rows [i, j).
@@ -236,12 +191,12 @@ struct Block {
       const Rows rp = c.of_query(c.phi_q, n, head);
       copy_rows(t.phi_q + m.first * c.F, c.F, rp[row0 + m.first], rp.step, m.last - m.first, c.F, lambda);
     }
-    if (c.sinks) t.product(t.scores, c.X, t.q, c.D, 1, sink_Kt, c.X0, m, all(c.X0), all(c.D), false);
+    if (c.sinks) product(t.scores, c.X, t.q, c.D, 1, sink_Kt, c.X0, m, all(c.X0), all(c.D), false);
     for (int d = 0; d <= c.M && d <= b; d++) {
-      t.product(t.scores + column(d), c.X, t.q, c.D, 1, Kt[slot(b - d)], C, m,
+      product(t.scores + column(d), c.X, t.q, c.D, 1, Kt[slot(b - d)], C, m,
               [&](int i, int j) { return exact(d, i, j); }, all(c.D), false);
       if (c.F)
-        t.product(t.linear + column(d), c.X, t.phi_q, c.F, 1, phi_t(b - d, phi_head(h)), C, m,
+        product(t.linear + column(d), c.X, t.phi_q, c.F, 1, phi_t(b - d, phi_head(h)), C, m,
                 [&](int i, int j) { return older(d, i, j); }, all(c.F), false);
     }
     const long position = c.length.data_ptr<int64_t>()[n] + row0;

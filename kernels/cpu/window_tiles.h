@@ -80,13 +80,12 @@ struct Range {
 };
 
 // Y (+)= A B for the rows [m.first, m.last). A tile of rows [i, i + R) takes only the columns
-// columns(i, i + R) of B and only the terms terms(i, i + R) of the sum; `between` runs between tiles.
-template <class Columns, class Terms, class Between>
-inline void multiply(float* Y, long ldy, const float* A, long ar, long ac, const float* B, long ldb,
-                     Range m, Columns columns, Terms terms, bool add, Between between) {
+// columns(i, i + R) of B and only the terms terms(i, i + R) of the sum.
+template <class Columns, class Terms>
+inline void product(float* Y, long ldy, const float* A, long ar, long ac, const float* B, long ldb,
+                     Range m, Columns columns, Terms terms, bool add) {
   auto run = [&](auto count, int i) {
     constexpr int R = decltype(count)::value;
-    between();
     const Range n = columns(i, i + R), k = terms(i, i + R);
     const int j = n.first / W * W, width = (n.last + W - 1) / W * W - j;
     if (width <= 0 || (k.last <= k.first && add)) return;

@@ -148,7 +148,7 @@ def _in_place(grads: list[torch.Tensor], tensors: tuple[Maybe, ...]) -> list[May
 class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        o, state, saved = _forward(*args, True)
+        o, state, saved = _forward(*args, True)  # type: ignore[call-arg]
         ctx.save_for_backward(*args[:7], saved)
         ctx.options = args[7:]
         ctx.set_materialize_grads(False)
@@ -158,7 +158,9 @@ class _Recurrence(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_o: Maybe, grad_state: Maybe) -> tuple[Maybe, ...]:
         *tensors, saved = ctx.saved_tensors
-        grads = _backward(*tensors, *ctx.options, saved, grad_o, grad_state)
+        grads = _backward(  # type: ignore[call-arg]
+            *tensors, *ctx.options, saved, grad_o, grad_state
+        )
         return tuple(_in_place(grads, tuple(tensors[:6])))
 
 

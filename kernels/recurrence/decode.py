@@ -18,7 +18,7 @@ or (B, H, K, V + 1) with `normalize`, in fp32 (fp64 of fp64); zeros before the f
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.compiler import is_compiling
@@ -236,7 +236,7 @@ def _step(
     k_BHK, v_BHV = share_heads(k_BHK, v_BHV)
     check_state(state, v_BHV)
     tokens = [_with_time(x) for x in (q_BQK, k_BHK, v_BHV, g, beta_BH)]
-    check(*tokens, gate, normalize, state, None)  # type: ignore[arg-type]
+    check(*tokens, gate, normalize, state, None)  # type: ignore[arg-type, call-arg]
     if backend == "auto" and is_compiling():
         backend = "torch"
     cpu, triton = cpu_reason(q_BQK, v_BHV), triton_reason(q_BQK, v_BHV)
@@ -288,7 +288,8 @@ def _reference_step(
     gate: str,
     scale: float,
 ) -> torch.Tensor:
-    q, k, v, g, beta = (_with_time(x) for x in (q_BQK, k_BHK, v_BHV, g, beta_BH))
+    tokens: list[Any] = [_with_time(x) for x in (q_BQK, k_BHK, v_BHV, g, beta_BH)]
+    q, k, v, g, beta = tokens
     o_BTQV, after = reference.recurrence(q, k, v, g, beta, state, None, gate, scale)
     state.copy_(after)
     return o_BTQV[:, 0]

@@ -16,6 +16,8 @@ value features, N sequences (B, or those of `cu_seqlens`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
 from typing import Literal
 
 import torch
@@ -193,13 +195,7 @@ def _type_reason(q: torch.Tensor) -> str | None:
     return f"the tensors are {q.dtype}; it takes float32 and bfloat16"
 
 
-def _implementation(which: str):  # noqa: ANN202 - one signature, that of `reference.recurrence`
-    if which == "reference":
-        from lowline.kernels.recurrence.reference import recurrence
-    elif which == "torch":
-        from lowline.kernels.recurrence.chunk import recurrence
-    elif which == "cpu":
-        from lowline.kernels.recurrence.cpu import recurrence
-    else:
-        from lowline.kernels.recurrence.triton_backend import recurrence
-    return recurrence
+def _implementation(which: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """The backend's function; all have the signature of `reference.recurrence`."""
+    module = {"torch": "chunk", "triton": "triton_backend"}.get(which, which)
+    return import_module(f"lowline.kernels.recurrence.{module}").recurrence

@@ -162,26 +162,6 @@ def values_backward_kernel(
 
 
 @triton.jit
-def weights_and_read(
-    do, v, S, chunk, first, rows, do_head, DO_HEADS, head, at_k,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """do vᵀ, (64, 64), unless the gate is per key, and do Sᵀ, (64, BLOCK_K)."""
-    weights = tl.zeros((CHUNK, CHUNK), tl.float32)
-    read = tl.zeros((CHUNK, BLOCK_K), tl.float32)
-    for begin in range(0, V, BLOCK_V):
-        at_v = begin + tl.arange(0, BLOCK_V)
-        do_tile = load_tile(do, first, rows, do_head, DO_HEADS, V, at_v)
-        pointers, mask = state_block(S, chunk.to(tl.int64) * H + head, K, V, at_k, at_v)
-        if GATE != KEY:
-            v_tile = load_tile(v, first, rows, head, H, V, at_v)
-            weights += dot(do_tile, tl.trans(v_tile), v)
-        read += dot(do_tile, tl.trans(tl.load(pointers, mask=mask, other=0.0)), v)
-    return weights, read
-
-
-@triton.jit
 def mix_by_key(
     q, k, G, weights, q_tile, k_tile, first, rows, q_head, Q_HEADS, head, at_k,
     H: tl.constexpr, K: tl.constexpr, KEYS: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -226,42 +206,43 @@ def mix_by_key(
 
 @triton.jit
 def query_head_backward(
-    q, k, v, do, G, P, S, chunk, first, rows, scale, q_head, Q_HEADS, head, at_k,
+    q, k, do, G, P, S, chunk, first, rows, scale, q_head, Q_HEADS, head, at_k,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     GATE: tl.constexpr, KEYS: tl.constexpr, STRICT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Of one query head: dq, its part of dk, and its parts of dg before they are summed over i."""
     r = tl.arange(0, CHUNK)
+    read = tl.zeros((CHUNK, BLOCK_K), tl.float32)
+    for begin in range(0, V, BLOCK_V):
+        at_v = begin + tl.arange(0, BLOCK_V)
+        do_tile = load_tile(do, first, rows, q_head, Q_HEADS, V, at_v)
+        pointers, mask = state_block(S, chunk.to(tl.int64) * H + head, K, V, at_k, at_v)
+        read += dot(do_tile, tl.trans(tl.load(pointers, mask=mask, other=0.0)), k)
+    if GATE == SCALAR:
+        read *= fade(load_gates(G, first, r, rows, head, H, 1, tl.zeros((1,), tl.int32)))
+    elif GATE == KEY:
+        read *= fade(load_gates(G, first, r, rows, head, H, K, at_k))
     k_tile = load_tile(k, first, rows, head, H, K, at_k)
     q_tile = k_tile
     if KEYS:
         q_tile = load_tile(q, first, rows, q_head, Q_HEADS, K, at_k)
-    weights, read = weights_and_read(
-        do, v, S, chunk, first, rows, q_head, Q_HEADS, head, at_k, H, K, V, GATE, BLOCK_K, BLOCK_V
-    )  # fmt: skip
+    weights = P + (chunk.to(tl.int64) * Q_HEADS + q_head) * (CHUNK * CHUNK)
     if GATE == KEY:
-        w = P + (chunk.to(tl.int64) * Q_HEADS + q_head) * (CHUNK * CHUNK)
-        same = tl.load(w + r * (CHUNK + 1)).to(tl.float32)[:, None]
         to_queries, to_keys = mix_by_key(
-            q, k, G, w, q_tile, k_tile, first, rows, q_head, Q_HEADS, head, at_k,
+            q, k, G, weights, q_tile, k_tile, first, rows, q_head, Q_HEADS, head, at_k,
             H, K, KEYS, BLOCK_K,
         )  # fmt: skip
-        read *= fade(load_gates(G, first, r, rows, head, H, K, at_k))
     else:
-        weights *= scale
-        same = tl.sum(tl.where(r[:, None] == r[None, :], weights, 0.0), 1)[:, None]
-        if GATE == SCALAR:
-            weights *= pair_decay(G, first, rows, head, H)
-            read *= fade(load_gates(G, first, r, rows, head, H, 1, tl.zeros((1,), tl.int32)))
-        weights = tl.where(below(True), weights, 0.0)
-        to_queries = dot(weights, k_tile, k)
-        to_keys = dot(tl.trans(weights), q_tile, k)
+        tile = tl.load(weights + r[:, None] * CHUNK + r[None, :], mask=below(True), other=0.0)
+        to_queries = dot(tile, k_tile, k)
+        to_keys = dot(tl.trans(tile), q_tile, k)
     to_queries += scale * read
     flow = q_tile * to_queries - k_tile * to_keys
     if GATE == SCALAR:
         flow = tl.sum(flow, 1)[:, None]
     if not STRICT:
+        same = tl.load(weights + r * (CHUNK + 1)).to(tl.float32)[:, None]
         to_queries += same * k_tile
         to_keys += same * q_tile
     return to_queries, to_keys, flow
@@ -286,12 +267,12 @@ def keys_backward_kernel(
     """dq and, with KEYS, dk and dg: (tokens, H, K), or for a scalar gate one sum a block of K.
 
     Without KEYS this is the forward pass of a value gate. With DELTA, v are the values that were
-    added and dv the derivative of those passed in. A gate per key reads P and, with DELTA, that of
-    its query head, where the others compute them.
+    added, dv the derivative of those passed in, and P_delta the P of its query head. P comes from
+    `scores_kernel`: decayed already where the decay has no features.
 
-    Reads q, k, v, do, S, dS, writes dq, dk: (8 + 8 + 4) K bytes and 6·64·K + 4 K² FLOPs a
-    token-head for K = V = 128; for the stated shape 2.0 GB and 90 GFLOP, 0.6 ms. A gate per key
-    adds 9 K bytes of G, dg and P: 2.9 GB, 0.9 ms.
+    Reads q, k, v, do, P, S, dS, writes dq, dk: (9 + 8 + 4) K bytes and 4·64·K + 4 K² FLOPs a
+    token-head for K = V = 128; for the stated shape 2.1 GB and 77 GFLOP, 0.6 ms. A gate per key
+    adds 8 K bytes of G and dg: 2.9 GB, 0.9 ms.
     """
     blocks_k: tl.constexpr = tl.cdiv(K, BLOCK_K)
     chunk = tl.program_id(0) // blocks_k
@@ -305,7 +286,7 @@ def keys_backward_kernel(
     for group in range(GROUPS):
         query_head = head * GROUPS + group
         to_queries, to_keys, moved = query_head_backward(
-            q, k, v, do, G, P, S, chunk, first, rows, scale, query_head, H * GROUPS, head, at_k,
+            q, k, do, G, P, S, chunk, first, rows, scale, query_head, H * GROUPS, head, at_k,
             H, K, V, GATE, KEYS, False, BLOCK_K, BLOCK_V,
         )  # fmt: skip
         store_tile(dq, to_queries, first, rows, query_head, H * GROUPS, K, at_k)
@@ -313,7 +294,7 @@ def keys_backward_kernel(
         flow += moved
     if DELTA:
         to_queries, to_keys, moved = query_head_backward(
-            k, k, v, dv, G, P_delta, S, chunk, first, rows, -1.0, head, H, head, at_k,
+            k, k, dv, G, P_delta, S, chunk, first, rows, -1.0, head, H, head, at_k,
             H, K, V, GATE, KEYS, True, BLOCK_K, BLOCK_V,
         )  # fmt: skip
         acc += to_queries + to_keys

@@ -332,11 +332,12 @@ def keys_backward(
     H, K, V = sizes["H"], sizes["K"], sizes["V"]
     most = columns(k)
     size = block(K, min(most, 32) if kind == KEY else most)
-    P = P_delta = None
-    if kind == KEY:
-        P = scores(chunks, do, v, None, NONE, scale, strict=False, dtype=do.dtype)
-        if dv is not None:
-            P_delta = scores(chunks, dv, v, None, NONE, -1.0, strict=True, dtype=do.dtype)
+    # a decay with features is applied on the way
+    inner = (None, NONE) if kind == KEY else (G, kind)
+    P = scores(chunks, do, v, *inner, scale, strict=False, dtype=do.dtype)
+    P_delta = None
+    if dv is not None:
+        P_delta = scores(chunks, dv, v, *inner, -1.0, strict=True, dtype=do.dtype)
     dq = do.new_empty(*do.shape[:3], K)
     dk = dg = None
     if dS is not None:

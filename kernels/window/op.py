@@ -17,6 +17,8 @@ feature dimensions, N sequences, W = V + 1.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from lowline.kernels.backends import choose
@@ -120,8 +122,9 @@ def window_linear_attention(
         from lowline.kernels.window.chunk import attend
     else:
         from lowline.kernels.window.reference import attend
+    inputs: Any = (q_BTHD, k, v, phi_q_BTHF, phi_k)
     o_BTHV, S_NPFW = attend(
-        *(q_BTHD, k, v, phi_q_BTHF, phi_k),
+        *inputs,
         *(sink_k_NsGD, sink_v_NsGV, *factors, S_NPFW, length_N, cu),
         window=window,
         prefix=prefix,

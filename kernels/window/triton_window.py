@@ -59,6 +59,9 @@ def attend(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """(o_BTHV, S_NPFW); the arguments are `reference.attend`'s."""
+    D, V, F = q_BTHD.shape[-1], v_BUGV.shape[-1], phi_q_BTHF.shape[-1]
+    if reason := not_on_triton(q_BTHD.dtype, D, V, F):
+        raise ValueError(f"window_linear_attention: backend = 'triton' cannot run this: {reason}")
     o, S, *_ = _forward(
         *(q_BTHD, k_BUGD, v_BUGV, phi_q_BTHF, phi_k_BUPF, sink_k_NsGD, sink_v_NsGV),
         *(window_factor_H, linear_factor_H, S_NPFW, length_N, cu_seqlens, window, prefix, scale),

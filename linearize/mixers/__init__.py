@@ -57,7 +57,7 @@ def build_mixer(name: str, options: Mapping[str, Any], shape: HeadShape) -> Mixe
         chosen = kind(**options)
     except ValueError as error:
         raise ValueError(f"mixer {name!r}: {error}") from None
-    return mixer(shape, chosen)
+    return mixer(shape, chosen)  # type: ignore[call-arg]
 
 
 def _allowed(word: str, words: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ Shapes: those of `lowline.linearize.mixers.base`, F features of q and k in a lin
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -60,7 +60,10 @@ def attend(
 ) -> tuple[torch.Tensor, WindowState]:
     """`window_linear_attention`, by its step where that will do."""
     inputs = (q_BTHD, k_BTGD, v_BTGD, phi_q_BTHF, phi_k_BTPF)
-    factors = {"window_factor_H": window_factor_H, "linear_factor_H": linear_factor_H}
+    factors: dict[str, Any] = {
+        "window_factor_H": window_factor_H,
+        "linear_factor_H": linear_factor_H,
+    }
     if state is not None and is_step(q_BTHD, cu_seqlens, *state):
         token = (None if x is None else x[:, 0] for x in inputs)
         o_BHD = window_linear_step(*token, **factors, state=state, backend=backend)  # type: ignore[arg-type]
