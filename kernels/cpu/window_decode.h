@@ -106,10 +106,12 @@ class Reader {
       store(&weights[i], e), sums += e;
     }
     float den = total_of(sums);
-    for (long i = 0; i < ring && x.F && older(start + i); i++)
-      den += weights[sinks + i] = dot(phi_q.data(), x.ring_phi(n, start + i, ph), x.F);
-    for (long i = 0; i < fresh && x.F && older(seen + i); i++)
-      den += weights[sinks + ring + i] = dot(phi_q.data(), phi_k(n, i, ph), x.F);
+    for (long i = 0; i < ring && x.F && t - start - i >= x.w; i++)
+      if (older(start + i))  // the ring may begin with sinks
+        den += weights[sinks + i] = dot(phi_q.data(), x.ring_phi(n, start + i, ph), x.F);
+    for (long i = 0; i < fresh && x.F && t - seen - i >= x.w; i++)
+      if (older(seen + i))
+        den += weights[sinks + ring + i] = dot(phi_q.data(), phi_k(n, i, ph), x.F);
 
     std::fill(y.begin(), y.end(), 0.0f);
     const float* S = x.sum(n, ph);
