@@ -55,7 +55,8 @@ class Forward {
       for (int d = 0; d <= c.M && d <= b; d++)
         product(t.y, c.V, t.weights + x.column(d), c.X, 1, x.V[x.slot(b - d)], c.V, x.m, all(c.V),
                 [&](int i, int j) { return x.either(d, i, j); }, d > 0);
-      if (c.sinks) product(t.y, c.V, t.weights, c.X, 1, x.sink_V, c.V, x.m, all(c.V), all(c.sinks), true);
+      if (c.sinks)
+        product(t.y, c.V, t.weights, c.X, 1, x.sink_V, c.V, x.m, all(c.V), all(c.sinks), true);
       if (c.F) product(t.y, c.V, t.phi_q, c.F, 1, S[ph], c.V, x.m, all(c.V), all(c.F), true);
       const Rows out = c.of_query(o, x.n, x.g * c.r + h);
       for (int i = x.m.first; i < x.m.last; i++)

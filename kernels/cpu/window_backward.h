@@ -155,7 +155,8 @@ class Backward {
               [&](int i, int j) { return x.exact(d, i, j); }, d > 0);
     if (c.sinks) product(t.dq, c.D, t.ds, c.X, 1, sink_K, c.D, m, all(c.D), all(c.sinks), true);
     const Rows out_q = c.of_query(to.q, n, head);
-    copy_rows(out_q[row0 + m.first], out_q.step, t.dq + m.first * c.D, c.D, m.last - m.first, c.D, c.scale);
+    copy_rows(out_q[row0 + m.first], out_q.step, t.dq + m.first * c.D, c.D, m.last - m.first, c.D,
+              c.scale);
 
     for (int d = 0; d <= M; d++) {
       const KeyGradients& key = keys[x.slot(b - d)];

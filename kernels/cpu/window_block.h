@@ -161,7 +161,9 @@ struct Block {
     return within(m, exact_from(i), exact_to(j - 1));
   }
   Range older(int m, int, int j) const { return within(m, 0, exact_from(j - 1)); }
-  Range either(int m, int i, int j) const { return c.F ? within(m, 0, exact_to(j - 1)) : exact(m, i, j); }
+  Range either(int m, int i, int j) const {
+    return c.F ? within(m, 0, exact_to(j - 1)) : exact(m, i, j);
+  }
   Range within(int m, int from, int to) const {
     const int x = (c.M - m) * C;
     return {std::clamp(from - x, 0, C), std::clamp(to - x, 0, C)};
@@ -178,18 +180,20 @@ struct Block {
   }
   int column(int m) const { return c.X0 + (c.M - m) * C; }
 
-  // The weights W (C x X) of query block b and head h of the group, and their sums, z's part included.
+  // The weights (C x X) of query block b and head h of the group, and their sums, z's part included;
+  // with TOP also the column of each row's largest score.
   template <bool TOP>
   void weigh(long b, int h, const float* z) {
     const int head = g * c.r + h;
     const long row0 = b * C - c.prefix;  // the token of row 0
-    m = {static_cast<int>(std::max(0L, -row0)), static_cast<int>(std::min<long>(C, c.tokens[n] - row0))};
+    m.first = std::max(0L, -row0), m.last = std::min<long>(C, c.tokens[n] - row0);
     const Rows rq = c.of_query(c.q, n, head);
     const float gamma = c.gamma.data_ptr<float>()[head], lambda = c.lambda.data_ptr<float>()[head];
     copy_rows(t.q + m.first * c.D, c.D, rq[row0 + m.first], rq.step, m.last - m.first, c.D, c.scale);
     if (c.F) {
       const Rows rp = c.of_query(c.phi_q, n, head);
-      copy_rows(t.phi_q + m.first * c.F, c.F, rp[row0 + m.first], rp.step, m.last - m.first, c.F, lambda);
+      copy_rows(t.phi_q + m.first * c.F, c.F, rp[row0 + m.first], rp.step, m.last - m.first, c.F,
+                lambda);
     }
     if (c.sinks) product(t.scores, c.X, t.q, c.D, 1, sink_Kt, c.X0, m, all(c.X0), all(c.D), false);
     for (int d = 0; d <= c.M && d <= b; d++) {
@@ -299,7 +303,8 @@ inline void pack_sum(float* state, const float* S, const float* z, int F, int V)
 // The heads of one sequence that one thread works side by side, a block of each in turn: their rows
 // are neighbours in memory.
 template <class Head, class... Args>
-std::vector<std::unique_ptr<Head>> heads_of(const Call& c, int n, int first, int last, Args&&... args) {
+std::vector<std::unique_ptr<Head>> heads_of(const Call& c, int n, int first, int last,
+                                            Args&&... args) {
   std::vector<std::unique_ptr<Head>> heads;
   for (int g = first; g < last; g++) heads.push_back(std::make_unique<Head>(c, args..., n, g));
   return heads;

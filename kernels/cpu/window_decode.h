@@ -16,8 +16,12 @@ struct State {
         sink_k(sk.data_ptr<float>()), sink_v(sv.data_ptr<float>()), S(S_.data_ptr<float>()),
         length(length_.data_ptr<int64_t>()), N(k_.size(0)), w(k_.size(1)), G(k_.size(2)),
         D(k_.size(3)), V(v_.size(3)), P(phi_k.size(2)), F(phi_k.size(3)), sinks(sk.size(1)) {}
-  float* ring_k(long n, long position, long g) const { return k + ((n * w + position % w) * G + g) * D; }
-  float* ring_v(long n, long position, long g) const { return v + ((n * w + position % w) * G + g) * V; }
+  float* ring_k(long n, long position, long g) const {
+    return k + ((n * w + position % w) * G + g) * D;
+  }
+  float* ring_v(long n, long position, long g) const {
+    return v + ((n * w + position % w) * G + g) * V;
+  }
   float* ring_phi(long n, long position, long h) const {
     return phi + ((n * w + position % w) * P + h) * F;
   }

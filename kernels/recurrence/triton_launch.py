@@ -331,7 +331,9 @@ def keys_backward(
     sizes = _sizes(do, k, v)
     H, K, V = sizes["H"], sizes["K"], sizes["V"]
     most = columns(k)
-    size = block(K, min(most, 32) if kind == KEY else most)
+    if kind == KEY or dv is not None:
+        most = min(most, 32)  # more would spill on sm_80
+    size = block(K, most)
     # a decay with features is applied on the way
     inner = (None, NONE) if kind == KEY else (G, kind)
     P = scores(chunks, do, v, *inner, scale, strict=False, dtype=do.dtype)

@@ -1,6 +1,6 @@
 """Window-plus-linear attention in C++ (`cpu/window.cpp`), for autograd and torch.compile.
 
-Forward and backward are custom ops: `lowline::window_forward` and `lowline::window_backward`. fp32
+Custom ops: `lowline::window_forward`, `window_backward`, `window_decode`, `window_advance`. fp32
 throughout; bf16 is converted on the way in and out. Beside its inputs the forward pass keeps the
 sums before each block of 64 queries: P·F·(V + 1) numbers a block.
 """
@@ -191,9 +191,8 @@ def step(
     scale: float,
 ) -> torch.Tensor:
     """The outputs (B, 1, H, V) of one token each, which the state takes in."""
-    block = _dense((q, k, v, phi_q, phi_k))
-    factors = window_factor.contiguous(), linear_factor.contiguous()
-    return _decode(*block, *state, *factors, scale, True)
+    decode = _decode_op if torch.compiler.is_compiling() else _decode
+    return decode(q, k, v, phi_q, phi_k, *state, window_factor, linear_factor, scale, True)
 
 
 def verify(
@@ -208,16 +207,8 @@ def verify(
     scale: float,
 ) -> torch.Tensor:
     """The outputs (B, T, H, V) of a block that the state does not take in."""
-    block = _dense((q, k, v, phi_q, phi_k))
-    factors = window_factor.contiguous(), linear_factor.contiguous()
-    return _decode(*block, *state, *factors, scale, False)
-
-
-def _decode(*args: Any) -> torch.Tensor:
-    q, v = args[0], args[2]
-    o = q.new_empty(*q.shape[:3], v.shape[3])
-    load("window").decode(*args, o)
-    return o
+    decode = _decode_op if torch.compiler.is_compiling() else _decode
+    return decode(q, k, v, phi_q, phi_k, *state, window_factor, linear_factor, scale, False)
 
 
 def advance(
@@ -228,4 +219,63 @@ def advance(
     accepted: torch.Tensor,
 ) -> None:
     """Row b of the state takes in its first accepted[b] tokens."""
-    load("window").advance(*_dense((k, v, phi_k)), *state, accepted.to(torch.int64).contiguous())
+    push = _advance_op if torch.compiler.is_compiling() else _advance
+    push(k, v, phi_k, *state, accepted)
+
+
+def _decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    phi_q: torch.Tensor,
+    phi_k: torch.Tensor,
+    ring_k: torch.Tensor,
+    ring_v: torch.Tensor,
+    ring_phi: torch.Tensor,
+    sink_k: torch.Tensor,
+    sink_v: torch.Tensor,
+    S: torch.Tensor,
+    length: torch.Tensor,
+    window_factor: torch.Tensor,
+    linear_factor: torch.Tensor,
+    scale: float,
+    take_in: bool,
+) -> torch.Tensor:
+    o = q.new_empty(*q.shape[:3], v.shape[3])
+    load("window").decode(
+        *_dense((q, k, v, phi_q, phi_k)),
+        *(ring_k, ring_v, ring_phi, sink_k, sink_v, S, length),
+        *(window_factor.contiguous(), linear_factor.contiguous(), scale, take_in, o),
+    )
+    return o
+
+
+def _advance(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    phi_k: torch.Tensor,
+    ring_k: torch.Tensor,
+    ring_v: torch.Tensor,
+    ring_phi: torch.Tensor,
+    sink_k: torch.Tensor,
+    sink_v: torch.Tensor,
+    S: torch.Tensor,
+    length: torch.Tensor,
+    accepted: torch.Tensor,
+) -> None:
+    load("window").advance(
+        *_dense((k, v, phi_k)),
+        *(ring_k, ring_v, ring_phi, sink_k, sink_v, S, length),
+        accepted.to(torch.int64).contiguous(),
+    )
+
+
+# For torch.compile; a call outside of it spares their dispatch.
+_STATE = ("ring_k", "ring_v", "ring_phi", "sink_k", "sink_v", "S", "length")
+_decode_op = torch.library.custom_op(
+    "lowline::window_decode", _decode, mutates_args=_STATE, device_types="cpu"
+)
+_decode_op.register_fake(lambda q, k, v, *_: q.new_empty(*q.shape[:3], v.shape[3]))
+_advance_op = torch.library.custom_op(
+    "lowline::window_advance", _advance, mutates_args=_STATE, device_types="cpu"
+)

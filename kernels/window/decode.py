@@ -134,7 +134,8 @@ def window_linear_advance(
             f"{op}: accepted_B is {accepted_B.dtype} of shape {tuple(accepted_B.shape)}; give "
             f"integers of shape ({B},)"
         )
-    if not accepted_B.is_cuda and not all(0 <= a <= T for a in accepted_B.tolist()):
+    on_host = accepted_B.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_host and not all(0 <= a <= T for a in accepted_B.tolist()):
         raise ValueError(f"{op}: accepted_B = {accepted_B.tolist()}; each must be of 0 … {T}")
     if _backend(op, backend, *pending, state) == "cpu":
         from lowline.kernels.window.cpu import advance
@@ -195,6 +196,8 @@ def _backend(
     cpu = not_on_cpu(k.dtype, k.shape[-1], v.shape[-1], phi_k.shape[-1])
     if any(x.dtype != torch.float32 for x in (k, *state[:5])):
         cpu = "it decodes in fp32 only"
+    elif not all(x.is_contiguous() for x in state):
+        cpu = "the state's tensors are not contiguous"
     return choose(op, backend, k.device, cpu=cpu, triton="it has no decoding kernels")
 
 

@@ -255,7 +255,7 @@ def test_strides(backend):
     torch.testing.assert_close(got, want)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     T=st.integers(0, 140),
     window=st.integers(1, 130),
@@ -294,7 +294,7 @@ def test_memory_is_linear_in_length(backend):
     assert memory("VmHWM") - before < 100e6
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("backend", [pytest.param("torch", marks=pytest.mark.slow), "cpu"])
 def test_compiled(backend):
     needs(backend)
     x = {n: t.float().requires_grad_() for n, t in make(T=70, dtype=FP32).items()}
