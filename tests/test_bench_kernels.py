@@ -133,10 +133,11 @@ def test_memory(tmp_path):
     assert set(peaks) == {"sdpa", *(f"{backend} {kind}" for backend in BACKENDS for kind in kinds)}
     assert list(peaks["sdpa"]) == ["16384"]  # attention takes minutes after that
     for name, peak in peaks.items():
-        # outputs and the gradients of q, k and v at least, of one head of 16
-        assert peak["16384"] >= 4 * 16384 * 16 * 4, name
-        if name != "sdpa":  # linear in length, up to what does not grow with it
-            assert 1.2 < peak["32768"] / peak["16384"] < 2.3, name
+        for length, size in peak.items():
+            tensor = int(length) * 16 * 4  # of one head of 16
+            # outputs and the gradients of q, k and v (the count lags by some pages), and far from
+            # the thousand tensors of a square of the length
+            assert 0.95 * 4 * tensor < size < 40 * tensor, (name, length)
     assert "peak MB" in done.stdout
 
 

@@ -2,6 +2,9 @@
 
 The passes run on tensors without data, with a `run` that writes a launch down where `on_device`
 would start it; so the table shows what is launched, at the shapes this op promises to run well.
+Those are bf16: fp32 inputs are multiplied in full precision, without tensor cores, and some of
+their kernels spill; that path is for checking, not for speed. So do those of the delta rule with
+K = 256.
 """
 
 from __future__ import annotations

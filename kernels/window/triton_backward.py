@@ -1,10 +1,11 @@
-"""Window-plus-linear attention on a GPU, backward: five kernels after `states_kernel` ran again.
+"""Window-plus-linear attention on a GPU, backward: six kernels after `states_kernel` ran again.
 
 With W the weights and u = do / denominator, r = (do·o) / denominator, dW_ij = u_i·v_j - r_i:
 
-    backward_query_kernel   a chunk of queries of one head: dφq = λ (dW φk + u Sᵀ - r zᵀ), then
-                            ds = W dW less e_i at the arg max, dq = ds k; it writes u, r and
-                            ell_i = φq_i·dφq_i/λ for the others
+    backward_map_kernel     a chunk of queries of one head: u, r, dφq = λ (dW φk + u Sᵀ - r zᵀ), and
+                            ell_i = φq_i·dφq_i/λ, which the others need
+    backward_query_kernel   a chunk of queries of one head: ds = W dW less e_i at the arg max,
+                            dq = ds k
     reverse_states_kernel   R = Σ over later chunks of (λφq)ᵀ [u, -r]: the gradient of S
     backward_feature_kernel a block of keys: dφk; block c holds the keys that chunk c of queries
                             sees leave the window, so the last blocks hold keys that never leave it
@@ -39,32 +40,24 @@ from lowline.kernels.window.triton_forward import (
 
 
 @triton.jit
-def backward_query_kernel(
-    q, k, v, phi_q, phi_k, sink_k, sink_v, gamma_H, lam_H, states, norms, length_N, cu, chunks,
-    o, do, den, top_HT, row_HT, dq, dphi_q, u, r, ell, dsink_k, dsink_v,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, pq_b, pq_t, pq_h, pk_b, pk_t, pk_h,
-    T, N, H, per_sequence, tokens, scale,
+def backward_map_kernel(
+    v, phi_q, phi_k, lam_H, states, norms, length_N, cu, chunks, o, do, den, dphi_q, u, r, ell,
+    v_b, v_t, v_h, pq_b, pq_t, pq_h, pk_b, pk_t, pk_h,
+    T, N, H, per_sequence, tokens,
     WINDOW: tl.constexpr, PREFIX: tl.constexpr, SINKS: tl.constexpr,
-    GROUP: tl.constexpr, GROUP_P: tl.constexpr,
-    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr,
-    C: tl.constexpr, PACKED: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_P: tl.constexpr, V: tl.constexpr, F: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """dq and dφq of a chunk of queries, its u, r, ell, and its part of the sinks' gradients."""
+    """u and r of a chunk of queries, and its dφq and ell."""
     pid = tl.program_id(0)
     h = tl.program_id(1)
     n, c = chunk_of(pid, chunks, per_sequence, PACKED)
     if n >= N:
         return
     b, q_row, k_row, length = sequence(n, cu, T, PREFIX, PACKED)
-    begin, summed, seen = key_rows(n, length_N, PREFIX, SINKS)
-    end = PREFIX + length
-    g = h // GROUP
-    k += b * k_b + k_row * k_t + g * k_h
-    v += b * v_b + k_row * v_t + g * v_h
+    _, summed, _ = key_rows(n, length_N, PREFIX, SINKS)
     t0 = c * C
     t = t0 + tl.arange(0, C)
-    i = PREFIX + t
     ok = t < length
     stats = h * tokens + b * T + q_row + t
     head = (b * T + q_row) * H + h
@@ -75,33 +68,68 @@ def backward_query_kernel(
     r_t = tl.sum(u_t.to(tl.float32) * out, 1)  # of the rounded u: the rounding then cancels in dW
     put(u + head * V, u_t, t0, H * V, 0, length, V)
     tl.store(r + stats, r_t, mask=ok)
-
-    e = tl.zeros((C,), tl.float32)
     if F > 0:
         p = h // GROUP_P
-        lam = tl.load(lam_H + h)
         row0 = PREFIX + t0 - WINDOW
-        f = tl.arange(0, BLOCK_F)
         state = (pid.to(tl.int64) * (H // GROUP_P) + p) * F
-        S = tile(states + state * V, n * 0, V, 0, F, V, BLOCK_F, BLOCK_V)
-        z = tl.load(norms + state + f, mask=f < F, other=0.0)
-        values = tile(v, row0, v_t, summed, end, V, C, BLOCK_V)
+        v += b * v_b + k_row * v_t + (h // GROUP) * v_h
+        values = tile(v, row0, v_t, summed, PREFIX + length, V, C, BLOCK_V)
         dw = tl.dot(u_t, tl.trans(values), input_precision="ieee") - r_t[:, None]
         row = tl.arange(0, C)
         older = (row[:, None] >= row[None, :]) & (row0 + row >= summed)[None, :]
         dw = tl.where(older, dw, 0.0)
         pk = phi_k + b * pk_b + k_row * pk_t + p * pk_h
-        keys = tile(pk, row0, pk_t, summed, end, F, C, BLOCK_F)
-        slope = tl.dot(u_t, tl.trans(S), input_precision="ieee")
-        slope = tl.dot(dw.to(keys.dtype), keys, slope, input_precision="ieee")
+        keys = tile(pk, row0, pk_t, summed, PREFIX + length, F, C, BLOCK_F)
+        slope = tl.dot(dw.to(keys.dtype), keys, input_precision="ieee")
+        HALF: tl.constexpr = BLOCK_V // 2 if BLOCK_V > 64 else BLOCK_V
+        for v0 in range(0, BLOCK_V, HALF):
+            part = tile(do + head * V + v0, t0, H * V, 0, length, V - v0, C, HALF)
+            part = (part.to(tl.float32) / denominator[:, None]).to(u_t.dtype)
+            S = tile(states + state * V + v0, n * 0, V, 0, F, V - v0, BLOCK_F, HALF)
+            slope = tl.dot(part, tl.trans(S), slope, input_precision="ieee")
+        f = tl.arange(0, BLOCK_F)
+        z = tl.load(norms + state + f, mask=f < F, other=0.0)
         slope -= r_t[:, None] * z[None, :]
         pq = phi_q + b * pq_b + q_row * pq_t + h * pq_h
         features = tile(pq, t0, pq_t, 0, length, F, C, BLOCK_F)
-        ell_t = tl.sum(slope * features.to(tl.float32), 1)
-        tl.store(ell + stats, ell_t, mask=ok)
-        e = -lam * ell_t
-        put(dphi_q + head * F, slope * lam, t0, H * F, 0, length, F)
+        tl.store(ell + stats, tl.sum(slope * features.to(tl.float32), 1), mask=ok)
+        put(dphi_q + head * F, slope * tl.load(lam_H + h), t0, H * F, 0, length, F)
 
+
+@triton.jit
+def backward_query_kernel(
+    q, k, v, sink_k, sink_v, gamma_H, lam_H, length_N, cu, chunks,
+    top_HT, row_HT, u, r, ell, dq, dsink_k, dsink_v,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    T, N, H, per_sequence, tokens, scale,
+    WINDOW: tl.constexpr, PREFIX: tl.constexpr, SINKS: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
+    C: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """dq of a chunk of queries, and its part of the sinks' gradients."""
+    pid = tl.program_id(0)
+    h = tl.program_id(1)
+    n, c = chunk_of(pid, chunks, per_sequence, PACKED)
+    if n >= N:
+        return
+    b, q_row, k_row, length = sequence(n, cu, T, PREFIX, PACKED)
+    begin, _, seen = key_rows(n, length_N, PREFIX, SINKS)
+    end = PREFIX + length
+    g = h // GROUP
+    k += b * k_b + k_row * k_t + g * k_h
+    v += b * v_b + k_row * v_t + g * v_h
+    t0 = c * C
+    t = t0 + tl.arange(0, C)
+    i = PREFIX + t
+    ok = t < length
+    stats = h * tokens + b * T + q_row + t
+    head = (b * T + q_row) * H + h
+    u_t = tile(u + head * V, t0, H * V, 0, length, V, C, BLOCK_V)
+    r_t = tl.load(r + stats, mask=ok, other=0.0)
+    e = tl.zeros((C,), tl.float32)
+    if F > 0:
+        e = -tl.load(lam_H + h) * tl.load(ell + stats, mask=ok, other=0.0)
     gamma = tl.load(gamma_H + h)
     top = tl.load(top_HT + stats, mask=ok, other=0.0)
     top_row = tl.load(row_HT + stats, mask=ok, other=0)

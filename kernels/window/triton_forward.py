@@ -223,14 +223,16 @@ def forward_kernel(
         row0 = PREFIX + t0 - WINDOW
         pq = phi_q + b * pq_b + q_row * pq_t + h * pq_h
         pk = phi_k + b * pk_b + k_row * pk_t + p * pk_h
+        state = (pid.to(tl.int64) * (H // GROUP_P) + p) * F
+        HALF: tl.constexpr = BLOCK_F // 2 if BLOCK_F > 64 else BLOCK_F
+        for f0 in range(0, BLOCK_F, HALF):
+            part = tile(pq + f0, t0, pq_t, 0, length, F - f0, C, HALF).to(tl.float32) * lam
+            S = tile(states + (state + f0) * V, n * 0, V, 0, F - f0, V, HALF, BLOCK_V)
+            acc = tl.dot(part.to(queries.dtype), S, acc, input_precision="ieee")
+        f = tl.arange(0, BLOCK_F)
+        z = tl.load(norms + state + f, mask=f < F, other=0.0)
         features = tile(pq, t0, pq_t, 0, length, F, C, BLOCK_F)
         features = (features.to(tl.float32) * lam).to(queries.dtype)
-        state = (pid.to(tl.int64) * (H // GROUP_P) + p) * F
-        zero = n * 0
-        f = tl.arange(0, BLOCK_F)
-        S = tile(states + state * V, zero, V, 0, F, V, BLOCK_F, BLOCK_V)
-        z = tl.load(norms + state + f, mask=f < F, other=0.0)
-        acc = tl.dot(features, S, acc, input_precision="ieee")
         total += tl.sum(features.to(tl.float32) * z[None, :], 1)
         keys = tile(pk, row0, pk_t, summed, end, F, C, BLOCK_F)
         values = tile(v, row0, v_t, summed, end, V, C, BLOCK_V)

@@ -22,6 +22,7 @@ from lowline.kernels.triton_tools import Case
 from lowline.kernels.window.triton_backward import (
     backward_feature_kernel,
     backward_key_kernel,
+    backward_map_kernel,
     backward_query_kernel,
     backward_value_kernel,
     reverse_states_kernel,
@@ -120,8 +121,9 @@ def _constants(
 
 
 def _options(kernel: Any) -> dict[str, int]:
-    # Its two accumulators and three products leave no registers for copies on their way.
-    return dict(num_warps=8, num_stages=1 if kernel is backward_key_kernel else 2)
+    # Accumulators and products leave these two no registers for copies on their way.
+    alone = kernel is backward_key_kernel or kernel is backward_map_kernel
+    return dict(num_warps=8, num_stages=1 if alone else 2)
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, sinks: int,
@@ -226,11 +228,13 @@ def _backward(
         starts=chunks.starts, top_HT=top, row_HT=row, u=u, r=r, ell=ell, states=states,
         norms=norms, N=N, scale=scale,
     )  # fmt: skip
-    backward_query_kernel[(chunks.total, H)](**call.to(
-        backward_query_kernel, **shared, sink_k=sink_k.contiguous(), sink_v=sink_v.contiguous(),
-        o=o, do=do.contiguous(), den=den, dq=dq, dphi_q=dphi_q, dsink_k=dsink_k, dsink_v=dsink_v,
-        chunks=chunks.table, per_sequence=chunks.per_sequence,
-    ))  # fmt: skip
+    queries = shared | dict(
+        sink_k=sink_k.contiguous(), sink_v=sink_v.contiguous(), o=o, do=do.contiguous(), den=den,
+        dq=dq, dphi_q=dphi_q, dsink_k=dsink_k, dsink_v=dsink_v, chunks=chunks.table,
+        per_sequence=chunks.per_sequence,
+    )  # fmt: skip
+    backward_map_kernel[(chunks.total, H)](**call.to(backward_map_kernel, **queries))
+    backward_query_kernel[(chunks.total, H)](**call.to(backward_query_kernel, **queries))
     dS_init = torch.empty_like(dS, memory_format=torch.contiguous_format)
     if F:
         tile = dict(BLOCK_V=min(64, _padded(V)), BLOCK_F=min(64, _padded(F)))
@@ -290,8 +294,9 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def _cases() -> list[Case]:
-    kernels = (states_kernel, forward_kernel, backward_query_kernel, reverse_states_kernel,
-               backward_feature_kernel, backward_value_kernel, backward_key_kernel)  # fmt: skip
+    kernels = (states_kernel, forward_kernel, backward_map_kernel, backward_query_kernel,
+               reverse_states_kernel, backward_feature_kernel, backward_value_kernel,
+               backward_key_kernel)  # fmt: skip
     shapes = (("bf16", 128, 0, 4), ("bf16", 64, 4, 1), ("fp32", 64, 4, 1))
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
     cases = []
