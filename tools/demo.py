@@ -9,10 +9,7 @@ as a Hugging Face directory from which a new process generates text.
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -22,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowline.cola.accounting import flops_per_token, parameters, saved_by_model
+from lowline.tools.launch import lowline, torchrun
 from lowline.train.config import RunConfig
 from lowline.train.load_config import load_config
 from lowline.train.memory import policy_of, shape_of
@@ -92,26 +90,19 @@ def demo(
 
 def _train(name: str, output: Path, processes: int, steps: int | None) -> None:
     with as_file(files("lowline.configs") / f"demo_{name}.toml") as config:
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run"),
-            *("--nproc_per_node", str(processes), "--rdzv-backend", "c10d"),
-            *("--rdzv-endpoint", "localhost:0", "-m", "lowline.train"),
-            *("--config", str(config), f"--output={output}"),
-        ]
+        arguments = ["--config", str(config), f"--output={output}"]
         if steps is not None:
-            command += [f"--training.steps={steps}", f"--schedule.warmup_steps={steps // 10}"]
-        _run(command)
+            arguments += [f"--training.steps={steps}", f"--schedule.warmup_steps={steps // 10}"]
+        _check(torchrun(*arguments, processes=processes), f"demo_{name}")
 
 
 def _command(*words: str) -> None:
-    _run([sys.executable, "-m", "lowline.tools.cli", *words])
+    _check(lowline(*words), words[0])
 
 
-def _run(command: list[str]) -> None:
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONSAFEPATH": "1"}
-    finished = subprocess.run(command, env=environment)
-    if finished.returncode:
-        raise SystemExit(f"lowline demo: {' '.join(command)} ended with {finished.returncode}")
+def _check(code: int, what: str) -> None:
+    if code:
+        raise SystemExit(f"lowline demo: {what} ended with {code}")
 
 
 def _read(name: str, output: Path) -> Result:

@@ -52,13 +52,13 @@ def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
     tree: dict[str, Any] = {}
     origin: dict[str, str] = {}  # dotted key -> where its value was written
     if path is not None:
-        tree = _read_toml(Path(path))
-        origin = {key: str(path) for key, _ in _leaves(tree)}
+        tree = read_toml(Path(path))
+        origin = {key: str(path) for key, _ in leaves(tree)}
     for argument in overrides:
-        key, value = _parse_override(argument)
-        _assign(tree, key, value)
+        key, value = parse_override(argument)
+        assign(tree, key, value)
         origin[key] = COMMAND_LINE
-    return _validate(tree, origin, default_origin=str(path or COMMAND_LINE))
+    return validate(tree, origin, default_origin=str(path or COMMAND_LINE))
 
 
 def to_toml(config: RunConfig) -> str:
@@ -71,7 +71,8 @@ def known_keys() -> dict[str, str]:
     return dict(_fields(RunConfig, ""))
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file, or ConfigError."""
     try:
         return tomllib.loads(path.read_text())
     except FileNotFoundError:
@@ -83,7 +84,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not readable as TOML: {error}") from None
 
 
-def _parse_override(argument: str) -> tuple[str, Any]:
+def parse_override(argument: str) -> tuple[str, Any]:
+    """`--table.key=value` as (dotted key, value)."""
     key, equals, text = argument.partition("=")
     if not key.startswith("--") or not equals:
         raise ConfigError(
@@ -97,7 +99,8 @@ def _parse_override(argument: str) -> tuple[str, Any]:
     return key[2:].replace("-", "_"), value
 
 
-def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
+def assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Put a value at a dotted key."""
     *sections, last = key.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
@@ -106,8 +109,18 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
-def _validate(tree: dict[str, Any], origin: dict[str, str], default_origin: str) -> RunConfig:
-    for key, value in _leaves(tree):
+def validate(tree: dict[str, Any], origin: dict[str, str], default_origin: str) -> RunConfig:
+    """The typed configuration of merged tables.
+
+    Args:
+        tree: the tables.
+        origin: where each dotted key's value was written, for messages.
+        default_origin: where those were that are not in `origin`.
+
+    Raises:
+        ConfigError: a key or value that is not allowed.
+    """
+    for key, value in leaves(tree):
         if isinstance(value, date | time):
             where = origin.get(key, default_origin)
             raise ConfigError(f"{where}: {key} = {value}: dates and times have no use here")
@@ -168,10 +181,11 @@ def _explain(error: Any, origin: dict[str, str], default_origin: str) -> str:
     return f"{where}: {key}{given}: {message}" if key else f"{where}: {message}"
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every value in nested tables."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 

@@ -31,7 +31,7 @@ from functools import lru_cache
 from math import isqrt
 from typing import NamedTuple, Protocol
 
-from lowline.train.data.sources import IndexedSource, Source, StreamedSource
+from lowline.train.data.sources import IndexedSource, Source, StreamedSource, Text
 
 Cursor = tuple[int, int]
 
@@ -47,7 +47,7 @@ class Document(NamedTuple):
 
     unit: int
     number: int
-    text: str
+    text: Text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,5 +218,6 @@ def _mixed(value: int) -> int:
 def _no_text(source: Source, lane: int) -> ValueError:
     return ValueError(
         f"{source.name}: lane {lane} found no document with text; all of its share are empty. "
-        "Check the text column (data.text_key), remove empty documents, or set shuffle = true"
+        "Check the column (data.text_key, data.messages_key), remove empty documents, or set "
+        "shuffle = true"
     )

@@ -1,12 +1,14 @@
 """Documents to rows of equal length, with no token lost and none looked at across documents.
 
-Tokens of a document: [BOS, if the tokenizer has one] + text + [EOS]. A lane writes its documents
+Tokens of a document: [BOS, if the tokenizer has one] + text + [EOS]; of a conversation, what the
+chat template makes of it (`chat`). A lane writes its documents
 one after another into rows of T tokens; a document that does not fit goes on in the lane's next
 row. Per row (N rows, T tokens):
 
 - `input_NT`      the tokens;
 - `labels_NT`     the token to predict after each: the document's next one (also when that stands
-                  in the next row), IGNORE_INDEX where there is none: after EOS, and on padding;
+                  in the next row), IGNORE_INDEX where there is none: after EOS, on padding, and in
+                  a conversation where the next one is not the assistant's;
 - `positions_NT`  0, 1, 2, ... starting again at every document and every row. A 0 marks a start,
                   so attention masks follow from it: document = cumsum(positions == 0).
 
@@ -25,8 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowline.train.data.chat import Conversation
 from lowline.train.data.order import Dealer, Document
-from lowline.train.data.sources import Source
+from lowline.train.data.sources import Source, Text
 
 IGNORE_INDEX = -100
 _PIECE = 1 << 16  # characters encoded at a time
@@ -44,6 +47,20 @@ class Encoder(Protocol):
     eos_id: int | None
 
     def encode(self, text: str, *, add_bos: bool, add_eos: bool) -> list[int]: ...
+
+    def encode_chat(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+def document_rows(document: Text, tokenizer: Encoder) -> tuple[np.ndarray, np.ndarray]:
+    """A document's tokens and labels, int64 [n] each."""
+    if isinstance(document, Conversation):
+        tokens, trained = tokenizer.encode_chat(document)
+    else:
+        tokens = document_tokens(document, tokenizer)
+        trained = np.ones(len(tokens), bool)
+    labels = np.full(len(tokens), IGNORE_INDEX, np.int64)
+    labels[:-1] = np.where(trained[1:], tokens[1:], IGNORE_INDEX)
+    return tokens, labels
 
 
 def document_tokens(text: str, tokenizer: Encoder) -> np.ndarray:
@@ -94,7 +111,7 @@ class LanePacker:
         self._dealer, self._tokenizer, self._lane = dealer, tokenizer, lane
         self.state = state
         self.exhausted = False
-        self._tokens: np.ndarray = np.empty(0, np.int64)
+        self._tokens = self._labels = np.empty(0, np.int64)
         self._resuming = state[2] > 0
 
     def fill(self, input_T: np.ndarray, labels_T: np.ndarray, positions_T: np.ndarray) -> None:
@@ -111,12 +128,10 @@ class LanePacker:
             span, end = slice(filled, filled + taken), token + taken
             input_T[span] = self._tokens[token:end]
             positions_T[span] = np.arange(taken)
-            targets = self._tokens[token + 1 : end + 1]
-            labels_T[filled : filled + len(targets)] = targets
+            labels_T[span] = self._labels[token:end]
             filled += taken
             self.state = (unit, number, end)
             if end == len(self._tokens):
-                labels_T[filled - 1] = IGNORE_INDEX
                 self.state = (unit, number + 1, 0)
         self.exhausted = filled == 0
         input_T[filled:] = self._tokenizer.eos_id
@@ -124,7 +139,7 @@ class LanePacker:
         positions_T[filled:] = 0
 
     def _begin(self, document: Document) -> LaneState:
-        self._tokens = document_tokens(document.text, self._tokenizer)
+        self._tokens, self._labels = document_rows(document.text, self._tokenizer)
         token = 0
         if self._resuming:
             self._resuming = False

@@ -15,7 +15,10 @@ Kinds of files: .jsonl, .json, .ndjson (these and .txt also as .gz, .bz2, .xz, .
 of `datasets`. A stream keeps one open shard per lane or group of lanes (see `order`), each about
 4 MB for json (measured on gzipped files).
 
-Left out: mixing sources by weight, and columns other than the text.
+A document is the text of a row, or, with `messages_key` or `prompt_key` and `response_key`, its
+conversation (`chat`).
+
+Left out: mixing sources by weight.
 """
 
 import glob
@@ -23,9 +26,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import ConfigDict
+
+from lowline.train.data.chat import Conversation, conversation_of
 
 if TYPE_CHECKING:
     import datasets
@@ -47,6 +52,9 @@ _ACCEPTED = (
     "written by datasets' save_to_disk; files may be .jsonl, .json, .ndjson, .txt (each also "
     "compressed: .gz, .bz2, .xz, .zst), .parquet or .arrow"
 )
+Text = str | Conversation
+"""A document: plain text, or a conversation."""
+
 _READ_AHEAD = 256  # rows taken at a time from a stream
 _CHUNK = 1 << 20  # bytes parsed at a time from a stream: every lane may have a shard open
 
@@ -57,8 +65,9 @@ class SourceConfig:
 
     `path` is needed by "files" and "hub" only. `name` is the hub dataset's configuration ("en").
     `split` is "train" or "validation" for "embedded", any of the dataset's for "hub" and for a
-    saved `DatasetDict`. `text_key` names the column of text. `revision` pins a hub dataset to a
-    branch, tag or commit.
+    saved `DatasetDict`. `text_key` names the column of text. For conversations, `messages_key`
+    names a column of lists of {"role", "content"}, or `prompt_key` and `response_key` two columns
+    of text. `revision` pins a hub dataset to a branch, tag or commit.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -67,6 +76,9 @@ class SourceConfig:
     name: str | None = None
     split: str = "train"
     text_key: str = "text"
+    messages_key: str | None = None
+    prompt_key: str | None = None
+    response_key: str | None = None
     streaming: bool = False
     revision: str | None = None
 
@@ -78,6 +90,21 @@ class SourceConfig:
             )
         if isinstance(self.path, list):  # TOML has lists only
             object.__setattr__(self, "path", tuple(self.path))
+        if (self.prompt_key is None) != (self.response_key is None):
+            raise ValueError(
+                f"data.prompt_key = {self.prompt_key!r}, data.response_key = "
+                f"{self.response_key!r}: give both, or neither"
+            )
+        if self.messages_key is not None and self.prompt_key is not None:
+            raise ValueError(
+                f"data.messages_key = {self.messages_key!r} and data.prompt_key = "
+                f"{self.prompt_key!r}: a row is read as one conversation: keep one of them"
+            )
+        if self.dataset == "embedded" and (self.messages_key or self.prompt_key):
+            raise ValueError(
+                "data.dataset = 'embedded' holds no conversations: remove data.messages_key and "
+                "data.prompt_key, or set data.dataset to 'files' or 'hub'"
+            )
         for key in ("name", "revision"):
             if self.dataset != "hub" and getattr(self, key) is not None:
                 raise ValueError(
@@ -109,11 +136,52 @@ class SourceConfig:
                 "dataset id, such as 'allenai/c4'"
             )
 
+    def columns(self) -> "Columns":
+        """The columns that a row's document is made of."""
+        if self.messages_key is not None:
+            return Columns((self.messages_key,), "messages")
+        if self.prompt_key is not None and self.response_key is not None:
+            return Columns((self.prompt_key, self.response_key), "exchange")
+        return Columns((self.text_key,), "text")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns make a document, and how."""
+
+    names: tuple[str, ...]
+    kind: Literal["text", "messages", "exchange"]
+
+    def documents(self, table: "pa.Table", name: str) -> list[Text]:
+        """The documents of a table's rows. `name` is for messages."""
+        columns = (table.column(column).to_pylist() for column in self.names)
+        if self.kind == "text":
+            return [text or "" for (text,) in zip(*columns, strict=True)]
+        return [conversation_of(*row, name=name) for row in zip(*columns, strict=True)]
+
+    def check(self, found: Sequence[str], features: Any, name: str) -> None:
+        """Raise ValueError for a column that is not there, or that does not hold strings."""
+        for column in self.names:
+            if column not in found:
+                raise ValueError(
+                    f"{name} has no column {column!r}; it has {sorted(found)}. Set {self._keys()}"
+                )
+            dtype = getattr(features[column], "dtype", "list") if features else "string"
+            if self.kind != "messages" and dtype not in ("string", "large_string", "null"):
+                raise ValueError(
+                    f"{name}: column {column!r} holds {dtype}, not strings. Set {self._keys()} "
+                    f"to columns of {sorted(found)} that hold text"
+                )
+
+    def _keys(self) -> str:
+        keys = {"text": "text_key", "messages": "messages_key"}
+        return f"data.{keys.get(self.kind, 'prompt_key and data.response_key')}"
+
 
 class _Documents(Protocol):
     name: str
 
-    def documents(self) -> Iterator[str]:
+    def documents(self) -> Iterator[Text]:
         """Every document once, in the order it is stored."""
         ...
 
@@ -124,7 +192,7 @@ class IndexedSource(_Documents, Protocol):
 
     def __len__(self) -> int: ...
 
-    def text(self, index: int) -> str: ...
+    def text(self, index: int) -> Text: ...
 
 
 @runtime_checkable
@@ -133,7 +201,7 @@ class StreamedSource(_Documents, Protocol):
 
     num_shards: int
 
-    def shard(self, index: int, start: int) -> Iterator[str]:
+    def shard(self, index: int, start: int) -> Iterator[Text]:
         """The documents of shard `index` from number `start` on."""
         ...
 
@@ -160,46 +228,45 @@ class ListSource:
 
 
 class TableSource:
-    """The text column of a memory-mapped `datasets.Dataset`."""
+    """The documents in the rows of a memory-mapped `datasets.Dataset`."""
 
-    def __init__(self, dataset: "datasets.Dataset", text_key: str, name: str) -> None:
+    def __init__(self, dataset: "datasets.Dataset", columns: Columns, name: str) -> None:
         if not len(dataset):
             raise ValueError(f"{name}: no documents")
-        _check_column(dataset.column_names, dataset.features, text_key, name)
-        self.name = name
-        self._table = dataset.select_columns([text_key]).with_format("arrow")
+        columns.check(dataset.column_names, dataset.features, name)
+        self.name, self._columns = name, columns
+        self._table = dataset.select_columns(list(columns.names)).with_format("arrow")
 
     def __len__(self) -> int:
         return len(self._table)
 
-    def text(self, index: int) -> str:
-        return self._table[index].column(0)[0].as_py() or ""
+    def text(self, index: int) -> Text:
+        return self._columns.documents(self._table[index], self.name)[0]
 
-    def documents(self) -> Iterator[str]:
+    def documents(self) -> Iterator[Text]:
         return (self.text(index) for index in range(len(self)))
 
 
 class ShardStream:
-    """The text column of a `datasets.IterableDataset`, shard by shard.
+    """The documents in the rows of a `datasets.IterableDataset`, shard by shard.
 
     Going on in the middle of a shard reads the shard up to there again (as tables, without
     making Python objects): datasets' own states cost the same, and these are plain numbers.
     """
 
-    def __init__(self, dataset: "datasets.IterableDataset", text_key: str, name: str) -> None:
+    def __init__(self, dataset: "datasets.IterableDataset", columns: Columns, name: str) -> None:
         if dataset.column_names is not None:
-            _check_column(dataset.column_names, dataset.features, text_key, name)
+            columns.check(dataset.column_names, dataset.features, name)
         self.name, self.num_shards = name, dataset.num_shards
-        self._dataset, self._text_key = dataset.with_format("arrow"), text_key
+        self._dataset, self._columns = dataset.with_format("arrow"), columns
 
-    def shard(self, index: int, start: int) -> Iterator[str]:
+    def shard(self, index: int, start: int) -> Iterator[Text]:
         passed = 0
         for table in self._tables(index):
-            _check_column(table.column_names, None, self._text_key, self.name)
+            self._columns.check(table.column_names, None, self.name)
             skip = min(max(start - passed, 0), table.num_rows)
             passed += table.num_rows
-            for text in table.column(self._text_key).slice(skip).to_pylist():
-                yield text or ""
+            yield from self._columns.documents(table.slice(skip), self.name)
 
     def _tables(self, index: int) -> Iterator["pa.Table"]:
         shard = self._dataset.shard(num_shards=self.num_shards, index=index)
@@ -210,7 +277,7 @@ class ShardStream:
                 f"{self.name}: cannot read shard {index}: {error}. Mend or remove the file"
             ) from error
 
-    def documents(self) -> Iterator[str]:
+    def documents(self) -> Iterator[Text]:
         for index in range(self.num_shards):
             yield from self.shard(index, 0)
 
@@ -261,8 +328,8 @@ def _open_files(files: list[str], config: SourceConfig) -> Source:
             f"cannot read {name} as {kind}: {error.__cause__ or error}. Mend or remove the file"
         ) from error
     # Text files have one column, which datasets calls "text".
-    text_key = "text" if kind == "text" else config.text_key
-    return _wrap(dataset, text_key, name)
+    columns = Columns(("text",), "text") if kind == "text" else config.columns()
+    return _wrap(dataset, columns, name)
 
 
 def _open_saved(directory: Path, config: SourceConfig) -> Source:
@@ -289,7 +356,7 @@ def _open_saved(directory: Path, config: SourceConfig) -> Source:
             f"data.split = {config.split!r}: {str(directory)!r} holds one dataset without "
             "splits; give the directory of that split"
         )
-    return _wrap(dataset, config.text_key, str(directory))
+    return _wrap(dataset, config.columns(), str(directory))
 
 
 def _open_hub(config: SourceConfig) -> Source:
@@ -315,7 +382,7 @@ def _open_hub(config: SourceConfig) -> Source:
             "and data.split, the network, and HF_TOKEN for a gated dataset; or download the "
             "files and use data.dataset = 'files'"
         ) from error
-    return _wrap(dataset, config.text_key, name)
+    return _wrap(dataset, config.columns(), name)
 
 
 def _load(
@@ -332,13 +399,13 @@ def _load(
 
 
 def _wrap(
-    dataset: "datasets.Dataset | datasets.IterableDataset", text_key: str, name: str
+    dataset: "datasets.Dataset | datasets.IterableDataset", columns: Columns, name: str
 ) -> Source:
     import datasets
 
     if isinstance(dataset, datasets.IterableDataset):
-        return ShardStream(dataset, text_key, name)
-    return TableSource(dataset, text_key, name)
+        return ShardStream(dataset, columns, name)
+    return TableSource(dataset, columns, name)
 
 
 def _files(path: str) -> list[str]:
@@ -367,16 +434,3 @@ def _kind(file: str) -> str:
     if kind is None or (compressed and kind not in _COMPRESSIBLE):
         raise ValueError(f"data file {file!r} is of no known kind: {_ACCEPTED}")
     return kind
-
-
-def _check_column(columns: Sequence[str], features, text_key: str, name: str) -> None:
-    if text_key not in columns:
-        raise ValueError(
-            f"{name} has no column {text_key!r}; it has {sorted(columns)}. Set data.text_key"
-        )
-    dtype = getattr(features[text_key], "dtype", "list") if features else "string"
-    if dtype not in ("string", "large_string", "null"):
-        raise ValueError(
-            f"{name}: column {text_key!r} holds {dtype}, not strings. Set data.text_key to one "
-            f"of {sorted(columns)} that holds text"
-        )

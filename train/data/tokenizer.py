@@ -22,8 +22,11 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torchtitan.components.tokenizer import BaseTokenizer
+
+from lowline.train.data.chat import Conversation, conversation_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,6 +81,10 @@ class TextTokenizer(BaseTokenizer):
             assert self.eos_id is not None
             ids.append(self.eos_id)
         return ids
+
+    def encode_chat(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray]:
+        """`lowline.train.data.chat.conversation_tokens` with this tokenizer's template."""
+        return conversation_tokens(conversation, self.hf)
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
         return self._plain.decode(token_ids, skip_special_tokens=skip_special_tokens)
