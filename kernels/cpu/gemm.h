@@ -2,9 +2,9 @@
 //
 //   multiply(Y, A, B, m, n, k)        Y[m x n] (+)= A[m x k] · B[k x n]
 //
-// m is a multiple of 16; n a multiple of 16, or one more (a normaliser's column); k anything. A may
-// be read transposed. A band leaves out the half of A that is zero (or unwritten); within a block
-// of 16 x 16 on the diagonal the zeros must be there.
+// n is a multiple of 16; or one more (a normaliser's column), where m is a multiple of 16. k and m
+// are anything, rows in sixteens being fast. A may be read transposed. A band leaves out the half of
+// A that is zero (or unwritten); within a block of 16 x 16 on the diagonal the zeros must be there.
 #pragma once
 #include <algorithm>
 
@@ -70,7 +70,8 @@ inline void tile(float* y, long ldy, Left a, const float* b, long ldb, int i, in
 
 template <int N>
 inline void panel(float* y, long ldy, Left a, const float* b, long ldb, int m, int k, bool add) {
-  for (int i = 0; i < m; i += 16) {
+  int i = 0;
+  for (; i + 16 <= m; i += 16) {
     if constexpr (N == 1 && W == 16) {
       tile<16, N>(y, ldy, a, b, ldb, i, k, add);
     } else if constexpr (N <= 3 && W == 16) {
@@ -82,6 +83,7 @@ inline void panel(float* y, long ldy, Left a, const float* b, long ldb, int m, i
       tile<4, N>(y, ldy, a, b, ldb, i + 12, k, add);
     }
   }
+  for (; i < m; i++) tile<1, N>(y, ldy, a, b, ldb, i, k, add);
 }
 
 // one column of Y; B's elements are ldb apart

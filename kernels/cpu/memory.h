@@ -1,31 +1,41 @@
 // Memory that a thread works in, and memory that it will want.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdlib>
+#include <memory>
 #include <new>
+#include <vector>
 
 #include "simd.h"
 
 namespace lowline {
 
-// Memory that a thread keeps between calls, dealt out in pieces.
+// Memory that a thread keeps between calls, dealt out in pieces that stay where they are until
+// `reset`. A thread's calls are alike: from the second on one slab holds all.
 class Arena {
-  float* memory = nullptr;
-  size_t room = 0, used = 0, pieces = 0;
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::vector<std::unique_ptr<float, Free>> slabs;
+  size_t room = 0, used = 0, total = 0;  // floats: of the last slab, of it taken, taken in all
+
+  void add_slab(size_t floats) {
+    slabs.emplace_back((float*)std::aligned_alloc(64, floats * sizeof(float)));
+    if (!slabs.back()) throw std::bad_alloc();
+    room = floats, used = 0;
+  }
 
  public:
-  ~Arena() { std::free(memory); }
-  void reset(size_t floats) {
-    used = pieces = 0;
-    if (floats <= room) return;
-    std::free(memory);
-    room = (floats + 15) / 16 * 16;
-    memory = (float*)std::aligned_alloc(64, room * sizeof(float));
-    if (!memory) throw std::bad_alloc();
+  void reset() {
+    if (slabs.size() > 1) slabs.clear(), add_slab(total);
+    used = total = 0;
   }
-  float* take(size_t floats) {  // steps of five cache lines keep pieces off each other's sets
-    float* piece = memory + used;
-    used += (floats + 15) / 16 * 16 + 80;
+  float* take(size_t floats) {
+    floats = (floats + 15) / 16 * 16 + 80;  // five cache lines keep pieces off each other's sets
+    if (slabs.empty() || used + floats > room) add_slab(std::max(floats, size_t{1} << 16));
+    float* piece = slabs.back().get() + used;
+    used += floats, total += floats;
     return piece;
   }
 };

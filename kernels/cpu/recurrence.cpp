@@ -102,7 +102,7 @@ void want_queries(const Call& call, long b, long t, long h, int rows) {
 
 void forward_heads(const Call& call, Arena& arena, long n, long h0, int heads) {
   const Shape& s = call.shape;
-  arena.reset(Chunk::floats(s) + C * s.ld() + C * C + 160 + heads * (s.state() + 80));
+  arena.reset();
   Chunk c(s, arena);
   c.E = arena.take(C * s.ld()), c.B = arena.take(C * C);
   float* S[HEADS];
@@ -168,9 +168,7 @@ void backward_chunk(Chunk& c, const Call& call, const float* S, float* dS, long 
 
 void backward_heads(const Call& call, Arena& arena, long n, long h0, int heads) {
   const Shape& s = call.shape;
-  const long solution = C * s.ld() + C * C + 160;
-  arena.reset(Chunk::floats(s) + SEGMENT * (solution + s.state() + 80) +
-              heads * (s.state() + 80));
+  arena.reset();
   Chunk c(s, arena);
   float *S[SEGMENT], *E[SEGMENT], *B[SEGMENT], *dS[HEADS];
   for (int i = 0; i < SEGMENT; i++) {

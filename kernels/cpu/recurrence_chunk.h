@@ -50,12 +50,6 @@ struct Chunk {
   float *turnedS, *turneddS;              // [D2 x D1]
   float *from, *to, *before, *after, *inside, *crossing, *ends;  // parts of dg
 
-  // floats of an arena that it takes
-  static size_t floats(const Shape& s) {
-    const size_t side = std::max(s.D1(), s.ld());
-    return 26 * (C * side + 80) + 6 * (C * C + 80) + 2 * ((size_t)(s.D2() + 15) * s.D1() + 80) +
-           12 * (C + 80) + 3 * (C * (size_t)s.D1() + 80);
-  }
   Chunk(const Shape& s, Arena& arena) : shape(s), D1(s.D1()), D2(s.D2()), ld(s.ld()) {
     const size_t one = C * D1, two = C * ld;
     for (float** p : {&x, &y, &dx, &dy, &scratch, &turned1, &from, &to, &before, &after, &inside})

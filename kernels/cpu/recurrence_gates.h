@@ -16,18 +16,6 @@ namespace lowline {
 constexpr int C = 64;  // tokens a chunk
 constexpr int BLOCK = 16;
 
-LOWLINE_INLINE float dot(const float* x, const float* y, int n) {
-  vec a{}, b{};
-  int i = 0;
-  for (; i + 2 * W <= n; i += 2 * W) {
-    a += load(x + i) * load(y + i);
-    b += load(x + i + W) * load(y + i + W);
-  }
-  for (; i + W <= n; i += W) a += load(x + i) * load(y + i);
-  float total = sum(a + b);
-  for (; i < n; i++) total += x[i] * y[i];
-  return total;
-}
 // elementwise over n floats, n a multiple of 16
 LOWLINE_INLINE void product(float* out, const float* x, const float* y, long n) {
   for (long i = 0; i < n; i += W) store(out + i, load(x + i) * load(y + i));

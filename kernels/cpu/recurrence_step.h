@@ -119,10 +119,6 @@ inline View rows_of(const at::Tensor& t, at::Tensor& kept) {
   kept = t.to(at::kFloat).contiguous();
   return View(kept);
 }
-inline bool plain(PyObject* object) {  // a tensor proper, in this machine's memory
-  return THPVariable_CheckExact(object) && THPVariable_Unpack(object).is_cpu();
-}
-
 inline bool named(PyObject* text, const char* name) {
   return PyUnicode_Check(text) && PyUnicode_CompareWithASCIIString(text, name) == 0;
 }
@@ -167,13 +163,12 @@ inline PyObject* step(PyObject* const* args, Py_ssize_t count) {
   const long along[3] = {memory.stride(0), memory.stride(1), memory.stride(2)};
   const View vo(o);
   const long queries = Q / H;
-  const size_t room = queries * (K + V) + 3 * (K + V + 32) + 8 * 96;
 
   at::parallel_for(0, B * H, std::max(1L, (1L << 18) / std::max(1L, K * V)),
                    [&](int64_t begin, int64_t end) {
     static thread_local Arena arena;
     FlushDenormals flush;
-    arena.reset(room);
+    arena.reset();
     float *q_ = arena.take(queries * K), *k_ = arena.take(K), *v_ = arena.take(V + 15);
     float *rows = arena.take(K), *columns = arena.take(V + 15), *out = arena.take(queries * V + 15);
     float *scratch = arena.take(K + V + 15), beta_;

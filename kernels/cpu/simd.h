@@ -38,9 +38,31 @@ LOWLINE_INLINE veci lanes() {  // 0, 1, 2, ...
   return x;
 }
 
+// x with lanes i and i ^ half exchanged
+template <class Vector> LOWLINE_INLINE Vector exchanged(Vector x, int half) {
+#if defined(__GNUC__) && !defined(__clang__)
+  return __builtin_shuffle(x, lanes() ^ half);
+#else
+  Vector y;
+  for (int i = 0; i < W; i++) y[i] = x[i ^ half];
+  return y;
+#endif
+}
 LOWLINE_INLINE float sum(vec x) {
-  float total = 0;
-  for (int i = 0; i < W; i++) total += x[i];
+#pragma GCC unroll 4
+  for (int half = W / 2; half; half /= 2) x += exchanged(x, half);
+  return x[0];
+}
+LOWLINE_INLINE float dot(const float* x, const float* y, int n) {
+  vec a{}, b{};
+  int i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    a += load(x + i) * load(y + i);
+    b += load(x + i + W) * load(y + i + W);
+  }
+  for (; i + W <= n; i += W) a += load(x + i) * load(y + i);
+  float total = sum(a + b);
+  for (; i < n; i++) total += x[i] * y[i];
   return total;
 }
 

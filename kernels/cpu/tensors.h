@@ -80,6 +80,9 @@ inline void want(const View& view, long b, long t, long h, int rows, int n) {
 inline const at::Tensor* tensor(PyObject* object) {  // null for None
   return object == Py_None ? nullptr : &THPVariable_Unpack(object);
 }
+inline bool plain(PyObject* object) {  // a tensor proper, in this machine's memory
+  return THPVariable_CheckExact(object) && THPVariable_Unpack(object).is_cpu();
+}
 inline View view(PyObject* object) {
   return object == Py_None ? View() : View(THPVariable_Unpack(object));
 }

@@ -8,32 +8,22 @@
 // of queries are all that the forward pass keeps for the backward pass.
 //
 // D, V, F: multiples of 16. H query heads, G key/value heads, P heads of phi(k) (G or H).
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/csrc/utils/pybind.h>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "window_backward.h"
 #include "window_decode.h"
 
 namespace lowline {
+namespace {
 
 // ---- forward -----------------------------------------------------------------------------------
 
 class Forward {
  public:
   Block x;
-  static size_t floats(const Call& c) {
-    return Block::floats(c) + c.p * (c.F * (c.V + 1) + 16);
-  }
-  Forward(const Call& call, Scratch& scratch, Memory& memory, int n, int g)
-      : x(call, scratch, memory, n, g), c(call), t(scratch) {
+  Forward(const Call& call, Scratch& scratch, Arena& arena, int n, int g)
+      : x(call, scratch, arena, n, g), c(call), t(scratch) {
     const float* from = c.state(c.S, n, g);
     for (int h = 0; h < c.p; h++) {
-      S.push_back(memory.take(c.F * (c.V + 1)));
+      S.push_back(arena.take(c.F * (c.V + 1)));
       unpack_sum(S[h], z(h), from + h * c.F * (c.V + 1), c.F, c.V);
     }
     const long first = c.prefix / C;
@@ -53,11 +43,11 @@ class Forward {
       const int ph = x.phi_head(h);
       x.weigh<false>(b, h, z(ph));
       for (int d = 0; d <= c.M && d <= b; d++)
-        product(t.y, c.V, t.weights + x.column(d), c.X, 1, x.V[x.slot(b - d)], c.V, x.m, all(c.V),
+        product(t.y, c.V, {t.weights + x.column(d), c.X}, x.V[x.slot(b - d)], c.V, x.m, all(c.V),
                 [&](int i, int j) { return x.either(d, i, j); }, d > 0);
       if (c.sinks)
-        product(t.y, c.V, t.weights, c.X, 1, x.sink_V, c.V, x.m, all(c.V), all(c.sinks), true);
-      if (c.F) product(t.y, c.V, t.phi_q, c.F, 1, S[ph], c.V, x.m, all(c.V), all(c.F), true);
+        product(t.y, c.V, {t.weights, c.X}, x.sink_V, c.V, x.m, all(c.V), all(c.sinks), true);
+      if (c.F) product(t.y, c.V, {t.phi_q, c.F}, S[ph], c.V, x.m, all(c.V), all(c.F), true);
       const Rows out = c.of_query(o, x.n, x.g * c.r + h);
       for (int i = x.m.first; i < x.m.last; i++)
         copy_rows(out[b * C - c.prefix + i], 0, t.y + i * c.V, 0, 1, c.V, 1 / t.den[i]);
@@ -83,13 +73,13 @@ class Forward {
   // Adds the first `rows` rows of key block b to the sum of head h.
   void add(long b, int h, int rows) {
     const float* phi_t = x.phi_t(b, h);
-    product(S[h], c.V, phi_t, C, 1, x.V[x.slot(b)], c.V, {0, c.F}, all(c.V), all(rows), true);
+    product(S[h], c.V, {phi_t, C}, x.V[x.slot(b)], c.V, {0, c.F}, all(c.V), all(rows), true);
     for (int f = 0; f < c.F; f++) {
       float total = 0;
       if (rows == C) {
         vec lanes{};
         for (int j = 0; j < C; j += W) lanes += load(phi_t + f * C + j);
-        total = total_of(lanes);
+        total = sum(lanes);
       } else {
         for (int j = 0; j < rows; j++) total += phi_t[f * C + j];
       }
@@ -98,111 +88,141 @@ class Forward {
   }
 };
 
-void forward_heads(const Call& c, int n, int first, int last, const at::Tensor& o,
+// Heads whose blocks a thread works in turn: their rows are neighbours in memory.
+constexpr int TOGETHER_FORWARD = 8, TOGETHER_BACKWARD = 4;
+
+void forward_heads(const Call& c, Arena& arena, int n, int first, int last, const at::Tensor& o,
                    const at::Tensor& S_out, const at::Tensor& saved) {
-  Memory memory(Scratch::floats(c) + (last - first) * Forward::floats(c));
-  Scratch scratch(c, memory);
-  const auto heads = heads_of<Forward>(c, n, first, last, scratch, memory);
+  Scratch scratch(c, arena);
+  const auto heads = heads_of<Forward>(c, n, first, last, scratch, arena);
   const long end = c.tokens[n] ? c.blocks(n) : 0;
   for (long b = c.prefix / C; b < end; b++)
     for (const auto& head : heads) head->queries(b, o, saved);
   for (const auto& head : heads) head->finish(S_out);
 }
 
-// ---- entry points ------------------------------------------------------------------------------
+// ---- the module's functions ---------------------------------------------------------------------
 
-#define LOWLINE_CALL                                                                            \
-  at::Tensor q, at::Tensor k, at::Tensor v, at::Tensor phi_q, at::Tensor phi_k, at::Tensor sink_k, \
-      at::Tensor sink_v, at::Tensor gamma, at::Tensor lambda, at::Tensor S, at::Tensor length,     \
-      std::optional<at::Tensor> cu, int64_t window, int64_t prefix, double scale
-#define LOWLINE_CALL_NAMES \
-  q, k, v, phi_q, phi_k, sink_k, sink_v, gamma, lambda, S, length, cu, window, prefix, scale
+constexpr int SHARED = 15;  // arguments of Call
 
-// Asks for large pages, before they are first touched: most of the time in fresh memory goes to page
-// faults and address translation.
-void use_large_pages(const at::Tensor& x) {
-#if defined(__linux__)
-  constexpr size_t PAGE = 1 << 21;
-  const size_t from = (reinterpret_cast<size_t>(x.data_ptr()) + PAGE - 1) / PAGE * PAGE;
-  const size_t to = (reinterpret_cast<size_t>(x.data_ptr()) + x.nbytes()) / PAGE * PAGE;
-  if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
-#endif
+// forward(*shared, o, S_out, saved): writes o, S_out and, unless it is empty, saved, the sums before
+// each block of queries
+PyObject* forward(PyObject* const* args, Py_ssize_t) {
+  const Call c(args);
+  const at::Tensor &o = *tensor(args[SHARED]), &S_out = *tensor(args[SHARED + 1]);
+  const at::Tensor& saved = *tensor(args[SHARED + 2]);
+  huge_pages(args[SHARED]), huge_pages(args[SHARED + 2]);
+  {
+    WithoutPython meanwhile;
+    c.each(TOGETHER_FORWARD, [&](Arena& arena, int n, int first, int last) {
+      forward_heads(c, arena, n, first, last, o, S_out, saved);
+    });
+  }
+  Py_RETURN_NONE;
 }
 
-// Writes o, S_out and, unless it is empty, saved: the sums before each block of queries.
-void forward(LOWLINE_CALL, at::Tensor o, at::Tensor S_out, at::Tensor saved) {
-  const Call c(LOWLINE_CALL_NAMES);
-  use_large_pages(o), use_large_pages(saved);
-  c.each(Forward::floats(c), [&](int n, int first, int last) {
-    forward_heads(c, n, first, last, o, S_out, saved);
-  });
+// backward(*shared, saved, d_o, *gradients): writes every gradient; dS comes in as that of S_out;
+// dgamma and dlambda are (N, H)
+PyObject* backward(PyObject* const* args, Py_ssize_t) {
+  const Call c(args);
+  const at::Tensor &saved = *tensor(args[SHARED]), &d_o = *tensor(args[SHARED + 1]);
+  PyObject* const* to = args + SHARED + 2;
+  auto at = [&](int i) { return *tensor(to[i]); };
+  const Gradients grads{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9)};
+  for (int i = 0; i < 5; i++) huge_pages(to[i]);
+  {
+    WithoutPython meanwhile;
+    c.each(TOGETHER_BACKWARD, [&](Arena& arena, int n, int first, int last) {
+      backward_heads(c, arena, n, first, last, saved, d_o, grads);
+    });
+  }
+  Py_RETURN_NONE;
 }
-
-// Writes every gradient; dS comes in as that of S_out. dgamma and dlambda: (N, H).
-void backward(LOWLINE_CALL, at::Tensor saved, at::Tensor d_o, std::vector<at::Tensor> to) {
-  const Call c(LOWLINE_CALL_NAMES);
-  const Gradients grads{to[0], to[1], to[2], to[3], to[4], to[5], to[6], to[7], to[8], to[9]};
-  for (int i = 0; i < 5; i++) use_large_pages(to[i]);
-  c.each(Backward::floats(c), [&](int n, int first, int last) {
-    backward_heads(c, n, first, last, saved, d_o, grads);
-  });
-}
-
-#define LOWLINE_STATE                                                                             \
-  at::Tensor ring_k, at::Tensor ring_v, at::Tensor ring_phi, at::Tensor sink_k, at::Tensor sink_v, \
-      at::Tensor S, at::Tensor length
-#define LOWLINE_STATE_NAMES ring_k, ring_v, ring_phi, sink_k, sink_v, S, length
 
 constexpr int64_t TASK = 1 << 15;  // floats of state that are worth a thread
 
-// The outputs of a block of tokens, into o (B, T, H, V). With push_first (T = 1) the token enters
-// the state before it is read, else the state stays.
-void decode(at::Tensor q, at::Tensor k, at::Tensor v, at::Tensor phi_q, at::Tensor phi_k,
-            LOWLINE_STATE, at::Tensor gamma, at::Tensor lambda, double scale, bool push_first,
-            at::Tensor o) {
-  const State x(LOWLINE_STATE_NAMES);
-  const Tokens tq(q), tk(k), tv(v), tpq(phi_q), tpk(phi_k);
-  const long T = q.size(1), H = q.size(2), r = H / x.G;
-  const float *gammas = gamma.data_ptr<float>(), *lambdas = lambda.data_ptr<float>();
+// What step and verify share: q, k, v, phi_q, phi_k, state, gamma, lambda, scale, and o of
+// (B, T, H, V), or (B, H, V) for a token that enters the state before it is read.
+void decode(PyObject* const* args, const at::Tensor& o, bool enters) {
+  const at::Tensor& q = *tensor(args[0]);
+  const Tokens tq(&q), tpq(tensor(args[3]));
+  const NewTokens token{Tokens(tensor(args[1])), Tokens(tensor(args[2])), Tokens(tensor(args[4]))};
+  const State x(args[5]);
+  const long T = enters ? 1 : q.size(1), H = q.size(q.dim() - 2), r = H / x.G;
+  auto factor = [&](int i) {
+    return args[i] == Py_None ? nullptr : tensor(args[i])->data_ptr<float>();
+  };
+  const float *gamma = factor(6), *lambda = factor(7);
+  const float scale =
+      args[8] == Py_None ? 1 / std::sqrt(float(x.D)) : float(PyFloat_AsDouble(args[8]));
   float* out = o.data_ptr<float>();
   const int64_t grain = std::max<int64_t>(1, TASK / (x.w * (x.D + x.V) + x.F * x.V + 1));
-  if (push_first)
-    for (long n = 0; n < x.N; n++) x.length[n]++;
   at::parallel_for(0, x.N * x.G, grain, [&](int64_t first, int64_t last) {
-    Reader reader(x, T);
+    static thread_local Arena arena;
+    FlushDenormals flush;
+    arena.reset();
+    Reader reader(x, arena, T);
     for (int64_t task = first; task < last; task++) {
-      const long n = task / x.G, g = task % x.G, seen = x.length[n];
-      if (push_first) push(x, n, g, seen - 1, tk(n, 0, g), tv(n, 0, g), tpk, 0);
+      const long n = task / x.G, g = task % x.G, before = x.length[n];
+      if (enters) push(x, n, g, before, token, 0);
       for (long i = 0; i < T; i++)
-        for (long h = g * r; h < (g + 1) * r; h++)
-          reader.read(out + ((n * T + i) * H + h) * x.V, tq(n, i, h), tpq(n, i, h), n, h, r,
-                      push_first ? seen - 1 : seen + i, gammas[h], lambdas[h],
-                      static_cast<float>(scale), tk, tv, tpk, push_first ? 0 : i + 1);
+        for (long h = g * r; h < (g + 1) * r; h++) {
+          const Query query{tq(n, i, h), tpq(n, i, h), n, h, before + i, gamma ? gamma[h] : 1,
+                            lambda ? lambda[h] : 1, scale};
+          reader.read(out + ((n * T + i) * H + h) * x.V, query, token, r,
+                      enters ? before + 1 : before, enters ? 0 : i + 1);
+        }
     }
   });
+  if (enters) {
+    for (long n = 0; n < x.N; n++) x.length[n]++;
+    x.changed();
+  }
 }
 
-// Sequence n takes in its first accepted[n] tokens of the block.
-void advance(at::Tensor k, at::Tensor v, at::Tensor phi_k, LOWLINE_STATE, at::Tensor accepted) {
-  const State x(LOWLINE_STATE_NAMES);
-  const Tokens tk(k), tv(v), tpk(phi_k);
-  const int64_t* count = accepted.data_ptr<int64_t>();
+// step(q, k, v, phi_q, phi_k, state, gamma, lambda, scale) -> o (B, H, V), the token taken in; or
+// None, nothing done, for a call that it does not cover
+PyObject* step(PyObject* const* args, Py_ssize_t) {
+  if (!covers(args)) Py_RETURN_NONE;
+  const at::Tensor &q = *tensor(args[0]), &v = *tensor(args[2]);
+  const at::Tensor o = at::empty({q.size(0), q.size(1), v.size(2)}, q.options());
+  decode(args, o, true);
+  return THPVariable_Wrap(o);
+}
+
+// verify(q, k, v, phi_q, phi_k, state, gamma, lambda, scale, o): the outputs of a block of tokens
+PyObject* verify(PyObject* const* args, Py_ssize_t) {
+  decode(args, *tensor(args[9]), false);
+  Py_RETURN_NONE;
+}
+
+// advance(k, v, phi_k, state, accepted): sequence n takes in its first accepted[n] tokens
+PyObject* advance(PyObject* const* args, Py_ssize_t) {
+  const NewTokens token{Tokens(tensor(args[0])), Tokens(tensor(args[1])), Tokens(tensor(args[2]))};
+  const State x(args[3]);
+  const int64_t* count = tensor(args[4])->data_ptr<int64_t>();
   const int64_t grain = std::max<int64_t>(1, TASK / (x.F * x.V + x.D + x.V));
   at::parallel_for(0, x.N * x.G, grain, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; task++) {
       const long n = task / x.G, g = task % x.G;
-      for (long i = 0; i < count[n]; i++)
-        push(x, n, g, x.length[n] + i, tk(n, i, g), tv(n, i, g), tpk, i);
+      for (long i = 0; i < count[n]; i++) push(x, n, g, x.length[n] + i, token, i);
     }
   });
   for (long n = 0; n < x.N; n++) x.length[n] += count[n];
+  x.changed();
+  Py_RETURN_NONE;
 }
 
+PyMethodDef methods[] = {
+    {"forward", (PyCFunction)(void*)guarded<forward>, METH_FASTCALL, nullptr},
+    {"backward", (PyCFunction)(void*)guarded<backward>, METH_FASTCALL, nullptr},
+    {"step", (PyCFunction)(void*)guarded<step>, METH_FASTCALL, nullptr},
+    {"verify", (PyCFunction)(void*)guarded<verify>, METH_FASTCALL, nullptr},
+    {"advance", (PyCFunction)(void*)guarded<advance>, METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "lowline_window", nullptr, -1, methods};
+
+}  // namespace
 }  // namespace lowline
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("forward", &lowline::forward, pybind11::call_guard<pybind11::gil_scoped_release>());
-  m.def("backward", &lowline::backward, pybind11::call_guard<pybind11::gil_scoped_release>());
-  m.def("decode", &lowline::decode);
-  m.def("advance", &lowline::advance);
-}
+PyMODINIT_FUNC PyInit_lowline_window() { return PyModule_Create(&lowline::module); }

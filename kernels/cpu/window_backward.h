@@ -17,27 +17,23 @@ struct KeyGradients {
 class Backward {
  public:
   Block x;
-  static size_t floats(const Call& c) {
-    return Block::floats(c) + 2 * static_cast<size_t>(c.M + 1) * C * (c.D + c.V + c.p * c.F) +
-           c.p * (c.F * (c.V + 1) + 16) + 2 * c.X0 * (c.D + c.V);
-  }
-  Backward(const Call& call, Scratch& scratch, Memory& memory, const at::Tensor& sums,
+  Backward(const Call& call, Scratch& scratch, Arena& arena, const at::Tensor& sums,
            const at::Tensor& dout, const Gradients& grads, int n, int g)
-      : x(call, scratch, memory, n, g), c(call), t(scratch), saved(sums), d_o(dout), to(grads),
+      : x(call, scratch, arena, n, g), c(call), t(scratch), saved(sums), d_o(dout), to(grads),
         dgamma(call.r), dlambda(call.r) {
     for (int s = 0; s <= c.M; s++) {
       KeyGradients key;
-      key.K = memory.take(C * c.D), key.Vt = memory.take(C * c.V);
-      key.dK = memory.take(C * c.D), key.dV = memory.take(C * c.V);
+      key.K = arena.take(C * c.D), key.Vt = arena.take(C * c.V);
+      key.dK = arena.take(C * c.D), key.dV = arena.take(C * c.V);
       for (int h = 0; h < c.p; h++)
-        key.phi.push_back(memory.take(C * c.F)), key.dphi.push_back(memory.take(C * c.F));
+        key.phi.push_back(arena.take(C * c.F)), key.dphi.push_back(arena.take(C * c.F));
       keys.push_back(key);
     }
-    sink_K = memory.take(c.X0 * c.D), sink_Vt = memory.take(c.X0 * c.V);
-    dsink_K = memory.take(c.X0 * c.D), dsink_V = memory.take(c.X0 * c.V);
+    sink_K = arena.take(c.X0 * c.D), sink_Vt = arena.take(c.X0 * c.V);
+    dsink_K = arena.take(c.X0 * c.D), dsink_V = arena.take(c.X0 * c.V);
     start_sinks();
     for (int h = 0; h < c.p; h++) {
-      dS.push_back(memory.take(c.F * (c.V + 1)));
+      dS.push_back(arena.take(c.F * (c.V + 1)));
       unpack_sum(dS[h], dz(h), c.state(to.S, n, g) + h * c.F * (c.V + 1), c.F, c.V);
     }
     const long blocks = c.blocks(n);
@@ -108,8 +104,8 @@ class Backward {
       if (!rows) continue;
       transpose_rows(t.St, c.F, dS[h], c.V, c.F, c.V);
       for (int j = 0; j < rows; j++) std::memcpy(out + j * c.F, dz(h), sizeof(float) * c.F);
-      product(out, c.F, x.V[x.slot(b)], c.V, 1, t.St, c.F, {0, rows}, all(c.F), all(c.V), true);
-      product(key.dV, c.V, key.phi[h], c.F, 1, dS[h], c.V, {0, rows}, all(c.V), all(c.F), true);
+      product(out, c.F, {x.V[x.slot(b)], c.V}, t.St, c.F, {0, rows}, all(c.F), all(c.V), true);
+      product(key.dV, c.V, {key.phi[h], c.F}, dS[h], c.V, {0, rows}, all(c.V), all(c.F), true);
     }
   }
 
@@ -141,41 +137,41 @@ class Backward {
     for (int i = m.first; i < m.last; i++)
       copy_rows(t.u + i * c.V, c.V, d_out[row0 + i], 0, 1, c.V, 1 / t.den[i]);
     for (int d = 0; d <= M; d++)
-      product(t.dW + x.column(d), c.X, t.u, c.V, 1, keys[x.slot(b - d)].Vt, C, m,
+      product(t.dW + x.column(d), c.X, {t.u, c.V}, keys[x.slot(b - d)].Vt, C, m,
               [&](int i, int j) { return x.either(d, i, j); }, all(c.V), false);
-    if (c.sinks) product(t.dW, c.X, t.u, c.V, 1, sink_Vt, c.X0, m, all(c.X0), all(c.V), false);
+    if (c.sinks) product(t.dW, c.X, {t.u, c.V}, sink_Vt, c.X0, m, all(c.X0), all(c.V), false);
     if (c.F) {
       transpose_rows(t.St, c.F, S, c.V, c.F, c.V);
-      product(t.dphi, c.F, t.u, c.V, 1, t.St, c.F, m, all(c.F), all(c.V), false);
+      product(t.dphi, c.F, {t.u, c.V}, t.St, c.F, m, all(c.F), all(c.V), false);
     }
     for (int i = m.first; i < m.last; i++) gradient_row(i, M, h, head, z);
 
     for (int d = 0; d <= M; d++)
-      product(t.dq, c.D, t.ds + x.column(d), c.X, 1, keys[x.slot(b - d)].K, c.D, m, all(c.D),
+      product(t.dq, c.D, {t.ds + x.column(d), c.X}, keys[x.slot(b - d)].K, c.D, m, all(c.D),
               [&](int i, int j) { return x.exact(d, i, j); }, d > 0);
-    if (c.sinks) product(t.dq, c.D, t.ds, c.X, 1, sink_K, c.D, m, all(c.D), all(c.sinks), true);
+    if (c.sinks) product(t.dq, c.D, {t.ds, c.X}, sink_K, c.D, m, all(c.D), all(c.sinks), true);
     const Rows out_q = c.of_query(to.q, n, head);
     copy_rows(out_q[row0 + m.first], out_q.step, t.dq + m.first * c.D, c.D, m.last - m.first, c.D,
               c.scale);
 
     for (int d = 0; d <= M; d++) {
       const KeyGradients& key = keys[x.slot(b - d)];
-      product(key.dK, c.D, t.ds + x.column(d), 1, c.X, t.q, c.D, {0, C}, all(c.D),
+      product(key.dK, c.D, {t.ds + x.column(d), c.X, true}, t.q, c.D, {0, C}, all(c.D),
               [&](int i, int j) { return x.exact_rows(d, i, j); }, true);
-      product(key.dV, c.V, t.weights + x.column(d), 1, c.X, t.u, c.V, {0, C}, all(c.V),
+      product(key.dV, c.V, {t.weights + x.column(d), c.X, true}, t.u, c.V, {0, C}, all(c.V),
               [&](int i, int j) { return x.either_rows(d, i, j); }, true);
     }
     if (c.sinks) {
-      product(dsink_K, c.D, t.ds, 1, c.X, t.q, c.D, {0, c.sinks}, all(c.D), only(m), true);
-      product(dsink_V, c.V, t.weights, 1, c.X, t.u, c.V, {0, c.sinks}, all(c.V), only(m), true);
+      product(dsink_K, c.D, {t.ds, c.X, true}, t.q, c.D, {0, c.sinks}, all(c.D), only(m), true);
+      product(dsink_V, c.V, {t.weights, c.X, true}, t.u, c.V, {0, c.sinks}, all(c.V), only(m), true);
     }
     if (!c.F) return;
 
     for (int d = 0; d <= M; d++) {
       const KeyGradients& key = keys[x.slot(b - d)];
-      product(t.dphi, c.F, t.dlinear + x.column(d), c.X, 1, key.phi[ph], c.F, m, all(c.F),
+      product(t.dphi, c.F, {t.dlinear + x.column(d), c.X}, key.phi[ph], c.F, m, all(c.F),
               [&](int i, int j) { return x.older(d, i, j); }, true);
-      product(key.dphi[ph], c.F, t.dlinear + x.column(d), 1, c.X, t.phi_q, c.F, {0, C}, all(c.F),
+      product(key.dphi[ph], c.F, {t.dlinear + x.column(d), c.X, true}, t.phi_q, c.F, {0, C}, all(c.F),
               [&](int i, int) { return x.older_rows(d, i); }, true);
     }
     const Rows phi = c.of_query(c.phi_q, n, head), out = c.of_query(to.phi_q, n, head);
@@ -184,7 +180,7 @@ class Backward {
       dlambda[h] += dot(phi[row0 + i], t.dphi + i * c.F, c.F);
       copy_rows(out[row0 + i], 0, t.dphi + i * c.F, 0, 1, c.F, lambda);
     }
-    product(dS[ph], c.V, t.phi_q + m.first * c.F, 1, c.F, t.u + m.first * c.V, c.V, {0, c.F},
+    product(dS[ph], c.V, {t.phi_q + m.first * c.F, c.F, true}, t.u + m.first * c.V, c.V, {0, c.F},
             all(c.V), all(m.last - m.first), true);
     float* to_z = dz(ph);
     for (int i = m.first; i < m.last; i++)
@@ -208,7 +204,7 @@ class Backward {
     vec total{};
     for (int at = 0; at < c.X0; at += W) total += product_of(at);
     for (int at = low; at < eb; at += W) total += product_of(at);
-    float mean = total_of(total);
+    float mean = sum(total);
     if (c.F) mean += dot(t.phi_q + i * c.F, t.dphi + i * c.F, c.F);
     mean /= t.den[i];
     t.delta[i] = mean;
@@ -220,13 +216,13 @@ class Backward {
       store(s + at, gradient), through += gradient;
     }
     for (int at = begin; at < c.X; at += W) {
-      const veci column = LANES + at;
+      const veci column = lanes() + at;
       const vec weight = load(w + at), error = load(p + at) - mean;
       const vec gradient = (column >= ea && column < eb && weight != 0) ? weight * error : vec{};
       store(s + at, gradient), through += gradient;
       if (c.F) store(l + at, column < ea ? error : vec{});
     }
-    const float share = total_of(through);
+    const float share = sum(through);
     s[t.top[i]] -= share;
     dgamma[h] += share / c.gamma.data_ptr<float>()[head];
     for (int f = 0; f < c.F; f += W)
@@ -234,11 +230,10 @@ class Backward {
   }
 };
 
-void backward_heads(const Call& c, int n, int first, int last, const at::Tensor& saved,
+void backward_heads(const Call& c, Arena& arena, int n, int first, int last, const at::Tensor& saved,
                     const at::Tensor& d_o, const Gradients& to) {
-  Memory memory(Scratch::floats(c) + (last - first) * Backward::floats(c));
-  Scratch scratch(c, memory);
-  const auto heads = heads_of<Backward>(c, n, first, last, scratch, memory, saved, d_o, to);
+  Scratch scratch(c, arena);
+  const auto heads = heads_of<Backward>(c, n, first, last, scratch, arena, saved, d_o, to);
   for (long b = c.blocks(n) - 1; b >= c.prefix / C && c.tokens[n]; b--)
     for (const auto& head : heads) head->queries(b);
   for (const auto& head : heads) head->finish();

@@ -1,13 +1,12 @@
 // What forward and backward share: the call, and the weights of a block of queries.
 #pragma once
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
 #include <limits>
-#include <memory>
 #include <optional>
 #include <vector>
 
+#include "tensors.h"
 #include "window_tiles.h"
 
 namespace lowline {
@@ -32,17 +31,19 @@ struct Call {
   int N, H, G, P, D, V, F, sinks, r, p, M, X0, X;
   std::vector<long> first_q, tokens, first_saved;
 
-  Call(at::Tensor q_, at::Tensor k_, at::Tensor v_, at::Tensor phi_q_, at::Tensor phi_k_,
-       at::Tensor sink_k_, at::Tensor sink_v_, at::Tensor gamma_, at::Tensor lambda_,
-       at::Tensor S_, at::Tensor length_, std::optional<at::Tensor> cu_, int64_t window_,
-       int64_t prefix_, double scale_)
-      : q(q_), k(k_), v(v_), phi_q(phi_q_), phi_k(phi_k_), sink_k(sink_k_), sink_v(sink_v_),
-        gamma(gamma_), lambda(lambda_), S(S_), length(length_), cu(cu_), window(window_),
-        prefix(prefix_), scale(static_cast<float>(scale_)) {
+  // Of q, k, v, phi_q, phi_k, sink_k, sink_v, gamma, lambda, S, length, cu or None, window, prefix,
+  // scale.
+  explicit Call(PyObject* const* args) {
+    at::Tensor* const to[] = {&q,      &k,     &v,      &phi_q, &phi_k, &sink_k,
+                              &sink_v, &gamma, &lambda, &S,     &length};
+    for (int i = 0; i < 11; i++) *to[i] = *tensor(args[i]);
+    if (args[11] != Py_None) cu = *tensor(args[11]);
+    window = PyLong_AsLong(args[12]), prefix = PyLong_AsLong(args[13]);
+    scale = PyFloat_AsDouble(args[14]);
     N = length.size(0), H = q.size(2), G = k.size(2), P = phi_k.size(2);
     D = q.size(3), V = v.size(3), F = phi_q.size(3), sinks = sink_k.size(1);
     r = H / G, p = P / G, M = (window + C - 2) / C;
-    X0 = (sinks + W - 1) / W * W, X = X0 + (M + 1) * C;
+    X0 = (sinks + 15) / 16 * 16, X = X0 + (M + 1) * C;
     long saved = 0;
     for (int n = 0; n < N; n++) {
       const int64_t* bounds = cu ? cu->data_ptr<int64_t>() : nullptr;
@@ -61,17 +62,19 @@ struct Call {
   float* state(const at::Tensor& sums, int n, int g) const {
     return sums.data_ptr<float>() + (static_cast<long>(n) * P + g * p) * F * (V + 1);
   }
-  // Runs work(n, first head, last head) over all, in parallel; a task's heads share the cache.
+  // Runs work(arena, n, first head, last head) over all, in parallel.
   template <class Work>
-  void each(size_t floats_a_head, Work work) const {
-    const long cache = 1 << 18, threads = at::get_num_threads();
-    const long fit = std::max<long>(1, cache / floats_a_head);
-    const long heads = std::min({fit, long{G}, std::max(1L, N * G / threads)});
+  void each(long together, Work work) const {
+    const long threads = at::get_num_threads();
+    const long heads = std::min({together, long{G}, std::max(1L, N * G / threads)});
     const long tasks = (G + heads - 1) / heads;
     at::parallel_for(0, N * tasks, 1, [&](int64_t first, int64_t last) {
+      static thread_local Arena arena;
+      FlushDenormals flush;
       for (int64_t i = first; i < last; i++) {
         const long g = i % tasks * heads;
-        work(i / tasks, g, std::min<long>(g + heads, G));
+        arena.reset();
+        work(arena, i / tasks, g, std::min<long>(g + heads, G));
       }
     });
   }
@@ -93,15 +96,14 @@ struct Scratch {
   float *u, *dW, *ds, *dlinear, *dq, *dphi, *St, *delta;
   int top[C];  // column of each row's largest score
 
-  static size_t floats(const Call& c) {
-    return static_cast<size_t>(C) * (2 * c.D + 2 * c.F + 6 * c.X + 2 * c.V + 3) + c.F * c.V + 256;
-  }
-  Scratch(const Call& c, Memory& memory) {
-    q = memory.take(C * c.D), phi_q = memory.take(C * c.F), y = memory.take(C * c.V);
-    scores = memory.take(C * c.X), linear = memory.take(C * c.X), weights = memory.take(C * c.X);
-    den = memory.take(C), shift = memory.take(C), delta = memory.take(C), u = memory.take(C * c.V);
-    dW = memory.take(C * c.X), ds = memory.take(C * c.X), dlinear = memory.take(C * c.X);
-    dq = memory.take(C * c.D), dphi = memory.take(C * c.F), St = memory.take(c.F * c.V);
+  Scratch(const Call& c, Arena& arena) {
+    for (float** p : {&q, &dq}) *p = arena.take(C * c.D);
+    for (float** p : {&phi_q, &dphi}) *p = arena.take(C * c.F);
+    for (float** p : {&y, &u}) *p = arena.take(C * c.V);
+    for (float** p : {&scores, &linear, &weights, &dW}) *p = arena.take(C * c.X);
+    for (float** p : {&shift, &den, &delta}) *p = arena.take(C);
+    St = arena.take(c.F * c.V);
+    ds = scores, dlinear = linear;  // written when those have been read
   }
 };
 
@@ -118,15 +120,12 @@ struct Block {
   std::vector<float*> Pt;  // phi(k)ᵀ of (slot, head of the group)
   float *sink_Kt, *sink_V;
 
-  static size_t floats(const Call& c) {
-    return static_cast<size_t>(c.M + 1) * C * (c.D + c.V + c.p * c.F) + c.X0 * (c.D + c.V) + 64;
-  }
-  Block(const Call& call, Scratch& scratch, Memory& memory, int sequence, int head)
+  Block(const Call& call, Scratch& scratch, Arena& arena, int sequence, int head)
       : c(call), t(scratch), n(sequence), g(head) {
-    sink_Kt = memory.take(c.X0 * c.D), sink_V = memory.take(c.X0 * c.V);
+    sink_Kt = arena.take(c.X0 * c.D), sink_V = arena.take(c.X0 * c.V);
     for (int s = 0; s <= c.M; s++) {
-      Kt.push_back(memory.take(C * c.D)), V.push_back(memory.take(C * c.V));
-      for (int h = 0; h < c.p; h++) Pt.push_back(memory.take(C * c.F));
+      Kt.push_back(arena.take(C * c.D)), V.push_back(arena.take(C * c.V));
+      for (int h = 0; h < c.p; h++) Pt.push_back(arena.take(C * c.F));
     }
     const long first = c.length.data_ptr<int64_t>()[n] - c.prefix;  // position of row 0
     valid = std::max(0L, -first), sinks_end = std::max(valid, c.sinks - first);
@@ -195,12 +194,12 @@ struct Block {
       copy_rows(t.phi_q + m.first * c.F, c.F, rp[row0 + m.first], rp.step, m.last - m.first, c.F,
                 lambda);
     }
-    if (c.sinks) product(t.scores, c.X, t.q, c.D, 1, sink_Kt, c.X0, m, all(c.X0), all(c.D), false);
+    if (c.sinks) product(t.scores, c.X, {t.q, c.D}, sink_Kt, c.X0, m, all(c.X0), all(c.D), false);
     for (int d = 0; d <= c.M && d <= b; d++) {
-      product(t.scores + column(d), c.X, t.q, c.D, 1, Kt[slot(b - d)], C, m,
+      product(t.scores + column(d), c.X, {t.q, c.D}, Kt[slot(b - d)], C, m,
               [&](int i, int j) { return exact(d, i, j); }, all(c.D), false);
       if (c.F)
-        product(t.linear + column(d), c.X, t.phi_q, c.F, 1, phi_t(b - d, phi_head(h)), C, m,
+        product(t.linear + column(d), c.X, {t.phi_q, c.F}, phi_t(b - d, phi_head(h)), C, m,
                 [&](int i, int j) { return older(d, i, j); }, all(c.F), false);
     }
     const long position = c.length.data_ptr<int64_t>()[n] + row0;
@@ -221,7 +220,7 @@ struct Block {
   vec scores_within(int i, int x, int first, int last) const {
     const vec s = load(t.scores + i * c.X + x);
     if (first <= x && x + W <= last) return s;
-    const veci column = LANES + x;
+    const veci column = lanes() + x;
     return (column >= first && column < last) ? s : fill(NEGATIVE);
   }
 
@@ -232,7 +231,7 @@ struct Block {
     veci where{};
     auto look = [&](int x, int first, int last) {
       const vec s = scores_within(i, x, first, last);
-      if constexpr (TOP) where = s > best ? LANES + x : where;
+      if constexpr (TOP) where = s > best ? lanes() + x : where;
       best = s > best ? s : best;
     };
     const int eb = c.X0 + exact_to(i);
@@ -244,7 +243,7 @@ struct Block {
       most = other > most ? other : most;
     }
     if constexpr (TOP) {
-      where = best == most ? where : LANES * 0 + c.X;
+      where = best == most ? where : lanes() * 0 + c.X;
       for (int h = W / 2; h; h /= 2) {
         const veci other = exchanged(where, h);
         where = other < where ? other : where;
@@ -271,12 +270,12 @@ struct Block {
       vec e{};
       if (x + W > ea && x < eb) e = exp(scores_within(i, x, ea, eb) - shift) * gamma;
       if (x < from && c.F) {
-        const veci column = LANES + x;
+        const veci column = lanes() + x;
         e += (column >= missing && column < from) ? load(linear + x) : vec{};
       }
       store(w + x, e), total += e;
     }
-    return total_of(total);
+    return sum(total);
   }
 };
 

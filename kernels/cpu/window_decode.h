@@ -1,62 +1,75 @@
 // Decoding: tokens enter the ring buffers of a state, and queries read it.
 #pragma once
+#include <ATen/ops/empty.h>
+
+#include "tensors.h"
 #include "window_block.h"
 
 namespace lowline {
 
 // The tensors of a WindowState: contiguous, changed in place.
 struct State {
+  PyObject* tensors;
   float *k, *v, *phi, *sink_k, *sink_v, *S;
   int64_t* length;
   long N, w, G, D, V, P, F, sinks;
 
-  State(const at::Tensor& k_, const at::Tensor& v_, const at::Tensor& phi_k, const at::Tensor& sk,
-        const at::Tensor& sv, const at::Tensor& S_, const at::Tensor& length_)
-      : k(k_.data_ptr<float>()), v(v_.data_ptr<float>()), phi(phi_k.data_ptr<float>()),
-        sink_k(sk.data_ptr<float>()), sink_v(sv.data_ptr<float>()), S(S_.data_ptr<float>()),
-        length(length_.data_ptr<int64_t>()), N(k_.size(0)), w(k_.size(1)), G(k_.size(2)),
-        D(k_.size(3)), V(v_.size(3)), P(phi_k.size(2)), F(phi_k.size(3)), sinks(sk.size(1)) {}
-  float* ring_k(long n, long position, long g) const {
-    return k + ((n * w + position % w) * G + g) * D;
+  explicit State(PyObject* tuple) : tensors(tuple) {
+    k = at(0).data_ptr<float>(), v = at(1).data_ptr<float>(), phi = at(2).data_ptr<float>();
+    sink_k = at(3).data_ptr<float>(), sink_v = at(4).data_ptr<float>();
+    S = at(5).data_ptr<float>(), length = at(6).data_ptr<int64_t>();
+    N = at(0).size(0), w = at(0).size(1), G = at(0).size(2), D = at(0).size(3);
+    V = at(1).size(3), P = at(2).size(2), F = at(2).size(3), sinks = at(3).size(1);
   }
-  float* ring_v(long n, long position, long g) const {
-    return v + ((n * w + position % w) * G + g) * V;
+  const at::Tensor& at(int i) const { return *tensor(PyTuple_GET_ITEM(tensors, i)); }
+  void changed() const {  // autograd counts versions
+    for (int i = 0; i < 7; i++) at(i).unsafeGetTensorImpl()->bump_version();
   }
-  float* ring_phi(long n, long position, long h) const {
-    return phi + ((n * w + position % w) * P + h) * F;
-  }
+
+  float* ring_k(long n, long slot, long g) const { return k + ((n * w + slot) * G + g) * D; }
+  float* ring_v(long n, long slot, long g) const { return v + ((n * w + slot) * G + g) * V; }
+  float* ring_phi(long n, long slot, long h) const { return phi + ((n * w + slot) * P + h) * F; }
+  float* first_k(long n, long i, long g) const { return sink_k + ((n * sinks + i) * G + g) * D; }
+  float* first_v(long n, long i, long g) const { return sink_v + ((n * sinks + i) * G + g) * V; }
   float* sum(long n, long h) const { return S + (n * P + h) * F * (V + 1); }
 };
 
-// A block of new tokens, (B, T, heads, features), the last dimension dense.
+// New tokens, (B, T, heads, features) or one of each sequence, (B, heads, features); features lie
+// side by side.
 struct Tokens {
-  const float* at;
-  long n, t, h;
-  explicit Tokens(const at::Tensor& x)
-      : at(x.data_ptr<float>()), n(x.stride(0)), t(x.stride(1)), h(x.stride(2)) {}
+  const float* at = nullptr;
+  long n = 0, t = 0, h = 0;
+
+  explicit Tokens(const at::Tensor* x) {
+    if (!x) return;
+    at = x->data_ptr<float>(), n = x->stride(0), h = x->stride(x->dim() - 2);
+    if (x->dim() == 4) t = x->stride(1);
+  }
   const float* operator()(long b, long i, long head) const { return at + b * n + i * t + head * h; }
+};
+struct NewTokens {
+  Tokens k, v, phi;
 };
 
 // The token at `position` of sequence n goes into the ring (head g), the one it replaces into S.
-void push(const State& x, long n, long g, long position, const float* k, const float* v,
-          const Tokens& phi, long i) {
-  float *to_k = x.ring_k(n, position, g), *to_v = x.ring_v(n, position, g);
-  const long p = x.P / x.G;
+inline void push(const State& x, long n, long g, long position, const NewTokens& token, long i) {
+  const long slot = position % x.w, p = x.P / x.G;
+  float *to_k = x.ring_k(n, slot, g), *to_v = x.ring_v(n, slot, g);
   for (long h = g * p; h < (g + 1) * p && x.F; h++) {
-    float* to_phi = x.ring_phi(n, position, h);
+    float* to_phi = x.ring_phi(n, slot, h);
     if (position - x.w >= x.sinks)
       for (long f = 0; f < x.F; f++) {
         float* S = x.sum(n, h) + f * (x.V + 1);
         for (long j = 0; j < x.V; j += W) store(S + j, load(S + j) + load(to_v + j) * to_phi[f]);
         S[x.V] += to_phi[f];
       }
-    std::memcpy(to_phi, phi(n, i, h), sizeof(float) * x.F);
+    std::memcpy(to_phi, token.phi(n, i, h), sizeof(float) * x.F);
   }
-  std::memcpy(to_k, k, sizeof(float) * x.D);
-  std::memcpy(to_v, v, sizeof(float) * x.V);
+  std::memcpy(to_k, token.k(n, i, g), sizeof(float) * x.D);
+  std::memcpy(to_v, token.v(n, i, g), sizeof(float) * x.V);
   if (position < x.sinks) {
-    std::memcpy(x.sink_k + ((n * x.sinks + position) * x.G + g) * x.D, k, sizeof(float) * x.D);
-    std::memcpy(x.sink_v + ((n * x.sinks + position) * x.G + g) * x.V, v, sizeof(float) * x.V);
+    std::memcpy(x.first_k(n, position, g), to_k, sizeof(float) * x.D);
+    std::memcpy(x.first_v(n, position, g), to_v, sizeof(float) * x.V);
   }
 }
 
@@ -76,62 +89,121 @@ inline void accumulate(float* y, long V, const float* weight, long n, At at) {
   for (; j < V; j += W) run(std::integral_constant<int, 1>{}, j);
 }
 
-// One query at position t, head h of sequence n, over the state and `fresh` tokens after it.
+struct Query {
+  const float *q, *phi;
+  long n, head, position;
+  float gamma, lambda, scale;
+};
+
+// Reads a state, and some new tokens behind it, with one query at a time.
 class Reader {
  public:
-  Reader(const State& state, long most_fresh)
-      : x(state), weights(state.sinks + state.w + most_fresh + W), y(state.V), phi_q(state.F) {}
+  Reader(const State& state, Arena& arena, long most_fresh) : x(state) {
+    weights = arena.take(x.sinks + x.w + most_fresh + W);
+    y = arena.take(x.V), phi_q = arena.take(x.F);
+  }
 
-  void read(float* o, const float* q, const float* phi, long n, long h, long r, long t, float gamma,
-            float lambda, float scale, const Tokens& k, const Tokens& v, const Tokens& phi_k,
-            long fresh) {
-    const long g = h / r, ph = h * x.P / (x.G * r), seen = x.length[n];
-    const long start = std::max(0L, seen - x.w), sinks = std::min(x.sinks, start);
-    const long ring = seen - start, columns = sinks + ring + fresh;
-    for (long f = 0; f < x.F; f++) phi_q[f] = lambda * phi[f];
-    auto older = [&](long p) { return t - p >= x.w && p >= x.sinks; };
-    float most = NEGATIVE;
-    auto score = [&](long column, const float* key) {
-      const float s = scale * dot(q, key, x.D);
-      weights[column] = s;
-      most = s > most || s != s ? s : most;
+  // The state has taken in `seen` tokens. The columns are the sinks that have left its ring, the
+  // ring's slots as they lie, and the first `fresh` new tokens.
+  void read(float* o, const Query& query, const NewTokens& token, long r, long seen, long fresh) {
+    const long n = query.n, g = query.head / r, ph = query.head * x.P / (x.G * r);
+    const long ring = std::min(seen, x.w), turn = seen % x.w;
+    const long sinks = std::min(x.sinks, seen - ring), columns = sinks + ring + fresh;
+    auto position = [&](long slot) { return seen - turn + slot - (slot < turn ? 0 : x.w); };
+    auto older = [&](long p) { return query.position - p >= x.w && p >= x.sinks; };
+
+    float *on_ring = weights + sinks, *on_fresh = on_ring + ring;
+    for (long i = 0; i < sinks; i++) weights[i] = dot(query.q, x.first_k(n, i, g), x.D);
+    for (long i = 0; i < ring; i++) on_ring[i] = dot(query.q, x.ring_k(n, i, g), x.D);
+    for (long i = 0; i < fresh; i++) on_fresh[i] = dot(query.q, token.k(n, i, g), x.D);
+    auto each_older = [&](auto set) {  // without new tokens the window holds the ring
+      for (long i = 0; i < ring && fresh; i++)
+        if (older(position(i))) on_ring[i] = set(x.ring_phi(n, i, ph));
+      for (long i = 0; i < fresh; i++)
+        if (older(seen + i)) on_fresh[i] = set(token.phi(n, i, ph));
     };
-    for (long i = 0; i < sinks; i++) score(i, x.sink_k + ((n * x.sinks + i) * x.G + g) * x.D);
-    for (long i = 0; i < ring; i++)
-      older(start + i) ? void(weights[sinks + i] = NEGATIVE)
-                       : score(sinks + i, x.ring_k(n, start + i, g));
-    for (long i = 0; i < fresh; i++)
-      older(seen + i) ? void(weights[sinks + ring + i] = NEGATIVE)
-                      : score(sinks + ring + i, k(n, i, g));
-    std::fill_n(weights.begin() + columns, W, NEGATIVE);
-    vec sums{};
+    std::fill_n(weights + columns, W, NEGATIVE);
+    each_older([](const float*) { return NEGATIVE; });
+    vec top = fill(NEGATIVE), sums{};
     for (long i = 0; i < columns; i += W) {
-      const vec e = exp(load(&weights[i]) - most) * gamma;
-      store(&weights[i], e), sums += e;
+      const vec s = load(weights + i) * query.scale;
+      store(weights + i, s), top = s > top ? s : top;
     }
-    float den = total_of(sums);
-    for (long i = 0; i < ring && x.F && t - start - i >= x.w; i++)
-      if (older(start + i))  // the ring may begin with sinks
-        den += weights[sinks + i] = dot(phi_q.data(), x.ring_phi(n, start + i, ph), x.F);
-    for (long i = 0; i < fresh && x.F && t - seen - i >= x.w; i++)
-      if (older(seen + i))
-        den += weights[sinks + ring + i] = dot(phi_q.data(), phi_k(n, i, ph), x.F);
+    for (int half = W / 2; half; half /= 2) {
+      const vec other = exchanged(top, half);
+      top = other > top ? other : top;
+    }
+    for (long i = 0; i < columns; i += W) {
+      const vec e = exp(load(weights + i) - top) * query.gamma;
+      store(weights + i, e), sums += e;
+    }
+    float den = sum(sums);
 
-    std::fill(y.begin(), y.end(), 0.0f);
-    const float* S = x.sum(n, ph);
-    accumulate(y.data(), x.V, weights.data(), sinks,
-               [&](long i) { return x.sink_v + ((n * x.sinks + i) * x.G + g) * x.V; });
-    accumulate(y.data(), x.V, &weights[sinks], ring,
-               [&](long i) { return x.ring_v(n, start + i, g); });
-    accumulate(y.data(), x.V, &weights[sinks + ring], fresh, [&](long i) { return v(n, i, g); });
-    accumulate(y.data(), x.V, phi_q.data(), x.F, [&](long f) { return S + f * (x.V + 1); });
-    for (long f = 0; f < x.F; f++) den += phi_q[f] * S[f * (x.V + 1) + x.V];
-    copy_rows(o, 0, y.data(), 0, 1, x.V, 1 / den);
+    std::memset(y, 0, sizeof(float) * x.V);
+    if (x.F) {
+      for (long f = 0; f < x.F; f++) phi_q[f] = query.lambda * query.phi[f];
+      each_older([&](const float* phi) {
+        const float weight = dot(phi_q, phi, x.F);
+        den += weight;
+        return weight;
+      });
+      const float* S = x.sum(n, ph);
+      accumulate(y, x.V, phi_q, x.F, [&](long f) { return S + f * (x.V + 1); });
+      for (long f = 0; f < x.F; f++) den += phi_q[f] * S[f * (x.V + 1) + x.V];
+    }
+    accumulate(y, x.V, weights, sinks, [&](long i) { return x.first_v(n, i, g); });
+    accumulate(y, x.V, on_ring, ring, [&](long i) { return x.ring_v(n, i, g); });
+    accumulate(y, x.V, on_fresh, fresh, [&](long i) { return token.v(n, i, g); });
+    copy_rows(o, 0, y, 0, 1, x.V, 1 / den);
   }
 
  private:
   const State& x;
-  std::vector<float> weights, y, phi_q;
+  float *weights, *y, *phi_q;
 };
+
+// Whether `step` covers its arguments: they fit each other and the state, in float32, where they
+// lie.
+inline bool covers(PyObject* const* args) {
+  const at::Tensor* t[5];
+  for (int i = 0; i < 5; i++) {
+    if (args[i] == Py_None && i > 2) {
+      t[i] = nullptr;
+      continue;
+    }
+    if (!plain(args[i])) return false;
+    t[i] = tensor(args[i]);
+    if (t[i]->scalar_type() != at::kFloat || t[i]->dim() != 3) return false;
+    if (t[i]->size(2) && t[i]->stride(2) != 1) return false;
+  }
+  if (args[8] != Py_None && !PyFloat_Check(args[8])) return false;
+  if (!t[3] != !t[4] || !PyTuple_Check(args[5]) || PyTuple_GET_SIZE(args[5]) != 7) return false;
+  const at::Tensor* s[7];
+  for (int i = 0; i < 7; i++) {
+    if (!plain(PyTuple_GET_ITEM(args[5], i))) return false;
+    s[i] = tensor(PyTuple_GET_ITEM(args[5], i));
+    const auto type = i == 6 ? at::kLong : at::kFloat;
+    if (s[i]->scalar_type() != type || !s[i]->is_contiguous()) return false;
+    if (s[i]->dim() != (i == 6 ? 1 : 4)) return false;
+  }
+  const long N = t[1]->size(0), G = t[1]->size(1), D = t[1]->size(2), V = t[2]->size(2);
+  const long H = t[0]->size(1), P = t[4] ? t[4]->size(1) : G, F = t[4] ? t[4]->size(2) : 0;
+  const long w = s[0]->size(1), sinks = s[3]->size(1);
+  if (!G || H % G || (P != G && P != H) || D % 16 || V % 16 || F % 16) return false;
+  for (int i : {6, 7})  // factors of heads
+    if (args[i] != Py_None) {
+      if (!plain(args[i])) return false;
+      const at::Tensor& factor = *tensor(args[i]);
+      if (factor.scalar_type() != at::kFloat || !factor.is_contiguous() ||
+          factor.sizes() != at::IntArrayRef{H})
+        return false;
+    }
+  using Sizes = at::IntArrayRef;
+  return t[0]->sizes() == Sizes{N, H, D} && t[2]->sizes() == Sizes{N, G, V} &&
+         (!t[3] || t[3]->sizes() == Sizes{N, H, F}) && s[0]->sizes() == Sizes{N, w, G, D} &&
+         s[1]->sizes() == Sizes{N, w, G, V} && s[2]->sizes() == Sizes{N, w, P, F} &&
+         s[3]->sizes() == Sizes{N, sinks, G, D} && s[4]->sizes() == Sizes{N, sinks, G, V} &&
+         s[5]->sizes() == Sizes{N, P, F, V + 1} && s[6]->sizes() == Sizes{N};
+}
 
 }  // namespace lowline

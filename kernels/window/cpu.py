@@ -1,8 +1,15 @@
 """Window-plus-linear attention in C++ (`cpu/window.cpp`), for autograd and torch.compile.
 
-Custom ops: `lowline::window_forward`, `window_backward`, `window_decode`, `window_advance`. fp32
-throughout; bf16 is converted on the way in and out. Beside its inputs the forward pass keeps the
-sums before each block of 64 queries: P·F·(V + 1) numbers a block.
+fp32 throughout; bf16 is converted on the way in and out. Beside its inputs the forward pass keeps
+the sums before each block of 64 queries: P·F·(V + 1) numbers a block. Custom ops stand for the
+kernels where torch.compile traces; elsewhere they would cost their dispatch.
+
+`step` is the compiled function for one token,
+
+    step(q_BHD, k_BGD, v_BGV, phi_q_BHF, phi_k_BPF, state, gamma_H, lambda_H, scale) -> o_BHV
+
+which moves the state in place and returns None, having done nothing, for arguments that it does not
+cover or that do not fit each other.
 """
 
 from __future__ import annotations
@@ -13,6 +20,8 @@ import torch
 
 from lowline.kernels.cpu import load
 from lowline.kernels.window.state import WindowState
+
+Maybe = torch.Tensor | None
 
 BLOCK = 64
 
@@ -40,13 +49,34 @@ def attend(
     per_sequence = (sink_k_NsGD, sink_v_NsGV, window_factor_H, linear_factor_H, S_NPFW)
     tensors = [x.float() for x in (*per_token, *per_sequence)]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    o, S, _ = torch.ops.lowline.window_forward(
-        *tensors, length_N, cu_seqlens, window, prefix, scale, keep
-    )
+    call: Any = (*tensors, length_N, cu_seqlens, window, prefix, scale)
+    if torch.compiler.is_compiling():
+        o, S, _ = _traced_forward(*call, keep)
+    elif keep:
+        o, S = _Attention.apply(*call)
+    else:
+        o, S, _ = _forward(*call, keep)  # type: ignore[call-arg]
     return o.to(q_BTHD.dtype), S
 
 
-@torch.library.custom_op("lowline::window_forward", mutates_args=(), device_types="cpu")
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *call: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        o, S, saved = _forward(*call, True)  # type: ignore[call-arg]
+        ctx.save_for_backward(*call[:12], saved)
+        ctx.numbers = call[12:]
+        ctx.set_materialize_grads(False)
+        return o, S
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, do: Maybe, dS: Maybe) -> tuple[Maybe, ...]:
+        *tensors, length, cu_seqlens, saved = ctx.saved_tensors
+        numbers: Any = ctx.numbers
+        grads = _backward(tensors, length, cu_seqlens, *numbers, saved, do, dS)  # type: ignore[call-arg]
+        return (*grads, *[None] * 5)
+
+
 def _forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -93,7 +123,12 @@ def _empty_outputs(
     )
 
 
-@_forward.register_fake
+_traced_forward = torch.library.custom_op(
+    "lowline::window_forward", _forward, mutates_args=(), device_types="cpu"
+)
+
+
+@_traced_forward.register_fake
 def _(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -115,7 +150,6 @@ def _(
     return _empty_outputs(q, v, S, length, cu_seqlens, prefix, keep)
 
 
-@torch.library.custom_op("lowline::window_backward", mutates_args=(), device_types="cpu")
 def _backward(
     inputs: list[torch.Tensor],
     length: torch.Tensor,
@@ -124,23 +158,30 @@ def _backward(
     prefix: int,
     scale: float,
     saved: torch.Tensor,
-    do: torch.Tensor,
-    dS: torch.Tensor,
+    do: torch.Tensor | None,
+    dS: torch.Tensor | None,
 ) -> list[torch.Tensor]:
-    """The gradients of the ten inputs."""
+    """The gradients of the ten inputs, from those of o and of the sum after the last token."""
+    if do is None:
+        do = inputs[0].new_zeros(*inputs[0].shape[:3], inputs[2].shape[3])
+    S = torch.zeros_like(inputs[9]) if dS is None else dS
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:7]]
     H = inputs[0].shape[2]
     factors = [inputs[0].new_empty(len(length), H) for _ in range(2)]
-    dS = dS.clone(memory_format=torch.contiguous_format)
+    S = S.clone(memory_format=torch.contiguous_format)
     load("window").backward(
         *(*_dense(inputs), length, cu_seqlens, window, prefix, scale, saved),
-        *_dense([do]),
-        [*gradients, *factors, dS],
+        *(*_dense([do]), *gradients, *factors, S),
     )
-    return [*gradients, *(x.sum(0) for x in factors), dS]
+    return [*gradients, *(x.sum(0) for x in factors), S]
 
 
-@_backward.register_fake
+_traced_backward = torch.library.custom_op(
+    "lowline::window_backward", _backward, mutates_args=(), device_types="cpu"
+)
+
+
+@_traced_backward.register_fake
 def _(
     inputs: list[torch.Tensor],
     length: torch.Tensor,
@@ -149,8 +190,8 @@ def _(
     prefix: int,
     scale: float,
     saved: torch.Tensor,
-    do: torch.Tensor,
-    dS: torch.Tensor,
+    do: torch.Tensor | None,
+    dS: torch.Tensor | None,
 ) -> list[torch.Tensor]:
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
 
@@ -163,13 +204,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 def _backward_of_forward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     *tensors, length, saved, cu_seqlens = ctx.saved_tensors
-    gradients = torch.ops.lowline.window_backward(
+    gradients = _traced_backward(
         tensors, length, cu_seqlens, *ctx.numbers, saved, grads[0], grads[1]
     )
     return (*gradients, *[None] * 6)
 
 
-_forward.register_autograd(_backward_of_forward, setup_context=_setup_context)
+_traced_forward.register_autograd(_backward_of_forward, setup_context=_setup_context)
 
 
 def _dense(tensors: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
@@ -179,7 +220,13 @@ def _dense(tensors: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> list[torch
     return [*dense, *(x.contiguous() for x in rest)]
 
 
-def step(
+def __getattr__(name: str) -> Any:
+    if name == "step":  # no Python function around it: that would cost a part of its time
+        return load("window").step
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def decode(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -189,26 +236,12 @@ def step(
     window_factor: torch.Tensor,
     linear_factor: torch.Tensor,
     scale: float,
+    *,
+    take_in: bool,
 ) -> torch.Tensor:
-    """The outputs (B, 1, H, V) of one token each, which the state takes in."""
-    decode = _decode_op if torch.compiler.is_compiling() else _decode
-    return decode(q, k, v, phi_q, phi_k, *state, window_factor, linear_factor, scale, True)
-
-
-def verify(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    phi_q: torch.Tensor,
-    phi_k: torch.Tensor,
-    state: WindowState,
-    window_factor: torch.Tensor,
-    linear_factor: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    """The outputs (B, T, H, V) of a block that the state does not take in."""
-    decode = _decode_op if torch.compiler.is_compiling() else _decode
-    return decode(q, k, v, phi_q, phi_k, *state, window_factor, linear_factor, scale, False)
+    """The outputs (B, T, H, V) of a block; with `take_in` of a token that the state takes in."""
+    run = _decode_op if torch.compiler.is_compiling() else _decode
+    return run(q, k, v, phi_q, phi_k, *state, window_factor, linear_factor, scale, take_in)
 
 
 def advance(
@@ -241,12 +274,13 @@ def _decode(
     scale: float,
     take_in: bool,
 ) -> torch.Tensor:
+    tokens = _dense((q, k, v, phi_q, phi_k))
+    state = (ring_k, ring_v, ring_phi, sink_k, sink_v, S, length)
+    rest = (state, window_factor.contiguous(), linear_factor.contiguous(), scale)
+    if take_in:
+        return load("window").step(*(x[:, 0] for x in tokens), *rest)[:, None]
     o = q.new_empty(*q.shape[:3], v.shape[3])
-    load("window").decode(
-        *_dense((q, k, v, phi_q, phi_k)),
-        *(ring_k, ring_v, ring_phi, sink_k, sink_v, S, length),
-        *(window_factor.contiguous(), linear_factor.contiguous(), scale, take_in, o),
-    )
+    load("window").verify(*tokens, *rest, o)
     return o
 
 
@@ -265,12 +299,11 @@ def _advance(
 ) -> None:
     load("window").advance(
         *_dense((k, v, phi_k)),
-        *(ring_k, ring_v, ring_phi, sink_k, sink_v, S, length),
+        (ring_k, ring_v, ring_phi, sink_k, sink_v, S, length),
         accepted.to(torch.int64).contiguous(),
     )
 
 
-# For torch.compile; a call outside of it spares their dispatch.
 _STATE = ("ring_k", "ring_v", "ring_phi", "sink_k", "sink_v", "S", "length")
 _decode_op = torch.library.custom_op(
     "lowline::window_decode", _decode, mutates_args=_STATE, device_types="cpu"

@@ -14,9 +14,11 @@ Shapes: those of `op`; X = s + w + T columns: the sinks, the ring buffer, the bl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.compiler import is_compiling
 
 from lowline.kernels.backends import choose
 from lowline.kernels.window.op import (
@@ -28,6 +30,8 @@ from lowline.kernels.window.op import (
 )
 from lowline.kernels.window.state import WindowState, ring_positions
 
+_compiled_step: Callable[..., torch.Tensor | None] | None = None  # once a call has taken it
+
 
 class WindowPending(NamedTuple):
     """A verified block that the state has not taken in."""
@@ -37,7 +41,6 @@ class WindowPending(NamedTuple):
     phi_k: torch.Tensor  # (B, T, P, F)
 
 
-@torch.no_grad()
 def window_linear_step(
     q_BHD: torch.Tensor,
     k_BGD: torch.Tensor,
@@ -62,16 +65,13 @@ def window_linear_step(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit the state.
     """
-    op = "window_linear_step"
-    block = [None if x is None else x[:, None] for x in (q_BHD, k_BGD, v_BGV, phi_q_BHF, phi_k_BPF)]
-    call = _checked(op, block, state, window_factor_H, linear_factor_H, scale)
-    if _backend(op, backend, call.k, call.v, call.phi_k, state) == "cpu":
-        from lowline.kernels.window.cpu import step
-
-        return step(*call)[:, 0]
-    o_BTHV = _outputs(op, call, backend)
-    _push(state, WindowPending(call.k, call.v, call.phi_k), torch.ones_like(state.length))
-    return o_BTHV[:, 0]
+    token = (q_BHD, k_BGD, v_BGV, phi_q_BHF, phi_k_BPF)
+    if _compiled_step is not None and backend in ("auto", "cpu") and not is_compiling():
+        o_BHV = _compiled_step(*token, state, window_factor_H, linear_factor_H, scale)
+        if o_BHV is not None:
+            return o_BHV
+        # a call that it does not cover, or a wrong one: looked at now
+    return _step(token, state, window_factor_H, linear_factor_H, scale, backend)
 
 
 @torch.no_grad()
@@ -145,6 +145,31 @@ def window_linear_advance(
         _push(state, pending, accepted_B.to(state.length))
 
 
+@torch.no_grad()
+def _step(
+    token: tuple[torch.Tensor | None, ...],
+    state: WindowState,
+    window_factor_H: torch.Tensor | None,
+    linear_factor_H: torch.Tensor | None,
+    scale: float | None,
+    backend: str,
+) -> torch.Tensor:
+    """`window_linear_step` on every backend, with the checks."""
+    global _compiled_step
+    op = "window_linear_step"
+    block = [None if x is None else x[:, None] for x in token]
+    call = _checked(op, block, state, window_factor_H, linear_factor_H, scale)
+    if _backend(op, backend, call.k, call.v, call.phi_k, state) == "cpu":
+        from lowline.kernels.window import cpu
+
+        if not is_compiling():
+            _compiled_step = cpu.step
+        return cpu.decode(*call, take_in=True)[:, 0]
+    o_BTHV = _outputs(op, call, backend)
+    _push(state, WindowPending(call.k, call.v, call.phi_k), torch.ones_like(state.length))
+    return o_BTHV[:, 0]
+
+
 class _Call(NamedTuple):
     """The checked arguments of a step or a verify; without φ, features of size 0."""
 
@@ -204,9 +229,9 @@ def _backend(
 def _outputs(op: str, call: _Call, backend: str) -> torch.Tensor:
     which = _backend(op, backend, call.k, call.v, call.phi_k, call.state)
     if which == "cpu":
-        from lowline.kernels.window.cpu import verify
+        from lowline.kernels.window.cpu import decode
 
-        return verify(*call)
+        return decode(*call, take_in=False)
     if which == "torch":
         return _read(*call)
     window, sinks = _window_and_sinks(call.state)

@@ -192,3 +192,25 @@ def test_errors_say_what_to_do():
         window_linear_advance(state, pending, torch.tensor([4, 0]))
     with pytest.raises(ValueError, match="accepted_B is"):
         window_linear_advance(state, pending, torch.tensor([1]))
+
+
+def test_what_the_compiled_step_does_not_cover_takes_the_checked_one():
+    needs("cpu")
+    tokens, factors, sizes = make(T=4)
+    states = [empty_window_state(2, window=2, sinks=1, **sizes) for _ in range(2)]
+    wide = {name: x.double() for name, x in factors.items()}  # in the wrong type: converted
+    for t in range(4):
+        token = [x[:, t] for x in tokens]
+        apart = [x.mT.contiguous().mT for x in token]  # features lie apart in memory
+        want = window_linear_step(*token, state=states[0], backend="cpu", **factors)
+        assert_near(window_linear_step(*apart, state=states[1], backend="cpu", **wide), want)
+    assert_same_state(states[1], states[0])
+    assert states[0].S._version == 4  # autograd is told of the changes
+    kept = [x.clone() for x in states[0]]
+    for wrong in ({"phi_k_BPF": None}, {"k_BGD": token[1][:1]}, {"v_BGV": token[2].double()}):
+        names = ("q_BHD", "k_BGD", "v_BGV", "phi_q_BHF", "phi_k_BPF")
+        with pytest.raises(ValueError, match="window_linear_step"):
+            window_linear_step(
+                **dict(zip(names, token, strict=True)) | wrong, state=states[0], backend="cpu"
+            )
+    assert all(torch.equal(a, b) for a, b in zip(kept, states[0], strict=True))
