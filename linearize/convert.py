@@ -36,6 +36,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -115,6 +116,7 @@ def linearized_config(
     chosen = parse_layers(layers, teacher.num_hidden_layers)
     fields: dict[str, Any] = teacher.to_dict() | {"name_or_path": teacher.name_or_path}
     fields["mixers"] = _mixers(teacher)
+    fields["teacher"] = fields.get("teacher") or teacher.name_or_path or None
     for layer in chosen:
         fields["mixers"][layer] = {"name": mixer, **(options or {})}
     for stale in ("model_type", "architectures", "transformers_version", "quantization_config"):
@@ -175,7 +177,7 @@ def load_teacher(
         ValueError: no such source, an architecture that is not supported, weights that are
             quantized (but for GGUF), pickled, missing or of another shape.
     """
-    place, gguf_file = _locate(source, gguf_file)
+    place, gguf_file = locate(source, gguf_file)
     with _named(source):
         fields, _ = PreTrainedConfig.get_config_dict(place, gguf_file=gguf_file)
     _family(fields, str(source))
@@ -198,7 +200,21 @@ def load_teacher(
         raise ValueError(
             f"{source}: its weights do not fit its configuration: {'; '.join(wrong[:5])}{more}"
         )
+    if gguf_file is not None:  # where it is found again; transformers names the directory alone
+        model.config.name_or_path = f"{place}/{gguf_file}"
     return model
+
+
+def load_config(source: str | Path, *, gguf_file: str | None = None) -> PreTrainedConfig:
+    """The configuration of a checkpoint of a supported architecture, converted or not.
+
+    Arguments and errors are `load_teacher`'s.
+    """
+    place, gguf_file = locate(source, gguf_file)
+    with _named(source):
+        config = AutoConfig.from_pretrained(place, gguf_file=gguf_file)
+    _family(config, str(source))
+    return config
 
 
 def load_tokenizer(source: str | Path, *, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
@@ -207,7 +223,7 @@ def load_tokenizer(source: str | Path, *, gguf_file: str | None = None) -> PreTr
     Raises:
         ValueError: there is none.
     """
-    place, gguf_file = _locate(source, gguf_file)
+    place, gguf_file = locate(source, gguf_file)
     local = Path(place).is_dir() and gguf_file is None
     if local and not any((Path(place) / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(
@@ -278,7 +294,7 @@ def _family(config: PreTrainedConfig | Mapping[str, Any], name: str = "") -> str
     return model_type.removeprefix(PREFIX)
 
 
-def _locate(source: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
+def locate(source: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
     """The directory or hub id, and the GGUF file in it if that is what is to be read."""
     path = Path(source)
     if gguf_file is not None:

@@ -74,12 +74,14 @@ class LinearizedConfig(_Architecture):
         mixers: for each layer, `{"name": name, **options}`: a name from
             `lowline.linearize.mixers.MIXERS` with that mixer's options, or "softmax". Options left
             out get their defaults, which are then written to config.json. Empty: softmax in all.
+        teacher: the hub id, directory or GGUF file that was converted, if it is known.
 
     Raises:
         ValueError: another number of layers, an unknown mixer or option.
     """
 
     mixers: list[dict[str, Any]] = field(default_factory=list)
+    teacher: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

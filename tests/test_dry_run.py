@@ -37,6 +37,7 @@ from lowline.train.memory import stage_memory
 LOW_RANK = ["--cola.rank=32"]
 COLA_M = [*LOW_RANK, "--cola.memory=cola-m"]
 TP2, TP4 = ("--parallelism.tensor_parallel=2", "--parallelism.tensor_parallel=4")
+MIXER = ['--mixer.name="lolcats"', '--mixer.layers="0, 2"', "--mixer.options={features = 20}"]
 REPLICATED = "--parallelism.data_parallel_replicate=2"
 
 # (configuration, world size, overrides)
@@ -52,6 +53,14 @@ BUILT = {
     ),
     "7B on 16, pipeline": ("cola_7b", 16, ["--parallelism.pipeline_parallel=4"]),
     "tied, one process": ("demo_cola", 1, ["--model.tie_embeddings=true", "--cola.bias=true"]),
+    "transfer on 2": ("demo_dense", 2, [*MIXER, '--objective.kind="transfer"']),
+    "LoRA beside mixers on 2": ("demo_dense", 2, [*MIXER, "--lora.rank=6"]),
+    "attention trains, biases": (
+        "demo_dense",
+        2,
+        ["--model.qkv_bias=true", '--objective.trainable="attention"'],
+    ),
+    "mixers between low-rank projections": ("demo_cola", 1, MIXER),
 }
 
 # (world size, microbatches, overrides of `small`)

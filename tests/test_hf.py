@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    Qwen2Config,
     Qwen3Config,
     pipeline,
 )
@@ -48,6 +49,8 @@ TRAINING_MODELS = {
     "yarn": ({"rope_scaling": YARN}, {}),
     "head_dim": ({"n_heads": 5, "head_dim": 10}, {}),
     "qk_norm": ({"n_kv_heads": 2, "head_dim": 16, "qk_norm": True}, {}),
+    "biases": ({"n_kv_heads": 2, "qkv_bias": True}, {}),
+    "biases, head_dim, tied": ({"head_dim": 10, "qkv_bias": True, "tie_embeddings": True}, {}),
     "cola": ({}, {"rank": 8}),
     "cola, no outer SiLU": ({"mlp_activation": "identity"}, {"rank": 0.25}),
     "cola, GQA": ({"n_kv_heads": 2}, {"rank": ALL}),
@@ -83,6 +86,7 @@ HF_MODELS = {
     "llama 3.1": LlamaConfig(**HF_SHAPE, rope_parameters=HF_LLAMA3),
     "mistral": MistralConfig(**HF_SHAPE, sliding_window=None),
     "mistral, wide window": MistralConfig(**HF_SHAPE, sliding_window=48),
+    "qwen2": Qwen2Config(**HF_SHAPE, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**HF_SHAPE, head_dim=16),
     "cola": CoLAConfig(**HF_SHAPE, ranks=ALL, hidden_act="linear"),
     "cola, dense mix": CoLAConfig(
@@ -185,6 +189,7 @@ def test_dense_models_need_no_lowline():
 
     assert model_type() == "llama"
     assert model_type(qk_norm=True, head_dim=16) == "qwen3"
+    assert model_type(qkv_bias=True) == "qwen2"
     assert model_type(n_heads=5, head_dim=10) == "mistral"
 
 
@@ -403,7 +408,7 @@ def test_models_that_do_not_train_here_are_refused(config, words):
 
 def test_other_architectures_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(ValueError, match="model_type = 'gpt2'.*llama, mistral, qwen3, cola_llama"):
+    with pytest.raises(ValueError, match="model_type = 'gpt2'.*mistral, qwen2, qwen3, cola_llama"):
         train_hf.config_from_hf(tmp_path)
     with pytest.raises(ValueError, match="nowhere: neither a directory"):
         train_hf.config_from_hf(tmp_path / "nowhere")

@@ -36,8 +36,8 @@ def test_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
         for path in (ROOT / folder).rglob("*.py"):
             inner = path.relative_to(ROOT).as_posix()
             assert f"lowline/{inner.removeprefix('tools/lowline/')}" in inside, path
-    for path in (ROOT / "configs").glob("*.toml"):
-        assert f"lowline/configs/{path.name}" in inside
+    for path in (ROOT / "configs").rglob("*.toml"):
+        assert f"lowline/{path.relative_to(ROOT)}" in inside
     for path in (ROOT / "kernels" / "cpu").glob("*.[ch]*"):
         assert f"lowline/kernels/cpu/{path.name}" in inside
     assert "lowline/train/data/tokenizer/tokenizer.json" in inside

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 # words of the command -> (function, one line about it)
 COMMANDS = {
@@ -15,7 +17,19 @@ COMMANDS = {
         "lowline.tools.hf_commands:import_tables",
         "print the TOML under which a Hugging Face checkpoint trains",
     ),
+    "linearize": (
+        "lowline.tools.linearize:linearize",
+        "a pretrained Transformer becomes a linear-attention model, in stages",
+    ),
+    "plan blockwise": (
+        "lowline.tools.plan:plan_blockwise",
+        "disk, time and GPUs of blockwise attention transfer",
+    ),
     "generate": ("lowline.tools.hf_commands:generate", "continue a prompt"),
+    "evaluate": (
+        "lowline.tools.evaluate:evaluate",
+        "score converted models beside their teacher and windows without training",
+    ),
     "inspect cost": (
         "lowline.tools.inspect_cost:inspect_cost",
         "parameters, FLOPs and memory: dense, CoLA, CoLA-M, checkpointing",
@@ -28,11 +42,19 @@ COMMANDS = {
         "lowline.tools.bench_pretrain:bench_pretrain",
         "time CoLA's blocks and the trainer against their limits",
     ),
+    "bench decode": (
+        "lowline.tools.bench_decode:bench_decode",
+        "tokens/s, memory and prefill of a converted model beside its teacher",
+    ),
     "bench kernels": (
         "lowline.tools.bench_kernels:bench_kernels",
         "time and memory of the kernels against attention and their limits",
     ),
     "demo": ("lowline.tools.demo:demo", "pretrain dense, CoLA and CoLA-M and compare them"),
+    "demo linearize": (
+        "lowline.tools.demo_linearize:demo_linearize",
+        "convert SmolLM2-135M, evaluate it, decode beside its teacher",
+    ),
 }
 
 
@@ -51,10 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _call(words: str, arguments: list[str]) -> int:
     module, _, name = COMMANDS[words][0].partition(":")
     function = getattr(importlib.import_module(module), name)
-    if words == "train":  # its options are the keys of the configuration
+    if words in ("train", "linearize"):  # their options are the keys of the configuration
         return function(arguments)
     import tyro
 
+    if words == "inspect cost":  # takes keys of the configuration beside its options
+        keys = [a for a in arguments if re.match(r"--[\w.-]+\.[\w.-]+=", a)]
+        arguments = [a for a in arguments if a not in keys]
+        function = partial(function, overrides=tuple(keys))
     try:
         result = tyro.cli(
             function,

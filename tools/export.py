@@ -2,7 +2,8 @@
 
 `OUTPUT/checkpoint/step-N`, which holds its run's config.toml, gives config.json, safetensors,
 generation_config.json, the tokenizer and a model card: what `AutoModelForCausalLM.from_pretrained`
-loads, after `import lowline` if the model is low-rank. `import_weights` makes such a directory of a
+loads, after `import lowline` if the model is low-rank or has mixers; LoRA's factors are merged.
+`export_adapter` writes those alone, in PEFT's format. `import_weights` makes such a directory of a
 hub model or a GGUF file, for training to start from.
 
 One process reads the shards of however many ranks wrote them, model weights only, straight into
@@ -25,6 +26,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+from lowline.cola.hf import CoLAConfig
 from lowline.train.checkpoint import saved_steps
 from lowline.train.config import RunConfig
 from lowline.train.data.tokenizer import load_tokenizer
@@ -37,6 +39,7 @@ from lowline.train.hf import (
 )
 from lowline.train.hf_names import from_hf_name, to_hf_names
 from lowline.train.load_config import load_config, to_toml
+from lowline.train.lora import is_lora, merge_stored_lora, save_adapter, stored_factors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -69,6 +72,7 @@ def export(
     hf = config_to_hf(
         run.model,
         run.cola,
+        run.mixer,
         max_seq_len=run.training.seq_len,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -81,6 +85,32 @@ def export(
         parameters = sum(weight.numel() for weight in weights.values())
         card = model_card(Path(output).resolve().name, run, hf, parameters, step_folder.name)
         (folder / "README.md").write_text(card, encoding="utf-8")
+    return Path(output)
+
+
+def export_adapter(
+    checkpoint: str | Path, output: str | Path, *, base: str, overwrite: bool = False
+) -> Path:
+    """Write the LoRA factors of a training checkpoint in PEFT's format and return their directory.
+
+    What else the run trained, its mixers, is not in them: `base` has to hold it.
+
+    Args:
+        checkpoint: a run's output folder (its latest complete step is taken) or a step folder.
+        output: the directory to make.
+        base: what the adapter is for, a directory or a hub id; PEFT is told so.
+        overwrite: replace `output` if it is an earlier export.
+
+    Raises:
+        ValueError: no complete checkpoint, one without [lora], or an `output` that must not be
+            overwritten.
+        OSError: the disk is full or cannot be written; `output` is then as it was.
+    """
+    step_folder, run = find_checkpoint(checkpoint)
+    if run.lora is None:
+        raise ValueError(f"{step_folder}: a run without [lora] has no adapter; export the model")
+    with _replaced_whole(Path(output), overwrite, "adapter_config.json") as folder:
+        save_adapter(folder, stored_factors(step_folder), run.lora, base)
     return Path(output)
 
 
@@ -152,7 +182,7 @@ def read_weights(
     found = {
         training_names.get(name, name): tuple(entry.size)
         for name, entry in stored.items()
-        if isinstance(entry, TensorStorageMetadata) and _is_weight(name)
+        if isinstance(entry, TensorStorageMetadata) and _is_weight(name) and not is_lora(name)
     }
     if hf.tie_word_embeddings:
         found.pop("lm_head.weight", None)
@@ -160,6 +190,7 @@ def read_weights(
     weights = {name: torch.empty(shapes[hf_name], dtype=dtype)
                for name, hf_name in training_names.items()}  # fmt: skip
     dcp.load(weights, checkpoint_id=step_folder, no_dist=True)
+    merge_stored_lora(weights, step_folder)
     return {training_names[name]: weight for name, weight in weights.items()}
 
 
@@ -169,9 +200,15 @@ def _is_weight(name: str) -> bool:
 
 def model_card(name: str, run: RunConfig, hf: PreTrainedConfig, parameters: int, step: str) -> str:
     """README.md of an exported model: what it is, how to load it, the run that made it."""
-    low_rank = hf.model_type == "cola_llama"
-    kind = "low-rank (CoLA)" if low_rank else "dense"
-    ranks = f"- ranks: {json.dumps(hf.ranks)}, activation {hf.bottleneck_activation}\n"
+    kind = "low-rank (CoLA)" if isinstance(hf, CoLAConfig) else "dense"
+    mixers = ""
+    if run.mixer is not None:
+        kind = f"linearized, {kind}"
+        layers = ", ".join(map(str, sorted(run.mixer_layers())))
+        mixers = f"- mixer: {run.mixer.name} {json.dumps(run.mixer.options)} in layers {layers}\n"
+    ranks = ""
+    if isinstance(hf, CoLAConfig):
+        ranks = f"- ranks: {json.dumps(hf.ranks)}, activation {hf.bottleneck_activation}\n"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -185,9 +222,9 @@ A {kind} language model with {parameters / 1e6:.2f}M parameters, {step} of a low
 - layers {hf.num_hidden_layers}, width {hf.hidden_size}, feed-forward {hf.intermediate_size}, \
 heads {hf.num_attention_heads} (key/value {hf.num_key_value_heads})
 - vocabulary {hf.vocab_size}, context {hf.max_position_embeddings} tokens
-{ranks if low_rank else ""}
+{ranks}{mixers}
 ```python
-{"import lowline  # registers cola_llama" if low_rank else ""}
+{f"import lowline  # registers {hf.model_type}" if ranks or mixers else ""}
 from transformers import pipeline
 
 print(pipeline("text-generation", {name!r})("The", max_new_tokens=32))
@@ -201,13 +238,13 @@ The run's configuration:
 
 
 @contextmanager
-def _replaced_whole(output: Path, overwrite: bool) -> Iterator[Path]:
+def _replaced_whole(output: Path, overwrite: bool, mark: str = "config.json") -> Iterator[Path]:
     """A new folder beside `output` that takes its place when the block ends without an error."""
     if output.is_file() or output.is_dir() and any(output.iterdir()):
         if not overwrite:
             raise ValueError(f"{output} exists; give another output or overwrite it")
-        if not (output / "config.json").is_file():
-            raise ValueError(f"{output} has no config.json: not an export, so not overwritten")
+        if not (output / mark).is_file():
+            raise ValueError(f"{output} has no {mark}: not an export, so not overwritten")
     new = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
     old = new.with_suffix(".old")
     try:

@@ -1,15 +1,20 @@
 """`lowline export`, `lowline import` and `lowline generate`.
 
 lowline export outputs/demo_cola exported/
-lowline generate exported/ --prompt "A list is" --max-new-tokens 64
+lowline generate exported/ "A list is" --max-new-tokens 64
+lowline generate converted/ "What is a list?" --chat --stats
 lowline import HuggingFaceTB/SmolLM2-135M --output smollm2/ > model.toml
 """
 
 from __future__ import annotations
 
 import dataclasses
+import sys
+import time
 from pathlib import Path
 from typing import Any, Literal
+
+from transformers import TextStreamer
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -83,33 +88,36 @@ def generate(
     model: str,
     *,
     prompt: str,
+    chat: bool = False,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
     dtype: DType = "float32",
+    stats: bool = False,
 ) -> str:
     """Continue a prompt, printing the text while it is made.
 
     Args:
-        model: A Hugging Face directory (exported or not) or a hub id.
+        model: A Hugging Face directory (exported, converted or neither), a hub id or a GGUF file.
         prompt: The text to continue.
+        chat: Take the prompt as a message, through the model's chat template, and print the answer.
         max_new_tokens: Stop after so many tokens, if the model does not end the text before.
         temperature: 0 takes the likeliest token; above 0 samples.
         top_p: Sample among the likeliest tokens that hold this share of the probability.
         seed: Of the sampling.
         dtype: To compute in.
+        stats: Say on stderr how fast it was, and what the model held between tokens.
 
     Returns:
-        The prompt and its continuation.
+        The prompt and its continuation; with `chat` the answer.
 
     Raises:
-        ValueError: no such model, an empty prompt, or a number out of its range.
+        ValueError: no such model, an empty prompt, no chat template, or a number out of its range.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-    import lowline.cola.hf  # noqa: F401  (registers cola_llama)
+    from lowline.linearize.convert import load_teacher, load_tokenizer
 
     if temperature < 0:
         raise ValueError(f"temperature = {temperature}; 0 is greedy, above 0 samples")
@@ -118,15 +126,14 @@ def generate(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens}; at least 1")
     try:
-        body = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{model}: no Hugging Face model there (working directory {Path.cwd()}); a training "
-            f"checkpoint becomes one with `lowline export`: {error}"
-        ) from None
+        tokenizer = load_tokenizer(model)
+        body: Any = load_teacher(model, dtype=getattr(torch, dtype)).eval()
+    except ValueError as error:
+        hint = "a training checkpoint becomes a model with `lowline export`"
+        raise ValueError(f"{error}; {hint}") from None
     body.to("cuda" if torch.cuda.is_available() else "cpu")
-    inputs = tokenizer(prompt, return_tensors="pt").to(body.device)
+    inputs: Any = tokenizer(_asked(tokenizer, prompt, model) if chat else prompt,
+                            add_special_tokens=not chat, return_tensors="pt")  # fmt: skip
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError(f"prompt = {prompt!r} has no tokens; give some text to continue")
     inputs.pop("token_type_ids", None)
@@ -136,11 +143,53 @@ def generate(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     torch.manual_seed(seed)
-    tokens = body.generate(
-        **inputs,
+    streamer = _Clocked(tokenizer, skip_prompt=chat, skip_special_tokens=True)
+    made = body.generate(
+        **inputs.to(body.device),
         **sampling,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        streamer=streamer,
+        return_dict_in_generate=True,
     )
-    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
+    if stats:
+        print(_stats(body.config, made.past_key_values, streamer.times), file=sys.stderr)
+    start = inputs["input_ids"].shape[1] if chat else 0
+    return str(tokenizer.decode(made.sequences[0, start:], skip_special_tokens=True))
+
+
+def _asked(tokenizer: Any, message: str, model: str) -> str:
+    """A user's message as the model's chat template has it, up to where the answer begins."""
+    if tokenizer.chat_template is None:
+        raise ValueError(f"chat: {model} has no chat template; leave out --chat to continue a text")
+    messages = [{"role": "user", "content": message}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+class _Clocked(TextStreamer):
+    """Prints the text, and keeps when the prompt and each token came."""
+
+    def __init__(self, *args: Any, **how: Any) -> None:
+        super().__init__(*args, **how)
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+        super().put(value)
+
+
+def _stats(config: Any, cache: Any, times: list[float]) -> str:
+    """One line about speed and memory."""
+    from lowline.linearize.cache import break_even_length, state_bytes
+    from lowline.linearize.hf import LinearizedConfig
+
+    new, first = len(times) - 1, times[1] - times[0]
+    said = f"{new} tokens, the first after {first:.2f} s"
+    if new > 1:
+        said += f", the others at {(new - 1) / (times[-1] - times[1]):.1f} a second"
+    held, seen = state_bytes(cache), cache.get_seq_length()
+    if isinstance(config, LinearizedConfig) and config.converted_layers():
+        length = break_even_length(config)
+        even = "never as many" if length is None else f"as many as keys and values of {length}"
+        return f"{said}; {held / 1e6:.2f} MB held between tokens, {even} tokens in those layers"
+    return f"{said}; {held / 1e6:.2f} MB held between tokens, keys and values of {seen}"

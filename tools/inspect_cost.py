@@ -1,15 +1,17 @@
 """What one model shape costs: full rank, CoLA, CoLA-M and whole-block checkpointing side by side.
 
-lowline inspect cost configs/cola_1b.toml [--model.dim=1024] [--json]
+lowline inspect cost configs/cola_1b.toml [--model.dim=1024] [--json costs.json]
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from json import dumps
+from pathlib import Path
+
+import tyro
 
 from lowline.cola.accounting import (
     Policy,
@@ -20,6 +22,7 @@ from lowline.cola.accounting import (
     saved_by_model,
 )
 from lowline.cola.ranks import PROJECTIONS
+from lowline.tools.inspect_rank import wide_console, write_whole
 from lowline.train.load_config import load_config
 from lowline.train.memory import FP32, itemsize_of, shape_of
 
@@ -76,28 +79,32 @@ def costs(config: str, overrides: Sequence[str] = ()) -> list[Cost]:
     ]
 
 
-def inspect_cost(config: str, overrides: Sequence[str] = (), *, as_json: bool = False) -> None:
+def inspect_cost(
+    config: Path,
+    overrides: tyro.conf.Suppress[tuple[str, ...]] = (),
+    *,
+    json: Path | None = None,
+) -> None:
     """Print parameters, FLOPs and memory of a configuration's shape in every variant.
 
-    A configuration without a rank is shown at a quarter of its dim.
+    A configuration without a rank is shown at a quarter of its dim; `--model.dim=1024` and the like
+    change its keys.
 
     Args:
-        config: a TOML file.
+        config: A TOML file.
         overrides: `--section.key=value`, as for training.
-        as_json: print a JSON list, one object a variant, instead of a table.
+        json: A file for the numbers.
 
     Raises:
         ConfigError: an unreadable file, or a key or value that is not allowed.
     """
-    found = costs(config, overrides)
-    if as_json:
-        json.dump([dataclasses.asdict(cost) for cost in found], sys.stdout, indent=2)
-        print()
-        return
-    from rich.console import Console
+    found = costs(str(config), overrides)
+    if json is not None:
+        text = dumps([dataclasses.asdict(cost) for cost in found], indent=2) + "\n"
+        write_whole(json, lambda path: path.write_text(text))
     from rich.table import Table
 
-    table = Table(title=config)
+    table = Table(title=str(config))
     for heading in (
         "",
         "parameters",
@@ -118,4 +125,4 @@ def inspect_cost(config: str, overrides: Sequence[str] = (), *, as_json: bool = 
             f"{c.saved_bytes / 1024:,.1f}",
             f"{c.state_bytes / 1024**3:,.2f}",
         )
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    wide_console().print(table)

@@ -1,13 +1,16 @@
 """Softmax attention over packed documents, on any device.
 
 A token attends to itself and to what precedes it in its own document. torchtitan's Flex and Varlen
-attention do that on GPUs only; here the same mask goes to torch's scaled_dot_product_attention.
+attention do that on GPUs only; here torch's scaled_dot_product_attention does, with a mask for the
+whole batch or, in memory that grows with L alone, document by document (`Bounds`), which is for
+code that is not compiled: every batch has other lengths.
 
 Legend: B batch, L sequence length, N heads, H head dimension.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -32,8 +35,20 @@ def document_mask(positions_BL: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     return mask.masked_fill_(~allowed, float("-inf"))[:, None]
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """Where the documents of a flattened batch lie: lengths, which sum to B·L."""
+
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, cu_seqlens: torch.Tensor) -> Bounds:
+        """From (N + 1,) bounds of N documents."""
+        return cls(tuple(cu_seqlens.diff().tolist()))
+
+
 class DocumentSDPA(Module):
-    """scaled_dot_product_attention with an optional additive document mask."""
+    """scaled_dot_product_attention with an optional additive document mask, or `Bounds`."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
@@ -48,10 +63,14 @@ class DocumentSDPA(Module):
         k_BLNH: torch.Tensor,
         v_BLNH: torch.Tensor,
         *,
-        attention_masks: torch.Tensor | None = None,
+        attention_masks: torch.Tensor | Bounds | None = None,
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
+        if isinstance(attention_masks, Bounds):
+            return _by_document(
+                q_BLNH, k_BLNH, v_BLNH, attention_masks.lengths, scale=scale, enable_gqa=enable_gqa
+            )
         q, k, v = (x.transpose(1, 2) for x in (q_BLNH, k_BLNH, v_BLNH))
         if attention_masks is not None:  # GPU kernels want one precision
             attention_masks = attention_masks.to(q.dtype)
@@ -65,3 +84,27 @@ class DocumentSDPA(Module):
             enable_gqa=enable_gqa,
         )
         return out.transpose(1, 2)
+
+
+def _by_document(
+    q_BLNH: torch.Tensor,
+    k_BLNH: torch.Tensor,
+    v_BLNH: torch.Tensor,
+    lengths: tuple[int, ...],
+    *,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """Causal attention within documents; those of one length go together."""
+    parts = [x.flatten(0, 1).split(lengths) for x in (q_BLNH, k_BLNH, v_BLNH)]
+    of_length = defaultdict(list)
+    for index, length in enumerate(lengths):
+        of_length[length].append(index)
+    out: dict[int, torch.Tensor] = {}
+    for members in of_length.values():
+        q, k, v = (torch.stack([part[i] for i in members]).transpose(1, 2) for part in parts)
+        o = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=enable_gqa
+        )
+        out |= zip(members, o.transpose(1, 2), strict=True)
+    return torch.cat([out[index] for index in range(len(lengths))]).view_as(q_BLNH)

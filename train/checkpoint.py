@@ -6,6 +6,9 @@ config.toml and renames the folder. That is part of DCP's own agreement, so a sa
 all ranks or failed on all. Deletions are renamed first too: a folder called step-N is whole,
 whenever the process was killed. A failed save stops the run with what is safe and the mend.
 
+A run may start from another's weights: mixers and LoRA's factors that only the run has then begin
+as they are initialized, and LoRA's factors of the other are merged into its weights.
+
 Left out: DCP's metadata file is a pickle. Load checkpoints of your own; weights from elsewhere come
 in as safetensors (`checkpoint.initial_weights` of a Hugging Face directory).
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torchtitan.components.checkpointer import AsyncMode, CheckpointManager
+from torchtitan.components.checkpointer.base import MODEL
+
+from lowline.train.lora import is_lora, merge_stored_lora
 
 SAVING, DELETING = ".saving", ".deleting"
 
@@ -74,6 +81,27 @@ class Checkpointer(CheckpointManager):
         except (CheckpointException, OSError) as error:
             raise self._failure(error) from error
         return None
+
+    def dcp_load(
+        self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool
+    ) -> None:
+        """Load a checkpoint of this run, or the model of another."""
+        if checkpoint_id != self.initial_load_path:
+            super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
+            return
+        ours = {name: weight for name, weight in state_dict.items() if not is_lora(name)}
+        if from_hf:
+            assert self.sd_adapter is not None
+            reader = self.sd_adapter.get_hf_storage_reader(checkpoint_id)
+            stored = reader.read_metadata().state_dict_metadata
+            weights = _present(self.sd_adapter.to_hf(ours), stored, checkpoint_id)
+            dcp.load(weights, storage_reader=reader)
+            ours |= self.sd_adapter.from_hf(weights)
+        else:
+            stored = dcp.FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
+            dcp.load(_present(ours, stored, checkpoint_id), checkpoint_id=checkpoint_id)
+            merge_stored_lora(ours, Path(checkpoint_id))
+        self.states[MODEL].load_state_dict(ours)
 
     def failed(self) -> bool:
         """Whether a background save has failed on this rank and nobody has been told."""
@@ -166,6 +194,13 @@ class _WholeFolderWriter(FileSystemWriter):
         if self._final.exists():
             _remove(self._final)
         temporary.rename(self._final)
+
+
+def _present(wanted: dict[str, Any], stored: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What of a model is stored; only mixers, which the run may have added, can be missing."""
+    if lacking := [n for n in wanted if n not in stored and ".mixer." not in n]:
+        raise ValueError(f"{where} lacks {', '.join(lacking[:5])}")
+    return {name: weight for name, weight in wanted.items() if name in stored}
 
 
 def _remove(folder: Path) -> None:

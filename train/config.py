@@ -8,17 +8,21 @@ rule between two sections lives in `RunConfig.__post_init__`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
 from lowline.cola.ranks import PROJECTIONS, Rank, resolve_ranks
 from lowline.train.data.sources import SourceConfig
 
+if TYPE_CHECKING:
+    from lowline.linearize.mixers import Mixer
+
 # Field names the section it annotates; pydantic checks the bounds.
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+SHORT = 1024  # tokens of a sequence whose attention weights may be written out
 Strict = ConfigDict(extra="forbid", strict=True)
 
 
@@ -54,6 +58,7 @@ class ModelConfig:
     norm_eps: Annotated[float, Field(gt=0)] = 1e-6
     tie_embeddings: bool = False
     qk_norm: bool = False  # RMSNorm on every head of q and k (Qwen3)
+    qkv_bias: bool = False  # biases of q, k and v (Qwen2)
     # The SwiGLU's own non-linearity. CoLA at 350M and up drops it ("identity"), see cola.md.
     mlp_activation: Literal["silu", "identity"] = "silu"
     # Softmax attention: "sdpa" everywhere; "flex" and "varlen" on GPUs; "auto" = flex on a GPU.
@@ -72,6 +77,11 @@ class ModelConfig:
             )
         if self.per_head % 2:
             raise ValueError(f"head_dim = {self.per_head} is odd; rotary embedding needs it even")
+        if self.qkv_bias and self.qk_norm:
+            raise ValueError(
+                "qkv_bias = true with qk_norm = true: no architecture that can be exported has "
+                "both; set one of them to false"
+            )
 
     @property
     def kv_heads(self) -> int:
@@ -110,6 +120,75 @@ class ColaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixerConfig:
+    """[mixer]: what stands where softmax attention stood, and in which layers."""
+
+    __pydantic_config__ = Strict
+    name: str  # of lowline.linearize.mixers.MIXERS: "lolcats", "liger_gla", ...
+    layers: str | list[int] = "all"  # "all", "0-3, 8", "every 4", "all but every 4", or numbers
+    options: dict[str, bool | int | float | str] = field(default_factory=dict)  # of that mixer
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """[lora]: W + (alpha / rank)·B·A, W frozen, for the projections named; mixers train beside."""
+
+    __pydantic_config__ = Strict
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    projections: list[Literal["q", "k", "v", "o", "gate", "up", "down"]] = field(
+        default_factory=lambda: ["q", "k", "v", "o"]
+    )
+
+    def __post_init__(self) -> None:
+        if not self.projections or len(set(self.projections)) < len(self.projections):
+            raise ValueError(
+                f"projections = {self.projections}: name at least one of {list(PROJECTIONS)}, and "
+                "each once"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """[objective]: what a run minimizes, and which parameters it trains for that."""
+
+    __pydantic_config__ = Strict
+    # "next-token": cross-entropy. "transfer": each mixer's output towards softmax attention's of
+    # the same weights (LoLCATs' first stage). "distill": logits towards a teacher's.
+    kind: Literal["next-token", "transfer", "distill"] = "next-token"
+    teacher: str | None = None  # distill: a Hugging Face directory with the same vocabulary
+    temperature: Annotated[float, Field(gt=0)] = 1.0  # distill
+    next_token_weight: Annotated[float, Field(ge=0)] = 0.0  # distill: cross-entropy added
+    # transfer: how much the divergence of attention weights is added, for short sequences.
+    attention_weight: Annotated[float, Field(ge=0)] = 0.0
+    # "mixers"; "attention": they and q, k, v, o. Default: "mixers" for transfer and beside [lora].
+    trainable: Literal["all", "mixers", "attention"] | None = None
+    window_dropout: Fraction = 0.0  # how often a mixer goes without its window at first
+    # The part of the steps after which none does any more.
+    window_dropout_until: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+    def __post_init__(self) -> None:
+        if self.kind == "distill" and self.teacher is None:
+            raise ValueError('kind = "distill" without a teacher; name its Hugging Face directory')
+        of_others = {
+            "distill": ("teacher", "temperature", "next_token_weight"),
+            "transfer": ("attention_weight",),
+        }
+        for kind, names in of_others.items():
+            for name in names if kind != self.kind else ():
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(
+                        f'{name} = {getattr(self, name)!r} with kind = "{self.kind}": only '
+                        f'"{kind}" has it; leave it out'
+                    )
+        if self.kind == "transfer" and self.trainable not in (None, "mixers"):
+            raise ValueError(
+                f'trainable = "{self.trainable}" with kind = "transfer", in which nothing but '
+                "mixers can train; leave it out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """[training]: how long, how much at once, in which numbers."""
 
@@ -137,6 +216,7 @@ class OptimizerConfig:
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    mixer_lr: Annotated[float, Field(gt=0)] | None = None  # of mixers; default: lr
     muon_lr: Annotated[float, Field(gt=0)] = 0.02
     muon_momentum: Fraction = 0.95
 
@@ -184,8 +264,16 @@ class CheckpointConfig:
     keep: Annotated[int, Field(ge=2)] = 3
     asynchronous: bool = True
     resume: bool = True  # go on from the newest checkpoint of the output folder
-    # Start from the weights of a Hugging Face directory or of another run's step folder.
+    # Start from the weights of a Hugging Face directory or of another run's step folder, whose
+    # adapters are merged. Mixers in layers that are softmax there begin anew.
     initial_weights: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.initial_weights is not None and not self.enable:
+            raise ValueError(
+                f"initial_weights = {self.initial_weights!r} with enable = false, which neither "
+                "saves nor loads; set enable = true"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +337,9 @@ class RunConfig:
     activation_checkpoint: Literal["none", "selective", "full"] = "none"
     compile: bool = False  # torch.compile every block
     cola: ColaConfig = field(default_factory=ColaConfig)
+    mixer: MixerConfig | None = None
+    lora: LoraConfig | None = None
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -284,12 +375,131 @@ class RunConfig:
                 "model.tie_embeddings with parallelism.pipeline_parallel > 1: the two ends of the "
                 "pipeline cannot share a weight; untie them or set pipeline_parallel = 1"
             )
-
+        if self.model.qkv_bias and any(ranks.values()):
+            raise ValueError(
+                "model.qkv_bias = true with cola.rank: low-rank models have no such biases "
+                "(cola.bias gives A and B theirs); set one of them back"
+            )
+        self._check_stage()
         if self.evaluation.enable and not self.evaluation.data and self.data.dataset != "embedded":
             raise ValueError(
                 f"data.dataset = {self.data.dataset!r} and no [evaluation.data]: name held-out "
                 "text of that kind there, or set evaluation.enable = false"
             )
+
+    def _check_stage(self) -> None:
+        """The rules between [mixer], [lora], [objective] and the rest."""
+        layers, trainable = self.mixer_layers(), self.trainable()
+        learned = bool(layers) and any(p.numel() for p in self.mixer_on_meta().parameters())
+        objective = self.objective
+        if objective.kind == "transfer":
+            if not layers:
+                raise ValueError(
+                    'objective.kind = "transfer" without a mixer in any layer; set [mixer] name '
+                    "and layers"
+                )
+            if self.activation_checkpoint != "none":
+                raise ValueError(
+                    f'activation_checkpoint = "{self.activation_checkpoint}" with objective.kind = '
+                    '"transfer", in which no block has a backward pass; set it to "none"'
+                )
+            if objective.attention_weight and not self.mixer_on_meta().is_average:
+                assert self.mixer is not None
+                raise ValueError(
+                    f"objective.attention_weight = {objective.attention_weight} with mixer "
+                    f"{self.mixer.name!r}, whose output is no average of values: it has no "
+                    "attention weights; set it to 0"
+                )
+            if objective.attention_weight and self.training.seq_len > SHORT:
+                raise ValueError(
+                    f"objective.attention_weight = {objective.attention_weight} with "
+                    f"training.seq_len = {self.training.seq_len}: weights are as many as the "
+                    f"sequence's length squared, so at most {SHORT}; set either lower"
+                )
+        if self.compile and layers:
+            raise ValueError(
+                "compile = true with [mixer]: mixers choose their kernels as they run, which "
+                "torch.compile cannot follow; set it to false"
+            )
+        if self.lora is not None:
+            if objective.kind == "transfer":
+                raise ValueError(
+                    '[lora] with objective.kind = "transfer", in which nothing but mixers can '
+                    "train; leave [lora] out"
+                )
+            if trainable != "mixers":
+                raise ValueError(
+                    f'objective.trainable = "{trainable}" beside [lora], which trains its adapters '
+                    "and mixers only; leave one of them out"
+                )
+            for name, rank in self.ranks().items():
+                if rank and name in self.lora.projections:
+                    raise ValueError(
+                        f"lora.projections names {name!r}, which is low-rank here (cola.rank): "
+                        "there is no such matrix to adapt; leave it out"
+                    )
+        elif trainable == "mixers" and not learned:
+            who = f"mixer {self.mixer.name!r} has none" if self.mixer else "there is no [mixer]"
+            raise ValueError(
+                f'only parameters of mixers would train (objective.kind = "{objective.kind}"), and '
+                f"{who}; choose another mixer or objective"
+            )
+        if self.optimizer.mixer_lr is not None and not learned:
+            raise ValueError(
+                f"optimizer.mixer_lr = {self.optimizer.mixer_lr} without a mixer that has "
+                "parameters; leave it out"
+            )
+        if objective.window_dropout:
+            mixer = self.mixer_on_meta() if layers else None
+            if mixer is None or not (mixer.has_window and mixer.has_linear):
+                raise ValueError(
+                    f"objective.window_dropout = {objective.window_dropout} needs a mixer with a "
+                    "window and a linear part; set it to 0 or choose such a mixer"
+                )
+        special = [name for name in ("mixer", "lora") if getattr(self, name) is not None]
+        if objective.kind != "next-token":
+            special.append(f'objective.kind = "{objective.kind}"')
+        for name in ("tensor_parallel", "pipeline_parallel"):
+            if special and getattr(self.parallelism, name) > 1:
+                raise ValueError(
+                    f"parallelism.{name} = {getattr(self.parallelism, name)} with "
+                    f"{special[0]}: such runs are laid out by FSDP alone; set it to 1"
+                )
+
+    def trainable(self) -> Literal["all", "mixers", "attention"]:
+        """Which parameters train; beside [lora] its adapters are among them."""
+        mixers_only = self.objective.kind == "transfer" or self.lora is not None
+        return self.objective.trainable or ("mixers" if mixers_only else "all")
+
+    def mixer_layers(self) -> set[int]:
+        """The layers that have the mixer of [mixer].
+
+        Raises:
+            ValueError: a pattern that does not fit the model, an unknown mixer or option.
+        """
+        if self.mixer is None:
+            return set()
+        from lowline.linearize.convert import parse_layers  # for transformers is slow to import
+
+        try:
+            self.mixer_on_meta()
+            return parse_layers(self.mixer.layers, self.model.n_layers)
+        except ValueError as error:
+            raise ValueError(f"[mixer]: {error}") from None
+
+    def mixer_on_meta(self) -> Mixer:
+        """The mixer of [mixer], without memory: what it has, and whether it can be."""
+        import torch
+
+        from lowline.linearize.mixers import HeadShape, build_mixer
+
+        assert self.mixer is not None
+        m = self.model
+        shape = HeadShape(
+            hidden_size=m.dim, n_heads=m.n_heads, n_kv_heads=m.kv_heads, head_dim=m.per_head
+        )
+        with torch.device("meta"):
+            return build_mixer(self.mixer.name, self.mixer.options, shape)
 
     def held_out(self) -> SourceConfig:
         """Where the evaluation's documents come from."""

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from lowline.cola.accounting import (
     Device,
     Parameters,
-    flops_per_token,
+    Saved,
     parameters,
     recomputed_flops_per_token,
     saved_by_model,
@@ -33,8 +33,8 @@ from lowline.train.memory import (
     microbatches_of,
     policy_of,
     predict_memory,
-    shape_of,
 )
+from lowline.train.parameters import count, shape_of, training_flops_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,11 @@ class Report:
 
     world_size: int
     device: Device
-    parameters: Parameters
-    flops: int  # forward + backward
+    parameters: Parameters  # of the model, without the following two
+    mixers: int
+    adapters: int
+    trained: int  # parameters that train
+    flops: int  # of the objective, forward + backward
     recomputed_flops: int
     saved_bytes: float  # by blocks, last norm and output projection, on one device
     tokens_per_step: int
@@ -65,12 +68,18 @@ def dry_run(run: RunConfig, world_size: int, device: Device | None = None) -> Re
     memory = predict_memory(run, world_size, device)
     shape, policy, seq_len = shape_of(run), policy_of(run), run.training.seq_len
     saved = saved_by_model(shape, policy, device=device, tp=run.parallelism.tensor_parallel)
+    recomputed = recomputed_flops_per_token(shape, seq_len, policy, device)
+    if run.objective.kind == "transfer":  # in which no block has a backward pass
+        saved, recomputed = Saved(), 0
     return Report(
         world_size=world_size,
         device=device,
         parameters=parameters(shape),
-        flops=flops_per_token(shape, seq_len),
-        recomputed_flops=recomputed_flops_per_token(shape, seq_len, policy, device),
+        mixers=count(run, "mixer"),
+        adapters=count(run, "lora"),
+        trained=count(run, trained=True),
+        flops=training_flops_of(run),
+        recomputed_flops=recomputed,
         saved_bytes=saved.bytes(itemsize_of(run)),
         tokens_per_step=run.training.global_batch_size * seq_len,
         microbatches=microbatches_of(run, world_size)[0],
@@ -103,10 +112,14 @@ def print_dry_run(
 
 def _rows(report: Report) -> list[tuple[str, str]]:
     p, m = report.parameters, report.memory
+    frozen = report.trained < p.total + report.mixers + report.adapters
     return [
         ("parameters", f"{p.total:,}"),
         ("  low-rank", f"{p.low_rank:,}"),
         ("  embedding and output", f"{p.embedding + p.lm_head:,}"),
+        *([("mixers", f"{report.mixers:,}")] if report.mixers else []),
+        *([("adapters", f"{report.adapters:,}")] if report.adapters else []),
+        *([("parameters that train", f"{report.trained:,}")] if frozen else []),
         ("FLOPs a token, forward + backward", f"{report.flops:.4g}"),
         ("  recomputed beside them", f"{report.recomputed_flops:.4g}"),
         ("tokens a step", f"{report.tokens_per_step:,}"),
@@ -121,6 +134,7 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         ("  activations", human_bytes(m.activations)),
         ("  loss", human_bytes(m.loss)),
         ("  rotary tables", human_bytes(m.tables)),
+        *([("  teacher", human_bytes(m.teacher))] if m.teacher else []),
         ("  peak (they are not all alive at once)", human_bytes(m.peak)),
     ]
 
@@ -156,9 +170,10 @@ def check_by_building(run: RunConfig, world_size: int, rank: int = 0) -> Built:
     run.local_batch_size(world_size)  # raises
     with fake_process_group(world_size, rank):
         held = [p for part in build_parts(run, world_size) for p in part.parameters()]
-        for p in held:
+        trained = [p for p in held if p.requires_grad]
+        for p in trained:
             p.grad = torch.zeros_like(p)
-        optimizer = torch.optim.AdamW(held, foreach=False)
+        optimizer = torch.optim.AdamW(trained, foreach=False)
         optimizer.step()
         states = [t for state in optimizer.state.values() for t in state.values() if t.ndim]
         return Built(

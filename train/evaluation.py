@@ -2,7 +2,8 @@
 
 Every rank packs the same documents into the same rows and takes every W-th of them. What is added
 up is the sum of the tokens' losses and their number, in fp64; dividing by the number of batches
-instead, as the GaLore family of code does, depends on both sizes and comes out too low.
+instead, as the GaLore family of code does, depends on both sizes and comes out too low. What else
+an objective wants to know of held-out text (`held_out`) is added up beside it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torchtitan.tools import utils
 
 from lowline.train.data import EvaluationBatches, SourceConfig, evaluation_rows, open_source
 from lowline.train.metrics import Metrics
+from lowline.train.objectives import NextToken
 
 
 class Evaluator(BaseValidator):
@@ -59,11 +61,12 @@ class Evaluator(BaseValidator):
         if pp_schedule is not None:  # the schedule is built for this many rows at a time
             self.batch_size = local_batch_size
         self.micro = parallelism.pipeline_parallel_microbatch_size
-        self.parallel_dims, self.loss_fn, self.context = parallel_dims, loss_fn, validation_context
+        self.parallel_dims, self.context = parallel_dims, validation_context
         self.metrics = metrics_processor
         self.schedule = pp_schedule
         self.first_stage, self.last_stage = pp_has_first_stage, pp_has_last_stage
         self.batches: EvaluationBatches | None = None
+        self.objective = NextToken(loss_fn)  # the trainer sets its own
 
     def should_validate(self, step: int) -> bool:
         """On the schedule; the trainer itself evaluates after the last step."""
@@ -72,12 +75,17 @@ class Evaluator(BaseValidator):
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """Measure and record the held-out loss after `step`."""
-        loss, tokens = self.loss(model_parts)
-        self.metrics.log_evaluation(step, loss, tokens)
+        means, tokens = self.means(model_parts)
+        self.metrics.log_evaluation(step, means.pop("loss"), tokens, means)
 
-    @torch.no_grad()
     def loss(self, model_parts: list[nn.Module]) -> tuple[float, int]:
         """(mean loss in nats a token, number of tokens) over the whole set, on every rank."""
+        means, tokens = self.means(model_parts)
+        return means["loss"], tokens
+
+    @torch.no_grad()
+    def means(self, model_parts: list[nn.Module]) -> tuple[dict[str, float], int]:
+        """(what the objective measures, a token's mean; number of tokens), on every rank."""
         if self.batches is None:
             rows = evaluation_rows(
                 open_source(self.source_config), self.tokenizer, self.seq_len, self.max_tokens
@@ -90,12 +98,15 @@ class Evaluator(BaseValidator):
             )
         for part in model_parts:
             part.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=utils.device_type)
+        tokens = torch.zeros((), dtype=torch.float64, device=utils.device_type)
+        sums: dict[str, torch.Tensor] = {}
         for inputs, labels in self.batches:
             inputs = {k: v.to(utils.device_type) for k, v in inputs.items()}
             labels = labels.to(utils.device_type)
-            total[0] += self._summed_loss(model_parts, inputs, labels).double()
-            total[1] += (labels != IGNORE_INDEX).sum()
+            for name, summed in self._sums(model_parts, inputs, labels).items():
+                sums[name] = sums.get(name, 0.0) + summed.double()
+            tokens += (labels != IGNORE_INDEX).sum()
+        total = torch.stack([*sums.values(), tokens])
         if self.schedule is not None:  # the other stages know no loss
             mesh = self.parallel_dims.get_mesh("pp")
             if not self.last_stage:
@@ -106,18 +117,18 @@ class Evaluator(BaseValidator):
             torch.distributed.all_reduce(total, group=mesh.get_group())
         for part in model_parts:
             part.train()
-        summed, tokens = total.tolist()
-        return summed / max(tokens, 1.0), int(tokens)
+        *numbers, count = total.tolist()
+        means = {name: one / max(count, 1.0) for name, one in zip(sums, numbers, strict=True)}
+        return means, int(count)
 
-    def _summed_loss(
+    def _sums(
         self, model_parts: list[nn.Module], inputs: dict[str, torch.Tensor], labels: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> dict[str, torch.Tensor]:
         if self.schedule is not None:
-            return self._summed_loss_of_pipeline(model_parts, inputs, labels)
+            return {"loss": self._summed_loss_of_pipeline(model_parts, inputs, labels)}
         extra = self._extra(model_parts[0], inputs)
         with self.context():
-            loss, _ = self.loss_fn(model_parts[0](inputs["input"], **extra), labels)
-        return loss
+            return self.objective.held_out(model_parts[0], inputs["input"], labels, extra)
 
     def _summed_loss_of_pipeline(
         self, model_parts: list[nn.Module], inputs: dict[str, torch.Tensor], labels: torch.Tensor

@@ -1,16 +1,17 @@
 """Hugging Face checkpoints and the training body: configurations, shapes and weights, both ways.
 
-Understood are Llama, Mistral, Qwen3 and lowline's own low-rank "cola_llama", with RoPE plain,
-scaled as in Llama 3.1, or by YaRN without its attention factor. Left out, each refused by name:
-biases of dense projections, other RoPE scalings, layers that mix window and full attention,
-quantized weights, pickled (.bin) weights.
+Understood are Llama, Mistral, Qwen2, Qwen3 and lowline's own low-rank "cola_llama", each also with
+one kind of mixer in some layers ("linearized_llama", ...), with RoPE plain, scaled as in Llama 3.1,
+or by YaRN without its attention factor. Left out, each refused by name: biases of projections but
+Qwen2's, other RoPE scalings, layers that mix window and full attention, quantized weights, pickled
+(.bin) weights.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,16 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
+    Qwen2Config,
     Qwen3Config,
 )
 
 from lowline.cola.hf import CoLAConfig
 from lowline.cola.ranks import PROJECTIONS, resolve_ranks
-from lowline.train.config import ColaConfig, ModelConfig, RopeScaling
+from lowline.linearize.convert import linearized_config, parse_layers
+from lowline.linearize.hf import FAMILIES, PREFIX, SOFTMAX, LinearizedConfig
+from lowline.linearize.mixers import MIXERS
+from lowline.train.config import ColaConfig, MixerConfig, ModelConfig, RopeScaling
 from lowline.train.hf_names import from_hf_names, to_hf_names
 
 
@@ -65,13 +70,20 @@ class LlamaStateDictAdapter(StateDictAdapter):
 
 
 def config_to_hf(
-    model: ModelConfig, cola: ColaConfig, *, max_seq_len: int, **tokens: int | None
+    model: ModelConfig,
+    cola: ColaConfig,
+    mixer: MixerConfig | None = None,
+    *,
+    max_seq_len: int,
+    **tokens: int | None,
 ) -> PreTrainedConfig:
     """The Hugging Face configuration of a training run's model.
 
-    A dense model becomes a plain Llama (with QK-norm: Qwen3) that needs no lowline to be used.
+    A dense model becomes a plain Llama (with QK-norm Qwen3, with biases Qwen2) that needs no
+    lowline to be used.
 
     Args:
+        mixer: what stands in some layers instead of softmax attention.
         max_seq_len: the longest context, in tokens, where `model.max_seq_len` does not say.
         tokens: `bos_token_id`, `eos_token_id`, `pad_token_id`.
     """
@@ -92,19 +104,27 @@ def config_to_hf(
         rope_parameters=_rope_to_hf(model),
         **ids,
     )
+    hf: PreTrainedConfig
     if any(low_rank.values()):
-        return CoLAConfig(
+        hf = CoLAConfig(
             **shape,
             ranks=low_rank,
             bottleneck_activation=cola.activation,
             bottleneck_bias=cola.bias,
             qk_norm=model.qk_norm,
         )
-    if model.qk_norm:
-        return Qwen3Config(**shape)
-    if model.dim % model.n_heads:  # Mistral is the same network, and its config allows it
-        return MistralConfig(**shape, sliding_window=None)
-    return LlamaConfig(**shape)
+    elif model.qk_norm:
+        hf = Qwen3Config(**shape)
+    elif model.qkv_bias:
+        hf = Qwen2Config(**shape)
+    elif model.dim % model.n_heads:  # Mistral is the same network, and its config allows it
+        hf = MistralConfig(**shape, sliding_window=None)
+    else:
+        hf = LlamaConfig(**shape)
+    if mixer is None:
+        return hf
+    layers = sorted(parse_layers(mixer.layers, model.n_layers))
+    return linearized_config(hf, mixer=mixer.name, layers=layers, options=mixer.options)
 
 
 def config_from_hf(
@@ -112,7 +132,8 @@ def config_from_hf(
 ) -> tuple[ModelConfig, ColaConfig]:
     """The [model] and [cola] tables that describe a Hugging Face checkpoint.
 
-    A sliding window of W tokens is full attention up to W tokens: `max_seq_len` is then at most W.
+    `mixer_from_hf` gives the [mixer] table of one that was linearized. A sliding window of W tokens
+    is full attention up to W tokens: `max_seq_len` is then at most W.
 
     Args:
         source: a directory, a hub id, or a loaded configuration.
@@ -125,8 +146,9 @@ def config_from_hf(
         hf, name = source, source.name_or_path or source.model_type
     else:
         hf, name = read_config(source, gguf_file), str(source)
-    if hf.model_type not in ("llama", "mistral", "qwen3", "cola_llama"):
-        raise _refusal(name, "model_type", hf.model_type, "llama, mistral, qwen3, cola_llama")
+    family = hf.model_type.removeprefix(PREFIX)
+    if family not in FAMILIES:
+        raise _refusal(name, "model_type", hf.model_type, ", ".join(FAMILIES))
     window = _sliding_window(hf, name)
     activations = {"silu": "silu", "linear": "identity"}
     if hf.hidden_act not in activations:
@@ -142,7 +164,7 @@ def config_from_hf(
         n_layers=hf.num_hidden_layers,
         n_heads=hf.num_attention_heads,
         n_kv_heads=hf.num_key_value_heads,
-        head_dim=hf.head_dim,
+        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
         ffn_dim=hf.intermediate_size,
         vocab_size=hf.vocab_size,
         max_seq_len=min(hf.max_position_embeddings, window or hf.max_position_embeddings),
@@ -150,10 +172,11 @@ def config_from_hf(
         rope_scaling=_rope_from_hf(hf.rope_parameters, name),
         norm_eps=hf.rms_norm_eps,
         tie_embeddings=hf.tie_word_embeddings,
-        qk_norm=hf.model_type == "qwen3" or getattr(hf, "qk_norm", False),
+        qk_norm=family == "qwen3" or getattr(hf, "qk_norm", False),
+        qkv_bias=family == "qwen2",
         mlp_activation=activations[hf.hidden_act],  # type: ignore[arg-type]
     )
-    if not isinstance(hf, CoLAConfig):
+    if family != CoLAConfig.model_type:
         return model, ColaConfig(rank=0)
     ranks = hf.ranks
     uniform = len(set(ranks.values())) == 1
@@ -164,11 +187,33 @@ def config_from_hf(
     )
 
 
-def check_same_model(source: str | Path, model: ModelConfig, cola: ColaConfig) -> None:
-    """That the weights of `source` fit a run's [model] and [cola] tables and mean the same there.
+def mixer_from_hf(hf: PreTrainedConfig) -> MixerConfig | None:
+    """The [mixer] table that describes a Hugging Face checkpoint; None where softmax is in all.
+
+    Raises:
+        ValueError: mixers of two kinds.
+    """
+    mixers = hf.mixers if isinstance(hf, LinearizedConfig) else []
+    layers = [layer for layer, mixer in enumerate(mixers) if mixer["name"] != SOFTMAX]
+    if not layers:
+        return None
+    first = mixers[layers[0]]
+    for layer in layers:
+        if mixers[layer] != first:
+            allowed = f"one kind of mixer (layer {layers[0]} has {first})"
+            raise _refusal(str(hf.name_or_path), f"mixers[{layer}]", mixers[layer], allowed)
+    options = {k: v for k, v in first.items() if k != "name" and v is not None}
+    return MixerConfig(name=first["name"], layers=layers, options=options)
+
+
+def check_same_model(
+    source: str | Path, model: ModelConfig, cola: ColaConfig, mixer: MixerConfig | None = None
+) -> None:
+    """That the weights of `source` fit a run's tables and mean the same there.
 
     What may differ is what no weight depends on: the longest context and how attention and memory
-    are handled. Of the weights only the headers are read.
+    are handled. Layers that are softmax in `source` may have a mixer in the run, which then begins
+    anew. Of the weights only the headers are read.
 
     Raises:
         ValueError: names every key that differs, or every weight that does, with both values.
@@ -185,7 +230,36 @@ def check_same_model(source: str | Path, model: ModelConfig, cola: ColaConfig) -
             f"{source} is another model than the configuration's: {'; '.join(wrong)}. "
             "Set these keys to the checkpoint's values"
         )
+    check_mixers(mixer_from_hf(hf), mixer, model.n_layers, str(source))
     _check_fit({k: s for k, s, _ in _safetensors(hf_directory(source))}, hf, source)
+
+
+def check_mixers(
+    before: MixerConfig | None, after: MixerConfig | None, n_layers: int, where: str
+) -> None:
+    """That each mixer of a checkpoint goes on in a run that starts from it.
+
+    Raises:
+        ValueError: a layer that had a mixer has another one, other options, or none.
+    """
+    had, has = (resolved_mixers(mixer, n_layers) for mixer in (before, after))
+    for layer, mixer in had.items():
+        if has.get(layer) != mixer:
+            raise ValueError(
+                f"{where}: layer {layer} has the mixer {mixer}, in this run it has "
+                f"{has.get(layer, 'softmax attention')}; set [mixer] as it was, or start from the "
+                "model that was converted"
+            )
+
+
+def resolved_mixers(mixer: MixerConfig | None, n_layers: int) -> dict[int, dict[str, Any]]:
+    """Name and options of each layer that has a mixer, all written out but how it is computed."""
+    if mixer is None:
+        return {}
+    options = asdict(MIXERS[mixer.name][0](**mixer.options))
+    options.pop("backend", None)
+    layers = sorted(parse_layers(mixer.layers, n_layers))
+    return {layer: {"name": mixer.name, **options} for layer in layers}
 
 
 def _essence(model: ModelConfig, cola: ColaConfig) -> dict[str, Any]:

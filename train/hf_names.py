@@ -7,6 +7,7 @@ renaming alone: nothing is permuted, split or merged, and a sharded tensor stays
     tok_embeddings                        model.embed_tokens
     layers.0.attention.qkv_linear.wq.A    model.layers.0.self_attn.q_proj.A
     layers.0.feed_forward.w1              model.layers.0.mlp.gate_proj
+    layers.0.attention.mixer.map_q        model.layers.0.self_attn.mixer.map_q
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _HF_IN_LAYER = {
     "attention.q_norm": "self_attn.q_norm",
     "attention.k_norm": "self_attn.k_norm",
     "attention.wo": "self_attn.o_proj",
+    "attention.mixer": "self_attn.mixer",
     "feed_forward.w1": "mlp.gate_proj",
     "feed_forward.w3": "mlp.up_proj",
     "feed_forward.w2": "mlp.down_proj",
@@ -32,7 +34,10 @@ _HF_IN_LAYER = {
 _TRAINING_OUTSIDE = {theirs: ours for ours, theirs in _HF_OUTSIDE.items()}
 _TRAINING_IN_LAYER = {theirs: ours for ours, theirs in _HF_IN_LAYER.items()}
 # [model.]layers.3. | self_attn.q_proj | .A.weight
-_NAME = re.compile(r"(?:(?:model\.)?layers\.(\d+)\.)?(.+?)((?:\.[AB])?\.(?:weight|bias))")
+_NAME = re.compile(
+    r"(?:(?:model\.)?layers\.(\d+)\.)?"
+    r"(?:((?:attention|self_attn)\.mixer)(\..+)|(.+?)((?:\.[AB])?\.(?:weight|bias)))"
+)
 
 
 def to_hf_name(name: str) -> str:
@@ -57,7 +62,8 @@ def _rename(
     name: str, layers: str, outside: dict[str, str], in_layer: dict[str, str], side: str
 ) -> str:
     if match := _NAME.fullmatch(name):
-        layer, module, leaf = match.groups()
+        layer, mixer, mixers, other, others = match.groups()
+        module, leaf = mixer or other, mixers or others
         new = (outside if layer is None else in_layer).get(module)
         if new is not None:
             return new + leaf if layer is None else f"{layers}{layer}.{new}{leaf}"

@@ -9,10 +9,13 @@ not all peak together, so the peak is that of the three moments which can be the
     first block  all gradients, one block's saved activations, the same buffers
 
 With gradient accumulation FSDP keeps whole fp32 gradients between microbatches and shards them
-after the last one.
+after the last one. Gradients and optimizer state are of what trains. A transfer keeps q, k, v and
+o of every mixer and one block's forward pass; a distillation's teacher is held in the compute type,
+and its logits exist for `logit_chunks` at a time.
 
-Left out: memory of the libraries, of communication and of the allocator's gaps, and what
-`torch.compile` spares (the figures are those of eager execution).
+Left out: what mixers keep beside q, k, v and o (features, states), memory of the libraries, of
+communication and of the allocator's gaps, and what `torch.compile` spares (the figures are those
+of eager execution).
 """
 
 from __future__ import annotations
@@ -30,9 +33,19 @@ from lowline.cola.accounting import (
     saved_by_head,
 )
 from lowline.train.config import RunConfig
+from lowline.train.parameters import (
+    Parameter,
+    parameters_of,
+    shape_of,
+    shape_of_model,
+    teacher_count,
+    teacher_shape,
+)
+
+__all__ = ["Memory", "predict_memory", "shape_of", "shape_of_model", "stage_memory"]
 
 FP32 = 4
-_SHARDED_BY_ROWS = ("q", "k", "v", "gate", "up")  # by tensor parallelism; o and down by columns
+LOGITS_AT_ONCE = 2**24  # of a distillation, elements: 64 MiB of fp32, of which a few tensors exist
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,52 +59,8 @@ class Memory:
     gathered: int  # what FSDP unshards at once: parameters, and gradients on their way out
     activations: int  # saved for the backward pass, and what a block recomputes
     loss: int
+    teacher: int  # its weights
     peak: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Tensor:
-    """A parameter, and the dimension that tensor parallelism shards."""
-
-    shape: tuple[int, ...]
-    tp_dim: int | None = None
-
-    def unsharded(self, tp: int) -> int:
-        """Elements of a tensor-parallel rank's part (the first rank's, which is the largest)."""
-        sizes = list(self.shape)
-        if self.tp_dim is not None:
-            sizes[self.tp_dim] = math.ceil(sizes[self.tp_dim] / tp)
-        return math.prod(sizes)
-
-    def sharded(self, tp: int, shard: int) -> int:
-        """Elements of that part which FSDP leaves on a rank; it splits rows and pads the last."""
-        rows, *columns = self.shape
-        if self.tp_dim == 0:
-            rows = math.ceil(rows / tp)
-        elif self.tp_dim == 1:
-            columns[0] = math.ceil(columns[0] / tp)
-        return math.ceil(rows / shard) * math.prod(columns)
-
-
-def shape_of(run: RunConfig) -> Shape:
-    """The sizes of a run's model."""
-    m, c = run.model, run.cola
-    return Shape(
-        dim=m.dim,
-        n_layers=m.n_layers,
-        n_heads=m.n_heads,
-        n_kv_heads=m.kv_heads,
-        head_dim=m.per_head,
-        ffn_dim=m.ffn_dim,
-        vocab_size=m.vocab_size,
-        ranks=run.ranks(),
-        activation=c.activation,
-        mlp_activation=m.mlp_activation,
-        bias=c.bias,
-        grouped=c.grouped,
-        qk_norm=m.qk_norm,
-        tie_embeddings=m.tie_embeddings,
-    )
 
 
 def policy_of(run: RunConfig) -> Policy:
@@ -119,21 +88,25 @@ def stage_memory(run: RunConfig, world_size: int, device: Device, pp_rank: int) 
     tp, itemsize = p.tensor_parallel, itemsize_of(run)
     shard = p.data_parallel(world_size) // p.data_parallel_replicate
     names = _names_on(run, pp_rank)
-    tensors = _tensors(shape)
+    tensors = parameters_of(run)
     units = {name: sum(t.unsharded(tp) for t in tensors[name]) for name in names}
     local = {name: sum(t.sharded(tp, shard) for t in tensors[name]) for name in names}
-    block = max((units[name] for name in names if name.startswith("layers.")), default=0)
+    in_layers = [name for name in names if name.startswith("layers.")]
+    block = max((units[name] for name in in_layers), default=0)
     head = units.get("norm", 0) + units.get("lm_head", 0)
     microbatches, in_flight, rows = microbatches_of(run, world_size, pp_rank)
     accumulates = microbatches > 1
 
+    trained = {name: [t for t in tensors[name] if t.trains] for name in names}
+    trained_units = {name: sum(t.unsharded(tp) for t in trained[name]) for name in names}
+    trained_local = {name: sum(t.sharded(tp, shard) for t in trained[name]) for name in names}
     weights = FP32 * sum(local.values())
-    gradients = FP32 * sum((units if accumulates else local).values())
-    head_gradients = FP32 * (local.get("norm", 0) + local.get("lm_head", 0))
+    gradients = FP32 * sum((trained_units if accumulates else trained_local).values())
+    head_gradients = FP32 * (trained_local.get("norm", 0) + trained_local.get("lm_head", 0))
     optimizer = FP32 * sum(
-        _optimizer_elements(run, tensors[name], tp, shard, name) for name in names
+        _optimizer_elements(run, trained[name], tp, shard, name) for name in names
     )
-    layers = [int(name.removeprefix("layers.")) for name in names if name.startswith("layers.")]
+    layers = [int(name.removeprefix("layers.")) for name in in_layers]
     seq_len = run.training.seq_len
     tables = len(layers) * seq_len * 2 * shape.head_dim * FP32
 
@@ -147,10 +120,21 @@ def stage_memory(run: RunConfig, world_size: int, device: Device, pp_rank: int) 
     mask = tokens * in_flight * seq_len * itemsize if _masked(run, device) else 0
     work = math.ceil(tokens * working.bytes(itemsize))
     logits = 3 * FP32 * tokens * math.ceil(shape.vocab_size / tp) if "lm_head" in names else 0
+    teacher = 0
+    if run.objective.kind == "transfer":
+        held, mask, logits = _held_in_transfer(run, tokens), 0, 0
+        work = math.ceil(tokens * one_block.bytes(itemsize))  # no more than with a graph
+        one_block = Saved()
+    elif run.objective.kind == "distill":
+        logits = 2 * logits // logit_chunks(run, rows)
+        of_teacher = teacher_shape(run)
+        teacher = itemsize * math.ceil(teacher_count(run) / shard)
+        tables += of_teacher.n_layers * seq_len * 2 * of_teacher.head_dim * FP32
 
     reduced = p.data_parallel(world_size) > 1 or itemsize != FP32
-    in_block = work + (itemsize * block if reduced else 0)  # its gradients, not yet reduced
-    in_block = max(in_block, (itemsize + FP32) * block if reduced else 0)
+    out_of_block = max((trained_units[name] for name in in_layers), default=0)
+    in_block = work + (itemsize * out_of_block if reduced else 0)  # gradients, not yet reduced
+    in_block = max(in_block, (itemsize + FP32) * out_of_block if reduced else 0)
     if p.pipeline_parallel > 1:  # FSDP keeps a stage gathered between microbatches
         gathered_at_loss = gathered_in_backward = itemsize * sum(units.values())
     else:
@@ -175,39 +159,31 @@ def stage_memory(run: RunConfig, world_size: int, device: Device, pp_rank: int) 
         gathered=max(gathered_at_loss, gathered_in_backward),
         activations=held + mask + work,
         loss=logits,
-        peak=weights + optimizer + tables + max(moments.values()),
+        teacher=teacher,
+        peak=weights + optimizer + tables + teacher + max(moments.values()),
     )
 
 
-def _tensors(shape: Shape) -> dict[str, list[_Tensor]]:
-    """Every parameter, by the module at the model's top that holds it."""
-    block = [_Tensor(shape=(shape.dim,)) for _ in range(2)]
-    if shape.qk_norm:
-        block += [_Tensor(shape=(shape.head_dim,)) for _ in range(2)]
-    for name, (fan_in, fan_out) in shape.projections.items():
-        by_rows, rank = name in _SHARDED_BY_ROWS, shape.ranks[name]
-        if not rank:
-            block.append(_Tensor(shape=(fan_out, fan_in), tp_dim=0 if by_rows else 1))
-            continue
-        block.append(_Tensor(shape=(rank, fan_in), tp_dim=None if by_rows else 1))
-        block.append(_Tensor(shape=(fan_out, rank), tp_dim=0 if by_rows else None))
-        if shape.bias:
-            block.append(_Tensor(shape=(rank,)))
-            block.append(_Tensor(shape=(fan_out,), tp_dim=0 if by_rows else None))
-    embedding = _Tensor(shape=(shape.vocab_size, shape.dim), tp_dim=0)
-    return {
-        "tok_embeddings": [] if shape.tie_embeddings else [embedding],
-        **{f"layers.{layer}": block for layer in range(shape.n_layers)},
-        "norm": [_Tensor(shape=(shape.dim,))],
-        "lm_head": [embedding],
-    }
+def _held_in_transfer(run: RunConfig, tokens: int) -> int:
+    """Bytes of every mixer's q, k, v and o, and of the two outputs that its loss compares."""
+    m, itemsize = run.model, itemsize_of(run)
+    heads = 2 * m.n_heads + 2 * m.kv_heads
+    elements = m.per_head * (heads * itemsize + 2 * m.n_heads * FP32)
+    return len(run.mixer_layers()) * tokens * elements
+
+
+def logit_chunks(run: RunConfig, rows: int) -> int:
+    """Into how many pieces a distillation cuts sequences so that their logits stay few."""
+    L = run.training.seq_len
+    wanted = rows * L * run.model.vocab_size / LOGITS_AT_ONCE
+    return next(n for n in range(1, L + 1) if L % n == 0 and (n >= wanted or n == L))
 
 
 def _names_on(run: RunConfig, pp_rank: int) -> list[str]:
     """The model's top modules that a rank of the pipeline holds, as torchtitan deals them."""
     degree, layers = run.parallelism.pipeline_parallel, run.model.n_layers
     if degree == 1:
-        return list(_tensors(shape_of(run)))
+        return list(parameters_of(run))
     from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
     from torchtitan.distributed.pipeline_parallel import (
         _generate_llm_fqn_per_model_part,
@@ -237,7 +213,7 @@ def microbatches_of(run: RunConfig, world_size: int, pp_rank: int = 0) -> tuple[
 
 
 def _optimizer_elements(
-    run: RunConfig, tensors: list[_Tensor], tp: int, shard: int, name: str
+    run: RunConfig, tensors: list[Parameter], tp: int, shard: int, name: str
 ) -> int:
     """AdamW keeps two moments; Muon one momentum of the blocks' matrices."""
     muon = run.optimizer.name == "muon" and name.startswith("layers.")

@@ -91,6 +91,7 @@ class Metrics(MetricsProcessor):
     class Config(MetricsProcessor.Config):
         total_steps: int
         progress: str = "auto"
+        perplexity: bool = True  # whether e to the loss is one
         log_also: tuple[int, ...] = ()  # further periods, 0 = never: what happens between steps
 
     config: Config
@@ -184,9 +185,10 @@ class Metrics(MetricsProcessor):
         mfu = self.num_flops_per_token * per_device / self.gpu_peak_flops
         memory = self.device_memory_monitor.get_peak_stats().max_reserved_gib
         extra = dict(extra_metrics or {})
+        perplexity = {"perplexity": _perplexity(global_avg_loss)} if self.config.perplexity else {}
         record = {
             "loss": global_avg_loss,
-            "perplexity": _perplexity(global_avg_loss),
+            **perplexity,
             "grad_norm": grad_norm,
             "tokens": extra.pop("n_tokens_seen"),
             "tokens_per_second": tokens_per_second,
@@ -210,13 +212,17 @@ class Metrics(MetricsProcessor):
         self.data_loading_times.clear()
         self.device_memory_monitor.reset_peak_stats()
 
-    def log_evaluation(self, step: int, loss: float, tokens: int) -> None:
-        """Record a held-out loss (nats a token)."""
+    def log_evaluation(
+        self, step: int, loss: float, tokens: int, others: Mapping[str, float] | None = None
+    ) -> None:
+        """Record a held-out loss (nats a token), and other means by their names."""
         self.evaluated = step
+        others = dict(others or {})
         record = {"eval_loss": loss, "eval_perplexity": _perplexity(loss), "eval_tokens": tokens}
-        self.logger.log(record, step)
+        self.logger.log(record | {f"eval_{name}": mean for name, mean in others.items()}, step)
+        more = "".join(f"{name.replace('_', ' ')} {mean:.4f}  " for name, mean in others.items())
         self.say(
-            f"step {step}  held-out loss {loss:.4f}  perplexity {_perplexity(loss):.2f}  "
+            f"step {step}  held-out loss {loss:.4f}  perplexity {_perplexity(loss):.2f}  {more}"
             f"({tokens:,} tokens)"
         )
 

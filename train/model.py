@@ -1,7 +1,9 @@
-"""torchtitan's own Llama from a [model] table, made low-rank by the converter of `lowline.cola`.
+"""torchtitan's own Llama from a [model] table, changed by converters as the other tables ask.
 
-Rotary embedding is in Hugging Face's half-split convention throughout, so that weights go in and
-out by renaming. Dense projections, the embedding and the output start at N(0, 0.02).
+`lowline.cola` makes its projections low-rank, `lowline.linearize` puts mixers where attention stood
+and torchtitan adds LoRA, in this order. Rotary embedding is in Hugging Face's half-split convention
+throughout, so that weights go in and out by renaming. Dense projections, the embedding and the
+output start at N(0, 0.02).
 """
 
 from __future__ import annotations
@@ -9,11 +11,12 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.config.configs import CompileConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.compile import apply_compile
@@ -35,10 +38,20 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from lowline.cola.accounting import training_flops
 from lowline.cola.titan import ColaBlock, ColaConverter, drawn_whole, set_cola_sharding
-from lowline.train.attention import DocumentSDPA, document_mask
+from lowline.linearize.mixers.base import Mixer
+from lowline.linearize.titan import (
+    MixerAttention,
+    MixerConverter,
+    MixerInputs,
+    Transfer,
+    document_bounds,
+)
+from lowline.train.attention import Bounds, DocumentSDPA, document_mask
 from lowline.train.config import ModelConfig, RopeScaling, RunConfig
+from lowline.train.lora import add_lora, draw_factors_whole
 
 INIT_STD = 0.02
+Trainable = Literal["all", "mixers", "attention"]
 
 
 class RoPE(CosSinRoPE):
@@ -64,12 +77,17 @@ class RoPE(CosSinRoPE):
 
 
 class Llama(Llama3Model):
-    """torchtitan's Llama; builds the document mask where attention runs through SDPA."""
+    """torchtitan's Llama; tells each layer what it must know of documents that share a row."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Llama3Model.Config):
+        trainable: Trainable = "all"
+
         def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
             """Fit the model to the run: longest sequence, and the layout of tensor parallelism."""
+            if config.parallelism.tensor_parallel_degree == 1:
+                Decoder.Config.update_from_config(self, config=config, **kwargs)
+                return
             if not isinstance(self.layers[0], ColaBlock.Config):
                 Llama3Model.Config.update_from_config(self, config=config, **kwargs)
                 return
@@ -92,19 +110,52 @@ class Llama(Llama3Model):
             )
             return sum(p.numel() for p in model.parameters()), flops
 
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        freeze(self, config.trainable)
+        draw_factors_whole(self)
+
+    def verify_module_protocol(self) -> None:
+        """Nothing: mixers are plain modules, whose beginnings `MixerAttention` sees to."""
+
     def forward(
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor | None = None,
         attention_masks: Any = None,
+        transfer: Transfer | None = None,
     ) -> torch.Tensor:
-        if (
-            attention_masks is None
-            and positions is not None
-            and isinstance(self.config.layers[0].attention.inner_attention, DocumentSDPA.Config)
-        ):
-            attention_masks = document_mask(positions, next(self.parameters()).dtype)
-        return super().forward(tokens, positions=positions, attention_masks=attention_masks)
+        """Token ids (B, L) to logits (B, L, V).
+
+        Args:
+            positions: (B, L), 0 where a document starts.
+            attention_masks: of Flex and Varlen attention; SDPA's are made here.
+            transfer: let mixers learn from softmax attention, whose output goes on.
+        """
+        mixed = [isinstance(c.attention, MixerAttention.Config) for c in self.config.layers]
+        bounds = None
+        if positions is not None and any(mixed):
+            bounds = document_bounds(positions)
+        sdpa = isinstance(self.config.first_attention.inner_attention, DocumentSDPA.Config)
+        if sdpa and attention_masks is None and positions is not None:
+            if transfer is not None:
+                attention_masks = None if bounds is None else Bounds.of(bounds)
+            elif not all(mixed):
+                attention_masks = document_mask(positions, next(self.parameters()).dtype)
+        inputs = MixerInputs(bounds, attention_masks, transfer)
+        h = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
+        for name, layer in self.layers.items():  # a stage of a pipeline has some of them
+            h = layer(h, inputs if mixed[int(name)] else attention_masks, positions)
+        h = h if self.norm is None else self.norm(h)
+        return h if self._skip_lm_head or self.lm_head is None else self.lm_head(h)
+
+
+def freeze(model: nn.Module, trainable: Trainable) -> None:
+    """Let only the named part of the model train, and LoRA's factors where there are any."""
+    parts = {"mixers": (".mixer.",), "attention": (".mixer.", ".qkv_linear.", ".wo.")}
+    for name, parameter in model.named_parameters():
+        if trainable != "all" and ".lora_" not in name:
+            parameter.requires_grad_(any(part in name for part in parts[trainable]))
 
 
 def _normal() -> dict[str, Any]:
@@ -141,9 +192,9 @@ def build_model_config(run: RunConfig) -> Llama.Config:
     elif backend != "sdpa" and not torch.cuda.is_available():
         raise ValueError(f'model.attention = "{backend}" needs a GPU; "sdpa" or "auto" runs here')
 
-    def linear(in_features: int, out_features: int) -> Linear.Config:
+    def linear(in_features: int, out_features: int, bias: bool = False) -> Linear.Config:
         return Linear.Config(
-            in_features=in_features, out_features=out_features, param_init=_normal()
+            in_features=in_features, out_features=out_features, bias=bias, param_init=_normal()
         )
 
     def norm(width: int = m.dim) -> RMSNorm.Config:
@@ -164,7 +215,9 @@ def build_model_config(run: RunConfig) -> Llama.Config:
                 n_kv_heads=m.kv_heads,
                 head_dim=m.per_head,
                 qkv_linear=QKVLinear.Config(
-                    head_dim=m.per_head, wq=linear(m.dim, query), wkv=linear(m.dim, key_value)
+                    head_dim=m.per_head,
+                    wq=linear(m.dim, query, m.qkv_bias),
+                    wkv=linear(m.dim, key_value, m.qkv_bias),
                 ),
                 wo=linear(query, m.dim),
                 qk_norm=norm(m.per_head) if m.qk_norm else None,
@@ -190,6 +243,7 @@ def build_model_config(run: RunConfig) -> Llama.Config:
         norm=norm(),
         lm_head=linear(m.dim, m.vocab_size),
         layers=[block() for _ in range(m.n_layers)],
+        trainable=run.trainable(),
     )
     ranks = run.ranks()
     if any(ranks.values()) or m.mlp_activation != "silu":
@@ -201,6 +255,14 @@ def build_model_config(run: RunConfig) -> Llama.Config:
             memory=run.cola.memory,
             grouped=run.cola.grouped,
         ).build().convert(config)
+    if run.mixer is not None:
+        MixerConverter.Config(
+            mixer=run.mixer.name, options=run.mixer.options, layers=sorted(run.mixer_layers())
+        ).build().convert(config)
+    if run.lora is not None:
+        converted = add_lora(config, run.lora)
+        assert isinstance(converted, Llama.Config)
+        return converted
     return config
 
 
@@ -213,7 +275,7 @@ def build_model_spec(run: RunConfig) -> ModelSpec:
         name="lowline",
         flavor=f"{kind}-d{run.model.dim}-l{run.model.n_layers}",
         model=build_model_config(run),
-        parallelize_fn=parallelize,
+        parallelize_fn=partial(parallelize, mixers_apart=run.objective.kind == "transfer"),
         pipelining_fn=pipeline,
         post_optimizer_build_fn=None,
         state_dict_adapter=LlamaStateDictAdapter,
@@ -228,12 +290,15 @@ def parallelize(
     compile_config: CompileConfig,
     ac_config: Any,
     dump_folder: str,
+    mixers_apart: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """torchtitan's layout, with a reduction that gloo knows (it has no pre-multiplied sum).
 
-    One process in one precision has nothing to shard or cast: it goes without FSDP, which would
-    copy every parameter and gradient all the same.
+    With `mixers_apart` FSDP gathers a mixer on its own, not with its block: where nothing else has
+    a backward pass, the blocks' weights are gathered for the forward pass only. One process in one
+    precision has nothing to shard or cast: it goes without FSDP, which would copy every parameter
+    and gradient all the same.
     """
     if parallel_dims.world_size == 1 and training.mixed_precision_param == "float32":
         if ac_config is not None:
@@ -241,6 +306,8 @@ def parallelize(
         if compile_config.enable:
             apply_compile(model, compile_config=compile_config, parallel_dims=parallel_dims)
         return model
+    if mixers_apart:
+        _shard_mixers(model, parallel_dims, training)
     model = parallelize_llama(
         model,
         parallel_dims=parallel_dims,
@@ -255,6 +322,18 @@ def parallelize(
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def _shard_mixers(model: nn.Module, parallel_dims: ParallelDims, training: TrainingConfig) -> None:
+    names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
+    precision = MixedPrecisionPolicy(
+        param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
+        reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
+        cast_forward_inputs=False,
+    )
+    for module in model.modules():
+        if isinstance(module, Mixer):
+            fully_shard(module, mesh=parallel_dims.get_mesh(names), mp_policy=precision)
 
 
 def pipeline(model: nn.Module, **kwargs: Any) -> Any:

@@ -1,7 +1,8 @@
 """Optimizer and learning-rate schedule as torchtitan configurations.
 
 AdamW for every parameter, or Muon for the matrices of the blocks, which are the factors A and B
-where a projection is low-rank, and AdamW for the rest. Muon (the update of torch.optim.Muon)
+where a projection is low-rank, and AdamW for the rest; mixers may have a learning rate of their
+own. Muon (the update of torch.optim.Muon)
 replaces a matrix's momentum M = UΣVᵀ by about UVᵀ, through five Newton-Schulz steps
 
     X ← aX + (bXXᵀ + c(XXᵀ)²)X,      X = M / |M| at first,
@@ -15,11 +16,13 @@ orthogonalizes every matrix, where ranks could share them out.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn as nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtitan.components.optimizer import (
     LRSchedulersContainer,
@@ -29,6 +32,7 @@ from torchtitan.components.optimizer import (
 
 from lowline.train.config import OptimizerConfig, ScheduleConfig
 
+MIXERS = r"\.mixer\."
 BLOCK_MATRICES = r"layers\..*\.(wq|wk|wv|wo|w1|w2|w3)(\.[AB])?\.weight$"
 
 
@@ -44,6 +48,19 @@ class Optimizers(OptimizersContainer):
         if name == "Muon":
             return _muon
         return OptimizersContainer._resolve_optimizer_factory(name)
+
+    @staticmethod
+    def _build_param_groups(
+        model: nn.Module, param_group_configs: list[ParamGroupConfig], impl_kwargs: dict[str, Any]
+    ) -> Any:
+        """torchtitan's groups, but for those in which nothing trains."""
+        left = {name for name, p in model.named_parameters() if p.requires_grad}
+        filled = []
+        for group in param_group_configs:
+            taken = {name for name in left if re.search(group.pattern, name)}
+            left -= taken
+            filled += [group] if taken else []
+        return OptimizersContainer._build_param_groups(model, filled, impl_kwargs)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore momenta and steps; weight decay, betas and the like stay as configured now.
@@ -112,18 +129,15 @@ def _muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
 
 def optimizer_config(c: OptimizerConfig) -> Optimizers.Config:
     """The parameter groups of [optimizer]; the first whose pattern matches a name takes it."""
-    rest = ParamGroupConfig(
-        pattern=".*",
-        optimizer_name="AdamW",
-        optimizer_kwargs={
-            "lr": c.lr,
-            "betas": c.betas,
-            "eps": c.eps,
-            "weight_decay": c.weight_decay,
-        },
-    )
+
+    def adamw(pattern: str, lr: float) -> ParamGroupConfig:
+        options = {"lr": lr, "betas": c.betas, "eps": c.eps, "weight_decay": c.weight_decay}
+        return ParamGroupConfig(pattern=pattern, optimizer_name="AdamW", optimizer_kwargs=options)
+
+    mixers = [] if c.mixer_lr is None else [adamw(MIXERS, c.mixer_lr)]
+    rest = adamw(".*", c.lr)
     if c.name == "adamw":
-        return Optimizers.Config(param_groups=[rest])
+        return Optimizers.Config(param_groups=[*mixers, rest])
     matrices = ParamGroupConfig(
         pattern=BLOCK_MATRICES,
         optimizer_name="Muon",
@@ -133,7 +147,7 @@ def optimizer_config(c: OptimizerConfig) -> Optimizers.Config:
             "weight_decay": c.weight_decay,
         },
     )
-    return Optimizers.Config(param_groups=[matrices, rest])
+    return Optimizers.Config(param_groups=[*mixers, matrices, rest])
 
 
 def schedule_config(c: ScheduleConfig) -> LRSchedulersContainer.Config:

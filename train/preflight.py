@@ -29,6 +29,8 @@ def check_run(run: RunConfig, world_size: int) -> None:
             f"model.vocab_size = {run.model.vocab_size}; set it to at least "
             f"{tokenizer.get_vocab_size()}, or choose another tokenizer"
         )
+    if run.objective.kind == "distill":
+        _check_teacher(run)
     open_source(run.data)
     if run.evaluation.enable:
         open_source(run.held_out())
@@ -41,7 +43,7 @@ def check_run(run: RunConfig, world_size: int) -> None:
                 "another output folder, or remove this one"
             )
         check_same_model(run, newest)
-        _compare(newest, "optimizer.name", load_config(newest / "config.toml"), run)
+        check_same_parts(run, newest)
         check_saved_lanes(newest, run.training.global_batch_size)
     elif run.checkpoint.initial_weights is not None:
         check_initial_weights(run)
@@ -64,23 +66,65 @@ def check_same_model(run: RunConfig, checkpoint: Path) -> None:
         raise _other(checkpoint, "cola.rank", saved.ranks(), run.ranks())
 
 
+def check_same_parts(run: RunConfig, checkpoint: Path) -> None:
+    """Raise ConfigError unless this run trains what the run of a step folder trained.
+
+    Beside the model: its mixers but for how they are computed, its adapters, its objective.
+    """
+    from lowline.train.hf import resolved_mixers
+
+    saved = load_config(checkpoint / "config.toml")
+    before, now = (resolved_mixers(r.mixer, r.model.n_layers) for r in (saved, run))
+    if before != now:
+        raise _other(checkpoint, "mixer", saved.mixer, run.mixer)
+    for name, one, other in (
+        ("lora", saved.lora, run.lora),
+        ("objective.kind", saved.objective.kind, run.objective.kind),
+        ("objective.trainable", saved.trainable(), run.trainable()),
+        ("optimizer.name", saved.optimizer.name, run.optimizer.name),
+    ):
+        if one != other:
+            raise _other(checkpoint, name, one, other)
+    if (saved.optimizer.mixer_lr is None) != (run.optimizer.mixer_lr is None):
+        rates = saved.optimizer.mixer_lr, run.optimizer.mixer_lr
+        raise _other(checkpoint, "optimizer.mixer_lr", *rates)
+
+
 def check_initial_weights(run: RunConfig) -> None:
     """Raise ConfigError or ValueError unless `checkpoint.initial_weights` fits the model."""
     path = run.checkpoint.initial_weights
     assert path is not None
     folder = Path(path)
     if (folder / ".metadata").is_file():
+        from lowline.train.hf import check_mixers
+
         check_same_model(run, folder)
+        before = load_config(folder / "config.toml").mixer
+        check_mixers(before, run.mixer, run.model.n_layers, path)
     elif (folder / "config.json").is_file():
         from lowline.train.hf import check_same_model as check_same_hf_model
 
-        check_same_hf_model(folder, run.model, run.cola)
+        check_same_hf_model(folder, run.model, run.cola, run.mixer)
     else:
         raise ConfigError(
             f"checkpoint.initial_weights = {path!r} is neither a Hugging Face directory "
             "(config.json) nor a checkpoint/step-N folder of a run; `lowline export` makes the "
             "former of the latter"
         )
+
+
+def _check_teacher(run: RunConfig) -> None:
+    from lowline.train.hf import check_same_model as check_same_hf_model
+    from lowline.train.objectives import teacher_run
+
+    source = str(run.objective.teacher)
+    if not (Path(source) / "config.json").is_file():
+        raise ConfigError(
+            f"objective.teacher = {source!r} is no Hugging Face directory (config.json; working "
+            f"directory {Path.cwd()}); `lowline import` makes one of a hub id or a GGUF file"
+        )
+    teacher = teacher_run(run)
+    check_same_hf_model(source, teacher.model, teacher.cola, teacher.mixer)
 
 
 def _compare(checkpoint: Path, key: str, saved: RunConfig, run: RunConfig) -> None:

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from lowline.cola.accounting import flops_per_token, parameters
+from lowline.cola.accounting import parameters
 from lowline.train.config import RunConfig
 from lowline.train.device import prepare
 from lowline.train.load_config import to_toml
-from lowline.train.memory import shape_of
+from lowline.train.parameters import count, shape_of, training_flops_of
 
 if TYPE_CHECKING:
     from lowline.train.trainer import Trainer
@@ -106,8 +106,8 @@ def _signals_to(trainer: Trainer) -> Iterator[None]:
 def _summary(run: RunConfig, trainer: Trainer) -> list[str]:
     """What is about to be trained, on what, and where to watch it."""
     shape, t, dims = shape_of(run), run.training, trainer.parallel_dims
-    count = parameters(shape)
-    kind = f"{count.low_rank / 1e6:,.2f}M of them low-rank" if shape.low_rank else "dense"
+    model = parameters(shape)
+    kind = f"{model.low_rank / 1e6:,.2f}M of them low-rank" if shape.low_rank else "dense"
     memory = f", {run.cola.memory}" if shape.low_rank else ""
     degrees = {
         "replicas": dims.dp_replicate,
@@ -117,16 +117,33 @@ def _summary(run: RunConfig, trainer: Trainer) -> list[str]:
     }
     layout = " x ".join(f"{name} {n}" for name, n in degrees.items() if n > 1) or "one process"
     accumulation = trainer.gradient_accumulation_steps
-    flops = flops_per_token(shape, t.seq_len)
+    flops = training_flops_of(run)
     return [
-        f"model    {count.total / 1e6:,.2f}M parameters, {kind}{memory}; "
+        f"model    {model.total / 1e6:,.2f}M parameters, {kind}{memory}; "
         f"{flops / 1e6:,.1f} MFLOPs a token, {t.precision}",
+        *_stage(run),
         f"step     {t.global_batch_size * t.seq_len:,} tokens: {t.global_batch_size} sequences of "
         f"{t.seq_len}" + (f", in {accumulation} microbatches" if accumulation > 1 else ""),
         f"devices  {dist.get_world_size()} x {trainer.device.type}: {layout}",
         f"output   {run.output}",
         *([f"watch    tensorboard --logdir {run.output}/tb"] if run.metrics.tensorboard else []),
     ]
+
+
+def _stage(run: RunConfig) -> list[str]:
+    """What is not plain training: mixers, adapters, the objective, what trains."""
+    lines = []
+    if run.mixer is not None:
+        mixers, layers = count(run, "mixer"), len(run.mixer_layers())
+        lines.append(
+            f"mixers   {run.mixer.name} in {layers} of {run.model.n_layers} layers, "
+            f"{mixers / 1e6:,.2f}M parameters"
+        )
+    if run.objective.kind != "next-token" or run.trainable() != "all":
+        trained = count(run, trained=True)
+        teacher = f" from {run.objective.teacher}" if run.objective.teacher else ""
+        lines.append(f"stage    {run.objective.kind}{teacher}; {trained / 1e6:,.2f}M train")
+    return lines
 
 
 class _Lines(logging.Handler):

@@ -1,8 +1,9 @@
-"""torchtitan's Trainer with what pretraining here adds to it.
+"""torchtitan's Trainer with what is added to it here.
 
 One all-reduce a step however many microbatches it has, agreement between ranks on when to stop (the
-end of finite data, a signal, a save that failed), an evaluation after the last step, and effective
-ranks of the bottlenecks on a schedule. Everything else is torchtitan's.
+end of finite data, a signal, a save that failed), objectives (`lowline.train.objectives`), an
+evaluation after the last step, and effective ranks of the bottlenecks on a schedule. Everything
+else is torchtitan's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.components.dataloader import DataloaderExhaustedError
-from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.config.configs import (
     CommConfig,
     CompileConfig,
@@ -35,7 +35,9 @@ from lowline.train.evaluation import Evaluator
 from lowline.train.load_config import to_toml
 from lowline.train.metrics import DivergedError, Metrics
 from lowline.train.model import build_model_spec
+from lowline.train.objectives import WindowDropout, build_objective, loss_config
 from lowline.train.optim import optimizer_config, schedule_config
+from lowline.train.parameters import training_flops_of
 
 
 class Agreement:
@@ -68,8 +70,7 @@ class Trainer(TitanTrainer):
 
     @dataclass(kw_only=True, slots=True)
     class Config(TitanTrainer.Config):
-        rank_every: int = 0
-        rank_alpha: float = 0.95
+        run: RunConfig
 
     config: Config
     dataloader: LaneDataLoader
@@ -81,6 +82,17 @@ class Trainer(TitanTrainer):
         super().__init__(config)
         self.signal = self.stopped_by = 0
         self._agreement = Agreement()
+        run = config.run
+        self.metrics_processor.num_flops_per_token = training_flops_of(run)
+        self.objective = build_objective(run, self)
+        if config.validator.enable:
+            self.validator.objective = self.objective
+        self._window_dropout = None
+        if run.objective.window_dropout:
+            steps, seed = run.training.steps, run.training.seed
+            self._window_dropout = WindowDropout(
+                self.model_parts[0], run.objective, steps=steps, seed=seed
+            )
         self._microbatch = 0
         self._last_inputs: tuple[torch.Tensor, dict[str, Any]] | None = None
 
@@ -123,6 +135,9 @@ class Trainer(TitanTrainer):
     def train_step(self, data_iterator: Iterator) -> None:
         self._agreement.begin(self.signal, self.checkpointer.failed())
         self.metrics_processor.begin_step()
+        self.objective.begin_step(self.step)
+        if self._window_dropout is not None:
+            self._window_dropout.draw(self.step)
         try:
             super().train_step(data_iterator)
         except RuntimeError as error:
@@ -130,7 +145,9 @@ class Trainer(TitanTrainer):
                 raise DivergedError(self._divergence(error)) from error
             raise
         self.metrics_processor.end_step(self.step)
-        every = self.config.rank_every
+        if self.metrics_processor.should_log(self.step):
+            self._record_numbers()
+        every = self.config.run.metrics.rank_every
         if every and self.step % every == 0:
             self._record_ranks()
         self.stopped_by, save_failed = self._agreement.end()
@@ -168,7 +185,23 @@ class Trainer(TitanTrainer):
         extra_kwargs: dict[str, Any],
     ) -> torch.Tensor:
         self._last_inputs = inputs, extra_kwargs
-        return super()._forward_backward_body(inputs, labels, global_valid_tokens, extra_kwargs)
+        with self.train_context():
+            loss = self.objective.loss(
+                self.model_parts[0], inputs, labels, global_valid_tokens, extra_kwargs
+            )
+            loss.backward()
+        return loss
+
+    def _record_numbers(self) -> None:
+        """What the objective has to say of the step, beside its loss."""
+        if not (numbers := self.objective.numbers()):
+            return
+        values = torch.stack(list(numbers.values()))
+        if self.parallel_dims.dp_enabled:
+            dist.all_reduce(values, group=self.parallel_dims.get_mesh("batch").get_group())
+        self.metrics_processor.log_scalars(
+            self.step, dict(zip(numbers, values.tolist(), strict=True))
+        )
 
     @torch.no_grad()
     def _record_ranks(self) -> None:
@@ -182,7 +215,7 @@ class Trainer(TitanTrainer):
             group = self.parallel_dims.get_mesh("batch").get_group()
         with self.train_context(), ActivationRanks(self.model_parts[0]) as activations:
             self.model_parts[0](inputs, **extra)
-        ranks = activations.ranks(self.config.rank_alpha, group=group)
+        ranks = activations.ranks(self.config.run.metrics.rank_alpha, group=group)
         self.metrics_processor.log_scalars(
             self.step, {f"effective_rank/{name}": float(rank) for name, rank in ranks.items()}
         )
@@ -222,7 +255,7 @@ def trainer_config(run: RunConfig, world_size: int) -> Trainer.Config:
         hf_assets_path=run.tokenizer,
         tokenizer=TextTokenizer.Config(),
         dump_folder=run.output,
-        loss=CrossEntropyLoss.Config(global_vocab_size=run.model.vocab_size),
+        loss=loss_config(run, run.local_batch_size(world_size)),
         optimizer=optimizer_config(run.optimizer),
         lr_scheduler=schedule_config(run.schedule),
         dataloader=LaneDataLoader.Config(
@@ -272,6 +305,7 @@ def trainer_config(run: RunConfig, world_size: int) -> Trainer.Config:
             enable_tensorboard=run.metrics.tensorboard,
             total_steps=t.steps,
             progress=run.metrics.progress,
+            perplexity=run.objective.kind == "next-token",
             log_also=(
                 c.every if c.enable else 0,
                 e.every if e.enable else 0,
@@ -284,8 +318,7 @@ def trainer_config(run: RunConfig, world_size: int) -> Trainer.Config:
         debug=DebugConfig(
             seed=t.seed, deterministic=t.deterministic, enable_structured_logging=False
         ),
-        rank_every=run.metrics.rank_every,
-        rank_alpha=run.metrics.rank_alpha,
+        run=run,
     )
 
 

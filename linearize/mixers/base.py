@@ -47,6 +47,7 @@ class Mixer(nn.Module):
     Attributes:
         has_window: softmax attention in a sliding window is a part of it.
         has_linear: a part with a state that sums over all tokens is.
+        is_average: the output is a mean of values, with weights of at least 0 that sum to 1.
         linear_enabled: where there are both: set it to False to leave the linear part's terms out
             of the output, all else unchanged; states go on as they would.
         drop_window: where there are both: set it to True to have the linear part alone stand in for
@@ -56,6 +57,7 @@ class Mixer(nn.Module):
 
     has_window = False
     has_linear = True
+    is_average = False
     linear_enabled = True
     drop_window = False
 
@@ -95,4 +97,4 @@ def apply_rope(x_BTHD: torch.Tensor, rope: Rope) -> torch.Tensor:
     """Rotary embedding of the half-split layout that Hugging Face checkpoints have."""
     cos_BT1D, sin_BT1D = (t.unsqueeze(-2).to(x_BTHD.dtype) for t in rope)
     first, second = x_BTHD.chunk(2, -1)
-    return x_BTHD * cos_BT1D + torch.cat([-second, first], -1) * sin_BT1D
+    return torch.addcmul(x_BTHD * cos_BT1D, torch.cat([-second, first], -1), sin_BT1D)

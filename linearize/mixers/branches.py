@@ -126,7 +126,7 @@ def beside(
     linear: Callable[[State], tuple[torch.Tensor, State]],
     *,
     share: float | torch.Tensor,
-    rope: Rope,
+    rope: Rope | None,
     state: States | None,
     cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, States]:
@@ -135,14 +135,17 @@ def beside(
     Args:
         linear: from the linear part's state to its output (B, T, H, D) and its next state.
         share: m, the weight of the linear part: one for all heads, or (H, 1).
+        rope: of the window; None where q and k come after the rotary embedding.
     """
     before = States(None, None) if state is None else state
     o_linear, linear_state = linear(before.linear)
     if not options.window or dropping_window(mixer, state):
         return o_linear, States(None, linear_state)
+    if rope is not None:
+        q_BTHD, k_BTGD = apply_rope(q_BTHD, rope), apply_rope(k_BTGD, rope)
     o_window, window_state = attend(
-        apply_rope(q_BTHD, rope),
-        apply_rope(k_BTGD, rope),
+        q_BTHD,
+        k_BTGD,
         v_BTGD,
         window=options.window,
         sinks=options.sinks,

@@ -145,11 +145,15 @@ class GatedDeltaNet(Mixer):
         cu_seqlens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, States]:
         """See `Mixer.forward`."""
+        of_window: Rope | None = rope
+        if self.options.rotary and self.taps is None:  # both parts take the same q and k
+            q_BTHD, k_BTGD = apply_rope(q_BTHD, rope), apply_rope(k_BTGD, rope)
+            of_window = None
 
         def linear(state: State) -> tuple[torch.Tensor, State]:
             taken, memory = (None, None) if state is None else state
             q, k, v, taken = self._convolved(q_BTHD, k_BTGD, v_BTGD, taken, cu_seqlens)
-            if self.options.rotary:
+            if self.options.rotary and self.taps is not None:
                 q, k = apply_rope(q, rope), apply_rope(k, rope)
             o_BTHD, memory = recur(
                 _unit(q),
@@ -171,7 +175,7 @@ class GatedDeltaNet(Mixer):
             v_BTGD,
             linear,
             share=1.0 if self.share is None else self.share(),
-            rope=rope,
+            rope=of_window,
             state=state,
             cu_seqlens=cu_seqlens,
         )

@@ -65,6 +65,8 @@ class Hedgehog(Mixer):
     `map_q` is (H, D, F), `map_k` (H or G, D, F).
     """
 
+    is_average = True
+
     def __init__(self, shape: HeadShape, options: HedgehogOptions) -> None:
         super().__init__(shape)
         self.options = options

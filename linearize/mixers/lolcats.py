@@ -82,6 +82,7 @@ class Lolcats(Mixer):
     """
 
     has_window = True
+    is_average = True
 
     def __init__(self, shape: HeadShape, options: LolcatsOptions) -> None:
         super().__init__(shape)

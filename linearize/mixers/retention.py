@@ -94,12 +94,13 @@ class Retention(Mixer):
         cu_seqlens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, States]:
         """See `Mixer.forward`."""
+        q_BTHD, k_BTGD = apply_rope(q_BTHD, rope), apply_rope(k_BTGD, rope)
 
         def linear(state: State) -> tuple[torch.Tensor, State]:
             g_BTP = self.log_decay(q_BTHD.device).expand(*q_BTHD.shape[:2], -1)
             o_BTHD, state = recur(
-                apply_rope(q_BTHD, rope),
-                repeat_heads(apply_rope(k_BTGD, rope), self, self.options.state_heads),
+                q_BTHD,
+                repeat_heads(k_BTGD, self, self.options.state_heads),
                 v_BTGD,
                 g_BTP,
                 scale=self.shape.head_dim**-0.5,
@@ -119,7 +120,7 @@ class Retention(Mixer):
             v_BTGD,
             linear,
             share=1.0 if self.share is None else self.share(),
-            rope=rope,
+            rope=None,
             state=state,
             cu_seqlens=cu_seqlens,
         )

@@ -64,6 +64,8 @@ class RectifiedMap(nn.Module):
 class T2R(Mixer):
     """Linear attention with rectified features."""
 
+    is_average = True
+
     def __init__(self, shape: HeadShape, options: T2ROptions) -> None:
         super().__init__(shape)
         self.options = options

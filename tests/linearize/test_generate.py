@@ -14,6 +14,7 @@ from lowline.linearize.cache import LinearizedCache, MixerLayer, break_even_leng
 from lowline.linearize.convert import linearized_config, save
 from lowline.linearize.mixers import MIXERS
 from lowline.linearize.mixers.base import Mixer
+from lowline.tools import hf_commands
 from lowline.train.data.tokenizer import load_tokenizer
 from tests.linearize.models import ARCHITECTURES, converted, scrambled, small_options, tokens
 
@@ -86,16 +87,24 @@ def test_a_conversation_goes_on_where_it_stopped(chunk):
         ids = torch.cat([ids, tokens(2, 4, seed=seed)], 1)
 
 
-def test_pipeline(tmp_path):
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A converted model's directory, the model and its tokenizer, which has a chat template."""
     config = copy.deepcopy(ARCHITECTURES["llama"])
     config.vocab_size = 4096
     config = linearized_config(config, mixer=ANY, layers=HYBRID, options=small_options(ANY))
     from lowline.linearize.hf import FAMILIES
 
     model, tokenizer = scrambled(FAMILIES["llama"].causal_lm(config)), load_tokenizer("embedded").hf
-    save(model, tokenizer, tmp_path / "model")
+    tokenizer.chat_template = "{% for m in messages %}Ask: {{ m.content }}\n{% endfor %}Say:"
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    return save(model, tokenizer, folder), model, tokenizer
+
+
+def test_pipeline(saved):
+    folder, model, tokenizer = saved
     prompts, how = ["A list is", "Then the other"], {"max_new_tokens": 8, "do_sample": False}
-    generator = pipeline("text-generation", model=str(tmp_path / "model"))
+    generator = pipeline("text-generation", model=str(folder))
     answers = generator(prompts, **how)
     for prompt, answer in zip(prompts, answers, strict=True):
         inputs = tokenizer(prompt, return_tensors="pt")
@@ -103,6 +112,41 @@ def test_pipeline(tmp_path):
         assert answer[0]["generated_text"] == tokenizer.decode(ids, skip_special_tokens=True)
     together = generator(prompts, batch_size=2, **how)
     assert together == answers
+
+
+def test_the_command_streams_what_the_model_generates(saved, capsys):
+    folder, model, tokenizer = saved
+    capsys.readouterr()
+    said = hf_commands.generate(str(folder), prompt="A list is", max_new_tokens=NEW)
+    ids = model.generate(**tokenizer("A list is", return_tensors="pt"), max_new_tokens=NEW,
+                         do_sample=False)[0]  # fmt: skip
+    assert said == tokenizer.decode(ids, skip_special_tokens=True) != "A list is"
+    out, err = capsys.readouterr()
+    assert out.rstrip("\n") == said.rstrip("\n") and "tokens" not in err
+
+
+def test_the_command_answers_through_the_chat_template(saved, capsys):
+    folder, model, tokenizer = saved
+    capsys.readouterr()
+    said = hf_commands.generate(str(folder), prompt="Why?", chat=True, max_new_tokens=NEW)
+    whole = hf_commands.generate(str(folder), prompt="Ask: Why?\nSay:", max_new_tokens=NEW)
+    assert whole == "Ask: Why?\nSay:" + said and said
+    assert capsys.readouterr().out.startswith(said)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = None
+    plain = save(model, tokenizer, folder.with_name("plain"))
+    with pytest.raises(ValueError, match="has no chat template"):
+        hf_commands.generate(str(plain), prompt="Why?", chat=True)
+
+
+def test_the_command_says_what_the_model_holds(saved, capsys):
+    folder, model, tokenizer = saved
+    hf_commands.generate(str(folder), prompt="A list is", max_new_tokens=NEW, stats=True)
+    said = capsys.readouterr().err
+    seen = len(tokenizer("A list is")["input_ids"]) + NEW - 1  # the last one was not fed in
+    held = state_bytes(model.config, context=seen)
+    assert f"{NEW} tokens, the first after" in said and f"; {held / 1e6:.2f} MB" in said
+    assert f"as many as keys and values of {break_even_length(model.config)} tokens" in said
 
 
 # --------------------------------------------------------------------------------------- cache

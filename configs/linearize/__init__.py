@@ -1,0 +1,1 @@
+"""One TOML for every conversion somebody would want to reproduce."""

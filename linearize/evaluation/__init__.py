@@ -1,0 +1,1 @@
+"""What a conversion kept and what it lost: text, copying, retrieval, tasks, and the linear part."""

@@ -1,0 +1,181 @@
+"""The models that an evaluation compares: a converted one, and what it has to be better than.
+
+    teacher                      softmax attention over everything
+    window + sinks, same state   no training; its window so wide that it holds as many bytes
+    window + sinks               no training; the window of the converted model
+    window                       the same without sinks
+    the converted model
+    … linear part off            what is left of it without its linear part
+
+The windows are put into the teacher (mixer `sink_window`), in the layers that were converted: in a
+hybrid the others stay softmax attention in every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lowline.linearize.cache import state_bytes
+from lowline.linearize.convert import convert, linearized_config, load_config, load_teacher
+from lowline.linearize.evaluation.measure import digest
+from lowline.linearize.hf import SOFTMAX, LinearizedConfig
+
+SINKS = 4
+WINDOW = 64  # of the windows beside a model that has none
+SAME_SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A model to evaluate.
+
+    Attributes:
+        label: what tables call it.
+        identity: JSON, equal for equal models; another once a file of theirs was written anew.
+        config: the model's; of a teacher that of an empty conversion.
+        dtype: of its weights and caches.
+        load: reads or makes the model.
+        window: of the converted model that it stands beside, and of itself.
+        converted: whether it is a converted model and no baseline.
+        linear_off: whether its linear part is to be switched off.
+    """
+
+    label: str
+    identity: dict[str, Any]
+    config: LinearizedConfig = field(repr=False)
+    dtype: torch.dtype
+    load: Callable[[], PreTrainedModel] = field(repr=False)
+    window: int = WINDOW
+    converted: bool = False
+    linear_off: bool = False
+
+    def state_bytes(self, context: int) -> int:
+        """What its cache holds for one sequence of so many tokens."""
+        return state_bytes(self.config, context=context, dtype=self.dtype)
+
+
+def rows_of(source: str, *, teacher: str | None, dtype: torch.dtype) -> list[Row]:
+    """The rows of a checkpoint: those above if it was converted, else itself alone.
+
+    Args:
+        source: a hub id, a directory or a GGUF file.
+        teacher: the same, of what it was converted from; None for what it names itself.
+        dtype: to compute in.
+
+    Raises:
+        ValueError: no such checkpoint or teacher, or a teacher of another shape.
+    """
+    config = load_config(source)
+    name = Path(source).stem if source.endswith(".gguf") else Path(source).name or source
+    layers = _converted_layers(config)
+    if not layers:
+        return [_checkpoint(source, config, dtype, label=name)]
+    assert isinstance(config, LinearizedConfig)
+    teacher, before = _teacher(source, config, teacher)
+    window = max((config.mixers[layer].get("window", 0) for layer in layers), default=0) or WINDOW
+    some = f", {len(layers)} of {config.num_hidden_layers} layers"
+    some = "" if len(layers) == config.num_hidden_layers else some
+
+    def windowed(label: str, window: int, sinks: int) -> Row:
+        how: dict[str, Any] = {"mixer": "sink_window", "layers": layers}
+        how["options"] = {"window": window, "sinks": sinks}
+        return Row(
+            label=label + some,
+            identity=_identity(teacher, dtype) | how,
+            config=linearized_config(before, **how),
+            dtype=dtype,
+            load=lambda: convert(teacher, dtype=dtype, **how).eval(),
+        )
+
+    same_state = window_of_state(config, before, dtype)
+    both = any(_has_both_parts(config, layer) for layer in layers)
+    itself = _checkpoint(source, config, dtype, label=name, window=window, converted=True)
+    rows = [
+        _checkpoint(teacher, before, dtype, label="teacher"),
+        windowed(f"window {same_state} + {SINKS} sinks (same state)", same_state, SINKS),
+        windowed(f"window {window} + {SINKS} sinks", window, SINKS),
+        windowed(f"window {window}", window, 0),
+        itself,
+    ]
+    if both:
+        rows.append(
+            _checkpoint(source, config, dtype, label=f"{name}, linear part off", linear_off=True)
+        )
+    return rows
+
+
+def window_of_state(config: LinearizedConfig, teacher: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """The widest window that, with `SINKS`, holds no more bytes than a converted model's states.
+
+    At least 1, however small the states are.
+    """
+
+    def held(window: int) -> int:
+        options = {"window": window, "sinks": SINKS}
+        layers = config.converted_layers()
+        windows = linearized_config(teacher, mixer="sink_window", layers=layers, options=options)
+        return state_bytes(windows, dtype=dtype)
+
+    least = held(1)
+    of_a_token = held(2) - least
+    return 1 + max(0, state_bytes(config, dtype=dtype) - least) // of_a_token
+
+
+def _checkpoint(source: str, config: PreTrainedConfig, dtype: torch.dtype, **row: Any) -> Row:
+    if not isinstance(config, LinearizedConfig):
+        config = linearized_config(config, mixer=SOFTMAX, layers="none")
+    identity = _identity(source, dtype)
+    if row.get("linear_off"):
+        identity["linear_off"] = True
+    load = partial(_load, source, dtype)
+    return Row(identity=identity, config=config, dtype=dtype, load=load, **row)
+
+
+def _load(source: str, dtype: torch.dtype) -> PreTrainedModel:
+    return load_teacher(source, dtype=dtype).eval()
+
+
+def _teacher(
+    source: str, config: LinearizedConfig, teacher: str | None
+) -> tuple[str, PreTrainedConfig]:
+    """The teacher's name and configuration."""
+    name = teacher or config.teacher
+    if name is None:
+        raise ValueError(f"{source} does not say what it was converted from; give its teacher")
+    try:
+        before = load_config(name)
+    except ValueError as error:
+        said = "" if teacher else f", which {source} names as its teacher; give another"
+        raise ValueError(f"{error}{said}") from None
+    for key in SAME_SHAPE:
+        if getattr(before, key) != getattr(config, key):
+            raise ValueError(
+                f"{name} is no teacher of {source}: {key} is {getattr(before, key)} there and "
+                f"{getattr(config, key)} here"
+            )
+    return name, before
+
+
+def _converted_layers(config: PreTrainedConfig) -> list[int]:
+    return config.converted_layers() if isinstance(config, LinearizedConfig) else []
+
+
+def _has_both_parts(config: LinearizedConfig, layer: int) -> bool:
+    with torch.device("meta"):
+        mixer = config.build_mixer(layer)
+    return mixer.has_window and mixer.has_linear
+
+
+def _identity(source: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The source, and of files their sizes and times."""
+    path = Path(source)
+    files = [path] if path.is_file() else sorted(x for x in path.glob("*") if x.is_file())
+    stats = [(x.name, x.stat().st_size, x.stat().st_mtime_ns) for x in files]
+    return {"source": source, "files": digest(stats), "dtype": str(dtype).removeprefix("torch.")}

@@ -1,0 +1,119 @@
+"""Copying: the loss on a random string that comes a second time, by the distance between the two.
+
+    x_1 … x_n   filler   x_1 … x_n            filler: distance - n random tokens
+
+The score is the mean -log p of x_2 … x_n in the second copy: random tokens are known from the first
+copy alone, log V where a model cannot look back so far, near 0 where it copies. A window of w
+tokens sees the first copy up to a distance of w; beyond it only a linear part can, or a chain of
+windows. x_1 is not scored: nothing says that the string begins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypedDict
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowline.linearize.evaluation.measure import Advance, beginning, digest, token_losses
+
+
+class CopyScore(TypedDict):
+    """Mean losses in nats: `first` of x_2 … x_n where they are new, `second` where they are not."""
+
+    distance: int
+    first: float
+    second: float
+
+
+def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The vocabulary without special tokens."""
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return sorted(set(tokenizer.get_vocab().values()) - special)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondCopy:
+    """See the module.
+
+    Args:
+        vocabulary: ids that strings are drawn from.
+        beginning: of every sequence.
+        distances: from a token to its copy.
+        length: n, of the string.
+        samples: strings for each distance.
+        seed: of the drawing.
+        batch_tokens: sequences go through the model together up to so many tokens.
+
+    Raises:
+        ValueError: a string of one token, or a distance shorter than it.
+    """
+
+    vocabulary: list[int] = field(repr=False)
+    beginning: list[int]
+    distances: tuple[int, ...]
+    length: int = 32
+    samples: int
+    seed: int
+    batch_tokens: int
+
+    task = "second-copy"
+
+    def __post_init__(self) -> None:
+        if self.length < 2:
+            raise ValueError(f"length = {self.length}; a string has at least 2 tokens")
+        for distance in self.distances:
+            if distance < self.length:
+                raise ValueError(
+                    f"distances: {distance} is below {self.length}, the length of the string"
+                )
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> SecondCopy:
+        return cls(
+            vocabulary=ordinary_tokens(tokenizer), beginning=beginning(tokenizer), **settings
+        )
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        return {
+            "distances": list(self.distances),
+            "length": self.length,
+            "samples": self.samples,
+            "seed": self.seed,
+            "vocabulary": digest([self.beginning, self.vocabulary]),
+        }
+
+    @cached_property
+    def tokens(self) -> int:
+        return sum(self.samples * (d + self.length) for d in self.distances)
+
+    def sequences(self, distance: int) -> torch.Tensor:
+        """(samples, T), T = beginning + distance + length."""
+        generator = torch.Generator().manual_seed(self.seed + distance)
+        drawn = torch.randint(len(self.vocabulary), (self.samples, distance), generator=generator)
+        once = torch.tensor(self.vocabulary)[drawn]
+        begin = torch.tensor(self.beginning, dtype=torch.long).expand(self.samples, -1)
+        return torch.cat([begin, once, once[:, : self.length]], 1)
+
+    def __call__(self, model: PreTrainedModel, advance: Advance) -> list[CopyScore]:
+        scores: list[CopyScore] = []
+        for distance in self.distances:
+            losses = []
+            for ids_BT in self.sequences(distance).split(
+                max(1, self.batch_tokens // (distance + self.length))
+            ):
+                losses.append(token_losses(model, ids_BT).double().cpu())
+                advance(ids_BT.numel())
+            loss_NT = torch.cat(losses)
+            n, start = self.length - 1, len(self.beginning)
+            scores.append(
+                {
+                    "distance": distance,
+                    "first": loss_NT[:, start : start + n].mean().item(),
+                    "second": loss_NT[:, -n:].mean().item(),
+                }
+            )
+        return scores

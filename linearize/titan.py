@@ -1,0 +1,264 @@
+"""Mixers inside torchtitan's Llama: the converter, and the attention layer that holds one.
+
+`MixerConverter` exchanges the attention of the chosen layers for `MixerAttention`, in torchtitan's
+own block or in CoLA's (after `lowline.cola.titan.ColaConverter`). Projections, norms of q and k,
+and their names stay, so that weights go in and out by renaming; the mixer's lie below `.mixer`. It
+is called as transformers' body calls it (`lowline.linearize.mixers.base`).
+
+In a transfer (LoLCATs' first stage, arXiv 2410.10254, section 3.1) such a layer gives softmax
+attention's output, made of the same q, k and v, and the mixer's only enters a loss:
+
+    o* = softmax(q·kᵀ / √D) v  goes on,        o = mixer(q, k, v)  is compared with it.
+
+The mixer alone has a graph; whoever calls the model turns gradients off around it.
+
+Left out: tensor parallelism of mixers.
+
+Shapes: B batch, L sequence length, N heads, H head dimension, D model dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torchtitan.models.common.attention import GQAttention
+from torchtitan.protocols.model import ModelConfigConverter
+from torchtitan.protocols.module import Module
+
+from lowline.cola.titan import ColaBlock, drawn_whole
+from lowline.linearize.losses import transfer_loss, weight_loss
+from lowline.linearize.mixers import HeadShape, build_mixer
+
+
+@dataclass(eq=False)
+class Transfer:
+    """A forward pass in which mixers learn from softmax attention.
+
+    `losses` gets a (B,) of each converted layer, in the order of the layers.
+    """
+
+    counted: torch.Tensor  # (B, L) bool: the tokens that count
+    learns: bool = True  # whether the losses have a graph
+    weight_loss: float = 0.0  # how much attention weights count beside outputs
+    losses: list[torch.Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class MixerInputs:
+    """What a mixer's layer takes where others take an attention mask."""
+
+    cu_seqlens: torch.Tensor | None = None  # bounds of documents in the flattened batch
+    softmax_mask: Any = None  # what its softmax attention takes, in a transfer
+    transfer: Transfer | None = None
+
+
+def document_bounds(positions_BL: torch.Tensor) -> torch.Tensor | None:
+    """cu_seqlens of the documents in a flattened batch; each starts where its position is 0.
+
+    None where every row is a single document: then rows are sequences.
+    """
+    starts_BL = positions_BL == 0
+    if not bool(starts_BL[:, 1:].any()):
+        return None
+    starts_BL = F.pad(starts_BL[:, 1:], (1, 0), value=True)  # a row never goes on with another's
+    return F.pad(starts_BL.flatten().nonzero()[:, 0], (0, 1), value=starts_BL.numel())
+
+
+class MixerAttention(GQAttention):
+    """torchtitan's attention with a mixer in the place of softmax(q·k)·v."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(GQAttention.Config):
+        mixer: str
+        options: dict[str, Any]
+        layer: int
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.config = config
+        self.mixer = self._new_mixer()
+
+    def _new_mixer(self) -> Any:
+        c = self.config
+        shape = HeadShape(
+            hidden_size=c.dim,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads,
+            head_dim=self.head_dim,
+            layer=c.layer,
+        )
+        return build_mixer(c.mixer, c.options, shape)
+
+    @torch.no_grad()
+    def _init_self_parameters(self) -> None:
+        """The mixer begins as its constructor leaves it, the same on every rank."""
+        with torch.device("cpu"):
+            new = self._new_mixer().state_dict()
+        for name, weight in self.mixer.state_dict().items():
+            drawn_whole(_copying(new[name]))(weight)
+
+    def forward(
+        self,
+        x_BLD: torch.Tensor,
+        attention_masks: MixerInputs,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        q_BLNH, k_BLNH, v_BLNH = self.qkv_linear(x_BLD)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BLNH, k_BLNH = self.q_norm(q_BLNH), self.k_norm(k_BLNH)
+        out_BLNH = self.mix(attention_masks, positions, x_BLD, q_BLNH, k_BLNH, v_BLNH)
+        return self.wo(out_BLNH.contiguous().flatten(2))
+
+    def mix(
+        self,
+        inputs: MixerInputs,
+        positions: torch.Tensor | None,
+        x_BLD: torch.Tensor,
+        q_BLNH: torch.Tensor,
+        k_BLNH: torch.Tensor,
+        v_BLNH: torch.Tensor,
+    ) -> torch.Tensor:
+        """The mixer's output, or in a transfer softmax attention's.
+
+        Args:
+            x_BLD: the layer's normalized input.
+            q_BLNH, k_BLNH, v_BLNH: its projections, before the rotary embedding.
+        """
+        transfer, qkv = inputs.transfer, (q_BLNH, k_BLNH, v_BLNH)
+        if transfer is None:
+            return self._mixed(inputs, positions, x_BLD, *qkv)
+        softmax_BLNH = self._softmax(inputs, positions, *qkv)
+        with torch.set_grad_enabled(transfer.learns):
+            out_BLNH = self._mixed(inputs, positions, x_BLD, *qkv)
+            loss_B = transfer_loss(out_BLNH, softmax_BLNH, transfer.counted)
+            if transfer.weight_loss:
+                loss_B = loss_B + transfer.weight_loss * self._weight_loss(
+                    inputs, positions, x_BLD, *qkv
+                )
+            transfer.losses.append(loss_B)
+        return softmax_BLNH
+
+    def _weight_loss(
+        self,
+        inputs: MixerInputs,
+        positions: torch.Tensor | None,
+        x_BLD: torch.Tensor,
+        q_BLNH: torch.Tensor,
+        k_BLNH: torch.Tensor,
+        v_BLNH: torch.Tensor,
+    ) -> torch.Tensor:
+        """`weight_loss`, a token's mean: weights are what comes out where values are one-hot."""
+        assert inputs.transfer is not None
+        counted_BL = inputs.transfer.counted
+        length, width = x_BLD.shape[1], v_BLNH.shape[-1]
+        one_hot_LS = F.pad(torch.eye(length, dtype=x_BLD.dtype, device=x_BLD.device), (0, width))
+        total_B = torch.zeros(len(x_BLD), device=x_BLD.device)
+        for start in range(0, length, width):
+            value_LH = one_hot_LS[:, start : start + width]
+            value_BLNH = value_LH[None, :, None].expand_as(v_BLNH).contiguous()
+            with torch.no_grad():
+                target = self._softmax(inputs, positions, q_BLNH, k_BLNH, value_BLNH)
+            weights = self._mixed(inputs, positions, x_BLD, q_BLNH, k_BLNH, value_BLNH)
+            total_B = total_B + weight_loss(weights, target, counted_BL)
+        return total_B / counted_BL.sum(1).clamp(min=1)
+
+    def _mixed(
+        self,
+        inputs: MixerInputs,
+        positions: torch.Tensor | None,
+        x_BLD: torch.Tensor,
+        *qkv_BLNH: torch.Tensor,
+    ) -> torch.Tensor:
+        table_L2H = self.rope.cache
+        length = x_BLD.shape[1]
+        rope = table_L2H[:length][None] if positions is None else table_L2H[positions]
+        tensors = [*qkv_BLNH, x_BLD, *rope.chunk(2, -1)]
+        if inputs.cu_seqlens is not None:  # a batch of one, row after row
+            tensors = [tensor.flatten(0, 1)[None] for tensor in tensors]
+        q, k, v, x, cos, sin = tensors
+        out, _ = self.mixer(q, k, v, rope=(cos, sin), x_BTE=x, cu_seqlens=inputs.cu_seqlens)
+        return out.reshape(qkv_BLNH[0].shape)
+
+    def _softmax(
+        self,
+        inputs: MixerInputs,
+        positions: torch.Tensor | None,
+        q_BLNH: torch.Tensor,
+        k_BLNH: torch.Tensor,
+        v_BLNH: torch.Tensor,
+    ) -> torch.Tensor:
+        q_BLNH, k_BLNH = self.rope(q_BLNH, k_BLNH, positions)
+        return self.inner_attention(
+            q_BLNH,
+            k_BLNH,
+            v_BLNH,
+            attention_masks=inputs.softmax_mask,
+            scale=self.scaling,
+            enable_gqa=self.enable_gqa,
+        )
+
+
+def _copying(value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda whole: whole.copy_(value)
+
+
+class MixerColaBlock(ColaBlock):
+    """CoLA's block around a mixer, which takes the normalized input beside q, k and v."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ColaBlock.Config):
+        pass
+
+    def forward(
+        self,
+        x_BLD: torch.Tensor,
+        attention_masks: Any = None,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return super().forward(x_BLD, (attention_masks, x_BLD), positions)
+
+    def _mix(
+        self,
+        attention_masks: Any,
+        positions: torch.Tensor | None,
+        q_BLNH: torch.Tensor,
+        k_BLNH: torch.Tensor,
+        v_BLNH: torch.Tensor,
+    ) -> torch.Tensor:
+        inputs, x_BLD = attention_masks
+        x_BLD = self.attention_norm(x_BLD)
+        return self.attention.mix(inputs, positions, x_BLD, q_BLNH, k_BLNH, v_BLNH)
+
+
+class MixerConverter(ModelConfigConverter):
+    """Puts a mixer into the chosen layers of torchtitan's Llama, made low-rank before or not."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ModelConfigConverter.Config):
+        mixer: str  # a name of lowline.linearize.mixers.MIXERS
+        options: dict[str, Any]
+        layers: Sequence[int]
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def convert(self, model_config: Module.Config) -> Module.Config:
+        """Exchange the chosen layers' attention in place and return the same root."""
+        c = self.config
+        blocks = model_config.layers  # type: ignore[attr-defined]
+        for layer in c.layers:
+            attention = MixerAttention.Config(
+                **_fields(blocks[layer].attention), mixer=c.mixer, options=c.options, layer=layer
+            )
+            if isinstance(blocks[layer], ColaBlock.Config):
+                blocks[layer] = MixerColaBlock.Config(**_fields(blocks[layer]))
+            blocks[layer].attention = attention
+        return model_config
+
+
+def _fields(config: Module.Config) -> dict[str, Any]:
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.init}

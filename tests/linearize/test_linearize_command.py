@@ -1,0 +1,161 @@
+"""`lowline linearize` as typed: stages, a Hugging Face model, and going on after a kill."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from lowline.train.checkpoint import saved_steps
+from lowline.train.data.tokenizer import load_tokenizer
+from lowline.train.metrics import read_metrics
+
+STAGES = """
+[mixer]
+name = "lolcats"
+options = { window = 8, sinks = 2 }
+[training]
+seq_len = 64
+global_batch_size = 2
+precision = "float32"
+[metrics]
+log_every = 1
+[checkpoint]
+every = 2
+keep = 2
+[evaluation]
+max_tokens = 512
+[[stage]]
+name = "transfer"
+training.steps = 6
+optimizer.lr = 1e-2
+objective.kind = "transfer"
+[[stage]]
+name = "distill"
+training.steps = 4
+optimizer.lr = 1e-4
+optimizer.mixer_lr = 1e-3
+objective.kind = "distill"
+"""
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    load_tokenizer("embedded").hf.save_pretrained(folder)
+    return folder
+
+
+def command(teacher: Path, folder: Path, *more: str) -> list[str]:
+    file = folder / "stages.toml"
+    file.write_text(STAGES)
+    return [
+        *(sys.executable, "-m", "lowline.tools.cli", "linearize", str(teacher)),
+        *("--config", str(file), f"--output={folder / 'out'}", "--evaluation=none", *more),
+    ]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True)
+
+
+def losses(folder: Path) -> list[float]:
+    stages = ("1-transfer", "2-distill")
+    records = [r for stage in stages for r in read_metrics(folder / "out" / "stages" / stage)]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+@pytest.fixture(scope="module")
+def converted(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    done = run(*command(teacher, folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_a_model_comes_out(teacher: Path, converted: Path) -> None:
+    import lowline  # noqa: F401
+
+    model = AutoModelForCausalLM.from_pretrained(converted / "out" / "model")
+    assert [mixer["name"] for mixer in model.config.mixers] == ["lolcats"] * 2
+    assert all(mixer["window"] == 8 and mixer["sinks"] == 2 for mixer in model.config.mixers)
+    before = AutoModelForCausalLM.from_pretrained(teacher).state_dict()
+    after = model.state_dict()
+    assert all(after[name].shape == weight.shape for name, weight in before.items())
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(before[name], after[name])  # distillation trains all of them
+    ids = torch.arange(40)[None]
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 44)
+    assert len(losses(converted)) == 10
+
+
+def test_again_there_is_nothing_to_do(teacher: Path, converted: Path) -> None:
+    times = [p.stat().st_mtime_ns for p in sorted((converted / "out" / "stages").rglob("*"))]
+    done = run(*command(teacher, converted))
+    assert done.returncode == 0, done.stderr
+    assert "stage transfer: done" in done.stdout and "stage distill: done" in done.stdout
+    assert times == [
+        p.stat().st_mtime_ns for p in sorted((converted / "out" / "stages").rglob("*"))
+    ]
+
+
+def test_another_configuration_is_refused(teacher: Path, converted: Path) -> None:
+    done = run(*command(teacher, converted, "--stage.transfer.optimizer.lr=0.5"))
+    assert done.returncode == 2
+    assert "optimizer.lr = 0.01, now 0.5" in done.stderr and "1-transfer" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["1-transfer", "2-distill"])
+def test_killed_in_a_stage(teacher: Path, converted: Path, tmp_path: Path, stage: str) -> None:
+    process = subprocess.Popen(
+        command(teacher, tmp_path),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    checkpoints = tmp_path / "out" / "stages" / stage / "checkpoint"
+    while process.poll() is None and not saved_steps(checkpoints):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = run(*command(teacher, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path) == losses(converted)
+
+
+def test_bad_input(teacher: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(teacher, bare, ignore=shutil.ignore_patterns("token*"))
+    for source, more, message in (
+        (str(bare), (), "has no tokenizer"),
+        (str(tmp_path / "nowhere"), (), "nowhere"),
+        (str(teacher), ("--mixer.layers=7",), "layers"),
+        (str(teacher), ("--processes=0",), "--processes 0"),
+        (str(teacher), ("--evaluation", "some"), "choose from quick, full, none"),
+        (str(teacher), ("--training.global_batch_size=3", "--processes=2"), "cannot be dealt out"),
+    ):
+        done = run(*command(Path(source), tmp_path, *more))
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert not (tmp_path / "out" / "stages").exists()
