@@ -137,8 +137,9 @@ def assert_built_as_predicted(run: RunConfig, world_size: int, built: list[dict]
     assert len(built) == run.parallelism.pipeline_parallel
     for pp_rank, held in enumerate(built):
         memory = stage_memory(run, world_size, "cuda", pp_rank)
-        assert memory.weights == held["weights"] == held["gradients"]
-        assert memory.optimizer == held["optimizer"]
+        assert memory.weights == held["weights"]
+        assert memory.optimizer == held["optimizer"] == 2 * held["gradients"]
+        assert (held["gradients"] == held["weights"]) == (run.trainable() == "all")
 
 
 @pytest.mark.parametrize("case", BUILT)

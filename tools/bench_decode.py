@@ -250,13 +250,11 @@ def random_keys(setup: Setup, context: int, rows: int, *, static: bool) -> Cache
     cache: Cache = DynamicCache(config=config)
     if static:
         cache = StaticCache(config=config, max_cache_len=context + setup.new)
+    heads = setup.teacher_config.head_shape(0)
+    shape = (2, rows, heads.n_kv_heads, context, heads.head_dim)
+    keys, values = torch.randn(shape, dtype=setup.teacher.dtype, device=setup.device)
     for layer in range(config.num_hidden_layers):
-        heads = setup.teacher_config.head_shape(layer)
-        shape = (rows, heads.n_kv_heads, context, heads.head_dim)
-        keys, values = torch.randn(
-            2, *shape, dtype=setup.teacher.dtype, device=setup.device
-        ).unbind()
-        cache.update(keys, values, layer)
+        cache.update(keys, values, layer)  # which copies them
     return cache
 
 

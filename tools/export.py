@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from lowline.cola.hf import CoLAConfig
+from lowline.linearize.hf import LinearizedConfig
 from lowline.train.checkpoint import saved_steps
 from lowline.train.config import RunConfig
 from lowline.train.data.tokenizer import load_tokenizer
@@ -78,6 +79,8 @@ def export(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    if isinstance(hf, LinearizedConfig):
+        hf.teacher = run.objective.teacher
     with _replaced_whole(Path(output), overwrite) as folder:
         weights = read_weights(step_folder, hf, DTYPES[dtype])
         _save(folder, hf, weights, DTYPES[dtype])

@@ -1,1 +1,0 @@
-"""One TOML for every conversion somebody would want to reproduce."""
