@@ -8,7 +8,8 @@ windows, masks and attention implementations included.
 
 Mixers know no masks: padding is left out around them, and packed documents kept apart
 (`lowline.linearize.packing`). Attention's output at padding is 0. A mask of tokens by tokens is
-made only where a softmax layer needs one.
+made only where a softmax layer needs one. transformers' sliding windows, in softmax layers that
+have one, count padding that stands between a row's tokens; padding at its ends changes nothing.
 
 Importing this module registers the models with transformers' `Auto*` classes; `import lowline` sees
 to that.

@@ -353,7 +353,8 @@ def print_decode(console: Console, rows: str, report: dict[str, Any]) -> None:
         f"decode, tokens/s: batch {rows}, {report['machine']['threads']} thread(s), medians of "
         f"{report['setup']['repeats']}, {clock} time"
     )
-    print_table(console, title, ["context", *contexts], table)
+    measured = {name: cells for name, cells in table.items() if set(cells) != {"-"}}
+    print_table(console, title, ["context", *contexts], measured)
 
 
 def print_prefill(console: Console, report: dict[str, Any]) -> None:

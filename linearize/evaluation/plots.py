@@ -84,6 +84,8 @@ def _windows(axes: Axes, scored: Scored) -> None:
 
 
 def _perplexity(scored: Scored) -> Figure:
+    from matplotlib.ticker import StrMethodFormatter
+
     figure, (left, right) = _figure(2)
     for (row, scores), style in zip(scored, _styles(scored), strict=True):
         longest = max(scores, key=lambda score: score["context"])
@@ -106,6 +108,8 @@ def _perplexity(scored: Scored) -> Figure:
     left.set_title(f"loss against position, rows of {contexts[-1]} tokens")
     _finish(right, x="context (tokens)", y="perplexity", ticks=contexts)
     right.set_yscale("log")
+    right.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    right.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
     right.set_title("perplexity against context")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
