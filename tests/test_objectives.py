@@ -163,7 +163,7 @@ def test_transfer_objective_compares_the_mixer_with_softmax_of_the_same_layer():
     assert (labels != -100).sum() == 22
     assert [float(n) for n in objective.numbers().values()] == pytest.approx(wanted, rel=1e-4)
     assert list(objective.numbers()) == ["transfer/layer_0", "transfer/layer_1"]
-    assert float(loss) == pytest.approx(sum(wanted) / 2, rel=1e-4)
+    assert float(loss.detach()) == pytest.approx(sum(wanted) / 2, rel=1e-4)
     loss.backward()
     for name, parameter in student.named_parameters():
         assert (parameter.grad is not None) == (".mixer." in name), name

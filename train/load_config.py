@@ -27,7 +27,7 @@ from lowline.train.config import RunConfig
 
 COMMAND_LINE = "command line"
 _WANTED = ": Input should be "  # pydantic's words
-_KINDS = {  # the type names of lowline.train.config in words
+_KINDS = {  # the type names of lowline.train.fields, and others, in words
     "Positive": "integer > 0",
     "NonNegative": "integer >= 0",
     "Fraction": "number from 0 to 1",
