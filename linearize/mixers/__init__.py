@@ -16,6 +16,7 @@ from lowline.linearize.mixers.lolcats import Lolcats, LolcatsOptions
 from lowline.linearize.mixers.retention import Retention, RetentionOptions
 from lowline.linearize.mixers.share import recorded_shares
 from lowline.linearize.mixers.sink_window import SinkWindow, SinkWindowOptions
+from lowline.linearize.mixers.slots import Slots, SlotsOptions
 from lowline.linearize.mixers.t2r import T2R, T2ROptions
 
 __all__ = ["MIXERS", "HeadShape", "Mixer", "build_mixer", "recorded_shares"]
@@ -30,6 +31,7 @@ MIXERS: dict[str, tuple[type, type[Mixer]]] = {
     "lolcats": (LolcatsOptions, Lolcats),
     "retention": (RetentionOptions, Retention),
     "sink_window": (SinkWindowOptions, SinkWindow),
+    "slots": (SlotsOptions, Slots),
     "t2r": (T2ROptions, T2R),
 }
 """The options and the mixer of each name."""

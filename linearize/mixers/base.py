@@ -48,6 +48,7 @@ class Mixer(nn.Module):
         has_window: softmax attention in a sliding window is a part of it.
         has_linear: a part with a state that sums over all tokens is.
         is_average: the output is a mean of values, with weights of at least 0 that sum to 1.
+        calibrates: `calibrate` has something to say.
         linear_enabled: where there are both: set it to False to leave the linear part's terms out
             of the output, all else unchanged; states go on as they would.
         drop_window: where there are both: set it to True to have the linear part alone stand in for
@@ -58,6 +59,7 @@ class Mixer(nn.Module):
     has_window = False
     has_linear = True
     is_average = False
+    calibrates = False
     linear_enabled = True
     drop_window = False
 
@@ -91,6 +93,17 @@ class Mixer(nn.Module):
             every sequence.
         """
         raise NotImplementedError
+
+    def calibrate(self, k_TGD: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Parameters, by name, to begin with, from the teacher's attention on some text.
+
+        Args:
+            k_TGD: keys of its tokens, before the rotary embedding, sinks left out.
+
+        Raises:
+            ValueError: too few tokens.
+        """
+        return {}
 
 
 def apply_rope(x_BTHD: torch.Tensor, rope: Rope) -> torch.Tensor:

@@ -35,6 +35,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "t2r, shared": ("t2r", dict(state_heads="kv", features=32)),
     **{name: (name, dict(window=WINDOW)) for name in LIGER},
     "liger_gla, sinks": ("liger_gla", dict(window=WINDOW, sinks=SINKS)),
+    "slots": ("slots", dict(window=WINDOW, sinks=SINKS, slots=4)),
     "liger_gsa, no window": ("liger_gsa", dict(window=0)),
     "retention": ("retention", dict(window=WINDOW, sinks=SINKS, share_init=0.3)),
     "retention, no window, shared": ("retention", dict(window=0, sinks=0, state_heads="kv")),
@@ -173,6 +174,17 @@ def naive(mixer: Mixer, name: str, given: dict[str, torch.Tensor], b: int, h: in
         scores = (rq @ rk.T / shape.head_dim**0.5).masked_fill(~exact, -torch.inf)
         near = gamma * (scores - scores.amax(-1, keepdim=True)).exp()
         weights = near + lam * (phi_q @ phi_k.T) * older
+        return weights @ v / weights.sum(-1, keepdim=True)
+    if name == "slots":
+        c = mixer.centroids[g]
+        r = (k @ c.T - c.square().sum(-1) / 2).softmax(-1)
+        exact, older = masks(len(q), o.window, o.sinks)
+        older = older.to(q.dtype)
+        n, sums = older @ r, torch.einsum("tj,jm,jd->tmd", older, r, rk)
+        mean = sums / n.clamp(min=1e-300)[..., None]
+        slot = (torch.einsum("td,tmd->tm", rq, mean) / shape.head_dim**0.5 + mixer.bias[h]).exp()
+        near = (rq @ rk.T / shape.head_dim**0.5).exp()
+        weights = torch.where(exact, near, slot @ r.T * older)
         return weights @ v / weights.sum(-1, keepdim=True)
     if name == "t2r":
         phi_q = (rq @ mixer.map_q.weight[h] + mixer.map_q.bias[h]).relu()
@@ -372,6 +384,7 @@ def test_parameter_counts():
     assert count("retention") == H * D + H and count("retention", window=0, sinks=0) == H * D
     assert count("gated_deltanet") == (E + 1) * H + H + E * H + H
     assert count("kda", state_heads="kv") == E * D + (D + 1) * G * D + G + E * G + H
+    assert count("slots", slots=5) == (G * D + H) * 5
     assert count("kda", conv=4) - count("kda") == 4 * (H + 2 * G) * D
 
 
@@ -417,7 +430,7 @@ def test_linear_part_switched_off(case):
     with torch.no_grad():
         whole, state = run(mixer, given)
         expected, _ = run(window, given)
-        if name != "lolcats":
+        if name not in ("lolcats", "slots"):
             share = 0.5 if name in LIGER else mixer.share()
             expected = (1 - share) * expected
         mixer.linear_enabled = False
@@ -446,6 +459,8 @@ def test_window_dropped(case):
     shared = {n: options[n] for n in ("features", "state_heads", "conv", "rotary") if n in options}
     if name == "lolcats":
         other = build_mixer("hedgehog", shared | {"backend": "reference"}, SHARED)
+    elif name == "slots":
+        other = build_mixer(name, dict(window=1, sinks=0, slots=4, backend="reference"), SHARED)
     else:
         other = build_mixer(name, shared | dict(window=0, sinks=0, backend="reference"), SHARED)
     other.load_state_dict({n: w for n, w in mixer.state_dict().items() if n in other.state_dict()})
@@ -453,6 +468,27 @@ def test_window_dropped(case):
     far = {n: t.clone() for n, t in given.items()}
     far["v"][:, 0] += 1
     assert not torch.equal(run(mixer, far)[0][:, -1], dropped[:, -1])
+
+
+def test_slots_are_calibrated_on_keys():
+    """Centres that lie apart are found, and shares of keys are then nearly one or none."""
+    mixer = build_mixer("slots", {"slots": 3}, SHARED)
+    truth = torch.eye(3, SHARED.head_dim) * 20
+    kind = torch.arange(300) % 3
+    k_TGD = (truth[kind] + torch.randn(300, SHARED.head_dim))[:, None].repeat(1, 2, 1)
+    found = mixer.calibrate(k_TGD)["centroids"]
+    assert found.shape == mixer.centroids.shape
+    for centres in found:
+        nearest = torch.cdist(centres, truth).argmin(-1)
+        assert sorted(nearest.tolist()) == [0, 1, 2]
+        mean = torch.stack([k_TGD[kind == m, 0].mean(0) for m in nearest])
+        torch.testing.assert_close(centres, mean, rtol=1e-4, atol=1e-4)
+    mixer.load_state_dict({"centroids": found, "bias": mixer.bias})
+    shares = mixer.shares(k_TGD[None])
+    assert (shares.amax(-1) > 0.999).all()
+    assert (shares[0, :, 0].argmax(-1)[3:] == shares[0, :-3, 0].argmax(-1)).all()
+    with pytest.raises(ValueError, match="2 keys for 3 slots"):
+        mixer.calibrate(k_TGD[:2])
 
 
 def test_recorded_shares():
@@ -540,6 +576,8 @@ def test_parameters_have_the_type_that_is_set(case):
         ("t2r", {"state_heads": "key"}, "'query', 'kv'"),
         ("kda", {"rotary": 1}, "True or False"),
         ("kda", {"conv": -1}, "conv = -1"),
+        ("slots", {"slots": 0}, "slots = 0"),
+        ("slots", {"backend": "cpu"}, "backend = 'cpu'; choose from 'auto', 'reference', 'torch'"),
         ("liger_gsa", {"backend": "gpu"}, "'auto', 'reference'"),
     ],
 )

@@ -1,0 +1,6 @@
+"""Softmax attention over an exact window and a fixed number of slots that hold all before it."""
+
+from lowline.kernels.slots.decode import slot_window_step
+from lowline.kernels.slots.op import SlotState, slot_window_attention
+
+__all__ = ["SlotState", "slot_window_attention", "slot_window_step"]

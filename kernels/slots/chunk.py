@@ -1,0 +1,107 @@
+"""Window and slots in plain torch, blocks of C = max(window, 64) queries at a time.
+
+A block needs the keys of its own block and of the one before, where an element (i, j) is exact if
+i - j < window and older if not, and the slots' sums over everything before those two. With s the
+scores of those 2C keys, r their shares of the slots and masks for what is older,
+
+    n = n_before + older·r,      a = (q·Kᵀ_before + (s older)·r) / n + b
+    y = [e^{s - c} exact + (e^{a - c}·rᵀ) older] [v, 1] + e^{a - c}·[V, n]_before
+
+for every c; it is the largest exponent of a row. All are products of matrices; autograd keeps the
+2C scores of each query.
+
+Shapes: those of `op`; n blocks. In blocks the query heads of one key/value head stand one after
+another: R = C·H/G rows. Time counts from the first query; position from the sequence's first token.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def attend(
+    q_NTHD: torch.Tensor,
+    k_NUGD: torch.Tensor,
+    v_NUGV: torch.Tensor,
+    r_NUGM: torch.Tensor,
+    bias_HM: torch.Tensor,
+    sink_k_NsGD: torch.Tensor,
+    sink_v_NsGV: torch.Tensor,
+    keys_NGMD: torch.Tensor,
+    sums_NGMW: torch.Tensor,
+    length_N: torch.Tensor,
+    *,
+    window: int,
+    prefix: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """o_NTHV, and the slots' sums after the last token; the arguments are `reference.attend`'s."""
+    N, T, H, D = q_NTHD.shape
+    G, sinks, dtype, device = k_NUGD.shape[2], sink_k_NsGD.shape[1], sums_NGMW.dtype, q_NTHD.device
+    V, M = v_NUGV.shape[-1], r_NUGM.shape[-1]
+    if T == 0:
+        return q_NTHD.new_empty(N, 0, H, V), keys_NGMD, sums_NGMW
+    C = max(window, 64)
+    n = -(-T // C)
+    R = H // G * C
+
+    # Rows of keys, from time -C to nC, of which r is 0 for what is no token, or a sink.
+    def padded(x: torch.Tensor) -> torch.Tensor:
+        return F.pad(x.to(dtype), (0, 0, 0, 0, C - prefix, n * C - T)).transpose(1, 2)
+
+    k, r = padded(k_NUGD), padded(r_NUGM)
+    v1 = padded(torch.cat([v_NUGV, torch.ones_like(v_NUGV[..., :1])], -1))
+    position = torch.arange(-C, n * C, device=device) + length_N[:, None]
+    r = r * (position >= sinks)[:, None, :, None]
+
+    def blocks(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(2, (n + 1, C))
+
+    def pairs(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([blocks(x)[:, :, :-1], blocks(x)[:, :, 1:]], 3)
+
+    def before(first: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The slots' sums of x before each block's pair."""
+        sums = blocks(r)[:, :, :-2].mT @ blocks(x)[:, :, :-2]
+        return torch.cat([first[:, :, None], sums], 2).cumsum(2)
+
+    q = F.pad(q_NTHD.to(dtype) * scale, (0, 0, 0, 0, 0, n * C - T)).unflatten(1, (n, C))
+    q = q.unflatten(3, (G, H // G)).permute(0, 3, 1, 4, 2, 5).reshape(N, G, n, R, D)
+    i = torch.arange(C, device=device).repeat(H // G)[:, None]
+    j = torch.arange(-C, C, device=device)
+    older, exact = j <= i - window, (j <= i) & (j > i - window)
+    older_1 = older.to(dtype)
+    is_token = pairs((position >= 0)[:, None, :, None])[..., 0]  # (N, 1, n, 2C)
+
+    k2, r2, v2 = pairs(k), pairs(r), pairs(v1)
+    scores = q @ k2.mT
+    e = scores.masked_fill(~(exact & is_token[..., None, :]), -torch.inf)
+    if sinks:
+        start = position[:, C::C][:, None, :, None, None]  # of each block
+        sink = torch.arange(sinks, device=device)
+        e_sink = q @ sink_k_NsGD.to(dtype).transpose(1, 2)[:, :, None].mT
+        e_sink = e_sink.masked_fill(sink > start + i - window, -torch.inf)
+        e = torch.cat([e_sink, e], -1)
+        sink_v = sink_v_NsGV.to(dtype).transpose(1, 2)
+        sink_v1 = torch.cat([sink_v, torch.ones_like(sink_v[..., :1])], -1)
+        v_all = torch.cat([sink_v1[:, :, None].expand(-1, -1, n, -1, -1), v2], -2)
+    else:
+        v_all = v2
+
+    sums_before = before(sums_NGMW, v1)
+    count = (older_1[:C] @ r2).repeat(1, 1, 1, H // G, 1) + sums_before[..., None, :, -1]
+    held = count > 0
+    a = q @ before(keys_NGMD, k).mT + (scores * older_1) @ r2
+    a = a / torch.where(held, count, 1.0)
+    b = bias_HM.to(dtype).view(G, 1, H // G, 1, M).expand(-1, -1, -1, C, -1).reshape(G, 1, R, M)
+    a = (a + b).masked_fill(~held, -torch.inf)
+    c = torch.maximum(e.detach().amax(-1, keepdim=True), a.detach().amax(-1, keepdim=True))
+    weight = (a - c).exp()
+    y = (e - c).exp() @ v_all + weight @ sums_before + ((weight @ r2.mT) * older_1) @ v2
+    o = (y[..., :-1] / y[..., -1:]).view(N, G, n, H // G, C, V)
+    o_NTHV = o.permute(0, 2, 4, 1, 3, 5).reshape(N, n * C, H, V)[:, :T].to(q_NTHD.dtype)
+
+    end = max(C + T - window, 0)  # rows that are older than the last token
+    r_end = r[:, :, :end].mT
+    return o_NTHV, keys_NGMD + r_end @ k[:, :, :end], sums_NGMW + r_end @ v1[:, :, :end]

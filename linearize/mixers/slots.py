@@ -1,0 +1,135 @@
+"""Softmax over an exact window and over slots, in which what is older is averaged.
+
+    r_j = softmax_m(k°_j·c_m - |c_m|² / 2)        what of token j goes to slot m
+    y_t = Σ_exact p_tj v_j + Σ_m p_tm V_tm,       [p_t·, p_tm] = softmax over both of
+          q_t·k_j / √D                            for the tokens of the window, and the sinks,
+          q_t·K_tm / √D + b_m + log n_tm          for the slots
+
+with n_tm tokens in slot m, K_tm and V_tm their mean key and value (`lowline.kernels.slots`). k°,
+before the rotary embedding, says what a token is about, so a slot gathers tokens of one kind from
+all places; scores are taken after it. Centroids c are each key and value head's own, b each query
+head's.
+
+`calibrate` sets c to the centres of the teacher's keys (k-means), after which the mixer is near
+softmax attention before any training. b begins above 0, for the exponential of a mean score is
+less than the mean of the exponentials.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from lowline.kernels.slots import SlotState, slot_window_attention, slot_window_step
+from lowline.linearize.mixers.base import HeadShape, Mixer, Rope, apply_rope
+from lowline.linearize.mixers.branches import at_least_fp32, dropping_window, is_step
+from lowline.linearize.mixers.options import check_choice, check_int, check_window
+
+BACKENDS = ("auto", "reference", "torch")
+ITERATIONS = 15  # of k-means
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotsOptions:
+    """Options of `Slots`.
+
+    Args:
+        window: tokens that a token sees exactly, itself included.
+        sinks: tokens at a sequence's start that stay exact.
+        slots: M, of each key and value head. A slot holds as much as a token's key and value.
+        bias_init: what b begins with.
+        backend: "torch", which "auto" takes, or "reference".
+    """
+
+    window: int = 64
+    sinks: int = 4
+    slots: int = 64
+    bias_init: float = 0.5
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_window(self.window, self.sinks, least=1)
+        check_int("slots", self.slots, 1)
+        check_choice("backend", self.backend, BACKENDS)
+
+
+class Slots(Mixer):
+    """A window, sinks and slots; `centroids` is (G, M, D), `bias` (H, M).
+
+    Without its window (`drop_window`) a token sees itself exactly and the rest in slots.
+    """
+
+    has_window = True
+    is_average = True
+    calibrates = True
+
+    def __init__(self, shape: HeadShape, options: SlotsOptions) -> None:
+        super().__init__(shape)
+        self.options = options
+        size = (shape.n_kv_heads, options.slots, shape.head_dim)
+        self.centroids = nn.Parameter(torch.randn(size))
+        self.bias = nn.Parameter(torch.full((shape.n_heads, options.slots), options.bias_init))
+
+    def forward(
+        self,
+        q_BTHD: torch.Tensor,
+        k_BTGD: torch.Tensor,
+        v_BTGD: torch.Tensor,
+        *,
+        rope: Rope,
+        x_BTE: torch.Tensor,
+        state: SlotState | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, SlotState | None]:
+        """See `Mixer.forward`; the state is None where the window is dropped."""
+        o, dropping = self.options, dropping_window(self, state)
+        r_BTGM = self.shares(k_BTGD)
+        inputs = (apply_rope(q_BTHD, rope), apply_rope(k_BTGD, rope), v_BTGD, r_BTGM)
+        bias_HM = self.bias if self.linear_enabled else torch.full_like(self.bias, -torch.inf)
+        if state is not None and is_step(q_BTHD, cu_seqlens, *state.window, state.keys):
+            token = (x[:, 0] for x in inputs)
+            return slot_window_step(*token, bias_HM, state=state)[:, None], state
+        out, after = slot_window_attention(
+            *inputs,
+            bias_HM,
+            window=1 if dropping else o.window,
+            sinks=0 if dropping else o.sinks,
+            initial_state=state,
+            cu_seqlens=cu_seqlens,
+            backend=o.backend,
+        )
+        return out, None if dropping else after
+
+    def shares(self, k_BTGD: torch.Tensor) -> torch.Tensor:
+        """r, (B, T, G, M), of keys before the rotary embedding."""
+        c_GMD = at_least_fp32(self.centroids)
+        scores = torch.einsum("btgd,gmd->btgm", at_least_fp32(k_BTGD), c_GMD)
+        return (scores - c_GMD.square().sum(-1) / 2).softmax(-1).to(k_BTGD.dtype)
+
+    def calibrate(self, k_TGD: torch.Tensor) -> dict[str, torch.Tensor]:
+        """See `Mixer.calibrate`: the centres of each head's keys."""
+        heads = k_TGD.float().cpu().unbind(1)
+        return {"centroids": torch.stack([centres(k_TD, self.options.slots) for k_TD in heads])}
+
+
+def centres(x_TD: torch.Tensor, n: int) -> torch.Tensor:
+    """(n, D): the centres that k-means finds from n of the points, which are drawn evenly.
+
+    A centre that no point is nearest to stays where it is. The same points in the same order give
+    the same centres.
+
+    Raises:
+        ValueError: there are fewer points than centres.
+    """
+    if len(x_TD) < n:
+        raise ValueError(f"{len(x_TD)} keys for {n} slots; calibrate on more tokens")
+    c_MD = x_TD[torch.arange(n) * len(x_TD) // n].clone()
+    for _ in range(ITERATIONS):
+        nearest = (x_TD @ c_MD.T - c_MD.square().sum(-1) / 2).argmax(-1)
+        member_TM = F.one_hot(nearest, n).to(x_TD.dtype)
+        count_M1 = member_TM.sum(0)[:, None]
+        c_MD = torch.where(count_M1 > 0, member_TM.T @ x_TD / count_M1.clamp(min=1), c_MD)
+    return c_MD
