@@ -108,9 +108,11 @@ def plan_blockwise(
     )
 
 
-def stored_bytes(*, tokens: int, dim: int, n_layers: int, block_size: int) -> int:
-    """Bytes of every block's inputs in bf16: 2·T·d·⌈L/k⌉."""
-    return BF16 * tokens * dim * -(-n_layers // block_size)
+def stored_bytes(
+    *, tokens: int, dim: int, n_layers: int, block_size: int, itemsize: int = BF16
+) -> int:
+    """Bytes of every block's inputs, in bf16 2·T·d·⌈L/k⌉."""
+    return itemsize * tokens * dim * -(-n_layers // block_size)
 
 
 def _devices(weights: float, memory: float) -> int:

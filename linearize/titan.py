@@ -95,8 +95,12 @@ class MixerAttention(GQAttention):
 
     @torch.no_grad()
     def _init_self_parameters(self) -> None:
-        """The mixer begins as its constructor leaves it, the same on every rank."""
-        with torch.device("cpu"):
+        """The mixer begins as its constructor leaves it, the same on every rank.
+
+        What is random there depends on the seed and the layer, not on what was drawn before.
+        """
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(torch.initial_seed() + self.config.layer)
             new = self._new_mixer().state_dict()
         for name, weight in self.mixer.state_dict().items():
             drawn_whole(_copying(new[name]))(weight)

@@ -226,7 +226,7 @@ def test_layout_that_does_not_fit() -> None:
 def test_human_bytes() -> None:
     assert human_bytes(512) == "512 B"
     assert human_bytes(1536) == "1.5 KiB"
-    assert human_bytes(3 * 1024**4) == "3072 GiB"
+    assert human_bytes(3 * 1024**4) == "3 TiB"
 
 
 def build(cases: list[str], more: list[str]) -> dict[str, Any]:

@@ -158,7 +158,8 @@ def find_checkpoint(path: str | Path) -> tuple[Path, RunConfig]:
     """The step folder that `path` means and its run's resolved configuration.
 
     Raises:
-        ValueError: `path` is neither a step folder nor the output folder of a run that has one.
+        ValueError: `path` is neither a step folder nor the output folder of a run that has one, or
+            that run's model is a block of layers.
     """
     path = Path(path)
     steps = saved_steps(path / "checkpoint")
@@ -168,7 +169,13 @@ def find_checkpoint(path: str | Path) -> tuple[Path, RunConfig]:
             f"{path}: no complete checkpoint (working directory {Path.cwd()}). Give a run's "
             "output folder, which holds checkpoint/step-N, or one such step folder"
         )
-    return folder, load_config(folder / "config.toml")
+    run = load_config(folder / "config.toml")
+    if run.block is not None:
+        raise ValueError(
+            f"{path}: of layers {run.block.first} to {run.block.last} alone; `lowline linearize` "
+            "stitches the blocks of a stage"
+        )
+    return folder, run
 
 
 def read_weights(

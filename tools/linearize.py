@@ -11,6 +11,11 @@ again, the same command goes on where it was stopped.
     OUTPUT/stages/N-X    the run of each stage: checkpoints, TensorBoard, its configuration
     OUTPUT/model         the converted model
     OUTPUT/report        evaluation: table, JSON, plots
+
+With --block-size K transfer stages run in blocks of K layers, for models too large to train whole:
+the inputs of every block are written to disk first (--inputs-dtype, bfloat16 or float32), then each
+block trains by itself, and what comes out is stitched. --blocks 0,3 (or 0-3) trains those blocks
+only and stops, so that machines can share them.
 """
 
 from __future__ import annotations
@@ -21,15 +26,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowline.train.load_config import ConfigError, leaves, read_toml, to_toml
+from lowline.tools.linearize_blocks import Blocks, print_blocks, train_blocks
+from lowline.tools.once import begin, end, is_done
+from lowline.train.config import RunConfig
+from lowline.train.load_config import ConfigError
 from lowline.train.stages import Stages, check_model, load_stages, table
 
 USAGE = (
     "usage: lowline linearize [SOURCE] --config FILE [--processes N] [--dry-run] "
+    "[--block-size K [--blocks LIST] [--inputs-dtype bfloat16|float32]] "
     "[--evaluation quick|full|none] [--key=value ...] [--stage.NAME.key=value ...]"
 )
 EVALUATIONS = ("quick", "full", "none")
-DONE = "done.toml"  # in a stage's folder: the configuration it was finished under
+VALUES = ("config", "processes", "evaluation", "block-size", "blocks", "inputs-dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +50,7 @@ class Arguments:
     processes: int
     dry_run: bool
     evaluation: str
+    blocks: Blocks | None
     overrides: tuple[str, ...]
 
 
@@ -53,7 +63,7 @@ def linearize(arguments: Sequence[str]) -> int:
         given = _parse(arguments)
         stages = load_stages(given.config, given.overrides)
         if given.dry_run:
-            return _dry_run(stages, given.processes)
+            return _dry_run(stages, given)
         return _convert(stages, given)
     except (ConfigError, ValueError, OSError) as error:
         print(f"lowline linearize: {error}", file=sys.stderr)
@@ -61,23 +71,13 @@ def linearize(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> Arguments:
-    config, source, overrides = None, None, []
-    processes, dry_run, evaluation = _gpus() or 1, False, "quick"
+    source, dry_run, overrides = None, False, []
+    values: dict[str, str] = {}
     rest = iter(arguments)
     for argument in rest:
         name, equals, value = argument.partition("=")
-        if name in ("--config", "--processes", "--evaluation"):
-            value = value if equals else next(rest, "")
-            if name == "--config":
-                config = value
-            elif name == "--evaluation":
-                if value not in EVALUATIONS:
-                    raise ConfigError(f"--evaluation {value}: choose from {', '.join(EVALUATIONS)}")
-                evaluation = value
-            elif not value.isdigit() or int(value) < 1:
-                raise ConfigError(f"--processes {value}: give the number of processes, 1 or more")
-            else:
-                processes = int(value)
+        if name.removeprefix("--") in VALUES and name.startswith("--"):
+            values[name[2:]] = value if equals else next(rest, "")
         elif argument == "--dry-run":
             dry_run = True
         elif argument.startswith("--"):
@@ -86,16 +86,39 @@ def _parse(arguments: Sequence[str]) -> Arguments:
             source = argument
         else:
             raise ConfigError(f"{argument!r}: one SOURCE, and {source!r} was given already")
-    if config is None:
+    if "config" not in values:
         raise ConfigError(f"--config is missing; {USAGE}")
+    evaluation = values.get("evaluation", "quick")
+    if evaluation not in EVALUATIONS:
+        raise ConfigError(f"--evaluation {evaluation}: choose from {', '.join(EVALUATIONS)}")
     return Arguments(
         source=source,
-        config=config,
-        processes=processes,
+        config=values["config"],
+        processes=_positive(values, "processes", "of processes") or _gpus() or 1,
         dry_run=dry_run,
         evaluation=evaluation,
+        blocks=_blocks(values),
         overrides=tuple(overrides),
     )
+
+
+def _positive(values: dict[str, str], name: str, of: str) -> int | None:
+    if (value := values.get(name)) is None:
+        return None
+    if not value.isdigit() or int(value) < 1:
+        raise ConfigError(f"--{name} {value}: give the number {of}, 1 or more")
+    return int(value)
+
+
+def _blocks(values: dict[str, str]) -> Blocks | None:
+    size = _positive(values, "block-size", "of layers a block")
+    if size is not None:
+        dtype = values.get("inputs-dtype", "bfloat16")
+        return Blocks(size=size, chosen=values.get("blocks"), dtype=dtype)
+    for name in ("blocks", "inputs-dtype"):
+        if name in values:
+            raise ConfigError(f"--{name} {values[name]} without --block-size, which makes blocks")
+    return None
 
 
 def _gpus() -> int:
@@ -104,13 +127,33 @@ def _gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def _dry_run(stages: Stages, processes: int) -> int:
+def _dry_run(stages: Stages, given: Arguments) -> int:
     from lowline.train.dry_run import print_dry_run
 
-    for number, name in enumerate(stages.names):
+    runs = [stages.run(n, teacher=stages.source or "SOURCE") for n in range(len(stages.names))]
+    _check_blocks(runs, given.blocks)
+    for name, run in zip(stages.names, runs, strict=True):
         print(f"stage {name}")
-        print_dry_run(stages.run(number, teacher=stages.source or "SOURCE"), processes)
+        if given.blocks is not None and run.objective.kind == "transfer":
+            print_blocks(run, given.blocks, given.processes)
+        else:
+            print_dry_run(run, given.processes)
     return 0
+
+
+def _check_blocks(runs: Sequence[RunConfig], blocks: Blocks | None) -> None:
+    """Raise ConfigError where the stages have no such blocks."""
+    if blocks is None:
+        return
+    transfers = [run for run in runs if run.objective.kind == "transfer"]
+    if not transfers:
+        raise ConfigError(
+            f'--block-size {blocks.size} without a stage of objective.kind = "transfer": only '
+            "there blocks of layers train on their own; leave it out"
+        )
+    for run in transfers:
+        blocks.runs(run)
+        blocks.wanted(run)
 
 
 def _convert(stages: Stages, given: Arguments) -> int:
@@ -125,16 +168,24 @@ def _convert(stages: Stages, given: Arguments) -> int:
     model, cola = config_from_hf(teacher)
     check_model(stages, table(model))
     tables: dict[str, Any] = {"teacher": teacher, "model": table(model), "cola": table(cola)}
-    for number in range(len(stages.names)):  # all of them before the first is started
-        stages.run(number, **tables).local_batch_size(given.processes)
+    runs = [stages.run(number, **tables) for number in range(len(stages.names))]
+    for run in runs:  # all of them before the first is started
+        run.local_batch_size(given.processes)
+    _check_blocks(runs, given.blocks)
     for number, name in enumerate(stages.names):
-        if code := _run_stage(stages, number, tables, given.processes):
+        code = _run_stage(stages, number, tables, given)
+        if code is None:  # the blocks that were asked for are trained
+            return 0
+        if code:
             print(
                 f"lowline linearize: stage {name!r} ended with {code}; the same command goes on "
                 "from its newest checkpoint",
                 file=sys.stderr,
             )
             return code
+    if given.blocks is not None and given.blocks.chosen is not None:
+        print("no blocks are left; the same command without --blocks goes on")
+        return 0
     converted = stages.output / "model"
     export(stages.folder(len(stages.names) - 1), converted, overwrite=True)
     print(f"model    {converted}")
@@ -160,48 +211,35 @@ def _teacher(source: str, folder: Path) -> Path:
     return folder
 
 
-def _run_stage(stages: Stages, number: int, tables: dict[str, Any], processes: int) -> int:
-    """Train a stage to its end, unless that was done before; returns the exit code."""
+def _run_stage(stages: Stages, number: int, tables: dict[str, Any], given: Arguments) -> int | None:
+    """Train a stage to its end, unless that was done before.
+
+    Returns:
+        The exit code, or None where only some of its blocks were asked for.
+    """
     from lowline.tools.launch import torchrun
 
     run, folder = stages.run(number, **tables), stages.folder(number)
-    done, config = folder / DONE, folder / "stage.toml"
-    text = to_toml(run)
-    if done.is_file():
-        _check_same(done, text)
+    if is_done(run):
         print(f"stage {stages.names[number]}: done, {stages.newest_step(number)}")
         return 0
+    transfer = run.objective.kind == "transfer"
+    if given.blocks is not None and given.blocks.chosen is not None and not transfer:
+        raise ConfigError(
+            f"--blocks {given.blocks.chosen}: stage {stages.names[number]!r} is next, and trains "
+            "whole; give the command without --blocks"
+        )
     later = [stages.folder(n) for n in range(number + 1, len(stages.names))]
     if stale := [str(other) for other in later if other.exists()]:
         raise ConfigError(
             f"{folder} is not finished, and {', '.join(stale)} began with what it was before: "
             "remove what is stale, or give another output"
         )
-    _write(config, text)
-    if code := torchrun("--config", str(config), processes=processes):
-        return code
-    _write(done, text)
-    return 0
-
-
-def _check_same(done: Path, text: str) -> None:
-    import tomllib
-
-    before, now = dict(leaves(read_toml(done))), dict(leaves(tomllib.loads(text)))
-    changed = [
-        f"{key} = {before.get(key)!r}, now {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
-    if changed:
-        raise ConfigError(
-            f"{done.parent} was finished with {'; '.join(changed)}. Set it back, give another "
-            "output, or remove this folder and those of the stages after it"
-        )
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    config = begin(run)
+    if given.blocks is not None and transfer:
+        code = train_blocks(run, given.blocks, given.processes)
+    else:
+        code = torchrun("--config", str(config), processes=given.processes)
+    if code == 0:
+        end(run)
+    return code

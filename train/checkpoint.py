@@ -22,11 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torchtitan.components.checkpointer import AsyncMode, CheckpointManager
 from torchtitan.components.checkpointer.base import MODEL
+from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
 from lowline.train.lora import is_lora, merge_stored_lora
 
@@ -90,18 +92,8 @@ class Checkpointer(CheckpointManager):
             super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
             return
         ours = {name: weight for name, weight in state_dict.items() if not is_lora(name)}
-        if from_hf:
-            assert self.sd_adapter is not None
-            reader = self.sd_adapter.get_hf_storage_reader(checkpoint_id)
-            stored = reader.read_metadata().state_dict_metadata
-            weights = _present(self.sd_adapter.to_hf(ours), stored, checkpoint_id)
-            dcp.load(weights, storage_reader=reader)
-            ours |= self.sd_adapter.from_hf(weights)
-        else:
-            stored = dcp.FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
-            dcp.load(_present(ours, stored, checkpoint_id), checkpoint_id=checkpoint_id)
-            merge_stored_lora(ours, Path(checkpoint_id))
-        self.states[MODEL].load_state_dict(ours)
+        assert self.sd_adapter is not None
+        self.states[MODEL].load_state_dict(load_initial(ours, checkpoint_id, self.sd_adapter))
 
     def failed(self) -> bool:
         """Whether a background save has failed on this rank and nobody has been told."""
@@ -168,6 +160,45 @@ class Checkpointer(CheckpointManager):
 
     def __del__(self) -> None:
         """Nothing: `close` is called where its errors are heard."""
+
+
+def load_initial(
+    weights: dict[str, Any], path: str | Path, adapter: StateDictAdapter
+) -> dict[str, Any]:
+    """Read a model's weights, or some of them, into tensors of their shapes, and return them.
+
+    Args:
+        weights: by the training body's names; mixers that are not stored stay as they are.
+        path: a run's step folder, whose adapters are merged, or a Hugging Face directory.
+        adapter: knows the names of the latter.
+
+    Raises:
+        ValueError: a weight is not there.
+    """
+    path = str(path)
+    if (Path(path) / ".metadata").is_file():
+        stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        dcp.load(_present(weights, stored, path), checkpoint_id=path)
+        merge_stored_lora(weights, Path(path))
+        return weights
+    reader = adapter.get_hf_storage_reader(path)
+    stored = reader.read_metadata().state_dict_metadata
+    found = _present(adapter.to_hf(weights), stored, path)
+    dcp.load(found, storage_reader=reader)
+    return weights | adapter.from_hf(found)
+
+
+def save_weights(weights: dict[str, torch.Tensor], folder: Path, run_config: str) -> None:
+    """Write weights as the step folder of a run that ended with them; one process, all or nothing.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
+    """
+    shutil.rmtree(folder.with_name(folder.name + SAVING), ignore_errors=True)
+    try:
+        dcp.save(weights, storage_writer=_WholeFolderWriter(folder, run_config), no_dist=True)
+    except CheckpointException as error:
+        raise OSError(f"{folder} could not be written: {_root_cause(error)}") from error
 
 
 class _WholeFolderWriter(FileSystemWriter):

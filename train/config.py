@@ -15,7 +15,13 @@ from pydantic import Field
 from lowline.cola.ranks import PROJECTIONS, Rank, resolve_ranks
 from lowline.train.data.sources import SourceConfig
 from lowline.train.fields import Fraction, NonNegative, Positive, Strict
-from lowline.train.stage_config import LoraConfig, MixerConfig, ObjectiveConfig, check_stage
+from lowline.train.stage_config import (
+    BlockConfig,
+    LoraConfig,
+    MixerConfig,
+    ObjectiveConfig,
+    check_stage,
+)
 
 if TYPE_CHECKING:
     from lowline.linearize.mixers import Mixer
@@ -265,6 +271,7 @@ class RunConfig:
     cola: ColaConfig = field(default_factory=ColaConfig)
     mixer: MixerConfig | None = None
     lora: LoraConfig | None = None
+    block: BlockConfig | None = None
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -318,8 +325,14 @@ class RunConfig:
         mixers_only = self.objective.kind == "transfer" or self.lora is not None
         return self.objective.trainable or ("mixers" if mixers_only else "all")
 
-    def mixer_layers(self) -> set[int]:
-        """The layers that have the mixer of [mixer].
+    def layers(self) -> range:
+        """The layers that the run's model has: the whole model's, or those of [block]."""
+        if self.block is None:
+            return range(self.model.n_layers)
+        return range(self.block.first, self.block.last + 1)
+
+    def mixer_layers(self, *, whole: bool = False) -> set[int]:
+        """The layers of the run's model, or of the whole, that have the mixer of [mixer].
 
         Raises:
             ValueError: a pattern that does not fit the model, an unknown mixer or option.
@@ -330,9 +343,10 @@ class RunConfig:
 
         try:
             self.mixer_on_meta()
-            return parse_layers(self.mixer.layers, self.model.n_layers)
+            layers = parse_layers(self.mixer.layers, self.model.n_layers)
         except ValueError as error:
             raise ValueError(f"[mixer]: {error}") from None
+        return layers if whole else layers.intersection(self.layers())
 
     def mixer_on_meta(self) -> Mixer:
         """The mixer of [mixer], without memory: what it has, and whether it can be."""

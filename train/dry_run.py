@@ -22,7 +22,6 @@ from lowline.cola.accounting import (
     Device,
     Parameters,
     Saved,
-    parameters,
     recomputed_flops_per_token,
     saved_by_model,
 )
@@ -34,7 +33,7 @@ from lowline.train.memory import (
     policy_of,
     predict_memory,
 )
-from lowline.train.parameters import count, shape_of, training_flops_of
+from lowline.train.parameters import count, model_parameters, shape_of, training_flops_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +73,7 @@ def dry_run(run: RunConfig, world_size: int, device: Device | None = None) -> Re
     return Report(
         world_size=world_size,
         device=device,
-        parameters=parameters(shape),
+        parameters=model_parameters(run),
         mixers=count(run, "mixer"),
         adapters=count(run, "lora"),
         trained=count(run, trained=True),
@@ -141,11 +140,11 @@ def _rows(report: Report) -> list[tuple[str, str]]:
 
 def human_bytes(count: float) -> str:
     """1536 -> '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB"):
+    for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.4g} {unit}"
         count /= 1024
-    return f"{count:.4g} GiB"
+    return f"{count:.4g} TiB"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -190,6 +190,15 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """'key = before, now now' of every key whose value changed."""
+    return [
+        f"{key} = {before.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+
+
 def _fields(cls: Any, prefix: str) -> Iterator[tuple[str, str]]:
     from typing import get_type_hints
 

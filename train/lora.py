@@ -78,13 +78,13 @@ def stored_factors(step_folder: Path) -> Factors:
 
 
 def merge_stored_lora(weights: Mapping[str, torch.Tensor], step_folder: Path) -> None:
-    """Add a step folder's adapters to its weights, sharded or not, in place."""
+    """Add a step folder's adapters to those of its weights, sharded or not, in place."""
     if not (factors := stored_factors(step_folder)):
         return
     lora = load_config(step_folder / "config.toml").lora
     assert lora is not None
-    for name, (A, B) in factors.items():
-        weight = weights[name]
+    for name in sorted(weights.keys() & factors.keys()):
+        weight, (A, B) = weights[name], factors[name]
         change = (lora.alpha / lora.rank) * (B @ A)
         change = change.to(weight.device, weight.dtype)
         if isinstance(weight, DTensor):

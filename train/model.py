@@ -82,6 +82,7 @@ class Llama(Llama3Model):
     @dataclass(kw_only=True, slots=True)
     class Config(Llama3Model.Config):
         trainable: Trainable = "all"
+        kept: tuple[int, int] | None = None  # first and last layer that there are, alone
 
         def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
             """Fit the model to the run: longest sequence, and the layout of tensor parallelism."""
@@ -99,7 +100,8 @@ class Llama(Llama3Model):
         def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
             """Parameters, and FLOPs a token of forward + backward (`lowline.cola.accounting`)."""
             attention = self.layers[0].attention
-            lookup = 0 if self.enable_weight_tying else self.vocab_size * self.dim
+            looked_up = model.tok_embeddings is not None and not self.enable_weight_tying
+            lookup = self.vocab_size * self.dim if looked_up else 0
             flops = training_flops(
                 matrix_parameters=sum(p.numel() for p in model.parameters() if p.ndim == 2)
                 - lookup,
@@ -112,8 +114,16 @@ class Llama(Llama3Model):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
+        if config.kept is not None:
+            self._keep(*config.kept)
         freeze(self, config.trainable)
         draw_factors_whole(self)
+
+    def _keep(self, first: int, last: int) -> None:
+        for name in list(self.layers):
+            if not first <= int(name) <= last:
+                del self.layers[name]
+        self.tok_embeddings = self.norm = self.lm_head = None
 
     def verify_module_protocol(self) -> None:
         """Nothing: mixers are plain modules, whose beginnings `MixerAttention` sees to."""
@@ -125,7 +135,7 @@ class Llama(Llama3Model):
         attention_masks: Any = None,
         transfer: Transfer | None = None,
     ) -> torch.Tensor:
-        """Token ids (B, L) to logits (B, L, V).
+        """Token ids (B, L) to logits (B, L, V); of some layers alone, their input to their output.
 
         Args:
             positions: (B, L), 0 where a document starts.
@@ -144,7 +154,7 @@ class Llama(Llama3Model):
                 attention_masks = document_mask(positions, next(self.parameters()).dtype)
         inputs = MixerInputs(bounds, attention_masks, transfer)
         h = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
-        for name, layer in self.layers.items():  # a stage of a pipeline has some of them
+        for name, layer in self.layers.items():  # a pipeline stage or a block has some of them
             h = layer(h, inputs if mixed[int(name)] else attention_masks, positions)
         h = h if self.norm is None else self.norm(h)
         return h if self._skip_lm_head or self.lm_head is None else self.lm_head(h)
@@ -263,7 +273,14 @@ def build_model_config(run: RunConfig) -> Llama.Config:
         converted = add_lora(config, run.lora)
         assert isinstance(converted, Llama.Config)
         return converted
+    if run.block is not None:
+        keep_layers(config, run.layers())
     return config
+
+
+def keep_layers(config: Llama.Config, layers: range) -> None:
+    """Let a model have these layers alone, under their names, without embeddings and output."""
+    config.kept, config.enable_weight_tying = (layers[0], layers[-1]), False
 
 
 def build_model_spec(run: RunConfig) -> ModelSpec:

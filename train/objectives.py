@@ -8,9 +8,10 @@
 with N the labels of the step on all ranks and n_row those of a row, so that microbatches and ranks
 add up to the loss of the whole batch (`lowline.linearize.losses` has the formulas). In a transfer
 o* is softmax attention of the run's own weights and goes on to the next layer; only the mixers have
-a backward pass, and the output projection is left out. A teacher that distills is a frozen decoder
-of its own, laid out as the student is. Logits as wide as the vocabulary exist for a few tokens at a
-time.
+a backward pass, and the output projection is left out. A block's run sums its layers' parts of the
+whole model's mean, so that losses and gradients of all blocks make up those of one run. A teacher
+that distills is a frozen decoder of its own, laid out as the student is. Logits as wide as the
+vocabulary exist for a few tokens at a time.
 """
 
 from __future__ import annotations
@@ -85,11 +86,24 @@ class NextToken:
 
 
 class TransferObjective(NextToken):
-    """Every mixer towards softmax attention of the same weights."""
+    """Every mixer towards softmax attention of the same weights.
 
-    def __init__(self, loss_fn: BaseLoss, layers: list[int], attention_weight: float = 0.0) -> None:
+    Args:
+        layers: the K that have a mixer.
+        attention_weight: w.
+        of: over how many layers the mean is; default: K.
+    """
+
+    def __init__(
+        self,
+        loss_fn: BaseLoss,
+        layers: list[int],
+        attention_weight: float = 0.0,
+        of: int | None = None,
+    ) -> None:
         super().__init__(loss_fn)
         self.layers, self.attention_weight = layers, attention_weight
+        self.of = of or len(layers)
         self._of_step: torch.Tensor | float = 0.0
 
     def begin_step(self, step: int) -> None:
@@ -106,7 +120,7 @@ class TransferObjective(NextToken):
         """See `NextToken.loss`."""
         loss_K = self._summed(model, inputs_BL, labels_BL, extra, learns=True) / valid_tokens
         self._of_step = self._of_step + loss_K.detach()
-        return loss_K.mean()
+        return loss_K.sum() / self.of
 
     def held_out(
         self,
@@ -118,7 +132,7 @@ class TransferObjective(NextToken):
         """See `NextToken.held_out`."""
         loss_K = self._summed(model, inputs_BL, labels_BL, extra, learns=False)
         student = super().held_out(model, inputs_BL, labels_BL, extra)
-        return student | {"transfer_loss": loss_K.mean()}
+        return student | {"transfer_loss": loss_K.sum() / self.of}
 
     def numbers(self) -> dict[str, torch.Tensor]:
         """Each layer's loss."""
@@ -224,11 +238,18 @@ class WindowDropout:
     """Mixers go without their window at random, less and less often (arXiv 2510.05901).
 
     Step s of S leaves out a mixer's window with probability p · max(0, 1 - (s - 1) / (u · S)). What
-    is drawn depends on the seed and the step alone, on every rank alike.
+    is drawn depends on the seed and the step alone, on every rank alike, and in a block's run as in
+    the whole model's.
+
+    Args:
+        before: mixers of the whole model that come before those of this one.
     """
 
-    def __init__(self, model: nn.Module, c: ObjectiveConfig, steps: int, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, c: ObjectiveConfig, steps: int, seed: int, before: int = 0
+    ) -> None:
         self.mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+        self.before = before
         self.start, self.last, self.seed = c.window_dropout, c.window_dropout_until * steps, seed
 
     def probability(self, step: int) -> float:
@@ -238,8 +259,8 @@ class WindowDropout:
     def draw(self, step: int) -> None:
         """Set the mixers up for a step."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        draws = torch.rand(len(self.mixers), generator=generator).tolist()
-        for mixer, draw in zip(self.mixers, draws, strict=True):
+        draws = torch.rand(self.before + len(self.mixers), generator=generator).tolist()
+        for mixer, draw in zip(self.mixers, draws[self.before :], strict=True):
             mixer.drop_window = draw < self.probability(step)
 
 
@@ -259,8 +280,12 @@ def loss_config(run: RunConfig, local_batch_size: int) -> BaseLoss.Config:
 def build_objective(run: RunConfig, trainer: Trainer) -> NextToken:
     """The objective of a run whose trainer, model included, has been built."""
     if run.objective.kind == "transfer":
-        weight = run.objective.attention_weight
-        return TransferObjective(trainer.loss_fn, sorted(run.mixer_layers()), weight)
+        return TransferObjective(
+            trainer.loss_fn,
+            sorted(run.mixer_layers()),
+            run.objective.attention_weight,
+            of=len(run.mixer_layers(whole=True)),
+        )
     if run.objective.kind == "distill":
         assert isinstance(trainer.loss_fn, ChunkedLossWrapper)
         return DistillObjective(trainer.loss_fn, build_teacher(run, trainer))

@@ -15,10 +15,10 @@ Left out: the states of mixers, and what their layers spend elementwise.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lowline.cola.accounting import Shape, flops_per_token, parameters
+from lowline.cola.accounting import Parameters, Shape, flops_per_token, parameters
 from lowline.cola.ranks import resolve_ranks
 from lowline.train.config import ColaConfig, ModelConfig, RunConfig
 
@@ -57,8 +57,16 @@ class Parameter:
 
 
 def shape_of(run: RunConfig) -> Shape:
-    """The sizes of a run's model, mixers and adapters left out."""
-    return shape_of_model(run.model, run.cola)
+    """The sizes of a run's model, mixers and adapters left out; of [block] it has the layers."""
+    return replace(shape_of_model(run.model, run.cola), n_layers=len(run.layers()))
+
+
+def model_parameters(run: RunConfig) -> Parameters:
+    """Number of the model's parameters by kind, mixers and adapters left out."""
+    count = parameters(shape_of(run))
+    if run.block is None:
+        return count
+    return replace(count, embedding=0, lm_head=0, norms=count.norms - run.model.dim)
 
 
 def shape_of_model(m: ModelConfig, c: ColaConfig) -> Shape:
@@ -94,13 +102,15 @@ def parameters_of(run: RunConfig) -> dict[str, list[Parameter]]:
         tensors = run.mixer_on_meta().parameters()
         mixers = [Parameter(shape=tuple(t.shape), part="mixer") for t in tensors]
     mixed = run.mixer_layers()
+    layers = {
+        f"layers.{layer}": block + (mixers if layer in mixed else []) for layer in run.layers()
+    }
+    if run.block is not None:
+        return layers
     embedding = Parameter(shape=(shape.vocab_size, shape.dim), tp_dim=0, trains=whole)
     return {
         "tok_embeddings": [] if shape.tie_embeddings else [embedding],
-        **{
-            f"layers.{layer}": block + (mixers if layer in mixed else [])
-            for layer in range(shape.n_layers)
-        },
+        **layers,
         "norm": [Parameter(shape=(shape.dim,), trains=whole)],
         "lm_head": [embedding],
     }

@@ -31,7 +31,12 @@ def check_run(run: RunConfig, world_size: int) -> None:
         )
     if run.objective.kind == "distill":
         _check_teacher(run)
-    open_source(run.data)
+    if run.block is not None:
+        from lowline.train.data.stored import check_stored
+
+        check_stored(run)
+    else:
+        open_source(run.data)
     if run.evaluation.enable:
         open_source(run.held_out())
     folder = Path(run.output) / "checkpoint"
@@ -79,6 +84,7 @@ def check_same_parts(run: RunConfig, checkpoint: Path) -> None:
         raise _other(checkpoint, "mixer", saved.mixer, run.mixer)
     for name, one, other in (
         ("lora", saved.lora, run.lora),
+        ("block", saved.layers(), run.layers()),
         ("objective.kind", saved.objective.kind, run.objective.kind),
         ("objective.trainable", saved.trainable(), run.trainable()),
         ("optimizer.name", saved.optimizer.name, run.optimizer.name),

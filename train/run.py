@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from lowline.cola.accounting import parameters
+from lowline.kernels.host_memory import keep_freed_memory
 from lowline.train.config import RunConfig
 from lowline.train.device import prepare
 from lowline.train.load_config import to_toml
-from lowline.train.parameters import count, shape_of, training_flops_of
+from lowline.train.parameters import count, model_parameters, shape_of, training_flops_of
 
 if TYPE_CHECKING:
     from lowline.train.trainer import Trainer
@@ -36,7 +36,9 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 def train(run: RunConfig) -> int:
     """Train as `run` says; returns the exit code, with the reason on standard error."""
     single_process_defaults()
+    keep_freed_memory()
     prepare()
+    from lowline.linearize.blockwise import ShardError
     from lowline.train.checkpoint import CheckpointError
     from lowline.train.metrics import DivergedError
     from lowline.train.trainer import trainer_config
@@ -58,7 +60,7 @@ def train(run: RunConfig) -> int:
             )
             return 128 + trainer.stopped_by
         return 0
-    except (CheckpointError, DivergedError) as error:  # raised on every rank
+    except (CheckpointError, DivergedError, ShardError) as error:  # raised on every rank
         if _is_first():
             _complain(str(error))
         return 1
@@ -106,7 +108,7 @@ def _signals_to(trainer: Trainer) -> Iterator[None]:
 def _summary(run: RunConfig, trainer: Trainer) -> list[str]:
     """What is about to be trained, on what, and where to watch it."""
     shape, t, dims = shape_of(run), run.training, trainer.parallel_dims
-    model = parameters(shape)
+    model = model_parameters(run)
     kind = f"{model.low_rank / 1e6:,.2f}M of them low-rank" if shape.low_rank else "dense"
     memory = f", {run.cola.memory}" if shape.low_rank else ""
     degrees = {
@@ -133,10 +135,15 @@ def _summary(run: RunConfig, trainer: Trainer) -> list[str]:
 def _stage(run: RunConfig) -> list[str]:
     """What is not plain training: mixers, adapters, the objective, what trains."""
     lines = []
+    if run.block is not None:
+        lines.append(
+            f"block    layers {run.block.first} to {run.block.last} of {run.model.n_layers}, "
+            f"inputs from {run.block.inputs}"
+        )
     if run.mixer is not None:
         mixers, layers = count(run, "mixer"), len(run.mixer_layers())
         lines.append(
-            f"mixers   {run.mixer.name} in {layers} of {run.model.n_layers} layers, "
+            f"mixers   {run.mixer.name} in {layers} of {len(run.layers())} layers, "
             f"{mixers / 1e6:,.2f}M parameters"
         )
     if run.objective.kind != "next-token" or run.trainable() != "all":

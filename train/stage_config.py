@@ -1,4 +1,4 @@
-"""[mixer], [lora] and [objective]: what makes a run a stage of linearization, and its rules."""
+"""[mixer], [lora], [objective], [block]: what makes a run a stage of linearization, its rules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from lowline.cola.ranks import PROJECTIONS
-from lowline.train.fields import Fraction, Positive, Strict
+from lowline.train.fields import Fraction, NonNegative, Positive, Strict
 
 if TYPE_CHECKING:
     from lowline.train.config import RunConfig
@@ -63,6 +63,8 @@ class ObjectiveConfig:
     window_dropout: Fraction = 0.0  # how often a mixer goes without its window at first
     # The part of the steps after which none does any more.
     window_dropout_until: Annotated[float, Field(gt=0, le=1)] = 0.5
+    # How many steps' text mixers that can ("slots") are set up on before the first step.
+    calibration_steps: NonNegative = 0
 
     def __post_init__(self) -> None:
         if self.kind == "distill" and self.teacher is None:
@@ -85,12 +87,31 @@ class ObjectiveConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """[block]: a transfer of some of the model's layers, fed with their stored inputs.
+
+    The model has these layers only, under the names they have in the whole one.
+    """
+
+    __pydantic_config__ = Strict
+    first: NonNegative  # layer, counted from 0
+    last: NonNegative  # layer, the block's own
+    inputs: str  # the folder to which `lowline linearize --block-size` wrote them
+
+    def __post_init__(self) -> None:
+        if self.first > self.last:
+            raise ValueError(f"first = {self.first} comes after last = {self.last}; exchange them")
+
+
 def check_stage(run: RunConfig) -> None:
-    """The rules between [mixer], [lora], [objective] and the rest of a run.
+    """The rules between [mixer], [lora], [objective], [block] and the rest of a run.
 
     Raises:
         ValueError: names the key that breaks one, what is allowed and the mend.
     """
+    if run.block is not None:
+        _check_block(run)
     layers, trainable = run.mixer_layers(), run.trainable()
     learned = bool(layers) and any(p.numel() for p in run.mixer_on_meta().parameters())
     objective = run.objective
@@ -151,6 +172,11 @@ def check_stage(run: RunConfig) -> None:
             f"optimizer.mixer_lr = {run.optimizer.mixer_lr} without a mixer that has "
             "parameters; leave it out"
         )
+    if objective.calibration_steps and not (layers and run.mixer_on_meta().calibrates):
+        raise ValueError(
+            f"objective.calibration_steps = {objective.calibration_steps} needs a mixer that is "
+            'calibrated ("slots"); set it to 0 or choose that mixer'
+        )
     if objective.window_dropout:
         mixer = run.mixer_on_meta() if layers else None
         if mixer is None or not (mixer.has_window and mixer.has_linear):
@@ -167,3 +193,25 @@ def check_stage(run: RunConfig) -> None:
                 f"parallelism.{name} = {getattr(run.parallelism, name)} with "
                 f"{special[0]}: such runs are laid out by FSDP alone; set it to 1"
             )
+
+
+def _check_block(run: RunConfig) -> None:
+    assert run.block is not None
+    if run.block.last >= run.model.n_layers:
+        raise ValueError(
+            f"block.last = {run.block.last}: the model's layers are 0 to {run.model.n_layers - 1}"
+        )
+    if run.objective.kind != "transfer":
+        raise ValueError(
+            f'[block] with objective.kind = "{run.objective.kind}", which needs the whole model; '
+            'set it to "transfer" or leave [block] out'
+        )
+    if not run.mixer_layers():
+        raise ValueError(
+            f"[block]: layers {run.block.first} to {run.block.last} have no mixer to train; "
+            "choose others"
+        )
+    if run.evaluation.enable:
+        raise ValueError(
+            "evaluation.enable = true with [block], whose layers give no logits; set it to false"
+        )

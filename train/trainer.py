@@ -27,9 +27,11 @@ from torchtitan.config.configs import (
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.trainer import Trainer as TitanTrainer
 
+from lowline.train.calibration import calibrate
 from lowline.train.checkpoint import Checkpointer
 from lowline.train.config import RunConfig
-from lowline.train.data import LaneDataLoader
+from lowline.train.data import LaneDataLoader, lane_config
+from lowline.train.data.stored import StoredLoader, stored_config
 from lowline.train.data.tokenizer import TextTokenizer
 from lowline.train.evaluation import Evaluator
 from lowline.train.load_config import to_toml
@@ -73,7 +75,7 @@ class Trainer(TitanTrainer):
         run: RunConfig
 
     config: Config
-    dataloader: LaneDataLoader
+    dataloader: LaneDataLoader | StoredLoader
     checkpointer: Checkpointer
     metrics_processor: Metrics
     validator: Evaluator
@@ -90,8 +92,9 @@ class Trainer(TitanTrainer):
         self._window_dropout = None
         if run.objective.window_dropout:
             steps, seed = run.training.steps, run.training.seed
+            before = sum(layer < run.layers()[0] for layer in run.mixer_layers(whole=True))
             self._window_dropout = WindowDropout(
-                self.model_parts[0], run.objective, steps=steps, seed=seed
+                self.model_parts[0], run.objective, steps=steps, seed=seed, before=before
             )
         self._microbatch = 0
         self._last_inputs: tuple[torch.Tensor, dict[str, Any]] | None = None
@@ -112,6 +115,8 @@ class Trainer(TitanTrainer):
         self.metrics_processor.resume(self.step)
         if self.step:  # the process that saved this step may not have come to its evaluation
             self._evaluate_if_missing()
+        elif steps := self.config.run.objective.calibration_steps:
+            calibrate(self, steps)
         return self._batches(super().batch_generator(data_iterable))
 
     def _batches(self, batches: Iterator) -> Iterator:
@@ -258,14 +263,7 @@ def trainer_config(run: RunConfig, world_size: int) -> Trainer.Config:
         loss=loss_config(run, run.local_batch_size(world_size)),
         optimizer=optimizer_config(run.optimizer),
         lr_scheduler=schedule_config(run.schedule),
-        dataloader=LaneDataLoader.Config(
-            source=run.data,
-            global_batch_size=t.global_batch_size,
-            seed=t.seed,
-            shuffle=run.data.shuffle,
-            epochs=run.data.epochs,
-            num_workers=run.data.num_workers,
-        ),
+        dataloader=lane_config(run) if run.block is None else stored_config(run),
         training=TrainingConfig(
             local_batch_size=run.local_batch_size(world_size),
             global_batch_size=t.global_batch_size,

@@ -19,6 +19,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from lowline.kernels.slots.op import EMPTY
+
 
 def attend(
     q_NTHD: torch.Tensor,
@@ -91,7 +93,7 @@ def attend(
 
     sums_before = before(sums_NGMW, v1)
     count = (older_1[:C] @ r2).repeat(1, 1, 1, H // G, 1) + sums_before[..., None, :, -1]
-    held = count > 0
+    held = count > EMPTY
     a = q @ before(keys_NGMD, k).mT + (scores * older_1) @ r2
     a = a / torch.where(held, count, 1.0)
     b = bias_HM.to(dtype).view(G, 1, H // G, 1, M).expand(-1, -1, -1, C, -1).reshape(G, 1, R, M)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from lowline.kernels.slots.op import SlotState, check_shapes
+from lowline.kernels.slots.op import EMPTY, SlotState, check_shapes
 from lowline.kernels.window.op import check_state
 from lowline.kernels.window.state import ring_positions
 
@@ -66,9 +66,11 @@ def slot_window_step(
     is_exact = torch.cat([outside, ring_positions(s.length, window) >= 0], 1)
     exact = (q @ k.mT).masked_fill(~is_exact[:, None, None], -torch.inf)
     count = s.S[..., None, -1].mT  # (B, G, 1, M)
-    least_1 = torch.where(count > 0, count, 1.0)
+    held = count > EMPTY
+    tokens = torch.where(held, count, 1.0)
     bias = bias_HM.to(q.dtype).view(G, -1, bias_HM.shape[-1])
-    slots = (q @ state.keys.mT) / least_1 + bias + count.log()
+    slots = (q @ state.keys.mT) / tokens + bias + tokens.log()
+    slots = slots.masked_fill(~held, -torch.inf)
     p = torch.cat([exact, slots], -1).softmax(-1)
-    mean_v = s.S[..., :-1] / least_1.mT
+    mean_v = s.S[..., :-1] / tokens.mT
     return (p @ torch.cat([v, mean_v], 2)).view(B, -1, v_BGV.shape[-1]).to(q_BHD.dtype)

@@ -41,6 +41,7 @@ from lowline.kernels.window.state import (
 )
 
 OP = "slot_window_attention"
+EMPTY = 1e-6  # tokens; a slot with no more is left out, as the mean of its keys is ill-conditioned
 NO_KERNEL = "it has no kernel of its own there"
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from lowline.kernels.slots.op import EMPTY
+
 
 def attend(
     q_NTHD: torch.Tensor,
@@ -47,7 +49,7 @@ def attend(
             of_head = []
             for h in range(H):
                 g, q_D = h // repeats, scale * q[t, h]
-                held = sums[g, :, -1] > 0
+                held = sums[g, :, -1] > EMPTY
                 count = sums[g, held, -1]
                 slots = (keys[g, held] / count[:, None]) @ q_D + bias_HM[h, held].to(dtype)
                 scores = torch.cat([exact_k[:, g] @ q_D, slots + count.log()])

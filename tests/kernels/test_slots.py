@@ -161,6 +161,27 @@ def test_gradients(window, sinks):
     close(found[1], found[0], 1e-9)
 
 
+def test_slots_that_are_nearly_empty():
+    """Shares too small for their inverse are no slot; the gradients stay finite."""
+    given = inputs(130, dtype=torch.float32)
+    given[3] = torch.zeros_like(given[3])
+    given[3][..., 0], given[3][..., 1] = 1, 1e-40
+    leaves = [x.requires_grad_() for x in given]
+    o, state = slot_window_attention(*leaves, window=5, sinks=2)
+    o.square().sum().backward()
+    assert all(x.grad.isfinite().all() for x in leaves)
+    one = [x.detach()[..., :1] for x in given[3:]]
+    alone, _ = slot_window_attention(*given[:3], *one, window=5, sinks=2)
+    close(o, alone, 1e-6)
+    token = [x[:, -1].detach() for x in given[:4]] + [given[4].detach()]
+    with torch.no_grad():
+        assert (
+            slot_window_step(*token, state=tree_map_only(torch.Tensor, torch.clone, state))
+            .isfinite()
+            .all()
+        )
+
+
 def test_extreme_scores():
     given = inputs(130, dtype=torch.float32)
     given[0] *= 1e3

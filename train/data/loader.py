@@ -21,7 +21,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ from torchtitan.components.dataloader import BaseDataLoader
 from lowline.train.data.order import Order, deal
 from lowline.train.data.packing import START, Encoder, LanePacker, LaneState
 from lowline.train.data.sources import IndexedSource, Source, SourceConfig, open_source
+
+if TYPE_CHECKING:
+    from lowline.train.config import RunConfig
 
 _ANEW = "a new output folder with checkpoint.initial_weights = the folder step-N"
 _LANE = re.compile(r"(?:^|\.)lane_(\d+)$")
@@ -199,6 +202,18 @@ class LaneDataLoader(BaseDataLoader):
         size = len(source) if isinstance(source, IndexedSource) else source.num_shards
         text = json.dumps([indexed, size, self._order.seed, self._order.shuffle])
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+
+
+def lane_config(run: "RunConfig") -> LaneDataLoader.Config:
+    """The loader of a run's training data."""
+    return LaneDataLoader.Config(
+        source=run.data,
+        global_batch_size=run.training.global_batch_size,
+        seed=run.training.seed,
+        shuffle=run.data.shuffle,
+        epochs=run.data.epochs,
+        num_workers=run.data.num_workers,
+    )
 
 
 def check_saved_lanes(checkpoint: str | os.PathLike[str], global_batch_size: int) -> None:

@@ -1,0 +1,74 @@
+"""Training runs of which the results are kept: trained once, to their end.
+
+The folder of a run gets `stage.toml`, the configuration it is trained under, and `done.toml`, the
+same, when it has ended. A run whose folder is done is not trained again, and refused where a key
+has changed since.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lowline.linearize.blockwise import write_whole
+from lowline.train.config import RunConfig
+from lowline.train.load_config import ConfigError, changes, leaves, read_toml, to_toml
+
+DONE = "done.toml"
+
+
+def is_done(run: RunConfig) -> bool:
+    """Whether a run was trained to its end.
+
+    Raises:
+        ConfigError: it was, under another configuration; what differs, and the mend.
+    """
+    done = Path(run.output) / DONE
+    if not done.is_file():
+        return False
+    before, now = (dict(leaves(t)) for t in (read_toml(done), tomllib.loads(to_toml(run))))
+    if changed := changes(before, now):
+        raise ConfigError(
+            f"{done.parent} was finished with {'; '.join(changed)}. Set it back, give another "
+            "output, or remove this folder and those of the stages after it"
+        )
+    return True
+
+
+def begin(run: RunConfig) -> Path:
+    """Write the configuration that a run is trained under; returns the file."""
+    config = Path(run.output) / "stage.toml"
+    write_whole(config, to_toml(run))
+    return config
+
+
+def end(run: RunConfig) -> None:
+    """Note that a run was trained to its end."""
+    write_whole(Path(run.output) / DONE, to_toml(run))
+
+
+@contextmanager
+def alone(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a folder against other processes that would write the same, also of other machines.
+
+    Args:
+        wait: for the other process to end; it is said once.
+
+    Raises:
+        ConfigError: another process holds it, and `wait` is not set.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise ConfigError(
+                    f"another process is writing to {folder}; wait until it ends, or do other work"
+                ) from None
+            print(f"waiting for the process that writes to {folder}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
