@@ -30,7 +30,7 @@ METHODS = {
     "liger_hgrn2": "liger_hgrn2",
     "liger_gsa": "liger_gsa",
     "hedgehog": "hedgehog",
-    "lowline": "gated_deltanet",
+    "lowline": "slots",
 }
 MINIMAL = """
 output = "out"
@@ -117,6 +117,10 @@ def test_another_model_than_the_source(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model.n_layers = 2 \(source: 3\)"):
         check_model(stages, theirs)
     check_model(stages, {**stages.common["model"], "rope_theta": 5e5, "max_seq_len": 64})
+    stages = load_stages(written(tmp_path, MINIMAL.replace("[mixer]", "norm_eps = 1e-5\n[mixer]")))
+    check_model(stages, {**stages.common["model"], "norm_eps": 9.99999974e-6})  # GGUF's, in fp32
+    with pytest.raises(ConfigError, match="norm_eps"):
+        check_model(stages, {**stages.common["model"], "norm_eps": 9.9e-6})
 
 
 @pytest.mark.parametrize(

@@ -63,12 +63,12 @@ FULL = Size(
 )
 QUICK = Size(
     tasks=("perplexity", "second-copy", "passkey", "shares"),
-    contexts=(256, 1024),
-    tokens=8192,
-    distances=(32, 64, 128, 512),
-    lengths=(128, 512),
+    contexts=(1024,),
+    tokens=4096,
+    distances=(32, 128, 512),
+    lengths=(256,),
     depths=(0.0, 0.5, 1.0),
-    samples=4,
+    samples=2,
 )
 
 

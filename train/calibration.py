@@ -38,49 +38,59 @@ def calibrate(trainer: Trainer, steps: int) -> None:
     model, loader = trainer.model_parts[0], trainer.dataloader
     mixers = {n: m for n, m in model.named_modules() if isinstance(m, Mixer) and m.calibrates}
     taken: dict[str, list[torch.Tensor]] = {name: [] for name in mixers}
-    ranks = dist.get_world_size()
-    local = trainer.config.training.local_batch_size * trainer.config.training.seq_len
-    batches = steps * trainer.gradient_accumulation_steps
-    wanted = min(local, max(1, KEYS // (batches * ranks)))
-    rows = torch.empty(0)
+    training, ranks = trainer.config.training, dist.get_world_size()
+    of_row = min(training.seq_len, max(1, KEYS // (steps * training.global_batch_size)))
+    places = torch.empty(0)
 
     def take(name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: Any) -> None:
-            taken[name].append(args[1].flatten(0, 1)[rows].float())
+            taken[name].append(args[1].flatten(0, 1)[places].float())
 
         return hook
 
     handles = [m.register_forward_pre_hook(take(n), with_kwargs=True) for n, m in mixers.items()]
-    place, seen = loader.state_dict(), trainer.ntokens_seen
+    position, seen = loader.state_dict(), trainer.ntokens_seen
     try:
+        batches = steps * trainer.gradient_accumulation_steps
         for _, (inputs, labels) in zip(range(batches), loader, strict=False):
             inputs = {name: x.to(trainer.device) for name, x in inputs.items()}
-            counted = (labels.to(trainer.device) != IGNORE_INDEX) & (inputs["positions"] >= SINKS)
-            rows = counted.flatten().nonzero()[:, 0]
-            if len(rows):  # the same number on every rank
-                rows = rows[torch.arange(wanted, device=rows.device) * len(rows) // wanted]
-            else:
-                rows = torch.zeros(wanted, dtype=torch.int64, device=counted.device)
+            counted_BL = labels.to(trainer.device) != IGNORE_INDEX
+            places = evenly(counted_BL & (inputs["positions"] >= SINKS), of_row)
             tokens, _, extra = trainer.post_dataloading_process(inputs, labels)
             with trainer.train_context():
-                model(tokens, **extra, transfer=Transfer(counted, learns=False))
+                model(tokens, **extra, transfer=Transfer(counted_BL, learns=False))
     finally:
         for handle in handles:
             handle.remove()
-        loader.load_state_dict(place)
+        loader.load_state_dict(position)
         trainer.ntokens_seen = seen
     for name, mixer in mixers.items():
         keys = torch.cat(taken[name])
         if ranks > 1:
             everywhere = [torch.empty_like(keys) for _ in range(ranks)]
             dist.all_gather(everywhere, keys)
-            parts = [part.unflatten(0, (-1, wanted)) for part in everywhere]
-            keys = torch.stack(parts, 1).flatten(0, 2)  # a step's ranks one after another
+            by_step = [part.unflatten(0, (steps, -1)) for part in everywhere]
+            keys = torch.cat(by_step, 1).flatten(0, 1)  # in the order that one rank has
         for parameter, value in mixer.calibrate(keys).items():
             drawn_whole(_copying(value))(mixer.get_parameter(parameter))
-    trainer.metrics_processor.say(
-        f"calibrated {len(mixers)} mixers on {batches * ranks * wanted:,} keys each"
-    )
+    trainer.metrics_processor.say(f"calibrated {len(mixers)} mixers on {len(keys):,} keys each")
+
+
+def evenly(wanted_BL: torch.Tensor, n: int) -> torch.Tensor:
+    """(B * n,) places in the flattened batch: n of each row's tokens that are wanted.
+
+    They lie at even distances, some more than once where a row has fewer; a row without any gives
+    its first token.
+    """
+    length = wanted_BL.shape[1]
+    places = []
+    for row, wanted_L in enumerate(wanted_BL):
+        found = wanted_L.nonzero()[:, 0]
+        if not len(found):
+            found = torch.zeros(1, dtype=torch.int64, device=found.device)
+        even = torch.arange(n, device=found.device) * len(found) // n
+        places.append(row * length + found[even])
+    return torch.cat(places)
 
 
 def _copying(value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

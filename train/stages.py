@@ -26,6 +26,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -176,7 +177,7 @@ def check_model(stages: Stages, model: dict[str, Any]) -> None:
     wrong = [
         f"model.{key} = {value!r} (source: {theirs.get(key)!r})"
         for key, value in ours.items()
-        if key not in FREE and theirs.get(key) != value
+        if key not in FREE and not _same(theirs.get(key), value)
     ]
     if wrong:
         raise ConfigError(
@@ -223,6 +224,13 @@ def block_run(run: RunConfig, number: int, layers: range) -> RunConfig:
         block=BlockConfig(first=layers[0], last=layers[-1], inputs=str(inputs_folder(run))),
         evaluation=dataclasses.replace(run.evaluation, enable=False),
     )
+
+
+def _same(theirs: Any, ours: Any) -> bool:
+    """Equal, or as near as fp32, in which GGUF has its numbers, can tell."""
+    if isinstance(theirs, float) and isinstance(ours, float):
+        return math.isclose(theirs, ours, rel_tol=1e-6)
+    return bool(theirs == ours)
 
 
 def model_of(path: Path, tree: dict[str, Any]) -> tuple[ModelConfig, ColaConfig]:

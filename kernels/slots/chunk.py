@@ -10,8 +10,9 @@ scores of those 2C keys, r their shares of the slots and masks for what is older
 for every c; it is the largest exponent of a row. All are products of matrices; autograd keeps the
 2C scores of each query.
 
-Shapes: those of `op`; n blocks. In blocks the query heads of one key/value head stand one after
-another: R = C·H/G rows. Time counts from the first query; position from the sequence's first token.
+Shapes: those of `op`; n blocks; X = 2C + s columns: the block before, the block itself, the sinks;
+P of them can be older. In blocks the query heads of one key/value head stand one after another:
+R = C·H/G rows. Time counts from the first query; position from the sequence's first token.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def attend(
         return F.pad(x.to(dtype), (0, 0, 0, 0, C - prefix, n * C - T)).transpose(1, 2)
 
     k, r = padded(k_NUGD), padded(r_NUGM)
-    v1 = padded(torch.cat([v_NUGV, torch.ones_like(v_NUGV[..., :1])], -1))
+    v1 = padded(F.pad(v_NUGV, (0, 1), value=1.0))
     position = torch.arange(-C, n * C, device=device) + length_N[:, None]
     r = r * (position >= sinks)[:, None, :, None]
 
@@ -72,35 +73,35 @@ def attend(
     q = q.unflatten(3, (G, H // G)).permute(0, 3, 1, 4, 2, 5).reshape(N, G, n, R, D)
     i = torch.arange(C, device=device).repeat(H // G)[:, None]
     j = torch.arange(-C, C, device=device)
-    older, exact = j <= i - window, (j <= i) & (j > i - window)
-    older_1 = older.to(dtype)
     is_token = pairs((position >= 0)[:, None, :, None])[..., 0]  # (N, 1, n, 2C)
-
-    k2, r2, v2 = pairs(k), pairs(r), pairs(v1)
-    scores = q @ k2.mT
-    e = scores.masked_fill(~(exact & is_token[..., None, :]), -torch.inf)
-    if sinks:
+    exact = ((j <= i) & (j > i - window)) & is_token[..., None, :]
+    k_X, v_X = pairs(k), pairs(v1)
+    if sinks:  # columns behind those of the pair, while they are not within the window
         start = position[:, C::C][:, None, :, None, None]  # of each block
-        sink = torch.arange(sinks, device=device)
-        e_sink = q @ sink_k_NsGD.to(dtype).transpose(1, 2)[:, :, None].mT
-        e_sink = e_sink.masked_fill(sink > start + i - window, -torch.inf)
-        e = torch.cat([e_sink, e], -1)
-        sink_v = sink_v_NsGV.to(dtype).transpose(1, 2)
-        sink_v1 = torch.cat([sink_v, torch.ones_like(sink_v[..., :1])], -1)
-        v_all = torch.cat([sink_v1[:, :, None].expand(-1, -1, n, -1, -1), v2], -2)
-    else:
-        v_all = v2
+        outside = torch.arange(sinks, device=device) <= start + i - window
+        exact = torch.cat([exact, outside], -1)
+        sink_v = F.pad(sink_v_NsGV.to(dtype), (0, 1), value=1.0)
+        k_X, v_X = (
+            torch.cat([x, sink.to(dtype).transpose(1, 2)[:, :, None].expand(-1, -1, n, -1, -1)], 3)
+            for x, sink in ((k_X, sink_k_NsGD), (v_X, sink_v))
+        )
+    scores = q @ k_X.mT
+    e = scores.masked_fill(~exact, -torch.inf)
 
+    P = C if window >= C else 2 * C  # the first columns: no others can be older
+    older = (j[:P] <= i - window).to(dtype)
+    r_P = blocks(r)[:, :, :-1] if window >= C else pairs(r)
     sums_before = before(sums_NGMW, v1)
-    count = (older_1[:C] @ r2).repeat(1, 1, 1, H // G, 1) + sums_before[..., None, :, -1]
+    count = (older[:C] @ r_P).repeat(1, 1, 1, H // G, 1) + sums_before[..., None, :, -1]
     held = count > EMPTY
-    a = q @ before(keys_NGMD, k).mT + (scores * older_1) @ r2
+    a = q @ before(keys_NGMD, k).mT + (scores[..., :P] * older) @ r_P
     a = a / torch.where(held, count, 1.0)
     b = bias_HM.to(dtype).view(G, 1, H // G, 1, M).expand(-1, -1, -1, C, -1).reshape(G, 1, R, M)
     a = (a + b).masked_fill(~held, -torch.inf)
     c = torch.maximum(e.detach().amax(-1, keepdim=True), a.detach().amax(-1, keepdim=True))
     weight = (a - c).exp()
-    y = (e - c).exp() @ v_all + weight @ sums_before + ((weight @ r2.mT) * older_1) @ v2
+    y = (e - c).exp() @ v_X + weight @ sums_before
+    y = y + ((weight @ r_P.mT) * older) @ v_X[..., :P, :]
     o = (y[..., :-1] / y[..., -1:]).view(N, G, n, H // G, C, V)
     o_NTHV = o.permute(0, 2, 4, 1, 3, 5).reshape(N, n * C, H, V)[:, :T].to(q_NTHD.dtype)
 

@@ -90,8 +90,8 @@ class Slots(Mixer):
         inputs = (apply_rope(q_BTHD, rope), apply_rope(k_BTGD, rope), v_BTGD, r_BTGM)
         bias_HM = self.bias if self.linear_enabled else torch.full_like(self.bias, -torch.inf)
         if state is not None and is_step(q_BTHD, cu_seqlens, *state.window, state.keys):
-            token = (x[:, 0] for x in inputs)
-            return slot_window_step(*token, bias_HM, state=state)[:, None], state
+            q, k, v, r = (x[:, 0] for x in inputs)
+            return slot_window_step(q, k, v, r, bias_HM, state=state)[:, None], state
         out, after = slot_window_attention(
             *inputs,
             bias_HM,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lowline.kernels.slots import slot_window_attention, slot_window_step
+from lowline.kernels.slots import SlotState, slot_window_attention, slot_window_step
 
 H, G, D, V, M = 4, 2, 8, 6, 3
 CASES = [(5, 2), (64, 4), (1, 0), (70, 0)]
@@ -116,6 +116,41 @@ def test_pieces_and_tokens_are_the_whole(backend, window, sinks):
         token = [x[:, t] for x in given[:4]] + given[4:]
         outs.append(slot_window_step(*token, state=state)[:, None])
     close((torch.cat(outs, 1), state), (whole, last), 1e-10)
+
+
+@pytest.mark.parametrize("window, sinks", [(5, 2), (64, 4), (1, 0)])
+def test_compiled_step_is_the_plain_one(window, sinks):
+    """Token by token, from sequences of several lengths; some slots stay empty."""
+    g = torch.Generator().manual_seed(0)
+    B, T, G, D, V, M = 3, 90, 2, 32, 16, 16
+
+    def draw(*shape):
+        return torch.randn(shape, generator=g)
+
+    q, k, v, bias = draw(B, T, 6, D), draw(B, T, G, D), draw(B, T, G, V), draw(6, M)
+    r = (8 * draw(B, T, G, M)).softmax(-1)
+    r[..., 3:5] = 0
+    starts = [slot_window_attention(*(x[[n], :t] for x in (q, k, v, r)), bias, window=window,
+                                    sinks=sinks)[1] for n, t in enumerate((1, 3, 71))]  # fmt: skip
+    leaves = zip(*(tree_leaves(state) for state in starts), strict=True)
+    joined = [torch.cat(tensors) for tensors in leaves]
+    states = {
+        name: SlotState(type(starts[0].window)(*(x.clone() for x in joined[:7])), joined[7].clone())
+        for name in ("cpu", "torch")
+    }
+    for t in range(75, T):
+        token = [x[:, t] for x in (q, k, v, r)]
+        outs = {
+            name: slot_window_step(*token, bias, state=state, backend=name)
+            for name, state in states.items()
+        }
+        torch.testing.assert_close(outs["cpu"], outs["torch"], rtol=1e-5, atol=1e-5)
+    close(states["cpu"], states["torch"], 1e-5)
+    assert states["cpu"].window.length.tolist() == [1 + 15, 3 + 15, 71 + 15]
+    with pytest.raises(ValueError, match="fp32 only"):
+        slot_window_step(*(x.double() for x in token), bias.double(),
+                         state=SlotState(*tree_map_only(torch.Tensor, lambda x: x.double() if
+                         x.is_floating_point() else x, states["cpu"])), backend="cpu")  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
