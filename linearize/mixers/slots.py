@@ -106,8 +106,9 @@ class Slots(Mixer):
     def shares(self, k_BTGD: torch.Tensor) -> torch.Tensor:
         """r, (B, T, G, M), of keys before the rotary embedding."""
         c_GMD = at_least_fp32(self.centroids)
-        scores = torch.einsum("btgd,gmd->btgm", at_least_fp32(k_BTGD), c_GMD)
-        return (scores - c_GMD.square().sum(-1) / 2).softmax(-1).to(k_BTGD.dtype)
+        k_GLD = at_least_fp32(k_BTGD).flatten(0, 1).transpose(0, 1)
+        r_GLM = torch.baddbmm(-c_GMD.square().sum(-1)[:, None] / 2, k_GLD, c_GMD.mT).softmax(-1)
+        return r_GLM.transpose(0, 1).unflatten(0, k_BTGD.shape[:2]).to(k_BTGD.dtype)
 
     def calibrate(self, k_TGD: torch.Tensor) -> dict[str, torch.Tensor]:
         """See `Mixer.calibrate`: the centres of each head's keys."""

@@ -213,6 +213,19 @@ def copied(source: Path, output: Path) -> Path:
 # -------------------------------------------------------------------------- the same as one run
 
 
+def test_calibrated_mixers_are_those_of_one_run(teacher, tmp_path):
+    text = STAGES.replace('"lolcats"', '"slots"').replace("sinks = 2", "sinks = 2, slots = 3")
+    text = text.replace("steps = 5", "steps = 2").replace(
+        "objective.window_dropout = 0.5", "objective.calibration_steps = 2"
+    )
+    assert linearize(teacher, tmp_path / "whole", text=text) == 0
+    assert by_blocks(teacher, tmp_path / "blocks", 2, text=text) == 0
+    assert_same_transfer(stage(tmp_path / "whole"), blocks_in(tmp_path / "blocks"))
+    torch.testing.assert_close(
+        logits(tmp_path / "blocks"), logits(tmp_path / "whole"), rtol=1e-4, atol=1e-4
+    )
+
+
 def test_blocks_are_one_run_in_parts(teacher, whole, tmp_path, monkeypatch):
     """Losses of every layer at every step, and what comes out; documents are packed."""
     monkeypatch.setattr("lowline.train.stages.SHARD_BYTES", TWO_STEPS)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lowline.kernels.slots.op import EMPTY
 from lowline.linearize.mixers import MIXERS, HeadShape, Mixer, build_mixer, recorded_shares
 from lowline.linearize.mixers.base import apply_rope
 
@@ -183,6 +184,7 @@ def naive(mixer: Mixer, name: str, given: dict[str, torch.Tensor], b: int, h: in
         n, sums = older @ r, torch.einsum("tj,jm,jd->tmd", older, r, rk)
         mean = sums / n.clamp(min=1e-300)[..., None]
         slot = (torch.einsum("td,tmd->tm", rq, mean) / shape.head_dim**0.5 + mixer.bias[h]).exp()
+        slot = slot * (n > EMPTY)
         near = (rq @ rk.T / shape.head_dim**0.5).exp()
         weights = torch.where(exact, near, slot @ r.T * older)
         return weights @ v / weights.sum(-1, keepdim=True)
