@@ -8,8 +8,6 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from lowline.kernels.host_memory import keep_freed_memory
-
 # words of the command -> (function, one line about it)
 COMMANDS = {
     "train": ("lowline.train.__main__:main", "train a model from a TOML file (one process)"),
@@ -75,7 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _call(words: str, arguments: list[str]) -> int:
     module, _, name = COMMANDS[words][0].partition(":")
     function = getattr(importlib.import_module(module), name)
-    keep_freed_memory()
     if words in ("train", "linearize"):  # their options are the keys of the configuration
         return function(arguments)
     import tyro

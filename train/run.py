@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from lowline.kernels.host_memory import keep_freed_memory
 from lowline.train.config import RunConfig
 from lowline.train.device import prepare
 from lowline.train.load_config import to_toml
@@ -36,7 +35,6 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 def train(run: RunConfig) -> int:
     """Train as `run` says; returns the exit code, with the reason on standard error."""
     single_process_defaults()
-    keep_freed_memory()
     prepare()
     from lowline.linearize.blockwise import ShardError
     from lowline.train.checkpoint import CheckpointError
