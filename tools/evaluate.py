@@ -270,7 +270,10 @@ def run(plan: Plan, results: Results, console: Console) -> Iterator[None]:
                 for measure in here:
                     if results.scores(row, measure) is not None:  # of another of the models
                         continue
-                    shown = progress.add_task(f"{row.label}: {measure.task}", total=measure.tokens)
+                    doing = f"{row.label}: {measure.task}"
+                    shown = progress.add_task(doing, total=measure.tokens)
+                    if not console.is_terminal:  # where no bar is drawn
+                        console.print(doing, style="dim", highlight=False)
                     scores = measure(model, partial(progress.advance, shown))
                     results.add(row, measure, scores)
                     progress.remove_task(shown)
