@@ -347,6 +347,11 @@ def drawn_whole(init: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor],
     return initialize
 
 
+def give_whole(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Give a parameter, sharded or not, the values of a whole tensor that every rank has."""
+    drawn_whole(lambda whole: whole.copy_(value))(parameter)
+
+
 def set_cola_sharding(block: ColaBlock.Config) -> None:
     """Tensor parallelism along the bottleneck, with sequence parallelism between the pieces.
 

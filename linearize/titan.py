@@ -19,7 +19,7 @@ Shapes: B batch, L sequence length, N heads, H head dimension, D model dimension
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -29,7 +29,7 @@ from torchtitan.models.common.attention import GQAttention
 from torchtitan.protocols.model import ModelConfigConverter
 from torchtitan.protocols.module import Module
 
-from lowline.cola.titan import ColaBlock, drawn_whole
+from lowline.cola.titan import ColaBlock, give_whole
 from lowline.linearize.losses import transfer_loss, weight_loss
 from lowline.linearize.mixers import HeadShape, build_mixer
 
@@ -103,7 +103,7 @@ class MixerAttention(GQAttention):
             torch.default_generator.manual_seed(torch.initial_seed() + self.config.layer)
             new = self._new_mixer().state_dict()
         for name, weight in self.mixer.state_dict().items():
-            drawn_whole(_copying(new[name]))(weight)
+            give_whole(weight, new[name])
 
     def forward(
         self,
@@ -204,10 +204,6 @@ class MixerAttention(GQAttention):
             scale=self.scaling,
             enable_gqa=self.enable_gqa,
         )
-
-
-def _copying(value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda whole: whole.copy_(value)
 
 
 class MixerColaBlock(ColaBlock):

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torchtitan.components.loss import IGNORE_INDEX
 
-from lowline.cola.titan import drawn_whole
+from lowline.cola.titan import give_whole
 from lowline.linearize.mixers.base import Mixer
 from lowline.linearize.titan import Transfer
 
@@ -72,7 +72,7 @@ def calibrate(trainer: Trainer, steps: int) -> None:
             by_step = [part.unflatten(0, (steps, -1)) for part in everywhere]
             keys = torch.cat(by_step, 1).flatten(0, 1)  # in the order that one rank has
         for parameter, value in mixer.calibrate(keys).items():
-            drawn_whole(_copying(value))(mixer.get_parameter(parameter))
+            give_whole(mixer.get_parameter(parameter), value)
     trainer.metrics_processor.say(f"calibrated {len(mixers)} mixers on {len(keys):,} keys each")
 
 
@@ -91,7 +91,3 @@ def evenly(wanted_BL: torch.Tensor, n: int) -> torch.Tensor:
         even = torch.arange(n, device=found.device) * len(found) // n
         places.append(row * length + found[even])
     return torch.cat(places)
-
-
-def _copying(value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda whole: whole.copy_(value)

@@ -1,4 +1,5 @@
-// Window-and-slots attention, a token at a time, in fp32. `lowline.kernels.slots.op` has the formula.
+// Window-and-slots attention, a token at a time, in fp32; the formula is that of
+// `lowline.kernels.slots.op`.
 //
 // The state is a window's (window_decode.h), whose φ(k) are the tokens' shares of the slots and
 // whose S are the slots' sums of [v, 1], beside the slots' sums of keys, (N, G, M, D). One row of
@@ -9,8 +10,6 @@
 
 namespace lowline {
 namespace {
-
-constexpr int64_t TASK = 1 << 15;  // floats of state that are worth a thread
 
 class SlotReader {
  public:
@@ -70,10 +69,12 @@ PyObject* step(PyObject* const* args, Py_ssize_t) {
     for (int64_t task = first; task < last; task++) {
       const long n = task / x.G, g = task % x.G, position = x.length[n];
       if (position - x.w >= x.sinks) {  // push has the rest of what leaves the window
-        const float *left = x.ring_k(n, position % x.w, g), *r_left = x.ring_phi(n, position % x.w, g);
+        const long slot = position % x.w;
+        const float *left = x.ring_k(n, slot, g), *r_left = x.ring_phi(n, slot, g);
         for (long m = 0; m < x.F; m++) {
           float* key = keys + (task * x.F + m) * x.D;
-          for (long d = 0; d < x.D; d += W) store(key + d, load(key + d) + load(left + d) * r_left[m]);
+          for (long d = 0; d < x.D; d += W)
+            store(key + d, load(key + d) + load(left + d) * r_left[m]);
         }
       }
       push(x, n, g, position, token, 0);

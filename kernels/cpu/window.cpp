@@ -139,8 +139,6 @@ PyObject* backward(PyObject* const* args, Py_ssize_t) {
   Py_RETURN_NONE;
 }
 
-constexpr int64_t TASK = 1 << 15;  // floats of state that are worth a thread
-
 // What step and verify share: q, k, v, phi_q, phi_k, state, gamma, lambda, scale, and o of
 // (B, T, H, V), or (B, H, V) for a token that enters the state before it is read.
 void decode(PyObject* const* args, const at::Tensor& o, bool enters) {

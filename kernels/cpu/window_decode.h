@@ -7,6 +7,8 @@
 
 namespace lowline {
 
+constexpr int64_t TASK = 1 << 15;  // floats of state that are worth a thread
+
 // The tensors of a WindowState: contiguous, changed in place.
 struct State {
   PyObject* tensors;

@@ -12,8 +12,8 @@ window is looked at as if it had its slot's mean key:
 The exact set of query t: the last `window` tokens, itself included, and the first `sinks` tokens of
 the sequence, each counted once; every token before t that is not exact is older. With one slot a
 token this is softmax attention. Sums of keys in a bounded number of slots are ABC's (arXiv
-2110.02488, section 3.2); one score for all tokens of a cluster, beside an exact window, is
-Transformer-VQ's (2309.16354, section 3), with a fixed codebook where the mean is here. A mean lies
+2110.02488); one score for all tokens of a cluster, beside an exact window, is Transformer-VQ's
+(2309.16354), with a fixed codebook where the mean is here. A mean lies
 where the slot's tokens lie after the rotary embedding, and b, of each query head and slot, makes up
 for e^{mean} being at most the mean of e^x.
 

@@ -41,7 +41,7 @@ class SlotsOptions:
         sinks: tokens at a sequence's start that stay exact.
         slots: M, of each key and value head. A slot holds as much as a token's key and value.
         bias_init: what b begins with.
-        backend: "torch", which "auto" takes, or "reference".
+        backend: "auto", "torch" or "reference"; see `lowline.kernels.backends`.
     """
 
     window: int = 64
@@ -91,7 +91,8 @@ class Slots(Mixer):
         bias_HM = self.bias if self.linear_enabled else torch.full_like(self.bias, -torch.inf)
         if state is not None and is_step(q_BTHD, cu_seqlens, *state.window, state.keys):
             q, k, v, r = (x[:, 0] for x in inputs)
-            return slot_window_step(q, k, v, r, bias_HM, state=state)[:, None], state
+            o_BHD = slot_window_step(q, k, v, r, bias_HM, state=state, backend=o.backend)
+            return o_BHD[:, None], state
         out, after = slot_window_attention(
             *inputs,
             bias_HM,
