@@ -30,8 +30,8 @@ def slot_window_step(
     """One token of each sequence; advances the state in place.
 
     Arguments are `slot_window_attention`'s without the time dimension; window and sinks are the
-    state's. `cpu` covers fp32 with D, V and M multiples of 16; of one token `torch` is the text-book
-    formula, and `reference` the same.
+    state's. `cpu` covers fp32 with D, V and M multiples of 16; for one token `torch` and
+    `reference` are the same.
 
     Returns:
         o_BHV in q's dtype.
