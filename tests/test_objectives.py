@@ -32,6 +32,7 @@ from lowline.train.metrics import read_metrics
 prepare()
 
 from lowline.linearize.titan import Transfer  # noqa: E402
+from lowline.tools.hf_commands import export  # noqa: E402
 from lowline.train.hf import config_to_hf  # noqa: E402
 from lowline.train.lora import is_lora  # noqa: E402
 from lowline.train.model import build_model_config  # noqa: E402
@@ -472,18 +473,25 @@ def adapted(teacher, tmp_path_factory) -> Path:
     return output
 
 
-def test_lora_is_exported_merged_and_apart(teacher, adapted, tmp_path):
-    """base + adapter = the merged export, in PEFT's names and by PEFT's formula."""
-    from lowline.tools.export import export, export_adapter
+@pytest.fixture(scope="module")
+def exported(adapted, tmp_path_factory) -> dict[str, Path]:
+    """That stage's last step, with LoRA's factors merged and apart."""
+    folder = tmp_path_factory.mktemp("exported")
+    export(adapted, folder / "merged")
+    export(adapted, folder / "apart", adapter=True)
+    return {name: folder / name for name in ("merged", "apart")}
 
-    merged = load_file(export(adapted, tmp_path / "merged") / "model.safetensors")
-    folder = export_adapter(adapted, tmp_path / "adapter", base=str(teacher))
+
+def test_lora_is_exported_merged_and_apart(teacher, exported):
+    """What it adapts + the adapter = the merged export, in PEFT's names and by PEFT's formula."""
+    merged, base = (load_file(exported[n] / "model.safetensors") for n in ("merged", "apart"))
+    folder = exported["apart"] / "adapter"
     config = json.loads((folder / "adapter_config.json").read_text())
     factors = load_file(folder / "adapter_model.safetensors")
-    assert config["peft_type"] == "LORA" and config["base_model_name_or_path"] == str(teacher)
+    assert config["peft_type"] == "LORA"
+    assert config["base_model_name_or_path"] == str(exported["apart"])
     assert (config["r"], config["lora_alpha"]) == (4, 16.0)
     assert config["target_modules"] == ["q_proj", "v_proj"] and config["bias"] == "none"
-    base = load_file(teacher / "model.safetensors")
     names = {f"model.layers.{i}.self_attn.{p}" for i in (0, 1) for p in ("q_proj", "v_proj")}
     assert factors.keys() == {f"base_model.model.{n}.lora_{x}.weight" for n in names for x in "AB"}
     for name in names:
@@ -492,16 +500,17 @@ def test_lora_is_exported_merged_and_apart(teacher, adapted, tmp_path):
         wanted = base[f"{name}.weight"] + 4.0 * B @ A
         torch.testing.assert_close(merged[f"{name}.weight"], wanted)
     others = [n for n in base if n.removesuffix(".weight") not in names]
-    assert others and all(torch.equal(merged[n], base[n]) for n in others)
+    assert merged.keys() == base.keys() and any(".mixer." in n for n in others)
+    assert all(torch.equal(merged[n], base[n]) for n in others)
+    initial = load_file(teacher / "model.safetensors")
+    assert all(torch.equal(base[n], initial[n]) for n in initial)
 
 
-def test_peft_loads_what_is_exported(teacher, adapted, tmp_path):
-    from lowline.tools.export import export, export_adapter
-
+def test_peft_loads_what_is_exported(exported):
     peft = pytest.importorskip("peft")
-    folder = export_adapter(adapted, tmp_path / "adapter", base=str(teacher))
-    merged = load_file(export(adapted, tmp_path / "merged") / "model.safetensors")
-    loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(teacher), folder)
+    merged = load_file(exported["merged"] / "model.safetensors")
+    base = AutoModelForCausalLM.from_pretrained(exported["apart"])
+    loaded = peft.PeftModel.from_pretrained(base, exported["apart"] / "adapter")
     for name, weight in loaded.merge_and_unload().state_dict().items():
         torch.testing.assert_close(weight, merged[name])
 

@@ -2,9 +2,9 @@
 
 `OUTPUT/checkpoint/step-N`, which holds its run's config.toml, gives config.json, safetensors,
 generation_config.json, the tokenizer and a model card: what `AutoModelForCausalLM.from_pretrained`
-loads, after `import lowline` if the model is low-rank or has mixers; LoRA's factors are merged.
-`export_adapter` writes those alone, in PEFT's format. `import_weights` makes such a directory of a
-hub model or a GGUF file, for training to start from.
+loads, after `import lowline` if the model is low-rank or has mixers; LoRA's factors are merged, or
+stand beside it in PEFT's format. `import_weights` makes such a directory of a hub model or a GGUF
+file, for training to start from.
 
 One process reads the shards of however many ranks wrote them, model weights only, straight into
 the dtype asked for. The directory appears whole or not at all.
@@ -50,6 +50,7 @@ def export(
     output: str | Path,
     *,
     dtype: str = "float32",
+    adapter: bool = False,
     overwrite: bool = False,
 ) -> Path:
     """Write a training checkpoint as a Hugging Face directory and return its path.
@@ -58,17 +59,22 @@ def export(
         checkpoint: a run's output folder (its latest complete step is taken) or a step folder.
         output: the directory to make.
         dtype: of the weights: "float32" (as trained), "bfloat16" or "float16".
+        adapter: do not merge LoRA's factors: `output`/adapter has them, in PEFT's format and fp32,
+            and `output` the weights that they adapt, mixers included.
         overwrite: replace `output` if it is an earlier export.
 
     Raises:
         ValueError: no complete checkpoint, weights that do not fit the run's configuration, an
-            unknown dtype, or an `output` that must not be overwritten.
+            unknown dtype, an adapter of a run without [lora], or an `output` that must not be
+            overwritten.
         FileNotFoundError: the run's tokenizer is gone.
         OSError: the disk is full or cannot be written; `output` is then as it was.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype = {dtype!r}; choose from {sorted(DTYPES)}")
     step_folder, run = find_checkpoint(checkpoint)
+    if adapter and run.lora is None:
+        raise ValueError(f"{step_folder}: a run without [lora] has no adapter; export the model")
     tokenizer = load_tokenizer(run.tokenizer).hf
     hf = config_to_hf(
         run.model,
@@ -82,38 +88,15 @@ def export(
     if isinstance(hf, LinearizedConfig):
         hf.teacher = run.objective.teacher
     with _replaced_whole(Path(output), overwrite) as folder:
-        weights = read_weights(step_folder, hf, DTYPES[dtype])
+        weights = read_weights(step_folder, hf, DTYPES[dtype], merge=not adapter)
         _save(folder, hf, weights, DTYPES[dtype])
+        if adapter:
+            assert run.lora is not None
+            save_adapter(folder / "adapter", stored_factors(step_folder), run.lora, str(output))
         tokenizer.save_pretrained(folder)
         parameters = sum(weight.numel() for weight in weights.values())
         card = model_card(Path(output).resolve().name, run, hf, parameters, step_folder.name)
         (folder / "README.md").write_text(card, encoding="utf-8")
-    return Path(output)
-
-
-def export_adapter(
-    checkpoint: str | Path, output: str | Path, *, base: str, overwrite: bool = False
-) -> Path:
-    """Write the LoRA factors of a training checkpoint in PEFT's format and return their directory.
-
-    What else the run trained, its mixers, is not in them: `base` has to hold it.
-
-    Args:
-        checkpoint: a run's output folder (its latest complete step is taken) or a step folder.
-        output: the directory to make.
-        base: what the adapter is for, a directory or a hub id; PEFT is told so.
-        overwrite: replace `output` if it is an earlier export.
-
-    Raises:
-        ValueError: no complete checkpoint, one without [lora], or an `output` that must not be
-            overwritten.
-        OSError: the disk is full or cannot be written; `output` is then as it was.
-    """
-    step_folder, run = find_checkpoint(checkpoint)
-    if run.lora is None:
-        raise ValueError(f"{step_folder}: a run without [lora] has no adapter; export the model")
-    with _replaced_whole(Path(output), overwrite, "adapter_config.json") as folder:
-        save_adapter(folder, stored_factors(step_folder), run.lora, base)
     return Path(output)
 
 
@@ -179,9 +162,12 @@ def find_checkpoint(path: str | Path) -> tuple[Path, RunConfig]:
 
 
 def read_weights(
-    step_folder: Path, hf: PreTrainedConfig, dtype: torch.dtype
+    step_folder: Path, hf: PreTrainedConfig, dtype: torch.dtype, *, merge: bool = True
 ) -> dict[str, torch.Tensor]:
     """The weights of a step under their Hugging Face names, on the CPU.
+
+    Args:
+        merge: add LoRA's factors.
 
     Raises:
         ValueError: a weight is missing, unexpected or of another shape than `hf` says.
@@ -200,7 +186,8 @@ def read_weights(
     weights = {name: torch.empty(shapes[hf_name], dtype=dtype)
                for name, hf_name in training_names.items()}  # fmt: skip
     dcp.load(weights, checkpoint_id=step_folder, no_dist=True)
-    merge_stored_lora(weights, step_folder)
+    if merge:
+        merge_stored_lora(weights, step_folder)
     return {training_names[name]: weight for name, weight in weights.items()}
 
 
@@ -248,13 +235,13 @@ The run's configuration:
 
 
 @contextmanager
-def _replaced_whole(output: Path, overwrite: bool, mark: str = "config.json") -> Iterator[Path]:
+def _replaced_whole(output: Path, overwrite: bool) -> Iterator[Path]:
     """A new folder beside `output` that takes its place when the block ends without an error."""
     if output.is_file() or output.is_dir() and any(output.iterdir()):
         if not overwrite:
             raise ValueError(f"{output} exists; give another output or overwrite it")
-        if not (output / mark).is_file():
-            raise ValueError(f"{output} has no {mark}: not an export, so not overwritten")
+        if not (output / "config.json").is_file():
+            raise ValueError(f"{output} has no config.json: not an export, so not overwritten")
     new = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
     old = new.with_suffix(".old")
     try:

@@ -20,7 +20,12 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 
 def export(
-    checkpoint: Path, output: Path, *, dtype: DType = "float32", overwrite: bool = False
+    checkpoint: Path,
+    output: Path,
+    *,
+    dtype: DType = "float32",
+    adapter: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Write a training checkpoint as a Hugging Face directory.
 
@@ -28,12 +33,13 @@ def export(
         checkpoint: A run's output folder (its latest step is taken), or one step folder.
         output: The directory to make.
         dtype: Of the weights.
+        adapter: Leave LoRA's factors out of them; OUTPUT/adapter has those, in PEFT's format.
         overwrite: Replace an earlier export.
     """
     from lowline.tools.export import export
 
-    folder = export(checkpoint, output, dtype=dtype, overwrite=overwrite)
-    size = sum(file.stat().st_size for file in folder.iterdir())
+    folder = export(checkpoint, output, dtype=dtype, adapter=adapter, overwrite=overwrite)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(f"{folder}: {size / 1e6:.1f} MB")
 
 

@@ -98,7 +98,7 @@ def save_adapter(folder: Path, factors: Factors, lora: LoraConfig, base: str) ->
     """Write adapter_config.json and adapter_model.safetensors, which PEFT loads on `base`.
 
     Args:
-        folder: an existing directory.
+        folder: the directory to make.
         factors: `stored_factors` of the run.
         base: the model that is adapted, as `from_pretrained` would be given it.
     """
@@ -122,5 +122,6 @@ def save_adapter(folder: Path, factors: Factors, lora: LoraConfig, base: str) ->
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+    folder.mkdir()
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
