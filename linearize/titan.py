@@ -19,7 +19,7 @@ Shapes: B batch, L sequence length, N heads, H head dimension, D model dimension
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -44,6 +44,9 @@ class Transfer:
     counted: torch.Tensor  # (B, L) bool: the tokens that count
     learns: bool = True  # whether the losses have a graph
     weight_loss: float = 0.0  # how much attention weights count beside outputs
+    take_keys: Callable[[torch.Tensor], None] | None = None
+    """Where given, it gets each converted layer's keys (B, L, N, H), in the order of the layers,
+    and mixers do nothing."""
     losses: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -136,6 +139,9 @@ class MixerAttention(GQAttention):
         if transfer is None:
             return self._mixed(inputs, positions, x_BLD, *qkv)
         softmax_BLNH = self._softmax(inputs, positions, *qkv)
+        if transfer.take_keys is not None:
+            transfer.take_keys(k_BLNH)
+            return softmax_BLNH
         with torch.set_grad_enabled(transfer.learns):
             out_BLNH = self._mixed(inputs, positions, x_BLD, *qkv)
             loss_B = transfer_loss(out_BLNH, softmax_BLNH, transfer.counted)

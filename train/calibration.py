@@ -10,8 +10,7 @@ tokens of documents, which are unlike all others.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -36,19 +35,10 @@ def calibrate(trainer: Trainer, steps: int) -> None:
         ValueError: a mixer got too few keys.
     """
     model, loader = trainer.model_parts[0], trainer.dataloader
-    mixers = {n: m for n, m in model.named_modules() if isinstance(m, Mixer) and m.calibrates}
-    taken: dict[str, list[torch.Tensor]] = {name: [] for name in mixers}
+    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+    taken: list[torch.Tensor] = []  # of every batch and layer
     training, ranks = trainer.config.training, dist.get_world_size()
     of_row = min(training.seq_len, max(1, KEYS // (steps * training.global_batch_size)))
-    places = torch.empty(0)
-
-    def take(name: str) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: Any) -> None:
-            taken[name].append(args[1].flatten(0, 1)[places].float())
-
-        return hook
-
-    handles = [m.register_forward_pre_hook(take(n), with_kwargs=True) for n, m in mixers.items()]
     position, seen = loader.state_dict(), trainer.ntokens_seen
     try:
         batches = steps * trainer.gradient_accumulation_steps
@@ -57,15 +47,17 @@ def calibrate(trainer: Trainer, steps: int) -> None:
             counted_BL = labels.to(trainer.device) != IGNORE_INDEX
             places = evenly(counted_BL & (inputs["positions"] >= SINKS), of_row)
             tokens, _, extra = trainer.post_dataloading_process(inputs, labels)
+
+            def take(k_BLNH: torch.Tensor, places: torch.Tensor = places) -> None:
+                taken.append(k_BLNH.flatten(0, 1)[places].float())
+
             with trainer.train_context():
-                model(tokens, **extra, transfer=Transfer(counted_BL, learns=False))
+                model(tokens, **extra, transfer=Transfer(counted_BL, take_keys=take))
     finally:
-        for handle in handles:
-            handle.remove()
         loader.load_state_dict(position)
         trainer.ntokens_seen = seen
-    for name, mixer in mixers.items():
-        keys = torch.cat(taken[name])
+    for i, mixer in enumerate(mixers):
+        keys = torch.cat(taken[i :: len(mixers)])
         if ranks > 1:
             everywhere = [torch.empty_like(keys) for _ in range(ranks)]
             dist.all_gather(everywhere, keys)

@@ -166,6 +166,9 @@ def freeze(model: nn.Module, trainable: Trainable) -> None:
     for name, parameter in model.named_parameters():
         if trainable != "all" and ".lora_" not in name:
             parameter.requires_grad_(any(part in name for part in parts[trainable]))
+    for module in model.modules():
+        for name in module.fixed if isinstance(module, Mixer) else ():
+            module.get_parameter(name).requires_grad_(False)
 
 
 def _normal() -> dict[str, Any]:

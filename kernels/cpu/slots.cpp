@@ -1,9 +1,8 @@
 // Window-and-slots attention, a token at a time, in fp32; the formula is that of
 // `lowline.kernels.slots.op`.
 //
-// The state is a window's (window_decode.h), whose φ(k) are the tokens' shares of the slots and
-// whose S are the slots' sums of [v, 1], beside the slots' sums of keys, (N, G, M, D). One row of
-// weights has the sinks that have left the window, its ring, and the slots; empty slots weigh 0.
+// One row of weights has the sinks that have left the window, its ring, and the slots; empty slots
+// weigh 0.
 //
 // D, V, M: multiples of 16. Each key/value head has slots of its own.
 #include "window_decode.h"
@@ -11,80 +10,93 @@
 namespace lowline {
 namespace {
 
-class SlotReader {
- public:
-  SlotReader(const State& state, const float* keys, float empty, Arena& arena)
-      : x(state), all_keys(keys), least(empty) {
-    weights = arena.take(x.sinks + x.w + x.F + W);
+// The tensors of a SlotState.
+struct Slots : Window {
+  int64_t* slot;
+  float *keys, *values, *count;
+  long M;
+
+  explicit Slots(PyObject* tuple) : Window(tuple) {
+    slot = at(2).data_ptr<int64_t>();
+    keys = at(5).data_ptr<float>(), values = at(6).data_ptr<float>();
+    count = at(7).data_ptr<float>(), M = at(7).size(2);
   }
 
-  // o = the output of query q of head h, when the state has taken in `seen` tokens
-  void read(float* o, const float* q, const float* bias, long n, long g, long seen, float scale) {
-    const long ring = std::min(seen, x.w), sinks = std::min(x.sinks, seen - ring);
-    const long exact = sinks + ring, columns = exact + x.F;
-    const float *S = x.sum(n, g), *keys = all_keys + (n * x.G + g) * x.F * x.D;
-    for (long i = 0; i < sinks; i++) weights[i] = scale * dot(q, x.first_k(n, i, g), x.D);
-    for (long i = 0; i < ring; i++) weights[sinks + i] = scale * dot(q, x.ring_k(n, i, g), x.D);
-    auto count = [&](long m) { return S[m * (x.V + 1) + x.V]; };
-    for (long m = 0; m < x.F; m++)
-      weights[exact + m] = count(m) > least
-                               ? scale * dot(q, keys + m * x.D, x.D) / count(m) + bias[m]
-                               : NEGATIVE;
+  // The token at `position` goes into the ring, the one it replaces into its slot.
+  void push(long n, long g, long position, const float* k, const float* v, int64_t of_slot) const {
+    int64_t& ring_slot = slot[(n * w + position % w) * G + g];
+    if (position - w >= sinks) {
+      const long to = (n * G + g) * M + ring_slot;
+      add(keys + to * D, ring_k(n, position % w, g), D);
+      add(values + to * V, ring_v(n, position % w, g), V);
+      count[to] += 1;
+    }
+    ring_slot = of_slot;
+    keep(n, g, position, k, v);
+  }
+
+  // o = the output of query q, when the state has taken in `seen` tokens
+  void read(float* o, const float* q, const float* bias, long n, long g, long seen, float scale,
+            float* weights) const {
+    const long ring = std::min(seen, w), first = std::min(sinks, seen - ring);
+    const long exact = first + ring, columns = exact + M, head = (n * G + g) * M;
+    for (long i = 0; i < first; i++) weights[i] = scale * dot(q, first_k(n, i, g), D);
+    for (long i = 0; i < ring; i++) weights[first + i] = scale * dot(q, ring_k(n, i, g), D);
+    for (long m = 0; m < M; m++) {
+      const float tokens = count[head + m];
+      weights[exact + m] =
+          tokens ? scale * dot(q, keys + (head + m) * D, D) / tokens + bias[m] : NEGATIVE;
+    }
     std::fill_n(weights + columns, W, NEGATIVE);
     float top = NEGATIVE;
     for (long i = 0; i < columns; i++) top = std::max(top, weights[i]);
     for (long i = 0; i < columns; i += W) store(weights + i, exp(load(weights + i) - top));
     float total = 0;
     for (long i = 0; i < exact; i++) total += weights[i];
-    for (long m = 0; m < x.F; m++) total += weights[exact + m] * count(m);
-    std::memset(o, 0, sizeof(float) * x.V);
-    accumulate(o, x.V, weights, sinks, [&](long i) { return x.first_v(n, i, g); });
-    accumulate(o, x.V, weights + sinks, ring, [&](long i) { return x.ring_v(n, i, g); });
-    accumulate(o, x.V, weights + exact, x.F, [&](long m) { return S + m * (x.V + 1); });
-    for (long j = 0; j < x.V; j += W) store(o + j, load(o + j) / total);
+    for (long m = 0; m < M; m++) total += weights[exact + m] * count[head + m];
+    std::memset(o, 0, sizeof(float) * V);
+    accumulate(o, V, weights, first, [&](long i) { return first_v(n, i, g); });
+    accumulate(o, V, weights + first, ring, [&](long i) { return ring_v(n, i, g); });
+    accumulate(o, V, weights + exact, M, [&](long m) { return values + (head + m) * V; });
+    for (long j = 0; j < V; j += W) store(o + j, load(o + j) / total);
   }
 
  private:
-  const State& x;
-  const float* all_keys;
-  float least, *weights;
+  static void add(float* to, const float* x, long n) {
+    for (long i = 0; i < n; i += W) store(to + i, load(to + i) + load(x + i));
+  }
 };
 
-// step(q, k, v, r, bias, window state, keys, scale, empty, o): the token is taken in, then read
+// step(q, k, v, slot, bias, state, scale, o): the token is taken in, then read
 PyObject* step(PyObject* const* args, Py_ssize_t) {
-  const Tokens q(tensor(args[0]));
-  const NewTokens token{Tokens(tensor(args[1])), Tokens(tensor(args[2])), Tokens(tensor(args[3]))};
+  const Tokens q(tensor(args[0])), k(tensor(args[1])), v(tensor(args[2]));
+  const int64_t* slot = tensor(args[3])->data_ptr<int64_t>();
   const float* bias = tensor(args[4])->data_ptr<float>();
-  const State x(args[5]);
-  const at::Tensor &all_keys = *tensor(args[6]), &o = *tensor(args[9]);
-  const float scale = PyFloat_AsDouble(args[7]), empty = PyFloat_AsDouble(args[8]);
-  float *keys = all_keys.data_ptr<float>(), *out = o.data_ptr<float>();
+  const Slots x(args[5]);
+  const float scale = PyFloat_AsDouble(args[6]);
+  const at::Tensor& o = *tensor(args[7]);
+  float* out = o.data_ptr<float>();
   const long H = o.size(1), r = H / x.G;
-  const int64_t grain = std::max<int64_t>(1, TASK / ((x.w + x.F) * (x.D + x.V)));
+  for (long i = 0; i < x.N * x.G; i++)
+    if (slot[i] < 0 || slot[i] >= x.M)
+      return PyErr_Format(PyExc_IndexError, "slot_window_step: slot %lld of %ld",
+                          static_cast<long long>(slot[i]), x.M);
+  const int64_t grain = std::max<int64_t>(1, TASK / ((x.w + x.M) * (x.D + x.V)));
   at::parallel_for(0, x.N * x.G, grain, [&](int64_t first, int64_t last) {
     static thread_local Arena arena;
     FlushDenormals flush;
     arena.reset();
-    SlotReader reader(x, keys, empty, arena);
+    float* weights = arena.take(x.sinks + x.w + x.M + W);
     for (int64_t task = first; task < last; task++) {
       const long n = task / x.G, g = task % x.G, position = x.length[n];
-      if (position - x.w >= x.sinks) {  // push has the rest of what leaves the window
-        const long slot = position % x.w;
-        const float *left = x.ring_k(n, slot, g), *r_left = x.ring_phi(n, slot, g);
-        for (long m = 0; m < x.F; m++) {
-          float* key = keys + (task * x.F + m) * x.D;
-          for (long d = 0; d < x.D; d += W)
-            store(key + d, load(key + d) + load(left + d) * r_left[m]);
-        }
-      }
-      push(x, n, g, position, token, 0);
+      x.push(n, g, position, k(n, 0, g), v(n, 0, g), slot[task]);
       for (long h = g * r; h < (g + 1) * r; h++)
-        reader.read(out + (n * H + h) * x.V, q(n, 0, h), bias + h * x.F, n, g, position + 1, scale);
+        x.read(out + (n * H + h) * x.V, q(n, 0, h), bias + h * x.M, n, g, position + 1, scale,
+               weights);
     }
   });
   for (long n = 0; n < x.N; n++) x.length[n]++;
   x.changed();
-  all_keys.unsafeGetTensorImpl()->bump_version();
   Py_RETURN_NONE;
 }
 

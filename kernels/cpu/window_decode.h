@@ -9,30 +9,53 @@ namespace lowline {
 
 constexpr int64_t TASK = 1 << 15;  // floats of state that are worth a thread
 
-// The tensors of a WindowState: contiguous, changed in place.
-struct State {
+// The window of a state, a tuple of tensors that begins with the rings of keys and values and has
+// the sinks' at 3 and 4, the lengths last: contiguous, changed in place.
+struct Window {
   PyObject* tensors;
-  float *k, *v, *phi, *sink_k, *sink_v, *S;
+  float *k, *v, *sink_k, *sink_v;
   int64_t* length;
-  long N, w, G, D, V, P, F, sinks;
+  long N, w, G, D, V, sinks;
 
-  explicit State(PyObject* tuple) : tensors(tuple) {
-    k = at(0).data_ptr<float>(), v = at(1).data_ptr<float>(), phi = at(2).data_ptr<float>();
+  explicit Window(PyObject* tuple) : tensors(tuple) {
+    k = at(0).data_ptr<float>(), v = at(1).data_ptr<float>();
     sink_k = at(3).data_ptr<float>(), sink_v = at(4).data_ptr<float>();
-    S = at(5).data_ptr<float>(), length = at(6).data_ptr<int64_t>();
+    length = at(PyTuple_GET_SIZE(tensors) - 1).data_ptr<int64_t>();
     N = at(0).size(0), w = at(0).size(1), G = at(0).size(2), D = at(0).size(3);
-    V = at(1).size(3), P = at(2).size(2), F = at(2).size(3), sinks = at(3).size(1);
+    V = at(1).size(3), sinks = at(3).size(1);
   }
   const at::Tensor& at(int i) const { return *tensor(PyTuple_GET_ITEM(tensors, i)); }
   void changed() const {  // autograd counts versions
-    for (int i = 0; i < 7; i++) at(i).unsafeGetTensorImpl()->bump_version();
+    for (int i = 0; i < PyTuple_GET_SIZE(tensors); i++)
+      at(i).unsafeGetTensorImpl()->bump_version();
   }
 
   float* ring_k(long n, long slot, long g) const { return k + ((n * w + slot) * G + g) * D; }
   float* ring_v(long n, long slot, long g) const { return v + ((n * w + slot) * G + g) * V; }
-  float* ring_phi(long n, long slot, long h) const { return phi + ((n * w + slot) * P + h) * F; }
   float* first_k(long n, long i, long g) const { return sink_k + ((n * sinks + i) * G + g) * D; }
   float* first_v(long n, long i, long g) const { return sink_v + ((n * sinks + i) * G + g) * V; }
+
+  // The token at `position` of sequence n, head g, takes its place.
+  void keep(long n, long g, long position, const float* new_k, const float* new_v) const {
+    std::memcpy(ring_k(n, position % w, g), new_k, sizeof(float) * D);
+    std::memcpy(ring_v(n, position % w, g), new_v, sizeof(float) * V);
+    if (position < sinks) {
+      std::memcpy(first_k(n, position, g), new_k, sizeof(float) * D);
+      std::memcpy(first_v(n, position, g), new_v, sizeof(float) * V);
+    }
+  }
+};
+
+// The tensors of a WindowState.
+struct State : Window {
+  float *phi, *S;
+  long P, F;
+
+  explicit State(PyObject* tuple) : Window(tuple) {
+    phi = at(2).data_ptr<float>(), S = at(5).data_ptr<float>();
+    P = at(2).size(2), F = at(2).size(3);
+  }
+  float* ring_phi(long n, long slot, long h) const { return phi + ((n * w + slot) * P + h) * F; }
   float* sum(long n, long h) const { return S + (n * P + h) * F * (V + 1); }
 };
 
@@ -56,23 +79,18 @@ struct NewTokens {
 // The token at `position` of sequence n goes into the ring (head g), the one it replaces into S.
 inline void push(const State& x, long n, long g, long position, const NewTokens& token, long i) {
   const long slot = position % x.w, p = x.P / x.G;
-  float *to_k = x.ring_k(n, slot, g), *to_v = x.ring_v(n, slot, g);
+  const float* left = x.ring_v(n, slot, g);
   for (long h = g * p; h < (g + 1) * p && x.F; h++) {
     float* to_phi = x.ring_phi(n, slot, h);
     if (position - x.w >= x.sinks)
       for (long f = 0; f < x.F; f++) {
         float* S = x.sum(n, h) + f * (x.V + 1);
-        for (long j = 0; j < x.V; j += W) store(S + j, load(S + j) + load(to_v + j) * to_phi[f]);
+        for (long j = 0; j < x.V; j += W) store(S + j, load(S + j) + load(left + j) * to_phi[f]);
         S[x.V] += to_phi[f];
       }
     std::memcpy(to_phi, token.phi(n, i, h), sizeof(float) * x.F);
   }
-  std::memcpy(to_k, token.k(n, i, g), sizeof(float) * x.D);
-  std::memcpy(to_v, token.v(n, i, g), sizeof(float) * x.V);
-  if (position < x.sinks) {
-    std::memcpy(x.first_k(n, position, g), to_k, sizeof(float) * x.D);
-    std::memcpy(x.first_v(n, position, g), to_v, sizeof(float) * x.V);
-  }
+  x.keep(n, g, position, token.k(n, i, g), token.v(n, i, g));
 }
 
 // y[0, V) += Σ_i weight[i]·at(i)[0, V).

@@ -1,13 +1,13 @@
 """Exact attention in a sliding window, attention to slots before it, under one denominator.
 
-Every token is shared out among M slots of its key/value head by r_jm >= 0. What is older than the
-window is looked at as if it had its slot's mean key:
+Every token has one of M slots of its key/value head, m(j). What is older than the window is looked
+at as if it had the mean key of its slot:
 
-    n_tm = Σ_older r_jm        K_tm = Σ_older r_jm k_j / n_tm        a_tm = scale·q_t·K_tm + b_m
+    n_tm = |older of slot m|      K_tm = Σ_{older of m} k_j / n_tm      a_tm = scale·q_t·K_tm + b_m
 
-          Σ_exact e^{s_tj} v_j + Σ_m e^{a_tm} Σ_older r_jm v_j
-    y_t = ----------------------------------------------------,      s_tj = scale·q_t·k_j
-          Σ_exact e^{s_tj}     + Σ_m e^{a_tm} n_tm
+          Σ_exact e^{s_tj} v_j + Σ_older e^{a_tm(j)} v_j
+    y_t = ----------------------------------------------,      s_tj = scale·q_t·k_j
+          Σ_exact e^{s_tj}     + Σ_m n_tm e^{a_tm}
 
 The exact set of query t: the last `window` tokens, itself included, and the first `sinks` tokens of
 the sequence, each counted once; every token before t that is not exact is older. With one slot a
@@ -21,7 +21,7 @@ Time is O(T·(window + M)), the state O(M). There is no padding mask; packed seq
 place.
 
 Shapes: B batch, T tokens, H query heads, G key/value heads, D and V key and value dimension, M
-slots, N sequences, W = V + 1.
+slots, N sequences; U = prefix + T rows of a call that continues a state.
 """
 
 from __future__ import annotations
@@ -31,32 +31,35 @@ from typing import NamedTuple
 import torch
 
 from lowline.kernels.backends import choose
-from lowline.kernels.window.op import check_state
-from lowline.kernels.window.state import (
-    WindowState,
-    empty_window_state,
-    prepend_ring,
-    ring_after,
-    sinks_after,
-)
+from lowline.kernels.window.state import accumulation_dtype, behind_window, check_state
 
 OP = "slot_window_attention"
-EMPTY = 1e-6  # tokens; a slot with no more is left out, as the mean of its keys is ill-conditioned
 NO_KERNEL = "it has no kernel of its own there"
 
 
 class SlotState(NamedTuple):
-    """The state of N sequences; tensors only, so that a cache can move and index it."""
+    """The state of N sequences; tensors only, so that a cache can move and index it.
 
-    window: WindowState  # phi_k holds r, S the slots' sums of [v, 1]
-    keys: torch.Tensor  # (N, G, M, D): the slots' sums of keys, in the dtype of window.S
+    k, v and slot are ring buffers, k and v in the inputs' dtype. The sums are over every token that
+    has left the window and is no sink, in fp32, or fp64 for fp64 inputs.
+    """
+
+    k: torch.Tensor  # (N, w, G, D)
+    v: torch.Tensor  # (N, w, G, V)
+    slot: torch.Tensor  # (N, w, G) int64
+    sink_k: torch.Tensor  # (N, s, G, D)
+    sink_v: torch.Tensor  # (N, s, G, V)
+    keys: torch.Tensor  # (N, G, M, D): each slot's sum of keys
+    values: torch.Tensor  # (N, G, M, V): of values
+    count: torch.Tensor  # (N, G, M): tokens
+    length: torch.Tensor  # (N,) int64, tokens seen
 
 
 def slot_window_attention(
     q_BTHD: torch.Tensor,
     k_BTGD: torch.Tensor,
     v_BTGV: torch.Tensor,
-    r_BTGM: torch.Tensor,
+    slot_BTG: torch.Tensor,
     bias_HM: torch.Tensor,
     *,
     window: int,
@@ -70,7 +73,7 @@ def slot_window_attention(
 
     Args:
         q_BTHD, k_BTGD, v_BTGV: queries, keys, values; any strides.
-        r_BTGM: each token's shares of the slots, not negative.
+        slot_BTG: int64, each token's slot, of 0 … M - 1.
         bias_HM: b; -inf leaves a slot out.
         window: tokens of the exact window, the query's own included; at least 1.
         sinks: leading tokens of a sequence that stay exact.
@@ -78,7 +81,7 @@ def slot_window_attention(
         cu_seqlens: (N + 1,) boundaries of packed sequences, 0 … T; B is then 1. They are read on
             the host.
         initial_state: what a call on the preceding tokens returned (N sequences; N = B unless
-            packed). Gradients flow to every part of it.
+            packed). Gradients flow to keys, values and sums.
         backend: `torch` (which `auto` takes) or `reference`. bf16 is computed in fp32.
 
     Returns:
@@ -87,31 +90,27 @@ def slot_window_attention(
     Raises:
         ValueError: shapes that do not fit, or a backend that does not cover the call.
     """
-    check_shapes(OP, q_BTHD, k_BTGD, v_BTGV, r_BTGM, bias_HM)
+    check_shapes(OP, q_BTHD, k_BTGD, v_BTGV, slot_BTG, bias_HM)
     if window < 1 or sinks < 0:
         raise ValueError(f"{OP}: window = {window}, sinks = {sinks}; at least 1 and 0")
-    B, T = q_BTHD.shape[:2]
-    if cu_seqlens is not None and B != 1:
-        raise ValueError(f"{OP}: packed sequences come in a batch of one, this one is {B}")
-    cu = None if cu_seqlens is None else cu_seqlens.to(q_BTHD.device, torch.int64)
-    state = initial_state
-    if state is None:
-        state = empty_state(B if cu is None else len(cu) - 1, k_BTGD, v_BTGV, r_BTGM, window, sinks)
-    old = state.window
-    length_N = old.length
-    check_state(OP, old, len(length_N), k_BTGD, v_BTGV, r_BTGM, window, sinks)
-    prefix = 0 if initial_state is None else window
-    k, v, r = k_BTGD, v_BTGV, r_BTGM
-    if prefix:
-        k, v, r = (
-            prepend_ring(ring, x, length_N, cu)
-            for ring, x in zip((old.k, old.v, old.phi_k), (k, v, r), strict=True)
+    if cu_seqlens is not None and len(q_BTHD) != 1:
+        raise ValueError(
+            f"{OP}: packed sequences come in a batch of one, this one is {len(q_BTHD)}"
         )
-    new_N = torch.full_like(length_N, T) if cu is None else cu.diff()
-    sink_k, sink_v = (
-        sinks_after(kept if prefix else None, x, length_N, new_N, cu, sinks=sinks, prefix=prefix)
-        for kept, x in ((old.sink_k, k), (old.sink_v, v))
-    )
+    cu = None if cu_seqlens is None else cu_seqlens.to(q_BTHD.device, torch.int64)
+    N = len(q_BTHD) if cu is None else len(cu) - 1
+    shapes = state_shapes(N, k_BTGD, v_BTGV, bias_HM, window, sinks)
+    if initial_state is None:
+        dtype, device = accumulation_dtype(k_BTGD.dtype), k_BTGD.device
+        length_N = torch.zeros(N, dtype=torch.int64, device=device)
+        sums = tuple(torch.zeros(shapes[name], dtype=dtype, device=device) for name in SUMS)
+    else:
+        check_state(OP, initial_state, shapes)
+        length_N = initial_state.length
+        sums = tuple(getattr(initial_state, name) for name in SUMS)
+    tokens = (k_BTGD, v_BTGV, slot_BTG[..., None])
+    rings = initial_state and initial_state._replace(slot=initial_state.slot[..., None])
+    seen = behind_window(tokens, rings, length_N, cu, window=window, sinks=sinks)
     wanted = "torch" if backend == "auto" else backend
     which = choose(OP, wanted, q_BTHD.device, cpu=NO_KERNEL, triton=NO_KERNEL)
     if which == "torch":
@@ -119,53 +118,53 @@ def slot_window_attention(
     else:
         from lowline.kernels.slots.reference import attend
     bounds = None if cu is None else cu.tolist()
-    outputs, keys, sums = [], [], []
-    for n in range(1 if bounds is None else len(bounds) - 1):
-        rows, queries, seen = slice(None), slice(None), slice(None)
+    outputs, after = [], []
+    for n in range(1 if bounds is None else N):
+        one, queries, rows = slice(None), slice(None), slice(None)
         if bounds is not None:
             a, b = bounds[n], bounds[n + 1]
-            rows, queries = slice(n, n + 1), slice(a, b)
-            seen = slice(a + n * prefix, b + (n + 1) * prefix)
-        o, keys_after, sums_after = attend(
-            *(q_BTHD[:, queries], k[:, seen], v[:, seen], r[:, seen], bias_HM),
-            *(sink_k[rows], sink_v[rows], state.keys[rows], old.S[rows], length_N[rows]),
+            one, queries = slice(n, n + 1), slice(a, b)
+            rows = slice(a + n * seen.prefix, b + (n + 1) * seen.prefix)
+        k, v, slot = (x[:, rows] for x in seen.rows)
+        o, *of_n = attend(
+            *(q_BTHD[:, queries], k, v, slot[..., 0], bias_HM),
+            *(x[one] for x in (*seen.sinks, *sums, length_N)),
             window=window,
-            prefix=prefix,
+            prefix=seen.prefix,
             scale=q_BTHD.shape[-1] ** -0.5 if scale is None else scale,
         )
         outputs.append(o)
-        keys.append(keys_after)
-        sums.append(sums_after)
-    ring_k, ring_v, ring_r = (
-        ring_after(x, length_N, new_N, cu, window=window, prefix=prefix) for x in (k, v, r)
-    )
-    after = WindowState(ring_k, ring_v, ring_r, sink_k, sink_v, torch.cat(sums), length_N + new_N)
-    return torch.cat(outputs, dim=1), SlotState(after, torch.cat(keys))
+        after.append(of_n)
+    ring_k, ring_v, ring_slot = seen.rings
+    joined = [torch.cat(x) for x in zip(*after, strict=True)]
+    state = SlotState(ring_k, ring_v, ring_slot[..., 0], *seen.sinks, *joined, seen.length)
+    return torch.cat(outputs, dim=1), state
 
 
-def empty_state(
-    sequences: int,
-    k_BTGD: torch.Tensor,
-    v_BTGV: torch.Tensor,
-    r_BTGM: torch.Tensor,
+SUMS = ("keys", "values", "count")
+
+
+def state_shapes(
+    N: int,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias_HM: torch.Tensor,
     window: int,
     sinks: int,
-) -> SlotState:
-    """The state of sequences of which no token has been seen."""
-    G, D = k_BTGD.shape[-2:]
-    M = r_BTGM.shape[-1]
-    state = empty_window_state(
-        sequences,
-        window=window,
-        kv_heads=G,
-        key_dim=D,
-        value_dim=v_BTGV.shape[-1],
-        feature_dim=M,
-        sinks=sinks,
-        dtype=k_BTGD.dtype,
-        device=k_BTGD.device,
-    )
-    return SlotState(state, state.S.new_zeros(sequences, G, M, D))
+) -> dict[str, tuple[int, ...]]:
+    """Those of a SlotState of N sequences of such tokens."""
+    (G, D), V, M = k.shape[-2:], v.shape[-1], bias_HM.shape[-1]
+    return {
+        "k": (N, window, G, D),
+        "v": (N, window, G, V),
+        "slot": (N, window, G),
+        "sink_k": (N, sinks, G, D),
+        "sink_v": (N, sinks, G, V),
+        "keys": (N, G, M, D),
+        "values": (N, G, M, V),
+        "count": (N, G, M),
+        "length": (N,),
+    }
 
 
 def check_shapes(
@@ -173,22 +172,25 @@ def check_shapes(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    r: torch.Tensor,
+    slot: torch.Tensor,
     bias_HM: torch.Tensor,
 ) -> None:
     """Raise ValueError where tensors of tokens, with or without time, do not fit each other."""
     H, D = q.shape[-2:]
-    G, M = r.shape[-2:]
+    G = slot.shape[-1]
     fits = (
         k.shape == (*q.shape[:-2], G, D)
-        and v.shape[:-1] == k.shape[:-1] == r.shape[:-1]
+        and v.shape[:-1] == k.shape[:-1] == slot.shape
         and H % max(G, 1) == 0
-        and bias_HM.shape == (H, M)
+        and bias_HM.ndim == 2
+        and len(bias_HM) == H
     )
     if not fits:
-        shapes = {"q": q, "k": k, "v": v, "r": r, "bias": bias_HM}
+        shapes = {"q": q, "k": k, "v": v, "slot": slot, "bias": bias_HM}
         raise ValueError(
             f"{op}: {', '.join(f'{name} {tuple(x.shape)}' for name, x in shapes.items())} do not "
-            "fit; give q (…, H, D), k (…, G, D), v (…, G, V), r (…, G, M), bias (H, M), with H a "
+            "fit; give q (…, H, D), k (…, G, D), v (…, G, V), slot (…, G), bias (H, M), with H a "
             "multiple of G"
         )
+    if slot.dtype != torch.int64:
+        raise ValueError(f"{op}: slot is {slot.dtype}; give int64, of 0 … {bias_HM.shape[-1] - 1}")

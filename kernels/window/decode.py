@@ -23,12 +23,12 @@ from torch.compiler import is_compiling
 from lowline.kernels.backends import choose
 from lowline.kernels.window.op import (
     check_heads,
-    check_state,
     not_on_cpu,
     per_head_factor,
+    state_shapes,
     window_linear_attention,
 )
-from lowline.kernels.window.state import WindowState, ring_positions
+from lowline.kernels.window.state import WindowState, check_state, ring_positions
 
 _compiled_step: Callable[..., torch.Tensor | None] | None = None  # once a call has taken it
 
@@ -128,7 +128,7 @@ def window_linear_advance(
     """
     op = "window_linear_advance"
     B, T = pending.k.shape[:2]
-    check_state(op, state, B, *pending, *_window_and_sinks(state))
+    check_state(op, state, state_shapes(B, *pending, *_window_and_sinks(state)))
     if accepted_B.shape != (B,) or accepted_B.is_floating_point():
         raise ValueError(
             f"{op}: accepted_B is {accepted_B.dtype} of shape {tuple(accepted_B.shape)}; give "
@@ -199,7 +199,8 @@ def _checked(
     check_heads(op, q, k, v, phi_q, phi_k)
     if phi_q is None or phi_k is None:
         phi_q, phi_k = q[..., :0], k[..., :0]
-    check_state(op, state, q.shape[0], k, v, phi_k, *_window_and_sinks(state))
+    shapes = state_shapes(q.shape[0], k, v, phi_k, *_window_and_sinks(state))
+    check_state(op, state, shapes)
     gamma = per_head_factor(op, "window_factor_H", window_factor_H, q)
     lam = per_head_factor(op, "linear_factor_H", linear_factor_H, q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

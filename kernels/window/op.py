@@ -25,9 +25,8 @@ from lowline.kernels.backends import choose
 from lowline.kernels.window.state import (
     WindowState,
     accumulation_dtype,
-    prepend_ring,
-    ring_after,
-    sinks_after,
+    behind_window,
+    check_state,
 )
 
 OP = "window_linear_attention"
@@ -93,25 +92,15 @@ def window_linear_attention(
     cu = None if cu_seqlens is None else cu_seqlens.to(q_BTHD.device, torch.int64)
     N = B if cu is None else len(cu) - 1
 
-    k, v, phi_k, state = k_BTGD, v_BTGV, phi_k_BTPF, initial_state
-    if state is None:
-        prefix = 0
+    if initial_state is None:
         length_N = torch.zeros(N, dtype=torch.int64, device=q_BTHD.device)
         S_NPFW = torch.zeros(N, P, F, V + 1, dtype=dtype, device=q_BTHD.device)
     else:
-        check_state(OP, state, N, k_BTGD, v_BTGV, phi_k_BTPF, window, sinks)
-        prefix, length_N, S_NPFW = window, state.length, state.S
-        k = prepend_ring(state.k, k_BTGD, length_N, cu)
-        v = prepend_ring(state.v, v_BTGV, length_N, cu)
-        phi_k = prepend_ring(state.phi_k, phi_k_BTPF, length_N, cu)
-    new_N = torch.full_like(length_N, q_BTHD.shape[1]) if cu is None else cu.diff()
-    sink_k_NsGD, sink_v_NsGV = (
-        sinks_after(kept, x, length_N, new_N, cu, sinks=sinks, prefix=prefix)
-        for kept, x in (
-            (None if state is None else state.sink_k, k),
-            (None if state is None else state.sink_v, v),
-        )
-    )
+        shapes = state_shapes(N, k_BTGD, v_BTGV, phi_k_BTPF, window, sinks)
+        check_state(OP, initial_state, shapes)
+        length_N, S_NPFW = initial_state.length, initial_state.S
+    tokens = (k_BTGD, v_BTGV, phi_k_BTPF)
+    seen = behind_window(tokens, initial_state, length_N, cu, window=window, sinks=sinks)
 
     which = choose(OP, backend, q_BTHD.device, cpu=not_on_cpu(q_BTHD.dtype, D, V, F))
     if which == "triton":
@@ -122,20 +111,16 @@ def window_linear_attention(
         from lowline.kernels.window.chunk import attend
     else:
         from lowline.kernels.window.reference import attend
+    k, v, phi_k = seen.rows
     inputs: Any = (q_BTHD, k, v, phi_q_BTHF, phi_k)
     o_BTHV, S_NPFW = attend(
         *inputs,
-        *(sink_k_NsGD, sink_v_NsGV, *factors, S_NPFW, length_N, cu),
+        *(*seen.sinks, *factors, S_NPFW, length_N, cu),
         window=window,
-        prefix=prefix,
+        prefix=seen.prefix,
         scale=D**-0.5 if scale is None else scale,
     )
-    ring_k, ring_v, ring_phi = (
-        ring_after(x, length_N, new_N, cu, window=window, prefix=prefix) for x in (k, v, phi_k)
-    )
-    return o_BTHV, WindowState(
-        ring_k, ring_v, ring_phi, sink_k_NsGD, sink_v_NsGV, S_NPFW, length_N + new_N
-    )
+    return o_BTHV, WindowState(*seen.rings, *seen.sinks, S_NPFW, seen.length)
 
 
 def not_on_cpu(dtype: torch.dtype, D: int, V: int, F: int) -> str | None:
@@ -159,19 +144,12 @@ def per_head_factor(
     return factor_H.to(dtype)
 
 
-def check_state(
-    op: str,
-    state: WindowState,
-    N: int,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    phi_k: torch.Tensor,
-    window: int,
-    sinks: int,
-) -> None:
-    """Raises ValueError where the state is not of this call's sequences and shapes."""
+def state_shapes(
+    N: int, k: torch.Tensor, v: torch.Tensor, phi_k: torch.Tensor, window: int, sinks: int
+) -> dict[str, tuple[int, ...]]:
+    """Those of a WindowState of N sequences of such tokens."""
     G, D, V, (P, F) = k.shape[-2], k.shape[-1], v.shape[-1], phi_k.shape[-2:]
-    expected = {
+    return {
         "k": (N, window, G, D),
         "v": (N, window, G, V),
         "phi_k": (N, window, P, F),
@@ -180,13 +158,6 @@ def check_state(
         "S": (N, P, F, V + 1),
         "length": (N,),
     }
-    for name, shape in expected.items():
-        got = tuple(getattr(state, name).shape)
-        if got != shape:
-            raise ValueError(
-                f"{op}: the state's {name} has shape {got}, this call needs {shape}; pass the "
-                "state of the same sequences, window, sinks and heads"
-            )
 
 
 def check_heads(

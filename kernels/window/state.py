@@ -10,7 +10,8 @@ feature dimensions; U = prefix + T key rows of a call that continues a state.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -80,7 +81,61 @@ def ring_positions(length_N: torch.Tensor, window: int) -> torch.Tensor:
     return last_N1 - (last_N1 - slot_w) % window
 
 
-def prepend_ring(
+class Windowed(NamedTuple):
+    """A call's tokens behind the windows of a state, and what the call leaves of them."""
+
+    rows: list[torch.Tensor]  # (B, U, G, ·) of k, v, …; `prefix` rows before each sequence's own
+    prefix: int  # w, or 0 without a state
+    sinks: list[torch.Tensor]  # (N, s, G, ·) of k and v
+    rings: list[torch.Tensor]  # (N, w, G, ·) of k, v, …
+    length: torch.Tensor  # (N,) tokens seen then
+
+
+def behind_window(
+    tokens: Sequence[torch.Tensor],
+    state: Any,
+    length_N: torch.Tensor,
+    cu: torch.Tensor | None,
+    *,
+    window: int,
+    sinks: int,
+) -> Windowed:
+    """Put k, v and what else stands in rings, (B, T, G, ·) each, behind the windows of a state.
+
+    Args:
+        state: begins with their rings, in this order; has sink_k and sink_v. None at the start.
+        length_N: tokens seen before.
+    """
+    prefix, kept = (0, (None, None)) if state is None else (window, (state.sink_k, state.sink_v))
+    rows = list(tokens)
+    if state is not None:
+        pairs = zip(state[: len(rows)], tokens, strict=True)
+        rows = [_prepend_ring(ring, x, length_N, cu) for ring, x in pairs]
+    new_N = torch.full_like(length_N, tokens[0].shape[1]) if cu is None else cu.diff()
+    return Windowed(
+        rows,
+        prefix,
+        [
+            _sinks_after(old, x, length_N, new_N, cu, sinks=sinks, prefix=prefix)
+            for old, x in zip(kept, rows[:2], strict=True)
+        ],
+        [_ring_after(x, length_N, new_N, cu, window=window, prefix=prefix) for x in rows],
+        length_N + new_N,
+    )
+
+
+def check_state(op: str, state: Any, expected: dict[str, tuple[int, ...]]) -> None:
+    """Raises ValueError where a state's tensors have not the expected shapes."""
+    for name, shape in expected.items():
+        got = tuple(getattr(state, name).shape)
+        if got != shape:
+            raise ValueError(
+                f"{op}: the state's {name} has shape {got}, this call needs {shape}; pass the "
+                "state of the same sequences, window, sinks and heads"
+            )
+
+
+def _prepend_ring(
     ring_NwGD: torch.Tensor, x_BTGD: torch.Tensor, length_N: torch.Tensor, cu: torch.Tensor | None
 ) -> torch.Tensor:
     """The window before each sequence, in order, then its new rows: (B, U, G, D).
@@ -101,7 +156,7 @@ def prepend_ring(
     return torch.cat([ordered.flatten(0, 1)[None], x_BTGD], dim=1).index_select(1, source_U)
 
 
-def ring_after(
+def _ring_after(
     x_BUGD: torch.Tensor,
     length_N: torch.Tensor,
     new_N: torch.Tensor,
@@ -110,13 +165,13 @@ def ring_after(
     window: int,
     prefix: int,
 ) -> torch.Tensor:
-    """The ring buffer (N, w, G, D) once the rows of `prepend_ring` have been seen."""
+    """The ring buffer (N, w, G, D) once the rows of `_prepend_ring` have been seen."""
     position_Nw = ring_positions(length_N + new_N, window)
     row_Nw = position_Nw - length_N[:, None] + prefix
     return _gather(x_BUGD, row_Nw, position_Nw >= 0, cu, prefix)
 
 
-def sinks_after(
+def _sinks_after(
     sink_NsGD: torch.Tensor | None,
     x_BUGD: torch.Tensor,
     length_N: torch.Tensor,

@@ -49,6 +49,7 @@ class Mixer(nn.Module):
         has_linear: a part with a state that sums over all tokens is.
         is_average: the output is a mean of values, with weights of at least 0 that sum to 1.
         calibrates: `calibrate` has something to say.
+        fixed: names of the parameters that get no gradient.
         linear_enabled: where there are both: set it to False to leave the linear part's terms out
             of the output, all else unchanged; states go on as they would.
         drop_window: where there are both: set it to True to have the linear part alone stand in for
@@ -60,6 +61,7 @@ class Mixer(nn.Module):
     has_linear = True
     is_average = False
     calibrates = False
+    fixed: tuple[str, ...] = ()
     linear_enabled = True
     drop_window = False
 

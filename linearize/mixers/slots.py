@@ -1,6 +1,6 @@
 """Softmax over an exact window and over slots, in which what is older is averaged.
 
-    r_j = softmax_m(k°_j·c_m - |c_m|² / 2)        what of token j goes to slot m
+    m(j) = argmin_m |k°_j - c_m|                  token j's slot
     y_t = Σ_exact p_tj v_j + Σ_m p_tm V_tm,       [p_t·, p_tm] = softmax over both of
           q_t·k_j / √D                            for the tokens of the window, and the sinks,
           q_t·K_tm / √D + b_m + log n_tm          for the slots
@@ -11,8 +11,8 @@ all places; scores are taken after it. Centroids c are each key and value head's
 head's.
 
 `calibrate` sets c to the centres of the teacher's keys (k-means), after which the mixer is near
-softmax attention before any training. b begins above 0, for the exponential of a mean score is
-less than the mean of the exponentials.
+softmax attention before any training; c gets no gradient and stays so. b begins above 0, for the
+exponential of a mean score is less than the mean of the exponentials.
 """
 
 from __future__ import annotations
@@ -65,12 +65,13 @@ class Slots(Mixer):
     has_window = True
     is_average = True
     calibrates = True
+    fixed = ("centroids",)
 
     def __init__(self, shape: HeadShape, options: SlotsOptions) -> None:
         super().__init__(shape)
         self.options = options
         size = (shape.n_kv_heads, options.slots, shape.head_dim)
-        self.centroids = nn.Parameter(torch.randn(size))
+        self.centroids = nn.Parameter(torch.randn(size), requires_grad=False)
         self.bias = nn.Parameter(torch.full((shape.n_heads, options.slots), options.bias_init))
 
     def forward(
@@ -86,12 +87,12 @@ class Slots(Mixer):
     ) -> tuple[torch.Tensor, SlotState | None]:
         """See `Mixer.forward`; the state is None where the window is dropped."""
         o, dropping = self.options, dropping_window(self, state)
-        r_BTGM = self.shares(k_BTGD)
-        inputs = (apply_rope(q_BTHD, rope), apply_rope(k_BTGD, rope), v_BTGD, r_BTGM)
+        slot_BTG = self.assign(k_BTGD)
+        inputs = (apply_rope(q_BTHD, rope), apply_rope(k_BTGD, rope), v_BTGD, slot_BTG)
         bias_HM = self.bias if self.linear_enabled else torch.full_like(self.bias, -torch.inf)
-        if state is not None and is_step(q_BTHD, cu_seqlens, *state.window, state.keys):
-            q, k, v, r = (x[:, 0] for x in inputs)
-            o_BHD = slot_window_step(q, k, v, r, bias_HM, state=state, backend=o.backend)
+        if state is not None and is_step(q_BTHD, cu_seqlens, *state):
+            q, k, v, slot = (x[:, 0] for x in inputs)
+            o_BHD = slot_window_step(q, k, v, slot, bias_HM, state=state, backend=o.backend)
             return o_BHD[:, None], state
         out, after = slot_window_attention(
             *inputs,
@@ -104,12 +105,13 @@ class Slots(Mixer):
         )
         return out, None if dropping else after
 
-    def shares(self, k_BTGD: torch.Tensor) -> torch.Tensor:
-        """r, (B, T, G, M), of keys before the rotary embedding."""
+    @torch.no_grad()
+    def assign(self, k_BTGD: torch.Tensor) -> torch.Tensor:
+        """m(j), (B, T, G), of keys before the rotary embedding."""
         c_GMD = at_least_fp32(self.centroids)
         k_GLD = at_least_fp32(k_BTGD).flatten(0, 1).transpose(0, 1)
-        r_GLM = torch.baddbmm(-c_GMD.square().sum(-1)[:, None] / 2, k_GLD, c_GMD.mT).softmax(-1)
-        return r_GLM.transpose(0, 1).unflatten(0, k_BTGD.shape[:2]).to(k_BTGD.dtype)
+        near_GLM = torch.baddbmm(-c_GMD.square().sum(-1)[:, None] / 2, k_GLD, c_GMD.mT)
+        return near_GLM.argmax(-1).T.unflatten(0, k_BTGD.shape[:2])
 
     def calibrate(self, k_TGD: torch.Tensor) -> dict[str, torch.Tensor]:
         """See `Mixer.calibrate`: the centres of each head's keys."""

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lowline.kernels.slots.op import EMPTY
 from lowline.linearize.mixers import MIXERS, HeadShape, Mixer, build_mixer, recorded_shares
 from lowline.linearize.mixers.base import apply_rope
 
@@ -178,13 +177,12 @@ def naive(mixer: Mixer, name: str, given: dict[str, torch.Tensor], b: int, h: in
         return weights @ v / weights.sum(-1, keepdim=True)
     if name == "slots":
         c = mixer.centroids[g]
-        r = (k @ c.T - c.square().sum(-1) / 2).softmax(-1)
+        r = F.one_hot(torch.cdist(k, c).argmin(-1), len(c)).to(q.dtype)
         exact, older = masks(len(q), o.window, o.sinks)
         older = older.to(q.dtype)
         n, sums = older @ r, torch.einsum("tj,jm,jd->tmd", older, r, rk)
-        mean = sums / n.clamp(min=1e-300)[..., None]
+        mean = sums / n.clamp(min=1)[..., None]
         slot = (torch.einsum("td,tmd->tm", rq, mean) / shape.head_dim**0.5 + mixer.bias[h]).exp()
-        slot = slot * (n > EMPTY)
         near = (rq @ rk.T / shape.head_dim**0.5).exp()
         weights = torch.where(exact, near, slot @ r.T * older)
         return weights @ v / weights.sum(-1, keepdim=True)
@@ -352,11 +350,14 @@ def test_gradients_reach_every_parameter_and_input(case):
     o, _ = run(mixer, given)
     target = torch.randn(o.shape, dtype=o.dtype)
     (o * target).sum().backward()
-    for name, weight in [*mixer.named_parameters(), *((n, given[n]) for n in sorted(used))]:
+    assert {n for n, p in mixer.named_parameters() if not p.requires_grad} == set(mixer.fixed)
+    learnt = {n: p for n, p in mixer.named_parameters() if p.requires_grad}
+    learnt |= {name: given[name] for name in sorted(used)}
+    for name, weight in learnt.items():
         assert weight.grad is not None and weight.grad.abs().max() > 1e-6, name
     # one direction of each, against a finite difference
     step = 1e-6
-    for name, weight in [*mixer.named_parameters(), *((n, given[n]) for n in sorted(used))]:
+    for name, weight in learnt.items():
         way = torch.randn(weight.shape, dtype=weight.dtype)
         with torch.no_grad():
             values = []
@@ -473,7 +474,7 @@ def test_window_dropped(case):
 
 
 def test_slots_are_calibrated_on_keys():
-    """Centres that lie apart are found, and shares of keys are then nearly one or none."""
+    """Centres that lie apart are found, and keys of a kind then share a slot."""
     mixer = build_mixer("slots", {"slots": 3}, SHARED)
     truth = torch.eye(3, SHARED.head_dim) * 20
     kind = torch.arange(300) % 3
@@ -486,9 +487,10 @@ def test_slots_are_calibrated_on_keys():
         mean = torch.stack([k_TGD[kind == m, 0].mean(0) for m in nearest])
         torch.testing.assert_close(centres, mean, rtol=1e-4, atol=1e-4)
     mixer.load_state_dict({"centroids": found, "bias": mixer.bias})
-    shares = mixer.shares(k_TGD[None])
-    assert (shares.amax(-1) > 0.999).all()
-    assert (shares[0, :, 0].argmax(-1)[3:] == shares[0, :-3, 0].argmax(-1)).all()
+    slots_TG = mixer.assign(k_TGD[None])[0]
+    for head, centres in enumerate(found):
+        nearest = torch.cdist(centres, truth).argmin(-1)
+        assert torch.equal(nearest[slots_TG[:, head]], kind)
     with pytest.raises(ValueError, match="2 keys for 3 slots"):
         mixer.calibrate(k_TGD[:2])
 
@@ -555,7 +557,8 @@ def test_parameters_have_the_type_that_is_set(case):
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(weight.dtype == torch.bfloat16 for weight in built.parameters())
-    assert all(weight.requires_grad and weight.is_leaf for weight in built.parameters())
+    for name, weight in built.named_parameters():
+        assert weight.requires_grad == (name not in built.fixed) and weight.is_leaf
 
 
 @pytest.mark.parametrize(
