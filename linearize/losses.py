@@ -3,11 +3,13 @@
     transfer      Σ_t |o_t - o*_t|² / Σ_t |o*_t|²               outputs of a layer, o* softmax's
     attention     Σ_t Σ_j a*_tj log(a*_tj / a_tj)               attention weights, a* softmax's
     distillation  Σ_t τ² KL(p*_t ‖ p_t),  p = softmax(z / τ)    logits z, p* the teacher's
+    top-k         the same, all but the teacher's k likeliest tokens being one
 
 The first is LoLCATs' attention transfer (arXiv 2410.10254, section 3.1) divided by the scale of
 what is learned, so that layers weigh alike; the second Hedgehog's cross-entropy of weights
 (2402.04347, section 4.2) less its least value, the entropy of a*; the third Hinton's (1503.02531),
-summed over tokens: PyTorch's "batchmean" over sequences would multiply it by their length.
+summed over tokens: PyTorch's "batchmean" over sequences would multiply it by their length. The
+last is at most that, and all of it where k is the vocabulary less one.
 
 Only tokens that count are in the sums. Computed in fp32.
 
@@ -75,4 +77,29 @@ def distillation_loss(
     log_p_BTV = F.log_softmax(logits_BTV.float() / temperature, -1)
     log_q_BTV = F.log_softmax(teacher_BTV.float() / temperature, -1)
     kl_BT = F.kl_div(log_p_BTV, log_q_BTV, reduction="none", log_target=True).sum(-1)
+    return temperature**2 * kl_BT.where(labels_BT != IGNORE_INDEX, 0.0).sum()
+
+
+def top_k_distillation_loss(
+    logits_BTV: torch.Tensor,
+    log_p_BTK: torch.Tensor,
+    ids_BTk: torch.Tensor,
+    labels_BT: torch.Tensor,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """`distillation_loss` of k tokens and the rest: a number.
+
+    Args:
+        logits_BTV: the student's.
+        log_p_BTK: the teacher's log-probabilities at this temperature, K = k + 1: of k tokens, and
+            of all others together. They are normalized, as they may have been rounded.
+        ids_BTk: those k tokens.
+        labels_BT: IGNORE_INDEX where a token does not count; nothing else of them matters.
+        temperature: τ.
+    """
+    z_BTV = logits_BTV.float() / temperature
+    others_BT1 = z_BTV.scatter(-1, ids_BTk, -torch.inf).logsumexp(-1, keepdim=True)
+    log_q_BTK = F.log_softmax(torch.cat([z_BTV.gather(-1, ids_BTk), others_BT1], -1), -1)
+    log_p_BTK = F.log_softmax(log_p_BTK.float(), -1)
+    kl_BT = F.kl_div(log_q_BTK, log_p_BTK, reduction="none", log_target=True).sum(-1)
     return temperature**2 * kl_BT.where(labels_BT != IGNORE_INDEX, 0.0).sum()

@@ -39,10 +39,10 @@ from lowline.train.model import build_model_config  # noqa: E402
 from lowline.train.objectives import (  # noqa: E402
     DistillLoss,
     TransferObjective,
-    WindowDropout,
     loss_config,
 )
 from lowline.train.optim import optimizer_config  # noqa: E402
+from lowline.train.window_dropout import WindowDropout  # noqa: E402
 
 _spec = importlib.util.spec_from_file_location(
     "training", Path(__file__).parent / "workers" / "training.py"

@@ -26,6 +26,7 @@ from lowline.cola.accounting import (
     saved_by_model,
 )
 from lowline.train.config import RunConfig
+from lowline.train.logit_cache import cache_bytes
 from lowline.train.memory import (
     Memory,
     itemsize_of,
@@ -52,6 +53,7 @@ class Report:
     tokens_per_step: int
     microbatches: int  # a step, on one data-parallel rank
     memory: Memory  # of the fullest device
+    logit_cache: int  # bytes on disk
 
 
 def dry_run(run: RunConfig, world_size: int, device: Device | None = None) -> Report:
@@ -83,6 +85,7 @@ def dry_run(run: RunConfig, world_size: int, device: Device | None = None) -> Re
         tokens_per_step=run.training.global_batch_size * seq_len,
         microbatches=microbatches_of(run, world_size)[0],
         memory=memory,
+        logit_cache=cache_bytes(run) if run.objective.logit_cache is not None else 0,
     )
 
 
@@ -135,6 +138,11 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         ("  rotary tables", human_bytes(m.tables)),
         *([("  teacher", human_bytes(m.teacher))] if m.teacher else []),
         ("  peak (they are not all alive at once)", human_bytes(m.peak)),
+        *(
+            [("teacher's logits on disk", human_bytes(report.logit_cache))]
+            if report.logit_cache
+            else []
+        ),
     ]
 
 

@@ -10,16 +10,21 @@ add up to the loss of the whole batch (`lowline.linearize.losses` has the formul
 o* is softmax attention of the run's own weights and goes on to the next layer; only the mixers have
 a backward pass, and the output projection is left out. A block's run sums its layers' parts of the
 whole model's mean, so that losses and gradients of all blocks make up those of one run. A teacher
-that distills is a frozen decoder of its own, laid out as the student is. Logits as wide as the
-vocabulary exist for a few tokens at a time.
+that distills is a frozen decoder of its own, laid out as the student is, and is built once a
+batch's logits are not found on disk (`logit_cache`). Logits as wide as the vocabulary exist for a
+few tokens at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from torchtitan.components.loss import (
@@ -32,10 +37,10 @@ from torchtitan.components.loss import (
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools import utils
 
-from lowline.linearize.losses import distillation_loss
-from lowline.linearize.mixers.base import Mixer
+from lowline.linearize.losses import distillation_loss, top_k_distillation_loss
 from lowline.linearize.titan import Transfer
 from lowline.train.config import ObjectiveConfig, RunConfig
+from lowline.train.logit_cache import LogitCache, likeliest_of
 from lowline.train.memory import logit_chunks
 from lowline.train.model import build_model_spec
 
@@ -175,13 +180,22 @@ class DistillLoss(BaseLoss):
         labels: torch.Tensor,
         global_valid_tokens: torch.Tensor | None = None,
         teacher: torch.Tensor | None = None,
+        log_p: torch.Tensor | None = None,
+        ids: torch.Tensor | None = None,
         next_token_weight: float | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss; without `teacher`, its last hidden states, cross-entropy alone."""
+        """The loss.
+
+        Args:
+            teacher: its last hidden states; or log_p and ids, its likeliest tokens. With neither,
+                the loss is cross-entropy alone.
+        """
         weight = self.config.next_token_weight if next_token_weight is None else next_token_weight
         loss = torch.zeros((), device=pred.device)
-        if teacher is not None:
+        if log_p is not None and ids is not None:
+            loss = top_k_distillation_loss(pred, log_p, ids, labels, self.config.temperature)
+        elif teacher is not None:
             assert self.teacher_head is not None
             with torch.no_grad():
                 wanted = self.teacher_head(teacher)
@@ -194,12 +208,27 @@ class DistillLoss(BaseLoss):
 
 
 class DistillObjective(NextToken):
-    """The logits towards a teacher's."""
+    """The logits towards a teacher's.
 
-    def __init__(self, loss_fn: ChunkedLossWrapper, teacher: nn.Module) -> None:
+    Args:
+        build: makes the teacher, on all ranks at once.
+        cache: where its likeliest tokens are kept; without, all logits count.
+    """
+
+    def __init__(
+        self,
+        loss_fn: ChunkedLossWrapper,
+        build: Callable[[], nn.Module],
+        cache: LogitCache | None = None,
+    ) -> None:
         super().__init__(loss_fn)
-        self.teacher = teacher
-        loss_fn.loss_fn.teacher_head = teacher.lm_head  # type: ignore[attr-defined]
+        self.cache, self._build = cache, build
+        if cache is None:
+            loss_fn.loss_fn.teacher_head = self.teacher.lm_head  # type: ignore[attr-defined]
+
+    @cached_property
+    def teacher(self) -> nn.Module:
+        return self._build()
 
     def loss(
         self,
@@ -210,9 +239,9 @@ class DistillObjective(NextToken):
         extra: dict[str, Any],
     ) -> torch.Tensor:
         """See `NextToken.loss`."""
-        teacher_BLD = self._teacher_hidden(inputs_BL, extra)
+        wanted = self._wanted(inputs_BL, extra)
         hidden_BLD = model(inputs_BL, **extra)
-        loss, _ = self.loss_fn(hidden_BLD, labels_BL, valid_tokens, teacher=teacher_BLD)
+        loss, _ = self.loss_fn(hidden_BLD, labels_BL, valid_tokens, **wanted)
         return loss
 
     def held_out(
@@ -223,45 +252,35 @@ class DistillObjective(NextToken):
         extra: dict[str, Any],
     ) -> dict[str, torch.Tensor]:
         """See `NextToken.held_out`."""
-        teacher_BLD = self._teacher_hidden(inputs_BL, extra)
+        wanted = self._wanted(inputs_BL, extra)
         hidden_BLD = model(inputs_BL, **extra)
         loss, _ = self.loss_fn(hidden_BLD, labels_BL)
-        kl, _ = self.loss_fn(hidden_BLD, labels_BL, teacher=teacher_BLD, next_token_weight=0.0)
+        kl, _ = self.loss_fn(hidden_BLD, labels_BL, **wanted, next_token_weight=0.0)
         return {"loss": loss, "kl": kl}
 
     @torch.no_grad()
-    def _teacher_hidden(self, inputs_BL: torch.Tensor, extra: dict[str, Any]) -> torch.Tensor:
-        return self.teacher(inputs_BL, **extra)
-
-
-class WindowDropout:
-    """Mixers go without their window at random, less and less often (arXiv 2510.05901).
-
-    Step s of S leaves out a mixer's window with probability p · max(0, 1 - (s - 1) / (u · S)). What
-    is drawn depends on the seed and the step alone, on every rank alike, and in a block's run as in
-    the whole model's.
-
-    Args:
-        before: mixers of the whole model that come before those of this one.
-    """
-
-    def __init__(
-        self, model: nn.Module, c: ObjectiveConfig, steps: int, seed: int, before: int = 0
-    ) -> None:
-        self.mixers = [module for module in model.modules() if isinstance(module, Mixer)]
-        self.before = before
-        self.start, self.last, self.seed = c.window_dropout, c.window_dropout_until * steps, seed
-
-    def probability(self, step: int) -> float:
-        """Of a mixer's going without its window in a step, the first of which is 1."""
-        return self.start * max(0.0, 1.0 - (step - 1) / self.last)
-
-    def draw(self, step: int) -> None:
-        """Set the mixers up for a step."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        draws = torch.rand(self.before + len(self.mixers), generator=generator).tolist()
-        for mixer, draw in zip(self.mixers, draws[self.before :], strict=True):
-            mixer.drop_window = draw < self.probability(step)
+    def _wanted(self, inputs_BL: torch.Tensor, extra: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """What the loss takes of the teacher."""
+        cache, positions_BL = self.cache, extra.get("positions")
+        if cache is None:
+            return {"teacher": self.teacher(inputs_BL, **extra)}
+        found = cache.read(inputs_BL, positions_BL)
+        missing = torch.tensor(float(found is None), device=inputs_BL.device)
+        if dist.get_world_size() > 1:  # the teacher's parameters may lie on all ranks
+            dist.all_reduce(missing)
+        if missing:
+            new = likeliest_of(
+                self.teacher(inputs_BL, **extra),
+                self.teacher.lm_head,  # type: ignore[arg-type]
+                cache.k,
+                cache.temperature,
+                self.loss_fn.num_chunks,  # type: ignore[attr-defined]
+            )
+            if found is None:
+                cache.write(inputs_BL, positions_BL, new)
+                found = new
+        assert found is not None
+        return dict(zip(("log_p", "ids"), found, strict=True))
 
 
 def loss_config(run: RunConfig, local_batch_size: int) -> BaseLoss.Config:
@@ -288,7 +307,10 @@ def build_objective(run: RunConfig, trainer: Trainer) -> NextToken:
         )
     if run.objective.kind == "distill":
         assert isinstance(trainer.loss_fn, ChunkedLossWrapper)
-        return DistillObjective(trainer.loss_fn, build_teacher(run, trainer))
+        o, cache = run.objective, None
+        if o.logit_cache is not None:
+            cache = LogitCache(Path(o.logit_cache), Path(str(o.teacher)), o.top_k, o.temperature)
+        return DistillObjective(trainer.loss_fn, partial(build_teacher, run, trainer), cache)
     return NextToken(trainer.loss_fn)
 
 

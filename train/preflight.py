@@ -131,6 +131,15 @@ def _check_teacher(run: RunConfig) -> None:
         )
     teacher = teacher_run(run)
     check_same_hf_model(source, teacher.model, teacher.cola, teacher.mixer)
+    if run.objective.logit_cache is not None:
+        from lowline.train.logit_cache import check_cache
+
+        if run.objective.top_k >= run.model.vocab_size:
+            raise ConfigError(
+                f"objective.top_k = {run.objective.top_k} of a vocabulary of "
+                f"{run.model.vocab_size}; set it below, or leave out logit_cache"
+            )
+        check_cache(run)
 
 
 def _compare(checkpoint: Path, key: str, saved: RunConfig, run: RunConfig) -> None:

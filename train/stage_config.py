@@ -56,6 +56,10 @@ class ObjectiveConfig:
     teacher: str | None = None  # distill: a Hugging Face directory with the same vocabulary
     temperature: Annotated[float, Field(gt=0)] = 1.0  # distill
     next_token_weight: Annotated[float, Field(ge=0)] = 0.0  # distill: cross-entropy added
+    # distill: a folder that keeps the teacher's top_k likeliest tokens, for runs on the same text;
+    # all others count as one. Default: the whole vocabulary, by the teacher in every step.
+    logit_cache: str | None = None
+    top_k: Positive = 256
     # transfer: how much the divergence of attention weights is added, for short sequences.
     attention_weight: Annotated[float, Field(ge=0)] = 0.0
     # "mixers"; "attention": they and q, k, v, o. Default: "mixers" for transfer and beside [lora].
@@ -70,7 +74,7 @@ class ObjectiveConfig:
         if self.kind == "distill" and self.teacher is None:
             raise ValueError('kind = "distill" without a teacher; name its Hugging Face directory')
         of_others = {
-            "distill": ("teacher", "temperature", "next_token_weight"),
+            "distill": ("teacher", "temperature", "next_token_weight", "logit_cache", "top_k"),
             "transfer": ("attention_weight",),
         }
         for kind, names in of_others.items():
@@ -80,6 +84,8 @@ class ObjectiveConfig:
                         f'{name} = {getattr(self, name)!r} with kind = "{self.kind}": only '
                         f'"{kind}" has it; leave it out'
                     )
+        if self.logit_cache is None and self.top_k != ObjectiveConfig.top_k:
+            raise ValueError(f"top_k = {self.top_k} without a logit_cache; name its folder")
         if self.kind == "transfer" and self.trainable not in (None, "mixers"):
             raise ValueError(
                 f'trainable = "{self.trainable}" with kind = "transfer", in which nothing but '

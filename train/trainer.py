@@ -37,9 +37,10 @@ from lowline.train.evaluation import Evaluator
 from lowline.train.load_config import to_toml
 from lowline.train.metrics import DivergedError, Metrics
 from lowline.train.model import build_model_spec
-from lowline.train.objectives import WindowDropout, build_objective, loss_config
+from lowline.train.objectives import build_objective, loss_config
 from lowline.train.optim import optimizer_config, schedule_config
 from lowline.train.parameters import training_flops_of
+from lowline.train.window_dropout import WindowDropout
 
 
 class Agreement:

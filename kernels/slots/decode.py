@@ -92,7 +92,7 @@ def _step(
     to = (row_B[:, None], head_G, s.slot[row_B, turn_B])
     s.keys[to] += joins_B[:, None, None] * s.k[row_B, turn_B].to(dtype)
     s.values[to] += joins_B[:, None, None] * s.v[row_B, turn_B].to(dtype)
-    s.count[to] += joins_B[:, None]
+    s.tokens[to] += joins_B[:, None]
     for ring, x in ((s.k, k_BGD), (s.v, v_BGV), (s.slot, slot_BG)):
         ring[row_B, turn_B] = x
     if sinks:
@@ -107,10 +107,10 @@ def _step(
     outside = torch.arange(sinks, device=q.device) < s.length[:, None] - window
     is_exact = torch.cat([outside, ring_positions(s.length, window) >= 0], 1)
     exact = (q @ k.mT).masked_fill(~is_exact[:, None, None], -torch.inf)
-    tokens = s.count[:, :, None].clamp(min=1)
+    tokens = s.tokens[:, :, None].clamp(min=1)
     bias = bias_HM.to(dtype).view(G, -1, bias_HM.shape[-1])
     slots = (q @ s.keys.mT) / tokens + bias + tokens.log()
-    slots = slots.masked_fill(s.count[:, :, None] == 0, -torch.inf)
+    slots = slots.masked_fill(s.tokens[:, :, None] == 0, -torch.inf)
     p = torch.cat([exact, slots], -1).softmax(-1)
     mean_v = s.values / tokens.mT
     return (p @ torch.cat([v, mean_v], 2)).reshape(B, -1, v_BGV.shape[-1]).to(q_BHD.dtype)

@@ -51,7 +51,7 @@ class SlotState(NamedTuple):
     sink_v: torch.Tensor  # (N, s, G, V)
     keys: torch.Tensor  # (N, G, M, D): each slot's sum of keys
     values: torch.Tensor  # (N, G, M, V): of values
-    count: torch.Tensor  # (N, G, M): tokens
+    tokens: torch.Tensor  # (N, G, M): how many they are
     length: torch.Tensor  # (N,) int64, tokens seen
 
 
@@ -103,11 +103,11 @@ def slot_window_attention(
     if initial_state is None:
         dtype, device = accumulation_dtype(k_BTGD.dtype), k_BTGD.device
         length_N = torch.zeros(N, dtype=torch.int64, device=device)
-        sums = tuple(torch.zeros(shapes[name], dtype=dtype, device=device) for name in SUMS)
+        sums = [torch.zeros(shapes[name], dtype=dtype, device=device) for name in SUMS]
     else:
         check_state(OP, initial_state, shapes)
         length_N = initial_state.length
-        sums = tuple(getattr(initial_state, name) for name in SUMS)
+        sums = [getattr(initial_state, name) for name in SUMS]
     tokens = (k_BTGD, v_BTGV, slot_BTG[..., None])
     rings = initial_state and initial_state._replace(slot=initial_state.slot[..., None])
     seen = behind_window(tokens, rings, length_N, cu, window=window, sinks=sinks)
@@ -136,12 +136,15 @@ def slot_window_attention(
         outputs.append(o)
         after.append(of_n)
     ring_k, ring_v, ring_slot = seen.rings
-    joined = [torch.cat(x) for x in zip(*after, strict=True)]
-    state = SlotState(ring_k, ring_v, ring_slot[..., 0], *seen.sinks, *joined, seen.length)
+    sink_k, sink_v = seen.sinks
+    keys, values, count = (torch.cat(x) for x in zip(*after, strict=True))
+    state = SlotState(
+        *(ring_k, ring_v, ring_slot[..., 0], sink_k, sink_v, keys, values, count, seen.length)
+    )
     return torch.cat(outputs, dim=1), state
 
 
-SUMS = ("keys", "values", "count")
+SUMS = ("keys", "values", "tokens")
 
 
 def state_shapes(
@@ -162,7 +165,7 @@ def state_shapes(
         "sink_v": (N, sinks, G, V),
         "keys": (N, G, M, D),
         "values": (N, G, M, V),
-        "count": (N, G, M),
+        "tokens": (N, G, M),
         "length": (N,),
     }
 

@@ -120,7 +120,8 @@ def window_linear_attention(
         prefix=seen.prefix,
         scale=D**-0.5 if scale is None else scale,
     )
-    return o_BTHV, WindowState(*seen.rings, *seen.sinks, S_NPFW, seen.length)
+    (ring_k, ring_v, ring_phi), (sink_k, sink_v) = seen.rings, seen.sinks
+    return o_BTHV, WindowState(ring_k, ring_v, ring_phi, sink_k, sink_v, S_NPFW, seen.length)
 
 
 def not_on_cpu(dtype: torch.dtype, D: int, V: int, F: int) -> str | None:

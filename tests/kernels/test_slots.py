@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lowline.kernels.slots import SlotState, slot_window_attention, slot_window_step
 
 H, G, D, V, M = 4, 2, 8, 6, 3
-FLOATS = ("k", "v", "sink_k", "sink_v", "keys", "values", "count")
+FLOATS = ("k", "v", "sink_k", "sink_v", "keys", "values", "tokens")
 CASES = [(5, 2), (64, 4), (1, 0), (70, 0)]
 
 
