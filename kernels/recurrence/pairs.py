@@ -27,6 +27,8 @@ from typing import NamedTuple
 
 import torch
 
+from lowline.kernels.exponent import LOG2_E
+
 
 class Decay(NamedTuple):
     """The decays inside chunks: what they make of a state, a key and a pair."""
@@ -43,13 +45,13 @@ class Decay(NamedTuple):
 
 
 def decays(g_RCF: torch.Tensor, per_head: bool) -> Decay:
-    """Sums of gates by doubling: from blocks of s rows to blocks of 2s rows."""
+    """Sums of gates, in bits, by doubling: from blocks of s rows to blocks of 2s rows."""
     R, C, F = g_RCF.shape
-    into, out = g_RCF.clone(), torch.zeros_like(g_RCF)
+    into, out = g_RCF * LOG2_E, torch.zeros_like(g_RCF)
     levels, s = [], 1
     while s < C:
         i, o = into.view(R, -1, 2, s, F), out.view(R, -1, 2, s, F)
-        levels.append((o[:, :, 0].exp(), i[:, :, 1].exp()))
+        levels.append((o[:, :, 0].exp2(), i[:, :, 1].exp2()))
         o[:, :, 0] += i[:, :, 1, -1:]
         i[:, :, 1] += i[:, :, 0, -1:]
         s *= 2
@@ -60,7 +62,7 @@ def decays(g_RCF: torch.Tensor, per_head: bool) -> Decay:
             _blocks(pair[:, None], keys.shape[2]).copy_(
                 queries[:, :, None] * keys.transpose(2, 3)[:, :, None]
             )
-    return Decay(into.exp_(), out.exp_(), levels, pair)
+    return Decay(into.exp2_(), out.exp2_(), levels, pair)
 
 
 def decays_grad(d_into: torch.Tensor, d_out: torch.Tensor, pairs: PairGrads) -> torch.Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lowline.kernels.exponent import LOG2_E
 from lowline.kernels.scan.reference import finish, step_size
 
 CHUNK = 256
@@ -158,7 +159,7 @@ def _states(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """h and e^{δA} of (L, B, D, N) in a chunk filled up to whole blocks; the state after it."""
     x_LBD, dt_LBD, B_LBN = (tensor[:, chunk].transpose(0, 1).to(dt.dtype) for tensor in (x, dt, B))
-    decay = torch.exp(dt_LBD[..., None] * A)
+    decay = torch.exp2(dt_LBD[..., None] * (A * LOG2_E))
     h = (dt_LBD * x_LBD)[..., None] * B_LBN[:, :, None, :]
     if fill := -h.shape[0] % BLOCK:  # rows that change nothing
         decay = F.pad(decay, (0, 0, 0, 0, 0, 0, 0, fill), value=1.0)

@@ -8,8 +8,7 @@ scores of those 2C keys, r_jm = 1 where token j has slot m and masks for what is
     y = [e^{s - c} exact + (e^{a - c}·rᵀ) older] [v, 1] + e^{a - c}·[V, n]_before
 
 for every c; it is the largest exponent of a row. All are products of matrices; autograd keeps the
-2C + M weights of each query. Scores are in bits, since on a CPU torch's exp2 takes no longer where
-the result is 0, as exp does.
+2C + M weights of each query. Scores are in bits (`lowline.kernels.exponent`).
 
 Shapes: those of `op`; n blocks; X = 2C + s columns: the block before, the block itself, the sinks;
 P of them can be older. Blocks have h = H/G query heads, one after another: R = h·C rows. Time
@@ -18,12 +17,10 @@ counts from the first query; position from the sequence's first token.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 
-BITS = 1 / math.log(2)  # of a score of 1
+from lowline.kernels.exponent import LOG2_E
 
 
 def attend(
@@ -79,7 +76,7 @@ def attend(
         """Elsewhere -inf; adding it takes a sixth of the time of masked_fill on a CPU."""
         return torch.zeros((), dtype=dtype, device=device).where(mask, -torch.inf)
 
-    q = F.pad(q_NTHD.to(dtype) * (scale * BITS), (0, 0, 0, 0, 0, n * C - T)).unflatten(1, (n, C))
+    q = F.pad(q_NTHD.to(dtype) * (scale * LOG2_E), (0, 0, 0, 0, 0, n * C - T)).unflatten(1, (n, C))
     q = q.unflatten(3, (G, h)).permute(0, 3, 1, 4, 2, 5).reshape(N, G, n, R, D)
     i = torch.arange(C, device=device).repeat(h)[:, None]
     j = torch.arange(-C, C, device=device)
@@ -104,7 +101,7 @@ def attend(
     sums_before = before(sums, v1)
     count = (older[:C] @ r_P + sums_before[..., None, :, -1])[:, :, :, None]  # (N, G, n, 1, C, M)
     a = q @ before(keys_NGMD, k).mT + (scores[..., :P] * older) @ r_P
-    b = bias_HM.to(dtype).view(G, 1, h, 1, M) * BITS
+    b = bias_HM.to(dtype).view(G, 1, h, 1, M) * LOG2_E
     a = torch.addcmul(b, a.unflatten(3, (h, C)), 1 / count.clamp(min=1))
     a = (a + zero_where(count > 0)).flatten(3, 4)
     c = torch.maximum(e.detach().amax(-1, keepdim=True), a.detach().amax(-1, keepdim=True))
