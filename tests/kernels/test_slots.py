@@ -216,6 +216,35 @@ def test_gradients(window, sinks):
     close(found[1], found[0], 1e-9)
 
 
+@pytest.mark.parametrize("window, sinks", CASES)
+@pytest.mark.parametrize("before", [0, 1, 90])
+def test_pieces_are_computed_again(window, sinks, before, monkeypatch):
+    """A long sequence in pieces: the same outputs, state and gradients, and less is kept."""
+    found, kept = [], []
+    given, state = inputs(300), None
+    if before:
+        _, state = slot_window_attention(*inputs(before, seed=1), window=window, sinks=sinks)
+    for piece in (1 << 20, 70):
+        monkeypatch.setattr("lowline.kernels.slots.chunk.PIECE", piece)
+        leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in given]
+        saved = []
+
+        def keep(x, saved=saved):
+            saved.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            o, after = slot_window_attention(
+                *leaves, window=window, sinks=sinks, initial_state=state
+            )
+        loss = o.square().sum() + after.keys.square().sum() + after.values.square().sum()
+        wanted = [x for x in leaves if x.requires_grad]
+        found.append((o, after, torch.autograd.grad(loss, wanted)))
+        kept.append(sum(saved))
+    close(found[1], found[0], 1e-10)
+    assert kept[1] < kept[0] / 3
+
+
 def test_extreme_scores():
     given = inputs(130, dtype=torch.float32)
     given[0] *= 1e3
