@@ -32,6 +32,7 @@ METHODS = {
     "hedgehog": "hedgehog",
     "lowline": "slots",
 }
+OTHERS = {"gated_deltanet": "gated_deltanet"}
 MINIMAL = """
 output = "out"
 [model]
@@ -77,12 +78,13 @@ def test_every_method_and_model_has_a_file() -> None:
 def test_configs_run_dry(path: Path) -> None:
     """Every stage is a run that fits together, of the published model."""
     stages = load_stages(path)
-    method = next(name for name in METHODS if path.stem.startswith(name))
+    methods = METHODS | OTHERS
+    method = next(name for name in methods if path.stem.startswith(name))
     size = path.stem.removeprefix(f"{method}_")
     assert stages.source and stages.output == Path("outputs") / path.stem
     for number in range(len(stages.names)):
         run = stages.run(number, teacher=stages.source)
-        assert run.mixer is not None and run.mixer.name == METHODS[method] in MIXERS
+        assert run.mixer is not None and run.mixer.name == methods[method] in MIXERS
         report = dry_run(run, 1 if run.training.global_batch_size == 1 else 8, "cuda")
         biases = run.model.n_layers * (run.model.n_heads + 2 * run.model.kv_heads)
         biases *= run.model.per_head if run.model.qkv_bias else 0
