@@ -35,6 +35,7 @@ from lowline.kernels.window.state import accumulation_dtype, behind_window, chec
 
 OP = "slot_window_attention"
 NO_KERNEL = "it has no kernel of its own there"
+SUMS = ("keys", "values", "tokens")
 
 
 class SlotState(NamedTuple):
@@ -142,9 +143,6 @@ def slot_window_attention(
         *(ring_k, ring_v, ring_slot[..., 0], sink_k, sink_v, keys, values, count, seen.length)
     )
     return torch.cat(outputs, dim=1), state
-
-
-SUMS = ("keys", "values", "tokens")
 
 
 def state_shapes(
