@@ -22,10 +22,16 @@ struct Slots : Window {
     count = at(7).data_ptr<float>(), M = at(7).size(2);
   }
 
+  // The slot of the token that the one at `position` replaces in the ring, and whether it joins it.
+  int64_t& oldest(long n, long g, long position) const {
+    return slot[(n * w + position % w) * G + g];
+  }
+  bool leaves(long position) const { return position - w >= sinks; }
+
   // The token at `position` goes into the ring, the one it replaces into its slot.
   void push(long n, long g, long position, const float* k, const float* v, int64_t of_slot) const {
-    int64_t& ring_slot = slot[(n * w + position % w) * G + g];
-    if (position - w >= sinks) {
+    int64_t& ring_slot = oldest(n, g, position);
+    if (leaves(position)) {
       const long to = (n * G + g) * M + ring_slot;
       add(keys + to * D, ring_k(n, position % w, g), D);
       add(values + to * V, ring_v(n, position % w, g), V);
@@ -77,10 +83,14 @@ PyObject* step(PyObject* const* args, Py_ssize_t) {
   const at::Tensor& o = *tensor(args[7]);
   float* out = o.data_ptr<float>();
   const long H = o.size(1), r = H / x.G;
-  for (long i = 0; i < x.N * x.G; i++)
-    if (slot[i] < 0 || slot[i] >= x.M)
-      return PyErr_Format(PyExc_IndexError, "slot_window_step: slot %lld of %ld",
-                          static_cast<long long>(slot[i]), x.M);
+  for (long i = 0; i < x.N * x.G; i++) {
+    const long n = i / x.G, position = x.length[n];
+    const int64_t oldest = x.leaves(position) ? x.oldest(n, i % x.G, position) : 0;
+    for (int64_t m : {slot[i], oldest})
+      if (m < 0 || m >= x.M)
+        return PyErr_Format(PyExc_IndexError, "slot_window_step: slot %lld of %ld",
+                            static_cast<long long>(m), x.M);
+  }
   const int64_t grain = std::max<int64_t>(1, TASK / ((x.w + x.M) * (x.D + x.V)));
   at::parallel_for(0, x.N * x.G, grain, [&](int64_t first, int64_t last) {
     static thread_local Arena arena;

@@ -8,8 +8,7 @@ scores of those 2C keys, r_jm = 1 where token j has slot m and masks for what is
     y = [e^{s - c} exact + (e^{a - c}·rᵀ) older] [v, 1] + e^{a - c}·[V, n]_before
 
 for every c; it is the largest exponent of a row. All are products of matrices; autograd keeps the
-2C + M weights of each query. Above `PIECE` tokens in all, sequences go in pieces of as many, which
-the backward pass computes again. Scores are in bits (`lowline.kernels.exponent`).
+2C + M weights of each query. Scores are in bits (`lowline.kernels.exponent`).
 
 Shapes: those of `op`; n blocks; X = 2C + s columns: the block before, the block itself, the sinks;
 P of them can be older. Blocks have h = H/G query heads, one after another: R = h·C rows. Time
@@ -18,16 +17,10 @@ counts from the first query; position from the sequence's first token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from lowline.kernels.exponent import LOG2_E
-
-PIECE = 1024  # tokens
 
 
 def attend(
@@ -48,47 +41,6 @@ def attend(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """o_NTHV, and the slots' sums of keys, values and tokens; arguments: `reference.attend`'s."""
-    (N, T, H), V = q_NTHD.shape[:3], v_NUGV.shape[-1]
-    if T == 0:
-        return q_NTHD.new_empty(N, 0, H, V), keys_NGMD, values_NGMV, count_NGM
-    size = -(-max(PIECE, window) // max(window, 64)) * max(window, 64)
-    run: Callable[..., tuple[torch.Tensor, ...]] = _attend
-    if size < N * T and torch.is_grad_enabled():
-        run = partial(checkpoint, _attend, use_reentrant=False, preserve_rng_state=False)
-    outputs, sums = [], [keys_NGMD, values_NGMV, count_NGM]
-    for start in range(0, T, size):
-        before = window if start else prefix
-        rows = slice(start + prefix - before, start + prefix + size)
-        o, *sums = run(
-            *(q_NTHD[:, start : start + size], k_NUGD[:, rows], v_NUGV[:, rows]),
-            *(slot_NUG[:, rows], bias_HM, sink_k_NsGD, sink_v_NsGV, *sums, length_N + start),
-            window=window,
-            prefix=before,
-            scale=scale,
-        )
-        outputs.append(o)
-    keys_NGMD, values_NGMV, count_NGM = sums
-    return torch.cat(outputs, 1), keys_NGMD, values_NGMV, count_NGM
-
-
-def _attend(
-    q_NTHD: torch.Tensor,
-    k_NUGD: torch.Tensor,
-    v_NUGV: torch.Tensor,
-    slot_NUG: torch.Tensor,
-    bias_HM: torch.Tensor,
-    sink_k_NsGD: torch.Tensor,
-    sink_v_NsGV: torch.Tensor,
-    keys_NGMD: torch.Tensor,
-    values_NGMV: torch.Tensor,
-    count_NGM: torch.Tensor,
-    length_N: torch.Tensor,
-    *,
-    window: int,
-    prefix: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`attend` of one piece."""
     N, T, H, D = q_NTHD.shape
     G, sinks, dtype, device = k_NUGD.shape[2], sink_k_NsGD.shape[1], keys_NGMD.dtype, q_NTHD.device
     V, M = v_NUGV.shape[-1], bias_HM.shape[-1]

@@ -18,7 +18,8 @@ where the slot's tokens lie after the rotary embedding, and b, of each query hea
 for e^{mean} being at most the mean of e^x.
 
 Time is O(T·(window + M)), the state O(M). There is no padding mask; packed sequences take its
-place.
+place. Of more than `PIECE` tokens in all, the torch form takes `PIECE` of a sequence at a time and
+computes them again in the backward pass.
 
 Shapes: B batch, T tokens, H query heads, G key/value heads, D and V key and value dimension, M
 slots, N sequences; U = prefix + T rows of a call that continues a state.
@@ -26,9 +27,13 @@ slots, N sequences; U = prefix + T rows of a call that continues a state.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from lowline.kernels.backends import choose
 from lowline.kernels.window.state import accumulation_dtype, behind_window, check_state
@@ -36,6 +41,7 @@ from lowline.kernels.window.state import accumulation_dtype, behind_window, chec
 OP = "slot_window_attention"
 NO_KERNEL = "it has no kernel of its own there"
 SUMS = ("keys", "values", "tokens")
+PIECE = 1024  # tokens
 
 
 class SlotState(NamedTuple):
@@ -114,27 +120,36 @@ def slot_window_attention(
     seen = behind_window(tokens, rings, length_N, cu, window=window, sinks=sinks)
     wanted = "torch" if backend == "auto" else backend
     which = choose(OP, wanted, q_BTHD.device, cpu=NO_KERNEL, triton=NO_KERNEL)
+    (B, T, H, D), V = q_BTHD.shape, v_BTGV.shape[-1]
+    attend: Callable[..., tuple[torch.Tensor, ...]]
     if which == "torch":
         from lowline.kernels.slots.chunk import attend
+
+        block = max(window, 64)
+        size = -(-max(PIECE, window) // block) * block
+        if size < B * T and torch.is_grad_enabled():
+            attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
     else:
         from lowline.kernels.slots.reference import attend
-    bounds = None if cu is None else cu.tolist()
-    outputs, after = [], []
-    for n in range(1 if bounds is None else N):
-        one, queries, rows = slice(None), slice(None), slice(None)
-        if bounds is not None:
-            a, b = bounds[n], bounds[n + 1]
-            one, queries = slice(n, n + 1), slice(a, b)
-            rows = slice(a + n * seen.prefix, b + (n + 1) * seen.prefix)
-        k, v, slot = (x[:, rows] for x in seen.rows)
-        o, *of_n = attend(
-            *(q_BTHD[:, queries], k, v, slot[..., 0], bias_HM),
-            *(x[one] for x in (*seen.sinks, *sums, length_N)),
-            window=window,
-            prefix=seen.prefix,
-            scale=q_BTHD.shape[-1] ** -0.5 if scale is None else scale,
-        )
-        outputs.append(o)
+
+        size = max(T, 1)
+    bounds = [0, T] if cu is None else cu.tolist()
+    outputs, after = [q_BTHD.new_empty(B, 0, H, V)], []
+    for n, (first, end) in enumerate(pairwise(bounds)):
+        one = slice(None) if cu is None else slice(n, n + 1)
+        of_n, row = [x[one] for x in sums], (n + 1) * seen.prefix  # what token 0 would have
+        for start in range(first, end, size):
+            stop, prefix = min(start + size, end), seen.prefix if start == first else window
+            k, v, slot = (x[:, row + start - prefix : row + stop] for x in seen.rows)
+            o, *of_n = attend(
+                *(q_BTHD[:, start:stop], k, v, slot[..., 0], bias_HM),
+                *(x[one] for x in seen.sinks),
+                *(*of_n, length_N[one] + start - first),
+                window=window,
+                prefix=prefix,
+                scale=D**-0.5 if scale is None else scale,
+            )
+            outputs.append(o)
         after.append(of_n)
     ring_k, ring_v, ring_slot = seen.rings
     sink_k, sink_v = seen.sinks

@@ -161,11 +161,15 @@ def test_compiled_step_is_the_plain_one(window, sinks):
             state=double,
             backend="cpu",
         )
-    before = tree_map_only(torch.Tensor, torch.clone, states["cpu"])
-    token[3][1, 0] = M
-    with pytest.raises(IndexError, match=f"slot {M} of {M}"):
-        slot_window_step(*token, bias, state=states["cpu"], backend="cpu")
-    close(states["cpu"], before, 0)
+    state = states["cpu"]
+    oldest = state.slot[2, state.length[2] % window]  # of the token that leaves next
+    for wrong in (token[3][1], oldest):
+        before, right = tree_map_only(torch.Tensor, torch.clone, state), wrong[0].clone()
+        wrong[0] = M
+        with pytest.raises(IndexError, match=f"slot {M} of {M}"):
+            slot_window_step(*token, bias, state=state, backend="cpu")
+        wrong[0] = right
+        close(state, before, 0)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -225,7 +229,7 @@ def test_pieces_are_computed_again(window, sinks, before, monkeypatch):
     if before:
         _, state = slot_window_attention(*inputs(before, seed=1), window=window, sinks=sinks)
     for piece in (1 << 20, 70):
-        monkeypatch.setattr("lowline.kernels.slots.chunk.PIECE", piece)
+        monkeypatch.setattr("lowline.kernels.slots.op.PIECE", piece)
         leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in given]
         saved = []
 
