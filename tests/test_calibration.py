@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lowline.linearize.mixers.slots import Slots, centres
-from lowline.train.config import ColaConfig, ModelConfig
 from lowline.train.device import prepare
 from lowline.train.load_config import ConfigError, load_config
 
@@ -20,7 +19,6 @@ prepare()
 from lowline.tools.export import export  # noqa: E402
 from lowline.train import trainer as engine  # noqa: E402
 from lowline.train.calibration import SINKS, evenly  # noqa: E402
-from lowline.train.hf import config_to_hf  # noqa: E402
 
 _spec = importlib.util.spec_from_file_location(
     "training", Path(__file__).parent / "workers" / "training.py"
@@ -28,7 +26,6 @@ _spec = importlib.util.spec_from_file_location(
 training = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(training)
 
-MODEL = ModelConfig(dim=64, n_layers=2, n_heads=2, ffn_dim=172, vocab_size=4096)
 STEPS = 2
 SLOTS = (
     *('--mixer.name="slots"', "--mixer.options={window = 8, slots = 5}", "--cola.rank=0"),
@@ -40,11 +37,7 @@ SLOTS = (
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher") / "dense"
-    torch.manual_seed(0)
-    body = AutoModelForCausalLM.from_config(config_to_hf(MODEL, ColaConfig(), max_seq_len=64))
-    body.save_pretrained(folder)
-    return folder
+    return training.save_teacher(tmp_path_factory.mktemp("teacher") / "dense")
 
 
 def centroids(output: Path, folder: Path) -> list[torch.Tensor]:

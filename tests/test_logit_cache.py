@@ -10,16 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
 
 from lowline.linearize.losses import distillation_loss, top_k_distillation_loss
-from lowline.train.config import ColaConfig, ModelConfig
 from lowline.train.device import prepare
 
 prepare()
 
 from lowline.train import objectives  # noqa: E402
-from lowline.train.hf import config_to_hf  # noqa: E402
 from lowline.train.load_config import load_config  # noqa: E402
 from lowline.train.logit_cache import LogitCache, cache_bytes, likeliest_of  # noqa: E402
 
@@ -29,7 +26,6 @@ _spec = importlib.util.spec_from_file_location(
 training = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(training)
 
-MODEL = ModelConfig(dim=64, n_layers=2, n_heads=2, ffn_dim=172, vocab_size=4096)
 V = 50
 
 
@@ -76,22 +72,12 @@ def test_loss_and_gradient(k, temperature):
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher") / "dense"
-    torch.manual_seed(0)
-    body = AutoModelForCausalLM.from_config(config_to_hf(MODEL, ColaConfig(), max_seq_len=64))
-    with torch.no_grad():
-        body.lm_head.weight.mul_(20)
-    body.save_pretrained(folder)
-    return folder
+    return training.save_teacher(tmp_path_factory.mktemp("teacher") / "dense")
 
 
 def arguments(teacher: Path, cache: Path, *more: str) -> tuple[str, ...]:
-    return (
-        f"--checkpoint.initial_weights={teacher}",
-        *('--mixer.name="lolcats"', "--mixer.options={window = 8}", "--cola.rank=0"),
-        *('--objective.kind="distill"', f"--objective.teacher={teacher}"),
-        *(f"--objective.logit_cache={cache}", "--objective.top_k=16", "--optimizer.lr=1e-3"),
-        *more,
+    return training.distilled(
+        teacher, f"--objective.logit_cache={cache}", "--objective.top_k=16", *more
     )
 
 
@@ -192,6 +178,10 @@ def test_refusals(teacher, first, tmp_path, capsys, monkeypatch):
     assert "top_k = 16 without a logit_cache" in refused(*plain)
     empty = arguments(teacher, tmp_path / "new")
     assert "of a vocabulary of 4096" in refused(*empty, "--objective.top_k=4096")
+    damaged = tmp_path / "damaged" / "manifest.json"
+    damaged.parent.mkdir()
+    damaged.write_text('{"teacher":')
+    assert f"{damaged} is damaged" in refused(*arguments(teacher, damaged.parent))
     usage = SimpleNamespace(free=1000)
     monkeypatch.setattr("lowline.train.logit_cache.shutil.disk_usage", lambda _: usage)
     assert "the logits take 0.001 GB more, 0.000 GB are free" in refused(*empty)

@@ -16,10 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from lowline.linearize.losses import distillation_loss, transfer_loss
 from lowline.train.config import (
-    ColaConfig,
     LoraConfig,
     MixerConfig,
-    ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
     RunConfig,
@@ -33,7 +31,6 @@ prepare()
 
 from lowline.linearize.titan import Transfer  # noqa: E402
 from lowline.tools.hf_commands import export  # noqa: E402
-from lowline.train.hf import config_to_hf  # noqa: E402
 from lowline.train.lora import is_lora  # noqa: E402
 from lowline.train.model import build_model_config  # noqa: E402
 from lowline.train.objectives import (  # noqa: E402
@@ -50,9 +47,7 @@ _spec = importlib.util.spec_from_file_location(
 training = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(training)
 
-MODEL = ModelConfig(dim=64, n_layers=2, n_heads=2, ffn_dim=172, vocab_size=4096)
-MIXER = ('--mixer.name="lolcats"', "--mixer.options={window = 8}", "--cola.rank=0")
-TRANSFER = (*MIXER, '--objective.kind="transfer"', "--optimizer.lr=0.1")
+TRANSFER = (*training.MIXER, '--objective.kind="transfer"', "--optimizer.lr=0.1")
 
 
 LONGER = ("--training.steps=20", "--checkpoint.every=8", "--checkpoint.keep=9",
@@ -61,23 +56,11 @@ LONGER = ("--training.steps=20", "--checkpoint.every=8", "--checkpoint.keep=9",
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
-    """A dense model, as it begins: its attention is near uniform, which is soon learnt."""
-    folder = tmp_path_factory.mktemp("teacher") / "dense"
-    torch.manual_seed(0)
-    body = AutoModelForCausalLM.from_config(config_to_hf(MODEL, ColaConfig(), max_seq_len=64))
-    with torch.no_grad():
-        body.lm_head.weight.mul_(20)
-    body.save_pretrained(folder)
-    return folder
+    return training.save_teacher(tmp_path_factory.mktemp("teacher") / "dense")
 
 
 def started(teacher: Path, *arguments: str) -> tuple[str, ...]:
     return (f"--checkpoint.initial_weights={teacher}", *arguments)
-
-
-def distilled(teacher: Path, *arguments: str) -> tuple[str, ...]:
-    objective = ('--objective.kind="distill"', f"--objective.teacher={teacher}")
-    return started(teacher, *MIXER, *objective, "--optimizer.lr=1e-3", *arguments)
 
 
 def tiny_run(mixer: str | None = "lolcats", **sections) -> RunConfig:
@@ -85,7 +68,7 @@ def tiny_run(mixer: str | None = "lolcats", **sections) -> RunConfig:
     sections.setdefault("optimizer", OptimizerConfig(lr=1e-3))
     if mixer is not None:
         sections.setdefault("mixer", MixerConfig(name=mixer, options={"window": 4}))
-    return RunConfig(model=replace(MODEL, vocab_size=97), **sections)
+    return RunConfig(model=replace(training.MODEL, vocab_size=97), **sections)
 
 
 def body_of(run: RunConfig, seed: int = 0) -> torch.nn.Module:
@@ -225,7 +208,7 @@ def test_logits_at_once_are_bounded():
     run = tiny_run(objective=ObjectiveConfig(kind="distill", teacher="t"))
     wide = replace(
         run,
-        model=replace(MODEL, vocab_size=49152),
+        model=replace(training.MODEL, vocab_size=49152),
         training=TrainingConfig(steps=1, seq_len=1024, global_batch_size=8),
     )
     assert loss_config(run, 2).num_chunks == 1
@@ -236,7 +219,7 @@ def test_logits_at_once_are_bounded():
 @pytest.mark.parametrize("mixer", ["hedgehog", "lolcats"])
 def test_attention_weights_are_those_of_the_formula(mixer):
     """One-hot values bring them out; in a batch of packed documents, with fewer K/V heads."""
-    model = replace(MODEL, vocab_size=97, n_heads=4, n_kv_heads=2)
+    model = replace(training.MODEL, vocab_size=97, n_heads=4, n_kv_heads=2)
     options = {"window": 4} if mixer == "lolcats" else {}
     run = replace(tiny_run(mixer=None), model=model, mixer=MixerConfig(name=mixer, options=options))
     body, (ids, labels, positions) = body_of(run), batch()
@@ -386,7 +369,9 @@ def final(output: Path, name: str) -> float:
 
 def test_a_distillation_comes_closer_to_its_teacher_and_goes_on(teacher, tmp_path):
     """From random weights; window dropout and all survive a kill."""
-    arguments = distilled(teacher, "--objective.window_dropout=0.5", "--evaluation.every=4")[1:]
+    arguments = training.distilled(
+        teacher, "--objective.window_dropout=0.5", "--evaluation.every=4"
+    )[1:]
     assert training.train_here(tmp_path / "whole", *arguments) == 0
     kl = [r["eval_kl"] for r in read_metrics(tmp_path / "whole") if "eval_kl" in r]
     assert len(kl) == 3 and kl[0] > kl[1] > kl[2]
@@ -397,7 +382,7 @@ def test_a_distillation_comes_closer_to_its_teacher_and_goes_on(teacher, tmp_pat
 
 def test_a_stage_starts_from_the_step_folder_of_another(teacher, transferred, tmp_path):
     step = transferred / "checkpoint" / "step-20"
-    arguments = (*distilled(teacher)[1:], f"--checkpoint.initial_weights={step}")
+    arguments = (*training.distilled(teacher)[1:], f"--checkpoint.initial_weights={step}")
     still = ("--optimizer.lr=1e-12", "--optimizer.weight_decay=0", "--training.steps=2")
     assert training.train_here(tmp_path / "run", *arguments, *still) == 0
     assert final(tmp_path / "run", "eval_loss") == pytest.approx(
@@ -406,7 +391,7 @@ def test_a_stage_starts_from_the_step_folder_of_another(teacher, transferred, tm
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(teacher, tmp_path):
-    arguments = distilled(teacher, '--mixer.layers="none"', "--training.steps=2")
+    arguments = training.distilled(teacher, '--mixer.layers="none"', "--training.steps=2")
     assert training.train_here(tmp_path / "run", *arguments) == 0
     first = next(r for r in read_metrics(tmp_path / "run") if "loss" in r)
     assert abs(first["loss"]) < 1e-6 and first["grad_norm"] < 1e-4
@@ -416,7 +401,9 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(teacher, tmp_path):
 @pytest.mark.parametrize("kind", ["transfer", "distill"])
 def test_two_ranks_are_one(teacher, tmp_path, kind):
     """FSDP over gloo, two microbatches a rank; the teacher and the mixers are sharded, too."""
-    arguments = started(teacher, *TRANSFER) if kind == "transfer" else distilled(teacher)[1:]
+    arguments = (
+        started(teacher, *TRANSFER) if kind == "transfer" else training.distilled(teacher)[1:]
+    )
     arguments += ("--training.steps=6",)
     result = training.launch(
         tmp_path / "two", *arguments, "--training.local_batch_size=2", processes=2
@@ -468,7 +455,7 @@ def adapted(teacher, tmp_path_factory) -> Path:
     """A recovery stage with LoRA."""
     output = tmp_path_factory.mktemp("adapted") / "run"
     lora = ("--lora.rank=4", '--lora.projections=["q", "v"]', "--optimizer.mixer_lr=1e-2")
-    arguments = distilled(teacher, *lora, "--training.steps=8")
+    arguments = training.distilled(teacher, *lora, "--training.steps=8")
     assert training.train_here(output, *arguments, "--optimizer.lr=1e-2") == 0
     return output
 
@@ -520,7 +507,11 @@ def test_a_stage_merges_the_adapters_it_starts_from(teacher, adapted, tmp_path):
     step = adapted / "checkpoint" / "step-8"
     still = ("--optimizer.lr=1e-12", "--optimizer.weight_decay=0", "--training.steps=2")
     for name, lora in (("without", ()), ("with", ("--lora.rank=2",))):
-        arguments = (*distilled(teacher)[1:], f"--checkpoint.initial_weights={step}", *lora)
+        arguments = (
+            *training.distilled(teacher)[1:],
+            f"--checkpoint.initial_weights={step}",
+            *lora,
+        )
         assert training.train_here(tmp_path / name, *arguments, *still) == 0
         assert final(tmp_path / name, "eval_loss") == pytest.approx(
             final(adapted, "eval_loss"), rel=1e-6
@@ -576,7 +567,7 @@ def test_impossible_combinations_are_refused(arguments):
     import re
 
     given = re.split(r" (?=--)", arguments)
-    base = [a for a in MIXER if not any(a.split("=")[0] == g.split("=")[0] for g in given)]
+    base = [a for a in training.MIXER if not any(a.split("=")[0] == g.split("=")[0] for g in given)]
     wanted = ".*".join(re.escape(part) for part in BAD[arguments].split(".*"))
     with pytest.raises(ConfigError, match=wanted):
         load_config(training.TINY[1], [*training.TINY[2:], *base, *given])
@@ -586,9 +577,12 @@ def test_what_cannot_be_known_without_looking(teacher, transferred, tmp_path, ca
     """A teacher that is not there or speaks other tokens; another mixer than before."""
     folder = tmp_path / "elsewhere"
     for arguments, words in (
-        (distilled(folder)[1:], f"objective.teacher = '{folder}' is no Hugging Face directory"),
         (
-            (*distilled(teacher)[1:], "--model.vocab_size=4097"),
+            training.distilled(folder)[1:],
+            f"objective.teacher = '{folder}' is no Hugging Face directory",
+        ),
+        (
+            (*training.distilled(teacher)[1:], "--model.vocab_size=4097"),
             "has vocab_size = 4096, the run's model 4097",
         ),
         (

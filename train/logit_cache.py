@@ -36,7 +36,7 @@ class LogitCache:
         teacher: the teacher's directory.
 
     Raises:
-        ValueError: the folder is another teacher's, k's or temperature's.
+        ValueError: the folder is another teacher's, k's or temperature's, or damaged.
         OSError: it cannot be written.
     """
 
@@ -45,7 +45,10 @@ class LogitCache:
         mine = {"teacher": fingerprint(teacher), "top_k": k, "temperature": temperature}
         manifest = folder / "manifest.json"
         if manifest.is_file():
-            held = json.loads(manifest.read_text())
+            try:
+                held = json.loads(manifest.read_text())
+            except ValueError as error:
+                raise ValueError(f"{manifest} is damaged ({error}); remove {folder}") from None
             if held != mine:
                 raise ValueError(
                     f"objective.logit_cache = {str(folder)!r} was written with {held}, this run "

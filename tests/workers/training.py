@@ -17,6 +17,8 @@ from unittest import mock
 
 import torch
 
+from lowline.train.config import ColaConfig, ModelConfig
+
 TINY = (
     "--config",
     str(files("lowline.configs") / "demo_cola.toml"),
@@ -26,6 +28,8 @@ TINY = (
     *("--schedule.warmup_steps=2", "--checkpoint.every=4", "--evaluation.every=6"),
     *("--evaluation.max_tokens=4096", "--metrics.tensorboard=false"),
 )
+MODEL = ModelConfig(dim=64, n_layers=2, n_heads=2, ffn_dim=172, vocab_size=4096)
+MIXER = ('--mixer.name="lolcats"', "--mixer.options={window = 8}", "--cola.rank=0")
 ENVIRONMENT = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
 
@@ -58,6 +62,28 @@ def train_here(output: Path, *arguments: str) -> int:
 
     with one_process():
         return main([*TINY, f"--output={output}", *arguments])
+
+
+def save_teacher(folder: Path) -> Path:
+    """A dense `MODEL` as it begins, but for sharper predictions; its attention is near uniform."""
+    from transformers import AutoModelForCausalLM
+
+    from lowline.train.hf import config_to_hf
+
+    torch.manual_seed(0)
+    body = AutoModelForCausalLM.from_config(config_to_hf(MODEL, ColaConfig(), max_seq_len=64))
+    with torch.no_grad():
+        body.lm_head.weight.mul_(20)
+    body.save_pretrained(folder)
+    return folder
+
+
+def distilled(teacher: Path, *arguments: str) -> tuple[str, ...]:
+    """Arguments of a run that begins as a teacher with other mixers, and learns its logits."""
+    return (
+        *(f"--checkpoint.initial_weights={teacher}", *MIXER, '--objective.kind="distill"'),
+        *(f"--objective.teacher={teacher}", "--optimizer.lr=1e-3", *arguments),
+    )
 
 
 @contextmanager
