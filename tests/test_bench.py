@@ -1,8 +1,10 @@
-"""`lowline bench pretrain` measures what it says, in turns, and writes it down."""
+"""`lowline bench pretrain` and `linearize` measure what they say, in turns, and write it down."""
 
 import json
 import os
 import sys
+from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ import torch.distributed as dist
 
 from lowline.tools import bench as measure
 from lowline.tools import bench_pretrain as bench
+from lowline.tools import cli
+from lowline.tools.bench_linearize import bench_linearize
 
 
 @pytest.fixture
@@ -172,3 +176,31 @@ def test_trainer(capsys):
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         bench.bench_pretrain(part="blocks", shape="60m", **options)
+
+
+@pytest.mark.slow
+def test_stages_of_a_file(tmp_path, capsys):
+    """A step of each against the teacher's forward pass over as many tokens."""
+    tiny = ["--model.dim=64", "--model.n_layers=2", "--model.n_heads=4", "--model.n_kv_heads=2",
+            "--model.head_dim=16", "--model.ffn_dim=96", "--model.vocab_size=4096",
+            "--training.seq_len=64", "--training.global_batch_size=2",
+            "--training.local_batch_size=1"]  # fmt: skip
+    path = str(files("lowline.configs") / "linearize" / "{}_smollm2_135m.toml")
+    report = bench_linearize(
+        Path(path.format("gated_deltanet")),
+        overrides=tiny,
+        repeats=2,
+        json=tmp_path / "bench.json",
+    )
+    assert json.loads((tmp_path / "bench.json").read_text()) == report
+    assert list(report["stages"]) == ["transfer", "distill"]
+    for stage in report["stages"].values():
+        assert stage["tokens"] == 128
+        seconds, over = stage["seconds"], stage["step_over_teacher"]
+        assert over["wall_min"] == seconds["step"]["wall_min"] / seconds["teacher"]["wall_min"]
+        assert over["wall"] > 0.5  # it has a forward pass of its own
+    assert "MASTER_PORT" not in os.environ and not dist.is_initialized()
+    printed = capsys.readouterr().out
+    assert "over it" in printed and "distill" in printed
+    assert cli.main(["bench", "linearize", path.format("nothing")]) == 2
+    assert "nothing_smollm2_135m.toml" in capsys.readouterr().err

@@ -46,6 +46,10 @@ COMMANDS = {
         "lowline.tools.bench_decode:bench_decode",
         "tokens/s, memory and prefill of a converted model beside its teacher",
     ),
+    "bench linearize": (
+        "lowline.tools.bench_linearize:bench_linearize",
+        "time a step of each stage against the teacher's forward pass",
+    ),
     "bench kernels": (
         "lowline.tools.bench_kernels:bench_kernels",
         "time and memory of the kernels against attention and their limits",
@@ -77,7 +81,7 @@ def _call(words: str, arguments: list[str]) -> int:
         return function(arguments)
     import tyro
 
-    if words == "inspect cost":  # takes keys of the configuration beside its options
+    if words in ("inspect cost", "bench linearize"):  # keys of the configuration beside options
         keys = [a for a in arguments if re.match(r"--[\w.-]+\.[\w.-]+=", a)]
         arguments = [a for a in arguments if a not in keys]
         function = partial(function, overrides=tuple(keys))
