@@ -11,6 +11,7 @@ Left out: dropout of attention weights, and attention weights as an output: ther
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -51,17 +52,24 @@ class LinearizedAttention(nn.Module):
         if packing is not None:
             x_BTE, rope = packing.pack(x_BTE), (packing.pack(rope[0]), packing.pack(rope[1]))
         q_BTHD, k_BTGD, v_BTGD = self.project(x_BTE)
+        precision: AbstractContextManager[Any] = nullcontext()
+        if torch.is_autocast_enabled(x_BTE.device.type):  # a mixer computes in one type
+            dtype = next((p.dtype for p in self.mixer.parameters()), q_BTHD.dtype)
+            inputs = (q_BTHD, k_BTGD, v_BTGD, x_BTE)
+            q_BTHD, k_BTGD, v_BTGD, x_BTE = (x.to(dtype) for x in inputs)
+            precision = torch.autocast(x_BTE.device.type, enabled=False)
         held = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         assert held is None or isinstance(held, MixerLayer)
-        o_BTHD, state = self.mixer(
-            q_BTHD,
-            k_BTGD,
-            v_BTGD,
-            rope=rope,
-            x_BTE=x_BTE,
-            state=None if held is None else held.state,
-            cu_seqlens=None if packing is None else packing.cu_seqlens,
-        )
+        with precision:
+            o_BTHD, state = self.mixer(
+                q_BTHD,
+                k_BTGD,
+                v_BTGD,
+                rope=rope,
+                x_BTE=x_BTE,
+                state=None if held is None else held.state,
+                cu_seqlens=None if packing is None else packing.cu_seqlens,
+            )
         if held is not None:
             held.update(state, hidden_states.shape[1])
         o_BTE = self.o_proj(o_BTHD.flatten(2))

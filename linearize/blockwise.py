@@ -234,14 +234,16 @@ def _damaged(path: Path, how: str) -> ShardError:
     return ShardError(f"{path} {how}; remove it, and the same command writes it again")
 
 
-def fingerprint(folder: Path) -> str:
-    """Of the weights in a folder: tells apart what differs, but for changes of a few bytes.
+def fingerprint(source: Path) -> str:
+    """Of the weights in a folder, or of a file: tells apart what differs, but for a few bytes.
 
     Made of name, size and evenly spread samples of every file of weights, as reading the whole of a
     large model takes hours.
     """
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".distcp")):
+    digest, files = hashlib.sha256(), [source]
+    if source.is_dir():
+        files = sorted(p for p in source.iterdir() if p.suffix in (".safetensors", ".distcp"))
+    for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:

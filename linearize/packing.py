@@ -39,6 +39,11 @@ class Packing:
         starts = starts_BT.flatten().nonzero()[:, 0]
         return cls(F.pad(starts, (0, 1), value=B * T), None, (B, T))
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Packing:
+        """On another device, where accelerate moves a layer's arguments to."""
+        places = None if self.places is None else self.places.to(device, non_blocking=non_blocking)
+        return Packing(self.cu_seqlens.to(device, non_blocking=non_blocking), places, self.shape)
+
     def pack(self, x_BTE: torch.Tensor) -> torch.Tensor:
         """(B, T, E), or (1, T, E) that all rows share, to (1, L, E)."""
         flat = x_BTE.expand(self.shape[0], -1, -1).flatten(0, 1)

@@ -156,6 +156,9 @@ def evaluate(
         measures = [make(task) for task in chosen]
         plan += [(row, measure) for row in rows for measure in measures if fits(row, measure)]
 
+    if not plan:
+        raise ValueError(f"tasks {', '.join(chosen)}: the models have none of what they measure")
+
     console, numbers = wide_console(), output / "results.json"
     results = Results.read(numbers)
     for _ in run(plan, results, console):

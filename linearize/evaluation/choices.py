@@ -56,7 +56,8 @@ def read_piqa(path: Path, limit: int | None = None) -> list[Item]:
         ValueError: no such file, or a line that is no such item.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as file:
+            lines = file.readlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as a file of JSON lines: {error}") from None
     items = []

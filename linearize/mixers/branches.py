@@ -187,4 +187,5 @@ def is_step(x_BTHD: torch.Tensor, cu_seqlens: torch.Tensor | None, *state: torch
     """Whether a call with this state can take the kernels' step, which changes it in place."""
     if x_BTHD.shape[1] != 1 or cu_seqlens is not None or torch.is_grad_enabled():
         return False
-    return not any(held.requires_grad for held in state)
+    frozen = not torch.is_inference_mode_enabled() and any(held.is_inference() for held in state)
+    return not frozen and not any(held.requires_grad for held in state)

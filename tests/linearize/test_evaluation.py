@@ -365,6 +365,10 @@ def test_log_likelihoods_of_choices(tmp_path):
 def test_limit_and_broken_files(tmp_path):
     path = piqa_file(tmp_path)
     assert [item.label for item in read_piqa(path, 3)] == [0, 1, 1]
+    separated = [ITEMS[0] | {"goal": "Two\u2028lines\u0085?"}]
+    path = piqa_file(tmp_path, separated)
+    path.write_text(path.read_text().encode().decode("unicode_escape"))
+    assert "Two\u2028lines\u0085?" in read_piqa(path)[0].context
     with pytest.raises(ValueError, match="cannot be read"):
         read_piqa(tmp_path / "absent.jsonl")
     with pytest.raises(ValueError, match="line 2: no JSON object with goal"):

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from lowline.linearize.cache import LinearizedCache
 from lowline.linearize.hf import FAMILIES, LinearizedAttention
 from lowline.linearize.mixers import MIXERS, build_mixer
+from lowline.linearize.packing import Packing
 from tests.linearize.models import (
     ARCHITECTURES,
     SHAPE,
@@ -140,6 +141,38 @@ def test_attention_is_zero_at_padding(side):
     assert len(seen) == 2
     for out in seen:
         assert not out[mask == 0].any() and (out[mask == 1].abs().amax(-1) > 0).all()
+
+
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
+def test_autocast(mixer):
+    """Of fp32 weights: what linear layers give is rounded, mixers compute in their own type."""
+    model, ids = converted(mixer).train(), tokens(2, T)
+    exact = model(ids, use_cache=False).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(ids, use_cache=False).logits
+        step = in_pieces(model, ids, [T - 1])
+    rounded.float().square().sum().backward()
+    assert error(rounded.float(), exact) < 0.1 and error(step.float(), exact) < 0.1
+    gradients = {n: p.grad for n, p in model.named_parameters() if not n.endswith("centroids")}
+    assert all(grad is not None and grad.isfinite().all() for grad in gradients.values())
+
+
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
+def test_a_state_made_in_inference_mode_goes_on_outside(mixer):
+    model, ids = converted(mixer), tokens(2, T)
+    cache = LinearizedCache(model.config)
+    with torch.inference_mode():
+        model(ids[:, : T - 3], past_key_values=cache)
+    with torch.no_grad():
+        rest = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(T - 3, T)]
+    assert error(torch.cat(rest, 1), logits(model, ids)[:, T - 3 :]) < TOLERANCE
+
+
+def test_packing_moves_as_accelerate_moves_it():
+    """Which moves what has `.to`; a layer's arguments come from another device."""
+    packing = Packing.of_padding(padded("mixed")[1].bool()).to("meta", non_blocking=True)
+    assert packing.places is not None and packing.shape == (len(LENGTHS), T)
+    assert packing.cu_seqlens.device.type == packing.places.device.type == "meta"
 
 
 def test_gradients_of_a_padded_batch_are_those_of_its_rows():
