@@ -52,6 +52,7 @@ class Shape:
     bias: bool = False
     grouped: bool = False  # A's of one input as one product
     qk_norm: bool = False
+    qkv_bias: bool = False  # of q, k and v where they are dense
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
@@ -102,6 +103,7 @@ def parameters(shape: Shape) -> Parameters:
     for name, (fan_in, fan_out) in shape.projections.items():
         rank = shape.ranks[name]
         dense += 0 if rank else fan_in * fan_out
+        dense += fan_out if shape.qkv_bias and name in _ATTENTION_IN and not rank else 0
         low_rank += rank * (fan_in + fan_out)
         low_rank += rank + fan_out if rank and shape.bias else 0
     head = shape.vocab_size * shape.dim

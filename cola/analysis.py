@@ -61,7 +61,7 @@ def projections(model: nn.Module) -> dict[str, nn.Module]:
             continue
         if isinstance(module, LowRankLinear):
             factors |= {module.A, module.B}
-        elif getattr(getattr(module, "weight", None), "ndim", 0) != 2:
+        elif not (hasattr(module, "in_features") and hasattr(module, "out_features")):
             continue
         found[_WRAPPERS.sub("", name)] = module
     return found

@@ -85,6 +85,7 @@ CASES = {
     "dense": ("all", {}, {}),
     "dense, grouped queries": ("all", {}, {"n_kv_heads": 2}),
     "dense, qk_norm": ("all", {}, {"qk_norm": True, "head_dim": 24}),
+    "dense, biases": ("all", {}, {"qkv_bias": True, "n_kv_heads": 2}),
     "dense, identity MLP": ("all", {}, {"mlp_activation": "identity"}),
     "cola": ("all", LOW_RANK, {}),
     "cola, grouped": ("all", {**LOW_RANK, "grouped": True}, {}),

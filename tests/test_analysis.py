@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lowline.cola.analysis import ActivationRanks, effective_rank, projections
 from lowline.train.config import (
@@ -254,6 +255,9 @@ def test_a_dense_model_has_no_bottleneck():
         ActivationRanks(build(rank=0))
     with pytest.raises(ValueError, match="nothing to watch"):
         ActivationRanks(nn.Linear(2, 2), "output")
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16)
+    with pytest.raises(ValueError, match="nothing to watch"):
+        ActivationRanks(GPT2LMHeadModel(config), "output")  # its layers have Conv1D
 
 
 def test_what_did_not_run_is_reported(tokens_BL):

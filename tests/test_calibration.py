@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,21 @@ def test_keys_are_the_teachers_and_the_data_is_not_used_up(teacher, tmp_path, mo
     for found, of_layer in zip(centroids(tmp_path / "run", tmp_path / "hf"), keys, strict=True):
         expected = torch.stack([centres(k, 5) for k in of_layer.unbind(1)])
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_mixers_that_were_trained_are_left(teacher, tmp_path, capsys):
+    """A later stage, which the command line may give the same key."""
+    trained = (*SLOTS[:-2], "--training.steps=2", "--optimizer.lr=1e-2")
+    first = (f"--checkpoint.initial_weights={teacher}", *trained, "--evaluation.enable=false")
+    assert training.train_here(tmp_path / "first", *first) == 0
+    step = tmp_path / "first" / "checkpoint" / "step-2"
+    still = (f"--checkpoint.initial_weights={step}", *SLOTS)
+    assert training.train_here(tmp_path / "second", *still) == 0
+    assert "they are not calibrated" in capsys.readouterr().err
+    of = (centroids(tmp_path / name, tmp_path / f"{name}_hf") for name in ("first", "second"))
+    assert all(torch.equal(a, b) for a, b in zip(*of, strict=True))
+    config = json.loads((tmp_path / "second_hf" / "config.json").read_text())
+    assert config["teacher"] == str(teacher)  # what the first stage began with
 
 
 @pytest.mark.slow  # torchrun

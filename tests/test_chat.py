@@ -30,6 +30,15 @@ def tokenizer():
     return found
 
 
+def test_special_tokens_of_a_template_count(tmp_path):
+    hf = load_tokenizer("embedded").hf
+    hf.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    hf.save_pretrained(tmp_path)
+    found = load_tokenizer(str(tmp_path))
+    assert found.get_vocab_size() == 4096
+    assert found.get_vocab_size(special=True) == 4098
+
+
 def conversation(messages=TALK) -> Conversation:
     return Conversation(Message(**message) for message in messages)
 

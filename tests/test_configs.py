@@ -267,6 +267,9 @@ def test_malformed_argument(path: Path) -> None:
         (["--model.n_kv_heads=3"], "n_heads = 4 is not a multiple of n_kv_heads = 3"),
         (["--model.head_dim=7"], "head_dim = 7 is odd"),
         (["--parallelism.data_parallel_shard=0"], "-1 for what is left"),
+        (["--parallelism.pipeline_schedule=ZBVZeroBubble"], "pipeline_schedule"),
+        (["--optimizer.betas=[0.9, 1.0]"], "never move; choose values below 1"),
+        (["--evaluation.max_tokens=31"], "less than one row of training.seq_len = 32"),
     ],
 )
 def test_combinations_that_cannot_run(path: Path, overrides: list[str], expected: str) -> None:
@@ -284,6 +287,17 @@ def test_world_size_that_does_not_divide(path: Path) -> None:
     with pytest.raises(ValueError, match="does not make 3 process.*nproc_per_node"):
         load_config(path, ["--parallelism.data_parallel_shard=2"]).local_batch_size(3)
     assert run.local_batch_size(4) == 2
+    for overrides, expected in (
+        (["--parallelism.tensor_parallel=2", "--training.seq_len=31"], "training.seq_len = 31"),
+        (
+            ["--parallelism.pipeline_parallel=2", "--parallelism.pipeline_microbatch_size=3"],
+            "microbatch_size = 3 does not divide the 8 sequences",
+        ),
+        (["--parallelism.pipeline_parallel=64"], "makes 64 stages of"),
+    ):
+        degree = 64 if "64" in overrides[0] else 2
+        with pytest.raises(ValueError, match=expected):
+            load_config(path, overrides).local_batch_size(degree)
 
 
 def test_known_keys_are_those_of_the_resolved_config(path: Path) -> None:

@@ -121,7 +121,7 @@ def test_the_global_batch_does_not_depend_on_world_or_accumulation(source):
         assert torch.equal(rows, expected), (world, local)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, 2, 3])  # 3 do not divide a rank's 4 lanes: it takes 2
 def test_workers_change_nothing(source, workers):
     expected, loaders = global_steps(source, STEPS, world=2, local=2)
     rows, with_workers = global_steps(source, STEPS, world=2, local=2, workers=workers)
@@ -322,7 +322,6 @@ def test_an_empty_state_means_the_start():
     [
         ({"world": 3, "local": 1}, "global_batch_size = 8 is not a multiple .* 3 x 1 = 3"),
         ({"world": 2, "local": 3}, "2 x 3 = 6: change one"),
-        ({"world": 2, "workers": 3}, r"num_workers = 3 does not divide .* 4 .*\[1, 2, 4\]"),
         ({"workers": -1}, "num_workers = -1"),
         ({"prefetch": 0}, "prefetch = 0"),
         ({"epochs": 0}, "epochs = 0"),

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from lowline.tools import export as tools_export
 from lowline.tools import hf_commands
 from lowline.train import hf as train_hf
+from lowline.train.checkpoint import is_step_folder
 from lowline.train.config import (
     ColaConfig,
     ModelConfig,
@@ -131,6 +132,16 @@ def test_a_full_disk_leaves_the_earlier_export_whole(output, tmp_path, monkeypat
         tools_export.export(output, out, overwrite=True)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_hugging_face_directory_is_no_step_folder(tmp_path):
+    """Whatever lies in it: a step folder's .metadata is a pickle."""
+    (tmp_path / ".metadata").write_bytes(b"")
+    assert is_step_folder(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert not is_step_folder(tmp_path)
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        tools_export.export(tmp_path, tmp_path / "out")
 
 
 def test_weights_that_do_not_fit_the_configuration_are_named(tmp_path):

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lowline.tools.inspect_cost import costs
+
 CONFIG = Path(__file__).parents[1] / "configs" / "cola_60m.toml"
 
 
@@ -44,6 +46,17 @@ def test_a_key_of_the_configuration(tmp_path):
     assert inspect_cost("--cola.rank=64", "--json", str(file)).returncode == 0
     costs = {cost["name"]: cost for cost in json.loads(file.read_text())}
     assert costs["CoLA"]["low_rank_parameters"] == 8 * 64 * (4 * 1024 + 3 * (512 + 1376))
+
+
+def test_a_dense_model_with_few_key_heads():
+    """A quarter of the width is more than keys and values have."""
+    given = ("--model.n_kv_heads=1", "--model.qkv_bias=true", "--cola.rank=0")
+    full, _, cola, *_ = costs(str(CONFIG), given)
+    d, kv, ff, layers, vocab = 512, 64, 1376, 8, 32_000
+    dense = d * (2 * d + 2 * kv + 3 * ff) + d + 2 * kv
+    low = 128 * (4 * d + 3 * (d + ff)) + 2 * 64 * (d + kv)
+    assert full.parameters == layers * (dense + 2 * d) + d + 2 * vocab * d
+    assert cola.low_rank_parameters == layers * low
 
 
 def test_unknown_key():

@@ -101,7 +101,7 @@ def test_a_second_run_needs_no_teacher(teacher, first, tmp_path, monkeypatch):
     run, cache = first
     files = sorted(cache.glob("??/*.safetensors"))
     assert len(files) >= 12 * 8  # a row of each step, and the held-out ones
-    predicted = cache_bytes(load_config(run / "config.toml")) / (12 * 8)
+    predicted = cache_bytes(load_config(run / "config.toml")) / (12 * 8 + 4096 // 64)
     assert all(predicted < path.stat().st_size < predicted + 512 for path in files)
     without_teacher(monkeypatch)
     given = arguments(teacher, cache)
@@ -184,7 +184,7 @@ def test_refusals(teacher, first, tmp_path, capsys, monkeypatch):
     assert f"{damaged} is damaged" in refused(*arguments(teacher, damaged.parent))
     usage = SimpleNamespace(free=1000)
     monkeypatch.setattr("lowline.train.logit_cache.shutil.disk_usage", lambda _: usage)
-    assert "the logits take 0.001 GB more, 0.000 GB are free" in refused(*empty)
+    assert "the logits take up to 0.001 GB more, 0.000 GB are free" in refused(*empty)
     assert not (tmp_path / "run").exists()
 
 

@@ -23,6 +23,7 @@ from lowline.train.config import (
     RunConfig,
     TrainingConfig,
 )
+from lowline.train.data.tokenizer import load_tokenizer
 from lowline.train.device import prepare
 from lowline.train.load_config import ConfigError, load_config
 from lowline.train.metrics import read_metrics
@@ -357,7 +358,7 @@ def test_untouched_weights_leave_a_transfer_as_they_came(teacher, transferred, t
     assert before.keys() < after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     config = json.loads((exported / "config.json").read_text())
-    assert config["model_type"] == "linearized_llama"
+    assert config["model_type"] == "linearized_llama" and config["teacher"] == str(teacher)
     assert [m["name"] for m in config["mixers"]] == ["lolcats"] * 2
     mixing = after["model.layers.0.self_attn.mixer.mixing_H"]
     assert not torch.allclose(mixing, torch.full_like(mixing, math.log(0.1 / 0.9)), atol=1e-3)
@@ -388,6 +389,24 @@ def test_a_stage_starts_from_the_step_folder_of_another(teacher, transferred, tm
     assert final(tmp_path / "run", "eval_loss") == pytest.approx(
         final(transferred, "eval_loss"), rel=1e-6
     )
+
+
+def test_a_step_without_labels(teacher, tmp_path):
+    """The text ends with a row of one token, the end of its document: nothing is learnt of it."""
+    tokenizer, text = load_tokenizer("embedded"), "a list of " * 200
+    while len(tokenizer.encode(text, add_eos=True)) % 64 != 1:
+        text += "x"
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    arguments = started(
+        teacher,
+        *(*TRANSFER, "--data.dataset=files", f"--data.path={tmp_path / 'text.jsonl'}"),
+        *("--data.epochs=1", "--training.global_batch_size=1", "--training.steps=50"),
+        *("--evaluation.enable=false", "--metrics.log_every=100"),
+    )
+    assert training.train_here(tmp_path / "run", *arguments) == 0
+    export(tmp_path / "run", tmp_path / "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    assert all(weight.isfinite().all() for weight in weights.values())
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(teacher, tmp_path):

@@ -109,6 +109,11 @@ def test_command_line_of_one_stage(tmp_path: Path) -> None:
     file = written(tmp_path)
     stages = load_stages(file, ["--stage.distill.training.steps=7"])
     assert [stages.run(n, teacher="t").training.steps for n in (0, 1)] == [3, 7]
+    other = written(tmp_path, MINIMAL.replace('"distill"', '"the-last"', 1))
+    assert "the-last" in load_stages(other).names
+    stages = load_stages(other, ["--stage.the-last.optimizer.mixer-lr=0.5"])
+    assert stages.run(stages.names.index("the-last"), teacher="t").optimizer.mixer_lr == 0.5
+    file = written(tmp_path)
     stages = load_stages(file, ["--training.steps=5"])  # over what the stages say
     assert [stages.run(n, teacher="t").training.steps for n in (0, 1)] == [5, 5]
 

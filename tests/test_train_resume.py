@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 import resource
 import shutil
@@ -13,8 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
+from lowline.tools.export import export
 from lowline.train.checkpoint import saved_steps
+from lowline.train.lock import alone
 from lowline.train.metrics import read_metrics
 
 _spec = importlib.util.spec_from_file_location(
@@ -117,6 +121,16 @@ def test_a_finished_run_is_left_alone(whole, tmp_path):
     assert read_metrics(tmp_path / "run") == read_metrics(whole)
 
 
+def test_the_learning_rate_may_change(whole, tmp_path):
+    """From the first step on: with next to none, the weights stay where the checkpoint has them."""
+    training.cut(whole, tmp_path / "run", 8)
+    before = export(tmp_path / "run", tmp_path / "before")
+    assert training.train_here(tmp_path / "run", "--optimizer.lr=1e-12") == 0
+    after = export(tmp_path / "run", tmp_path / "after")
+    one, other = (load_file(folder / "model.safetensors") for folder in (before, after))
+    assert all((one[name] - other[name]).abs().max() < 1e-8 for name in one)
+
+
 def test_memory_may_change_at_a_restart(whole, tmp_path):
     training.cut(whole, tmp_path / "run", 8)
     assert training.train_here(tmp_path / "run", "--cola.memory=cola-m") == 0
@@ -145,6 +159,34 @@ def test_a_signal_saves_and_stops(whole, tmp_path):
     assert "Traceback" not in said
     assert training.train_here(output) == 0
     assert training.curve(output) == training.curve(whole)
+
+
+def test_a_signal_to_the_group_reaches_no_data_worker(whole, tmp_path):
+    """As a terminal and Slurm send it: the loader's workers get it, too, and do not end the run."""
+    output = tmp_path / "run"
+    line = training.command(output, "--checkpoint.every=1000", "--data.num_workers=2")
+    with Path(f"{output}.log").open("w") as log:
+        process = subprocess.Popen(
+            line, env=training.ENVIRONMENT, stdout=log, stderr=log, start_new_session=True
+        )
+    _wait_until(process, _recorded(output, 3))
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM, Path(f"{output}.log").read_text()
+    (step,) = saved_steps(output / "checkpoint")
+    said = Path(f"{output}.log").read_text()
+    assert said.count("saving a checkpoint after this step") == 1 and "Traceback" not in said
+    assert training.train_here(output) == 0
+    assert training.curve(output) == training.curve(whole)
+
+
+def test_one_process_writes(whole, tmp_path, capsys, monkeypatch):
+    shutil.copytree(whole, tmp_path / "run")
+    monkeypatch.setattr("lowline.train.run.PATIENCE", 0.3)
+    with alone(tmp_path / "run", patience=0):
+        assert training.train_here(tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert f"another process ({os.getpid()} on " in said and "waiting for process" in said
+    assert training.train_here(tmp_path / "run") == 0
 
 
 @pytest.mark.slow

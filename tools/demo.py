@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowline.cola.accounting import flops_per_token, parameters, saved_by_model
-from lowline.tools.launch import lowline, torchrun
+from lowline.tools.launch import lowline, train
 from lowline.train.config import RunConfig
 from lowline.train.load_config import load_config
 from lowline.train.memory import policy_of, shape_of
@@ -93,7 +93,7 @@ def _train(name: str, output: Path, processes: int, steps: int | None) -> None:
         arguments = ["--config", str(config), f"--output={output}"]
         if steps is not None:
             arguments += [f"--training.steps={steps}", f"--schedule.warmup_steps={steps // 10}"]
-        _check(torchrun(*arguments, processes=processes), f"demo_{name}")
+        _check(train(*arguments, processes=processes), f"demo_{name}")
 
 
 def _command(*words: str) -> None:

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from lowline.cola.hf import CoLAConfig
 from lowline.linearize.hf import LinearizedConfig
-from lowline.train.checkpoint import saved_steps
+from lowline.train.checkpoint import is_step_folder, saved_steps
 from lowline.train.config import RunConfig
 from lowline.train.data.tokenizer import load_tokenizer
 from lowline.train.hf import (
@@ -86,7 +86,7 @@ def export(
         pad_token_id=tokenizer.pad_token_id,
     )
     if isinstance(hf, LinearizedConfig):
-        hf.teacher = run.objective.teacher
+        hf.teacher = _origin(run)
     with _replaced_whole(Path(output), overwrite) as folder:
         weights = read_weights(step_folder, hf, DTYPES[dtype], merge=not adapter)
         _save(folder, hf, weights, DTYPES[dtype])
@@ -98,6 +98,22 @@ def export(
         card = model_card(Path(output).resolve().name, run, hf, parameters, step_folder.name)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return Path(output)
+
+
+def _origin(run: RunConfig) -> str | None:
+    """What a run converted: its teacher, or the Hugging Face directory that its stages began with.
+
+    None where the run began with random weights, or with a step folder that is gone.
+    """
+    if run.objective.teacher is not None or run.checkpoint.initial_weights is None:
+        return run.objective.teacher
+    source = Path(run.checkpoint.initial_weights)
+    if is_step_folder(source):
+        return _origin(load_config(source / "config.toml"))
+    if not (source / "config.json").is_file():
+        return None
+    hf = read_config(source)
+    return hf.teacher if isinstance(hf, LinearizedConfig) else str(source)
 
 
 def import_weights(
@@ -147,7 +163,7 @@ def find_checkpoint(path: str | Path) -> tuple[Path, RunConfig]:
     path = Path(path)
     steps = saved_steps(path / "checkpoint")
     folder = path / "checkpoint" / f"step-{steps[-1]}" if steps else path
-    if not (folder / ".metadata").is_file():
+    if not is_step_folder(folder):
         raise ValueError(
             f"{path}: no complete checkpoint (working directory {Path.cwd()}). Give a run's "
             "output folder, which holds checkpoint/step-N, or one such step folder"

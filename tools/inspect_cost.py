@@ -56,7 +56,8 @@ def costs(config: str, overrides: Sequence[str] = ()) -> list[Cost]:
     low_rank = shape
     if not shape.low_rank:
         rank = round(DEFAULT_RANK * shape.dim)
-        low_rank = dataclasses.replace(shape, ranks=dict.fromkeys(PROJECTIONS, rank))
+        ranks = {name: min(rank, *sizes) for name, sizes in shape.projections.items()}
+        low_rank = dataclasses.replace(shape, ranks=ranks, qkv_bias=False)
     variants: list[tuple[str, Shape, Policy]] = [
         ("full rank", dense, "all"),
         ("full rank, whole-block checkpointing", dense, "full"),

@@ -1,24 +1,28 @@
-"""Starting what a user would type, torchrun and `lowline`, in processes of their own."""
+"""Starting what a user would type, training and `lowline`, in processes of their own."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-def torchrun(*arguments: str, processes: int) -> int:
-    """`torchrun -m lowline.train ARGUMENTS` on this machine; returns the exit code.
+
+def train(*arguments: str, processes: int) -> int:
+    """`python -m lowline.train ARGUMENTS`, of several processes by torchrun; returns the exit code.
 
     On a CPU the processes share the cores evenly, unless OMP_NUM_THREADS says otherwise.
     """
+    torchrun = (
+        *("torch.distributed.run", "--nproc_per_node", str(processes)),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m"),
+    )
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run"),
-        *("--nproc_per_node", str(processes), "--rdzv-backend", "c10d"),
-        *("--rdzv-endpoint", "localhost:0", "-m", "lowline.train", *arguments),
-    ]
-    return _run(command, threads)
+    command = (*(torchrun if processes > 1 else ()), "lowline.train", *arguments)
+    return _run([sys.executable, "-m", *command], threads)
 
 
 def lowline(*words: str) -> int:
@@ -27,7 +31,28 @@ def lowline(*words: str) -> int:
 
 
 def _run(command: list[str], threads: int | None = None) -> int:
+    """Run to the end. What would end this process goes to that one, once, and it is waited for.
+
+    On Linux it is told to stop, too, where this process is killed.
+    """
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     if threads is not None:
         environment.setdefault("OMP_NUM_THREADS", str(threads))
-    return subprocess.run(command, env=environment).returncode
+    # In a session of its own: Ctrl-C would reach it from the terminal, too.
+    process = subprocess.Popen(
+        command, env=environment, start_new_session=True, preexec_fn=_end_with_parent
+    )
+    before = {number: signal.getsignal(number) for number in PASSED_ON}
+    try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, lambda number, _: process.send_signal(number))
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG

@@ -3,7 +3,7 @@
     lowline linearize SOURCE --config configs/linearize/NAME.toml [--processes N] [--key=value ...]
 
 SOURCE is a hub id, a directory or a GGUF file. The stages of the file (`lowline.train.stages`) run
-one after another, each by `torchrun -m lowline.train`; what they end with is written to
+one after another, each by `lowline.train`; what they end with is written to
 OUTPUT/model as a Hugging Face directory, and evaluated beside the teacher into OUTPUT/report. Given
 again, the same command goes on where it was stopped.
 
@@ -20,14 +20,16 @@ only and stops, so that machines can share them.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowline.linearize.blockwise import fingerprint, write_whole
 from lowline.tools.linearize_blocks import Blocks, print_blocks, train_blocks
-from lowline.tools.once import begin, end, is_done
+from lowline.tools.once import DONE, begin, end, is_done
 from lowline.train.config import RunConfig
 from lowline.train.load_config import ConfigError
 from lowline.train.stages import Stages, check_model, load_stages, table
@@ -186,8 +188,9 @@ def _convert(stages: Stages, given: Arguments) -> int:
     if given.blocks is not None and given.blocks.chosen is not None:
         print("no blocks are left; the same command without --blocks goes on")
         return 0
-    converted = stages.output / "model"
-    export(stages.folder(len(stages.names) - 1), converted, overwrite=True)
+    converted, last = stages.output / "model", stages.folder(len(stages.names) - 1)
+    if not _is_newer(converted / "config.json", last / DONE):
+        export(last, converted, overwrite=True)
     print(f"model    {converted}")
     if given.evaluation == "none":
         return 0
@@ -205,10 +208,25 @@ def _teacher(source: str, folder: Path) -> Path:
     place, gguf_file = locate(source, None)
     if gguf_file is None:
         folder = hf_directory(place)
-    elif not (folder / "config.json").is_file():
-        import_weights(place, folder, gguf_file=gguf_file)
+    else:
+        path, origin = Path(place, gguf_file), folder / "source.json"
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file (working directory {Path.cwd()})")
+        this = {"path": str(path.resolve()), "fingerprint": fingerprint(path)}
+        if not origin.is_file():
+            import_weights(place, folder, gguf_file=gguf_file, overwrite=True)
+            write_whole(origin, json.dumps(this, indent=1) + "\n")
+        elif (that := json.loads(origin.read_text()))["fingerprint"] != this["fingerprint"]:
+            raise ConfigError(
+                f"{folder} was made of {that['path']}, which is not {path}: give another output, "
+                f"or remove {folder.parent}"
+            )
     load_tokenizer(folder)
     return folder
+
+
+def _is_newer(file: Path, than: Path) -> bool:
+    return file.is_file() and file.stat().st_mtime_ns > than.stat().st_mtime_ns
 
 
 def _run_stage(stages: Stages, number: int, tables: dict[str, Any], given: Arguments) -> int | None:
@@ -217,7 +235,7 @@ def _run_stage(stages: Stages, number: int, tables: dict[str, Any], given: Argum
     Returns:
         The exit code, or None where only some of its blocks were asked for.
     """
-    from lowline.tools.launch import torchrun
+    from lowline.tools.launch import train
 
     run, folder = stages.run(number, **tables), stages.folder(number)
     if is_done(run):
@@ -239,7 +257,7 @@ def _run_stage(stages: Stages, number: int, tables: dict[str, Any], given: Argum
     if given.blocks is not None and transfer:
         code = train_blocks(run, given.blocks, given.processes)
     else:
-        code = torchrun("--config", str(config), processes=given.processes)
+        code = train("--config", str(config), processes=given.processes)
     if code == 0:
         end(run)
     return code

@@ -12,6 +12,7 @@ where it was stopped.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,10 +20,11 @@ import torch
 
 from lowline.linearize.blockwise import DTYPES, blocks_of
 from lowline.linearize.convert import parse_layers
-from lowline.tools.once import alone, begin, end, is_done
+from lowline.tools.once import begin, end, is_done
 from lowline.train.checkpoint import save_weights, saved_steps
 from lowline.train.config import RunConfig
 from lowline.train.load_config import ConfigError, to_toml
+from lowline.train.lock import alone
 from lowline.train.stages import block_run, inputs_folder, stored_inputs
 
 
@@ -81,7 +83,7 @@ def train_blocks(run: RunConfig, blocks: Blocks, processes: int) -> int | None:
         0 when the stage has its last checkpoint, the exit code of a run that failed, or None where
         only chosen blocks were asked for, and they are trained.
     """
-    from lowline.tools.launch import torchrun
+    from lowline.tools.launch import train
 
     runs, wanted = blocks.runs(run), blocks.wanted(run)
     todo = [number for number in runs if number in wanted and not is_done(runs[number])]
@@ -91,10 +93,9 @@ def train_blocks(run: RunConfig, blocks: Blocks, processes: int) -> int | None:
         of_block = runs[number]
         layers = of_block.layers()
         print(f"block {number}: layers {layers[0]} to {layers[-1]}", flush=True)
-        with alone(Path(of_block.output)):
-            if code := torchrun("--config", str(begin(of_block)), processes=processes):
-                return code
-            end(of_block)
+        if code := train("--config", str(begin(of_block)), processes=processes):
+            return code
+        end(of_block)
     if blocks.chosen is not None:
         left = [str(number) for number in runs if not is_done(runs[number])]
         print(
@@ -116,7 +117,7 @@ def _write_inputs(run: RunConfig, blocks: Blocks, processes: int) -> None:
     prepare()
     from lowline.train.blockwise import write_inputs
 
-    with alone(inputs_folder(run), wait=True):
+    with alone(inputs_folder(run), patience=math.inf):
         write_inputs(
             run,
             block_size=blocks.size,

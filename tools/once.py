@@ -7,10 +7,7 @@ has changed since.
 
 from __future__ import annotations
 
-import fcntl
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from lowline.linearize.blockwise import write_whole
@@ -48,27 +45,3 @@ def begin(run: RunConfig) -> Path:
 def end(run: RunConfig) -> None:
     """Note that a run was trained to its end."""
     write_whole(Path(run.output) / DONE, to_toml(run))
-
-
-@contextmanager
-def alone(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold a folder against other processes that would write the same, also of other machines.
-
-    Args:
-        wait: for the other process to end; it is said once.
-
-    Raises:
-        ConfigError: another process holds it, and `wait` is not set.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                raise ConfigError(
-                    f"another process is writing to {folder}; wait until it ends, or do other work"
-                ) from None
-            print(f"waiting for the process that writes to {folder}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

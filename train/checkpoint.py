@@ -162,6 +162,14 @@ class Checkpointer(CheckpointManager):
         """Nothing: `close` is called where its errors are heard."""
 
 
+def is_step_folder(folder: Path) -> bool:
+    """Whether it is a run's step folder, whose `.metadata` is a pickle that torch will execute.
+
+    A Hugging Face directory, which can come from anywhere, is none, whatever else lies in it.
+    """
+    return (folder / ".metadata").is_file() and not (folder / "config.json").exists()
+
+
 def load_initial(
     weights: dict[str, Any], path: str | Path, adapter: StateDictAdapter
 ) -> dict[str, Any]:
@@ -176,7 +184,7 @@ def load_initial(
         ValueError: a weight is not there.
     """
     path = str(path)
-    if (Path(path) / ".metadata").is_file():
+    if is_step_folder(Path(path)):
         stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         dcp.load(_present(weights, stored, path), checkpoint_id=path)
         merge_stored_lora(weights, Path(path))

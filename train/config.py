@@ -15,6 +15,7 @@ from pydantic import Field
 from lowline.cola.ranks import PROJECTIONS, Rank, resolve_ranks
 from lowline.train.data.sources import SourceConfig
 from lowline.train.fields import Fraction, NonNegative, Positive, Strict
+from lowline.train.layout_config import ParallelismConfig, check_layout
 from lowline.train.stage_config import (
     BlockConfig,
     LoraConfig,
@@ -152,6 +153,13 @@ class OptimizerConfig:
     muon_lr: Annotated[float, Field(gt=0)] = 0.02
     muon_momentum: Fraction = 0.95
 
+    def __post_init__(self) -> None:
+        if 1.0 in (*self.betas, self.muon_momentum):
+            raise ValueError(
+                f"betas = {list(self.betas)}, muon_momentum = {self.muon_momentum}: at 1 the means "
+                "of gradients never move; choose values below 1"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
@@ -171,7 +179,9 @@ class DataConfig(SourceConfig):
     __pydantic_config__ = Strict
     shuffle: bool = True
     epochs: Positive | None = None  # default: repeat for as long as the run lasts
-    num_workers: NonNegative = 0  # processes a rank; 0: rows are made when they are needed
+    # Processes a rank, or the next smaller number that divides its sequences; 0: rows are made when
+    # they are needed.
+    num_workers: NonNegative = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,40 +229,6 @@ class MetricsConfig:
     rank_alpha: Annotated[float, Field(gt=0, lt=1)] = 0.95
     progress: Literal["auto", "bar", "lines"] = "auto"  # bar on a terminal, lines elsewhere
     verbose: bool = False  # torchtitan's own log as well
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParallelismConfig:
-    """[parallelism]: degrees; their product is the number of processes."""
-
-    __pydantic_config__ = Strict
-    data_parallel_shard: Annotated[int, Field(ge=-1)] = -1  # FSDP; -1: whatever is left
-    data_parallel_replicate: Positive = 1
-    tensor_parallel: Positive = 1
-    pipeline_parallel: Positive = 1
-    pipeline_schedule: str = "1F1B"
-    pipeline_microbatch_size: Positive = 1
-
-    def __post_init__(self) -> None:
-        if self.data_parallel_shard == 0:
-            raise ValueError("data_parallel_shard = 0; give a degree, or -1 for what is left")
-
-    def data_parallel(self, world_size: int) -> int:
-        """Number of data-parallel ranks among `world_size` processes.
-
-        Raises:
-            ValueError: the degrees do not multiply to the world size.
-        """
-        fixed = self.data_parallel_replicate * self.tensor_parallel * self.pipeline_parallel
-        shard = self.data_parallel_shard
-        if world_size % fixed or shard > 0 and shard * fixed != world_size:
-            raise ValueError(
-                f"parallelism: data_parallel_shard {shard} x data_parallel_replicate "
-                f"{self.data_parallel_replicate} x tensor_parallel {self.tensor_parallel} x "
-                f"pipeline_parallel {self.pipeline_parallel} does not make {world_size} "
-                "process(es); change a degree or torchrun's --nproc_per_node / --nnodes"
-            )
-        return world_size // (self.tensor_parallel * self.pipeline_parallel)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +288,12 @@ class RunConfig:
             raise ValueError(
                 "model.qkv_bias = true with cola.rank: low-rank models have no such biases "
                 "(cola.bias gives A and B theirs); set one of them back"
+            )
+        if self.evaluation.enable and self.evaluation.max_tokens < self.training.seq_len:
+            raise ValueError(
+                f"evaluation.max_tokens = {self.evaluation.max_tokens} is less than one row of "
+                f"training.seq_len = {self.training.seq_len}; raise it, or set "
+                "evaluation.enable = false"
             )
         check_stage(self)
         if self.evaluation.enable and not self.evaluation.data and self.data.dataset != "embedded":
@@ -374,20 +356,6 @@ class RunConfig:
         """Sequences a forward pass of one rank.
 
         Raises:
-            ValueError: the global batch cannot be dealt out evenly.
+            ValueError: the batch, a sequence or the layers cannot be divided as asked.
         """
-        ranks = self.parallelism.data_parallel(world_size)
-        total, local = self.training.global_batch_size, self.training.local_batch_size
-        if total % ranks or local is not None and total // ranks % local:
-            raise ValueError(
-                f"training.global_batch_size = {total} sequences cannot be dealt out to {ranks} "
-                f"data-parallel rank(s) with local_batch_size = {local or 'unset'}; it must be a "
-                "multiple of their product"
-            )
-        for name, heads in (("n_heads", self.model.n_heads), ("n_kv_heads", self.model.kv_heads)):
-            if heads % self.parallelism.tensor_parallel:
-                raise ValueError(
-                    f"parallelism.tensor_parallel = {self.parallelism.tensor_parallel} does not "
-                    f"divide model.{name} = {heads}"
-                )
-        return local or total // ranks
+        return check_layout(self, world_size)

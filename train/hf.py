@@ -349,8 +349,12 @@ def _rope_from_hf(rope: Mapping[str, Any], name: str) -> RopeScaling | None:
 # -------------------------------------------------------------------------------------- weights
 
 
+FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+OTHERS = ["*/*", "consolidated*"]  # the same weights for other libraries
+
+
 def hf_directory(source: str | Path) -> Path:
-    """The local directory of a checkpoint; a hub id is downloaded (safetensors and JSON only).
+    """The local directory of a checkpoint; of a hub id what `FILES` names is downloaded.
 
     Raises:
         ValueError: there is neither such a directory nor such a model on the hub.
@@ -361,7 +365,7 @@ def hf_directory(source: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))
+        return Path(snapshot_download(str(source), allow_patterns=FILES, ignore_patterns=OTHERS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(
             f"{source}: neither a directory (working directory {Path.cwd()}) nor a model that the "

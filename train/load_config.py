@@ -96,7 +96,9 @@ def parse_override(argument: str) -> tuple[str, Any]:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    return key[2:].replace("-", "_"), value
+    stage = re.match(r"--stage\.[^.]+\.", key)  # a stage's name may have dashes
+    start = stage.end() if stage else 2
+    return key[2:start] + key[start:].replace("-", "_"), value
 
 
 def assign(tree: dict[str, Any], key: str, value: Any) -> None:

@@ -139,8 +139,10 @@ def likeliest_of(
 
 
 def cache_bytes(run: RunConfig) -> int:
-    """What the logits of a run's training tokens take, but for headers."""
+    """What the logits of a run's tokens take at most, held-out ones included, but for headers."""
     tokens = run.training.steps * run.training.global_batch_size * run.training.seq_len
+    if run.evaluation.enable:
+        tokens += run.evaluation.max_tokens
     return tokens * (6 * run.objective.top_k + 2)
 
 
@@ -158,7 +160,7 @@ def check_cache(run: RunConfig) -> None:
     missing, free = max(0, cache_bytes(run) - held), shutil.disk_usage(folder).free
     if missing > free:
         raise ValueError(
-            f"objective.logit_cache = {str(folder)!r}: the logits take {missing / 1e9:,.3f} GB "
-            f"more, {free / 1e9:,.3f} GB are free; set a smaller objective.top_k, fewer "
-            "training.steps, or a folder on a larger disk"
+            f"objective.logit_cache = {str(folder)!r}: the logits take up to {missing / 1e9:,.3f} "
+            f"GB more, {free / 1e9:,.3f} GB are free; set a smaller objective.top_k or "
+            "evaluation.max_tokens, fewer training.steps, or a folder on a larger disk"
         )

@@ -85,6 +85,7 @@ def shape_of_model(m: ModelConfig, c: ColaConfig) -> Shape:
         bias=c.bias,
         grouped=c.grouped,
         qk_norm=m.qk_norm,
+        qkv_bias=m.qkv_bias,
         tie_embeddings=m.tie_embeddings,
     )
 

@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lowline.train.checkpoint import saved_steps
-from lowline.train.config import RunConfig
+from lowline.train.checkpoint import is_step_folder, saved_steps
+from lowline.train.config import MixerConfig, RunConfig
 from lowline.train.load_config import ConfigError, load_config
 
 
@@ -23,11 +23,12 @@ def check_run(run: RunConfig, world_size: int) -> None:
     run.local_batch_size(world_size)
     _check_rank_measurement(run)
     tokenizer = load_tokenizer(run.tokenizer)
-    if tokenizer.get_vocab_size() > run.model.vocab_size:
+    chat = run.data.messages_key is not None or run.data.prompt_key is not None
+    needed = tokenizer.get_vocab_size(special=chat)
+    if needed > run.model.vocab_size:
         raise ConfigError(
-            f"tokenizer {run.tokenizer!r} makes ids up to {tokenizer.get_vocab_size() - 1}, but "
-            f"model.vocab_size = {run.model.vocab_size}; set it to at least "
-            f"{tokenizer.get_vocab_size()}, or choose another tokenizer"
+            f"tokenizer {run.tokenizer!r} makes ids up to {needed - 1}, but model.vocab_size = "
+            f"{run.model.vocab_size}; set it to at least {needed}, or choose another tokenizer"
         )
     if run.objective.kind == "distill":
         _check_teacher(run)
@@ -96,17 +97,28 @@ def check_same_parts(run: RunConfig, checkpoint: Path) -> None:
         raise _other(checkpoint, "optimizer.mixer_lr", *rates)
 
 
+def initial_mixer(run: RunConfig) -> MixerConfig | None:
+    """The mixer that comes with `checkpoint.initial_weights`, if one does."""
+    from lowline.train.hf import mixer_from_hf, read_config
+
+    if run.checkpoint.initial_weights is None:
+        return None
+    folder = Path(run.checkpoint.initial_weights)
+    if is_step_folder(folder):
+        return load_config(folder / "config.toml").mixer
+    return mixer_from_hf(read_config(folder))
+
+
 def check_initial_weights(run: RunConfig) -> None:
     """Raise ConfigError or ValueError unless `checkpoint.initial_weights` fits the model."""
     path = run.checkpoint.initial_weights
     assert path is not None
     folder = Path(path)
-    if (folder / ".metadata").is_file():
+    if is_step_folder(folder):
         from lowline.train.hf import check_mixers
 
         check_same_model(run, folder)
-        before = load_config(folder / "config.toml").mixer
-        check_mixers(before, run.mixer, run.model.n_layers, path)
+        check_mixers(initial_mixer(run), run.mixer, run.model.n_layers, path)
     elif (folder / "config.json").is_file():
         from lowline.train.hf import check_same_model as check_same_hf_model
 

@@ -1,6 +1,7 @@
 """One process of a training run, from its start to its exit code.
 
-Exit codes: 0 trained, 1 failed, 128 + n stopped by signal n (with a checkpoint of that moment).
+Exit codes: 0 trained, 1 failed, 2 nothing was started, 128 + n stopped by signal n (with a
+checkpoint of that moment).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,8 @@ import torch.distributed as dist
 
 from lowline.train.config import RunConfig
 from lowline.train.device import prepare
-from lowline.train.load_config import to_toml
+from lowline.train.load_config import ConfigError, to_toml
+from lowline.train.lock import PATIENCE, alone
 from lowline.train.parameters import count, model_parameters, shape_of, training_flops_of
 
 if TYPE_CHECKING:
@@ -35,6 +37,15 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 def train(run: RunConfig) -> int:
     """Train as `run` says; returns the exit code, with the reason on standard error."""
     single_process_defaults()
+    try:
+        with alone(Path(run.output), patience=PATIENCE) if _is_first() else nullcontext():
+            return _train(run)
+    except ConfigError as error:
+        _complain(str(error))
+        return 2
+
+
+def _train(run: RunConfig) -> int:
     prepare()
     from lowline.linearize.blockwise import ShardError
     from lowline.train.checkpoint import CheckpointError

@@ -28,7 +28,7 @@ from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.trainer import Trainer as TitanTrainer
 
 from lowline.train.calibration import calibrate
-from lowline.train.checkpoint import Checkpointer
+from lowline.train.checkpoint import Checkpointer, is_step_folder
 from lowline.train.config import RunConfig
 from lowline.train.data import LaneDataLoader, lane_config
 from lowline.train.data.stored import StoredLoader, stored_config
@@ -40,6 +40,7 @@ from lowline.train.model import build_model_spec
 from lowline.train.objectives import build_objective, loss_config
 from lowline.train.optim import optimizer_config, schedule_config
 from lowline.train.parameters import training_flops_of
+from lowline.train.preflight import initial_mixer
 from lowline.train.window_dropout import WindowDropout
 
 
@@ -114,11 +115,22 @@ class Trainer(TitanTrainer):
     ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         """The batches from here on; torchtitan asks for them once a checkpoint is loaded."""
         self.metrics_processor.resume(self.step)
+        self._set_learning_rates()
         if self.step:  # the process that saved this step may not have come to its evaluation
             self._evaluate_if_missing()
         elif steps := self.config.run.objective.calibration_steps:
-            calibrate(self, steps)
+            if initial_mixer(self.config.run) is not None:
+                self.metrics_processor.say("mixers go on as they came: they are not calibrated")
+            else:
+                calibrate(self, steps)
         return self._batches(super().batch_generator(data_iterable))
+
+    def _set_learning_rates(self) -> None:
+        """To the schedules' values: a checkpoint may come from another optimizer.lr."""
+        for schedule in self.lr_schedulers.schedulers:
+            rates = schedule.get_last_lr()
+            for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
 
     def _batches(self, batches: Iterator) -> Iterator:
         """Batches until, with finite data, no rank has a token left."""
@@ -181,7 +193,9 @@ class Trainer(TitanTrainer):
             for part in self.model_parts:
                 if isinstance(part, FSDPModule):
                     part.set_requires_gradient_sync(self._microbatch == 0)
-        return super().forward_backward_step(**kwargs)
+        # A step may have no label, as where finite text ends: its loss is 0, and no 0 / 0.
+        labels = kwargs.pop("global_valid_tokens").clamp(min=1)
+        return super().forward_backward_step(**kwargs, global_valid_tokens=labels)
 
     def _forward_backward_body(
         self,
@@ -326,6 +340,6 @@ def _initial_weights(path: str | None) -> dict[str, Any]:
     if path is None:
         return {"initial_load_model_only": False}
     folder = Path(path).resolve()
-    if (folder / ".metadata").is_file():
+    if is_step_folder(folder):
         return {"initial_load_path": str(folder)}
     return {"initial_load_path": str(folder), "initial_load_in_hf": True}

@@ -110,12 +110,12 @@ def trained_here(monkeypatch) -> list[str]:
 
     asked: list[str] = []
 
-    def torchrun(*arguments: str, processes: int) -> int:
+    def train(*arguments: str, processes: int) -> int:
         asked.append(arguments[-1])
         with training.one_process():
             return main(arguments)
 
-    monkeypatch.setattr("lowline.tools.launch.torchrun", torchrun)
+    monkeypatch.setattr("lowline.tools.launch.train", train)
     return asked
 
 
@@ -193,7 +193,7 @@ def whole(teacher, tmp_path_factory) -> Path:
 
     output = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch, training.one_process():
-        patch.setattr("lowline.tools.launch.torchrun", lambda *a, processes: main(a))
+        patch.setattr("lowline.tools.launch.train", lambda *a, processes: main(a))
         assert linearize(teacher, output) == 0
     return output
 
@@ -351,13 +351,14 @@ def test_blocks_are_shared_out(teacher, whole, stored, tmp_path, trained_here, c
     assert len(trained_here) == 3
 
 
-def test_one_process_writes_a_block(teacher, stored, tmp_path, capsys):
-    from lowline.tools.once import alone
+def test_one_process_writes_a_block(teacher, stored, tmp_path, capsys, monkeypatch):
+    from lowline.train.lock import alone
 
     copied(stored, tmp_path)
-    with alone(stage(tmp_path) / "blocks" / "01"):
+    monkeypatch.setattr("lowline.train.run.PATIENCE", 0.2)
+    with alone(stage(tmp_path) / "blocks" / "01", patience=0):
         assert by_blocks(teacher, tmp_path, 2, "--blocks=1") == 2
-    assert "another process is writing to" in capsys.readouterr().err
+    assert f"another process ({os.getpid()} on" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------- bad input

@@ -14,8 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from lowline.tools.linearize import _teacher
 from lowline.train.checkpoint import saved_steps
 from lowline.train.data.tokenizer import load_tokenizer
+from lowline.train.load_config import ConfigError
+from lowline.train.lock import alone
 from lowline.train.metrics import read_metrics
 
 STAGES = """
@@ -107,16 +110,18 @@ def test_a_model_comes_out(teacher: Path, converted: Path) -> None:
     ids = torch.arange(40)[None]
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 44)
     assert len(losses(converted)) == 10
+    assert model.config.teacher == str(teacher)
 
 
 def test_again_there_is_nothing_to_do(teacher: Path, converted: Path) -> None:
-    times = [p.stat().st_mtime_ns for p in sorted((converted / "out" / "stages").rglob("*"))]
+    def times() -> list[int]:
+        return [p.stat().st_mtime_ns for p in sorted((converted / "out").rglob("*"))]
+
+    before = times()
     done = run(*command(teacher, converted))
     assert done.returncode == 0, done.stderr
     assert "stage transfer: done" in done.stdout and "stage distill: done" in done.stdout
-    assert times == [
-        p.stat().st_mtime_ns for p in sorted((converted / "out" / "stages").rglob("*"))
-    ]
+    assert times() == before  # nor is the model written again
 
 
 def test_another_configuration_is_refused(teacher: Path, converted: Path) -> None:
@@ -125,24 +130,66 @@ def test_another_configuration_is_refused(teacher: Path, converted: Path) -> Non
     assert "optimizer.lr = 0.01, now 0.5" in done.stderr and "1-transfer" in done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["1-transfer", "2-distill"])
-def test_killed_in_a_stage(teacher: Path, converted: Path, tmp_path: Path, stage: str) -> None:
+def test_another_gguf_file_is_refused(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in OUTPUT/teacher was made of one file, and stays that."""
+    made = []
+
+    def import_weights(source, output, *, gguf_file, overwrite):
+        made.append(gguf_file)
+        shutil.copytree(teacher, output, dirs_exist_ok=True)
+
+    monkeypatch.setattr("lowline.tools.export.import_weights", import_weights)
+    one, other, folder = (tmp_path / name for name in ("one.gguf", "other.gguf", "out/teacher"))
+    one.write_bytes(b"1" * 100)
+    other.write_bytes(b"2" * 100)
+    assert [_teacher(str(one), folder) for _ in range(2)] == [folder] * 2
+    assert made == ["one.gguf"]
+    with pytest.raises(ConfigError, match="was made of .*one.gguf, which is not .*other.gguf"):
+        _teacher(str(other), folder)
+    with pytest.raises(ConfigError, match="absent.gguf: no such file"):
+        _teacher(str(tmp_path / "absent.gguf"), folder)
+
+
+def interrupted(arguments: list[str], stage: Path, number: int) -> int:
+    """Give the command alone a signal once the stage has a checkpoint; its exit code."""
     process = subprocess.Popen(
-        command(teacher, tmp_path),
+        arguments,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
-        start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    checkpoints = tmp_path / "out" / "stages" / stage / "checkpoint"
-    while process.poll() is None and not saved_steps(checkpoints):
+    while process.poll() is None and not saved_steps(stage / "checkpoint"):
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    done = run(*command(teacher, tmp_path))
+    process.send_signal(number)
+    return process.wait(timeout=60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["1-transfer", "2-distill"])
+def test_killed_in_a_stage(teacher: Path, converted: Path, tmp_path: Path, stage: str) -> None:
+    arguments = command(teacher, tmp_path)
+    assert interrupted(arguments, tmp_path / "out" / "stages" / stage, signal.SIGKILL)
+    done = run(*arguments)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path) == losses(converted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_what_it_started_ends_with_it(
+    teacher: Path, tmp_path: Path, number: int, processes: int
+) -> None:
+    arguments = command(teacher, tmp_path, f"--processes={processes}", "--training.steps=100000")
+    stage = tmp_path / "out" / "stages" / "1-transfer"
+    assert interrupted(arguments, stage, number) != 0
+    with alone(stage, patience=60):  # the trainer holds it while it lives
+        pass
+    seen = saved_steps(stage / "checkpoint")
+    time.sleep(1)
+    assert saved_steps(stage / "checkpoint") == seen and seen[-1] < 100_000
 
 
 def test_bad_input(teacher: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,7 @@ class LaneDataLoader(BaseDataLoader):
     `exhausted` tells when nothing else is left on this rank. Iterating again goes on after the
     last whole step.
 
-    Raises ValueError where the batch, the ranks and the workers do not divide.
+    Raises ValueError where the batch does not divide among the ranks.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -105,12 +106,6 @@ class LaneDataLoader(BaseDataLoader):
                 f"{dp_world_size * local_batch_size}: change one of the three"
             )
         mine = lanes // dp_world_size
-        if config.num_workers and mine % config.num_workers:
-            allowed = [n for n in range(1, mine + 1) if mine % n == 0]
-            raise ValueError(
-                f"num_workers = {config.num_workers} does not divide this rank's {mine} sequences "
-                f"a step ({lanes} / {dp_world_size} ranks): use 0 or one of {allowed}"
-            )
         if seq_len < 1:
             raise ValueError(f"seq_len = {seq_len}: must be at least 1")
         self.exhausted = False
@@ -121,7 +116,7 @@ class LaneDataLoader(BaseDataLoader):
         self._order, self._tokenizer, self._seq_len = config.order(), tokenizer, seq_len
         self._local_batch, self._workers, self._prefetch = (
             local_batch_size,
-            config.num_workers,
+            max((n for n in range(1, config.num_workers + 1) if mine % n == 0), default=0),
             config.prefetch,
         )
         self._states = dict.fromkeys(range(dp_rank * mine, (dp_rank + 1) * mine), START)
@@ -148,6 +143,7 @@ class LaneDataLoader(BaseDataLoader):
                 batch_size=None,
                 num_workers=self._workers,
                 prefetch_factor=self._prefetch,
+                worker_init_fn=_outlive_signals,
                 # Its own, for DataLoader draws a seed: the model's random numbers must not
                 # depend on how often the data was opened.
                 generator=torch.Generator(),
@@ -237,6 +233,15 @@ def _check_lanes(saved: int, now: int) -> None:
             f"{now}; the place in the data is kept per sequence of the global batch. Set "
             f"training.global_batch_size = {saved}, or start the data anew: {_ANEW}"
         )
+
+
+def _outlive_signals(worker: int) -> None:
+    """What stops a run goes to its whole group: its workers go on until it has saved.
+
+    A second SIGTERM ends them, as by default.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 class _LaneRows(IterableDataset):

@@ -89,16 +89,19 @@ class TextTokenizer(BaseTokenizer):
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
         return self._plain.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
-    def get_vocab_size(self) -> int:
+    def get_vocab_size(self, special: bool = False) -> int:
         """The smallest vocabulary a model needs for every id `encode` can return.
 
         Special tokens other than BOS and EOS do not count, since text never makes them: 32000 for
         t5-base, whose 100 sentinels stand above its pieces.
+
+        Args:
+            special: count them all, as a chat template may make any.
         """
         never = {
             token.content
             for index, token in self._plain.get_added_tokens_decoder().items()
-            if token.special and index not in (self.bos_id, self.eos_id)
+            if token.special and not special and index not in (self.bos_id, self.eos_id)
         }
         vocabulary = self._plain.get_vocab(with_added_tokens=True)
         return 1 + max(index for token, index in vocabulary.items() if token not in never)

@@ -1,0 +1,57 @@
+"""A folder that one process at a time writes to."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from lowline.train.load_config import ConfigError
+
+PATIENCE = 60.0  # seconds: what was told to stop saves a checkpoint before it does
+
+
+@contextmanager
+def alone(folder: Path, *, patience: float) -> Iterator[None]:
+    """Hold a folder against other processes that would write the same, also of other machines.
+
+    The lock ends with the process, however that ends.
+
+    Args:
+        patience: seconds to wait for another process to end; that it waits is said once.
+
+    Raises:
+        ConfigError: another process holds it for longer.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        end, other = time.monotonic() + patience, ""
+        while not _locked(file):
+            file.seek(0)
+            if time.monotonic() >= end:
+                raise ConfigError(
+                    f"another process ({file.read().strip()}) is writing to {folder}; wait until "
+                    "it ends, end it, or do other work"
+                )
+            if not other:
+                other = file.read().strip()
+                print(f"waiting for process {other}, which writes to {folder}", file=sys.stderr)
+            time.sleep(0.1)
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
