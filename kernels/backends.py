@@ -10,8 +10,8 @@ Every op here has one signature and a `backend` argument:
 
 `auto` takes triton for CUDA tensors and cpu for CPU tensors. It takes torch where that backend
 does not cover the call (a head dimension that is no multiple of 16, say: each op's docstring lists
-them), on any other device, and, saying so once in the log, on a CPU without a C++ compiler. An
-error inside a backend is raised, never answered by a slower one.
+them), on any other device, and, saying so once in the log, on a CPU where the op's C++ module is
+neither built nor can be. An error inside a backend is raised, never answered by a slower one.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def choose(
     *,
     cpu: str | None = None,
     triton: str | None = None,
+    module: str | None = None,
 ) -> str:
     """The backend that runs: one of `BACKENDS` but "auto".
 
@@ -43,6 +44,7 @@ def choose(
         backend: what the caller asked for.
         device: where the tensors are.
         cpu, triton: why that backend does not cover this call; None where it does.
+        module: the C++ module that "cpu" loads; None where it needs none.
 
     Raises:
         ValueError: an unknown backend, or one that does not cover this call.
@@ -52,8 +54,8 @@ def choose(
     if backend == "cpu" or (backend == "auto" and device.type == "cpu" and cpu is None):
         if device.type != "cpu":
             cpu = f"the tensors are on {device}"
-        elif cpu is None:
-            cpu = _no_compiler()
+        elif cpu is None and module is not None:
+            cpu = _no_module(module)
             if backend == "auto" and cpu is not None:
                 _say_once(f"the fast CPU kernels are off, plain torch runs instead: {cpu}")
         if cpu is None:
@@ -78,10 +80,10 @@ def _interpreted() -> bool:
 
 
 @torch.compiler.assume_constant_result  # it looks at files, which cannot be traced
-def _no_compiler() -> str | None:
-    from lowline.kernels.cpu import missing
+def _no_module(name: str) -> str | None:
+    from lowline.kernels.cpu import unavailable
 
-    return missing()
+    return unavailable(name)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from lowline.kernels.backends import Backend
-from lowline.kernels.conv.op import Activation, causal_conv, check
+from lowline.kernels.conv.op import Activation, causal_conv, check, pick
 from lowline.kernels.scan.decode import check_accepted, check_pair
 
 
@@ -87,6 +87,9 @@ def causal_conv_verify(
         ValueError: as `causal_conv`, or one of `pending` and `accepted` without the other.
     """
     check_pair("causal_conv_verify", pending, accepted)
+    # before the state moves: a refused call leaves it as it was
+    check(x_BTD, weight_DW, bias_D, activation, state, None)
+    pick(x_BTD, backend)
     if pending is not None and accepted is not None:
         causal_conv_advance(state, pending, accepted=accepted)
     y, _ = causal_conv(

@@ -17,7 +17,8 @@ from typing import Literal
 import torch
 
 from lowline.kernels.backends import Backend, choose
-from lowline.kernels.scan.op import check_pack, type_reason
+from lowline.kernels.packs import check_pack
+from lowline.kernels.scan.op import type_reason
 
 NAME = "causal_conv"
 Activation = Literal["silu"]
@@ -54,8 +55,7 @@ def causal_conv(
             not cover the call.
     """
     check(x_BTD, weight_DW, bias_D, activation, initial_state, cu_seqlens)
-    reason = type_reason(x_BTD)
-    which = choose(NAME, backend, x_BTD.device, cpu=reason, triton=reason)
+    which = pick(x_BTD, backend)
     if initial_state is None:
         sequences = x_BTD.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         initial_state = x_BTD.new_zeros(sequences, weight_DW.shape[0], weight_DW.shape[1] - 1)
@@ -95,6 +95,12 @@ def check(
             f"{NAME}: initial_state is {tuple(initial_state.shape)} of {initial_state.dtype}, "
             f"not {shape} of {x.dtype}"
         )
+
+
+def pick(x: torch.Tensor, backend: str) -> str:
+    """The backend that runs a call; ValueError where the one asked for does not cover it."""
+    reason = type_reason(x)
+    return choose(NAME, backend, x.device, cpu=reason, triton=reason, module="scan")
 
 
 def _implementation(which: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:

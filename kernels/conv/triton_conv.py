@@ -31,6 +31,13 @@ OPTIONS = dict(num_warps=8, num_stages=2)
 
 
 @triton.jit
+def _place(D, BLOCK_D: tl.constexpr):
+    """Block of tokens and of channels of a program, both on axis 0: the others end at 65535."""
+    columns = tl.cdiv(D, BLOCK_D)
+    return tl.program_id(0) // columns, tl.program_id(0) % columns
+
+
+@triton.jit
 def _beginnings(t, T, b, cu, sequence_T, PACKED: tl.constexpr):
     """For each token: its sequence, and that one's first token and end."""
     if PACKED:
@@ -86,10 +93,11 @@ def _forward_kernel(
     N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """y of a block of tokens."""
-    b = (tl.program_id(1) // blocks).to(tl.int64)
-    first = tl.program_id(1) % blocks * N
+    pid, column = _place(D, BLOCK_D)
+    b = (pid // blocks).to(tl.int64)
+    first = pid % blocks * N
     row = tl.arange(0, N)
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = column * BLOCK_D + tl.arange(0, BLOCK_D)
     s, start, _ = _beginnings(first + row, T, b, cu, sequence_T, PACKED)
     x += b * x_b + first.to(tl.int64) * x_t
     total = _sums(x, state, weight, bias, first, s, start, d, T, D, x_t, N, W, BIAS)
@@ -107,10 +115,11 @@ def _sum_gradient_kernel(
     N: tl.constexpr, BLOCK_D: tl.constexpr, STRETCH: tl.constexpr,
 ):  # fmt: skip
     """ds of a stretch of tokens, and what it adds to dweight and dbias."""
-    b = (tl.program_id(1) // stretches).to(tl.int64)
-    t0 = tl.program_id(1) % stretches * (N * STRETCH)
+    pid, column = _place(D, BLOCK_D)
+    b = (pid // stretches).to(tl.int64)
+    t0 = pid % stretches * (N * STRETCH)
     row = tl.arange(0, N)
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = column * BLOCK_D + tl.arange(0, BLOCK_D)
     ok = d < D
     TAPS: tl.constexpr = triton.next_power_of_2(W)
     tap = tl.arange(0, TAPS)
@@ -134,7 +143,7 @@ def _sum_gradient_kernel(
             value = _input(x_row, state, first, W - 1 - w, s, start, d, T, D, x_t, N, W)
             part = tl.sum(grad * value, 0)
             dtaps += tl.where(tap[None, :] == w, part[:, None], 0.0)
-    part_of = tl.program_id(1).to(tl.int64) * D
+    part_of = pid.to(tl.int64) * D
     at = (part_of + d)[:, None] * W + tap[None, :]
     tl.store(dweight + at, dtaps, mask=ok[:, None] & (tap < W)[None, :])
     tl.store(dbias + part_of + d, shift, mask=ok)
@@ -146,11 +155,12 @@ def _input_gradient_kernel(
     W: tl.constexpr, PACKED: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dx_t = Σ_w weight_w ds_{t+W-1-w}, within the sequence."""
-    b = (tl.program_id(1) // blocks).to(tl.int64)
-    first = tl.program_id(1) % blocks * N
+    pid, column = _place(D, BLOCK_D)
+    b = (pid // blocks).to(tl.int64)
+    first = pid % blocks * N
     row = tl.arange(0, N)
     t = first + row
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = column * BLOCK_D + tl.arange(0, BLOCK_D)
     ok = d < D
     _, _, end = _beginnings(t, T, b, cu, sequence_T, PACKED)
     total = tl.zeros((N, BLOCK_D), tl.float32)
@@ -173,7 +183,7 @@ def _pack(cu: Tensor | None, T: int) -> Tensor | None:
     return torch.searchsorted(cu[1:].contiguous(), token, right=True).int()
 
 
-@torch.library.custom_op("lowline::causal_conv", mutates_args=())
+@torch.library.custom_op("lowline::causal_conv_triton", mutates_args=())
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, cu: Tensor | None, silu: bool
 ) -> Tensor:
@@ -182,7 +192,7 @@ def _forward(
     x = x if x.stride(-1) == 1 else x.contiguous()
     blocks = triton.cdiv(T, TILES["N"])
     if y.numel():
-        _forward_kernel[(triton.cdiv(D, TILES["BLOCK_D"]), B * blocks)](
+        _forward_kernel[(B * blocks * triton.cdiv(D, TILES["BLOCK_D"]),)](
             x=x, weight=weight.contiguous(), bias=bias, state=state.contiguous(), y=y, cu=cu,
             sequence_T=_pack(cu, T), x_b=x.stride(0), x_t=x.stride(1), T=T, D=D, blocks=blocks,
             W=weight.shape[1], BIAS=bias is not None, SILU=silu, PACKED=cu is not None,
@@ -191,7 +201,7 @@ def _forward(
     return y
 
 
-@torch.library.custom_op("lowline::causal_conv_backward", mutates_args=())
+@torch.library.custom_op("lowline::causal_conv_triton_backward", mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, cu: Tensor | None,
     silu: bool,
@@ -212,13 +222,13 @@ def _backward(
         weight=weight, cu=cu, sequence_T=sequence_T, T=T, D=D, W=W, PACKED=cu is not None,
         **TILES, **OPTIONS,
     )  # fmt: skip
-    _sum_gradient_kernel[(columns, B * stretches)](
+    _sum_gradient_kernel[(B * stretches * columns,)](
         x=x, bias=bias, state=state.contiguous(), dy=dy.contiguous(), ds=ds, dweight=dweight,
         dbias=dbias, x_b=x.stride(0), x_t=x.stride(1), stretches=stretches,
         BIAS=bias is not None, SILU=silu, STRETCH=STRETCH, **shared,
     )  # fmt: skip
     blocks = triton.cdiv(T, TILES["N"])
-    _input_gradient_kernel[(columns, B * blocks)](ds=ds, dx=dx, blocks=blocks, **shared)
+    _input_gradient_kernel[(B * blocks * columns,)](ds=ds, dx=dx, blocks=blocks, **shared)
     return dx, dweight.sum(0), dbias.sum(0), _state_gradient(ds, weight, state, cu)
 
 
@@ -277,7 +287,7 @@ def causal_conv(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `lowline.kernels.conv.causal_conv`, which checks and documents."""
-    cu = None if cu_seqlens is None else cu_seqlens.to(x_BTD.device)
+    cu = None if cu_seqlens is None else cu_seqlens.contiguous().to(x_BTD.device)
     y = _forward(x_BTD, weight_DW, bias_D, initial_state_SDW, cu, activation == "silu")
     return y, _final_state(x_BTD, initial_state_SDW, cu)
 

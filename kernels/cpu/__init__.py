@@ -2,42 +2,57 @@
 
     load("recurrence")   # the module built from recurrence.cpp, beside this file
 
-The compiler is `CXX`, or c++; it needs Python's headers and OpenMP. A build goes to a temporary
-name and is renamed when it is whole, so that a killed or a simultaneous build leaves nothing
-half-written. The cache is `LOWLINE_CACHE`, or `~/.cache/lowline`; a file's name carries a hash of
-the source, the headers, the flags, the processor and torch's version.
+The compiler is `CXX` (which may have arguments), or c++; it needs Python's headers and OpenMP. A
+build goes to a temporary name and is renamed when it is whole, so that a killed or a simultaneous
+build leaves nothing half-written. The cache is `LOWLINE_CACHE`, or `~/.cache/lowline`; a file's
+name carries a hash of the source, the headers, the compiler's name, the flags, the processor and
+torch's version. A module that is there is loaded without a compiler.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sysconfig
 import tempfile
+import time
 from pathlib import Path
 from types import ModuleType
 
+DAY = 24 * 3600  # seconds; no build takes that long
+UNFINISHED = "lowline-build-"  # what the folder of a build is called
+CPU_INFO = Path("/proc/cpuinfo")
 FLAGS = ("-O3", "-std=c++20", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno")
 
 
 def cache_folder() -> Path:
     """Where built modules are kept."""
-    return Path(os.environ.get("LOWLINE_CACHE", Path.home() / ".cache" / "lowline"))
+    folder = os.environ.get("LOWLINE_CACHE")
+    return Path(folder) if folder else Path.home() / ".cache" / "lowline"
 
 
 @functools.cache
 def missing() -> str | None:
     """What a build would lack on this machine, or None."""
-    if shutil.which(_compiler()) is None:
-        return f"no C++ compiler ({_compiler()}); install g++, or set CXX"
+    compiler = _compiler()[0]
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler ({compiler}); install g++, or set CXX"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         return "no Python headers (Python.h); install your system's python3-dev"
     return None
+
+
+@functools.cache
+def unavailable(name: str) -> str | None:
+    """Why `load(name)` cannot work: the module is not built, and what a build lacks. Or None."""
+    return None if os.path.isfile(_library(name)) else missing()
 
 
 @functools.cache
@@ -45,14 +60,12 @@ def load(name: str) -> ModuleType:
     """The module built from `name`.cpp; built first where the cache does not hold it.
 
     Raises:
-        RuntimeError: no compiler, or the source does not compile; with the compiler's words.
+        RuntimeError: no compiler, the source does not compile (with the compiler's words), or a
+            cache that cannot be written.
     """
-    source = Path(__file__).with_name(f"{name}.cpp")
-    module = f"lowline_{name}"
-    key = hashlib.sha256("\0".join([source.read_text(), *_build_facts()]).encode()).hexdigest()
-    library = cache_folder() / f"{module}-{key[:16]}.so"
-    if not library.is_file():
-        _build(source, module, library)
+    library, module = _library(name), f"lowline_{name}"
+    if not os.path.isfile(library):  # unlike Path's, no error where the folder cannot be read
+        _build(_source(name), module, library)
     spec = importlib.util.spec_from_file_location(module, library)
     assert spec is not None and spec.loader is not None
     built = importlib.util.module_from_spec(spec)
@@ -60,8 +73,19 @@ def load(name: str) -> ModuleType:
     return built
 
 
-def _compiler() -> str:
-    return os.environ.get("CXX", "c++")
+def _source(name: str) -> Path:
+    return Path(__file__).with_name(f"{name}.cpp")
+
+
+def _library(name: str) -> Path:
+    """Where the module is, or will be."""
+    facts = [_source(name).read_text(), *_build_facts()]
+    key = hashlib.sha256("\0".join(facts).encode()).hexdigest()
+    return cache_folder() / f"lowline_{name}-{key[:16]}.so"
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
 
 
 def _build_facts() -> list[str]:
@@ -69,34 +93,54 @@ def _build_facts() -> list[str]:
     import torch
 
     processor = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = info.read_text().splitlines()
-        processor = next((line for line in lines if line.startswith("flags")), processor)
+    if CPU_INFO.is_file():
+        lines = CPU_INFO.read_text().splitlines()
+        features = ("flags", "Features")  # x86's word and ARM's
+        processor = next((line for line in lines if line.startswith(features)), processor)
     headers = "".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.h")))
-    return [*FLAGS, _compiler(), processor, torch.__version__, platform.python_version(), headers]
+    return [*FLAGS, *_compiler(), processor, torch.__version__, platform.python_version(), headers]
 
 
 def _build(source: Path, module: str, library: Path) -> None:
+    if reason := missing():
+        raise RuntimeError(f"cannot build {source.name}: {reason}")
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        room = tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=library.parent)
+    except OSError as error:
+        raise RuntimeError(
+            f"cannot keep {library.name} in {library.parent}: {error}; set LOWLINE_CACHE to a "
+            "folder that can be written"
+        ) from error
+    with room as folder:
+        _sweep(library.parent)
+        made = Path(folder) / library.name
+        _compile(source, module, made)
+        os.replace(made, library)
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what killed builds have left."""
+    for folder in cache.glob(f"{UNFINISHED}*"):
+        with contextlib.suppress(OSError):  # another process may sweep too
+            if time.time() - folder.stat().st_mtime > DAY:
+                shutil.rmtree(folder)
+
+
+def _compile(source: Path, module: str, made: Path) -> None:
     import torch
     from torch.utils import cpp_extension
 
-    if reason := missing():
-        raise RuntimeError(f"cannot build {source.name}: {reason}")
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        made = Path(folder) / library.name
-        includes = [sysconfig.get_path("include"), *cpp_extension.include_paths()]
-        paths = cpp_extension.library_paths()
-        command = [
-            *(_compiler(), *FLAGS, "-shared", "-fPIC", "-w", str(source), "-o", str(made)),
-            f"-DTORCH_EXTENSION_NAME={module}",
-            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-            *(f"-isystem{path}" for path in includes),
-            *(f"-L{path}" for path in paths),
-            *("-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10"),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-        os.replace(made, library)
+    includes = [sysconfig.get_path("include"), *cpp_extension.include_paths()]
+    paths = cpp_extension.library_paths()
+    command = [
+        *(*_compiler(), *FLAGS, "-shared", "-fPIC", "-w", str(source), "-o", str(made)),
+        f"-DTORCH_EXTENSION_NAME={module}",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        *(f"-isystem{path}" for path in includes),
+        *(f"-L{path}" for path in paths),
+        *("-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr}")

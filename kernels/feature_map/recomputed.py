@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from lowline.kernels.cpu import load
 from lowline.kernels.feature_map.op import FLOOR
@@ -35,6 +36,7 @@ class _Hedgehog(torch.autograd.Function):
         return out_MHF.view(*x.shape[:-1], 2 * features)
 
     @staticmethod
+    @once_differentiable
     def backward(  # type: ignore[override]
         ctx: Any, grad: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from lowline.kernels.backends import Backend, choose
 from lowline.kernels.low_rank.activations import activate, activate_backward, check_activation
@@ -149,6 +150,7 @@ class _Bottlenecks(torch.autograd.Function):
         return tuple(F.linear(s_i, B, b) for s_i, B, b in zip(s, Bs, b_biases, strict=True))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *dys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, z, *weights = ctx.saved_tensors
         As, Bs = weights[: len(dys)], weights[len(dys) :]

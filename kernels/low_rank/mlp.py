@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lowline.kernels.backends import Backend, choose
@@ -83,7 +84,7 @@ def low_rank_mlp(
     cpu = type_reason(x)
     if mlp_activation not in ("silu", "identity"):
         cpu = f"mlp_activation = {mlp_activation!r}; it takes 'silu' and 'identity'"
-    which = choose(NAME, backend, x.device, cpu=cpu, triton=type_reason(x))
+    which = choose(NAME, backend, x.device, cpu=cpu, triton=type_reason(x), module="low_rank")
     if which == "reference":
         g, u = (F.linear(activate(activation, F.linear(x, A)), B) for A, B in (gate, up))
         z_down = F.linear(activate(mlp_activation, g) * u, down[0])
@@ -162,6 +163,7 @@ class _Mlp(torch.autograd.Function):
         return y.view(*x.shape[:-1], B_d.shape[0])
 
     @staticmethod
+    @once_differentiable
     def backward(  # type: ignore[override]
         ctx: Any, dy: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:

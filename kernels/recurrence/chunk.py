@@ -154,8 +154,11 @@ def _spans(bounds: list[int] | None, T: int) -> list[tuple[int, int]]:
 
 
 def _groups(span: tuple[int, int], heads: int) -> Iterator[Group]:
-    """Whole chunks, ROWS rows of all heads at a time; then the rest, padded to a power of two."""
-    start, end = span
+    """Whole chunks, ROWS rows of all heads at a time; then the rest, padded to a power of two.
+
+    None in an empty batch.
+    """
+    start, end = span if heads else (0, 0)
     while end - start >= CHUNK:
         chunks = min(max(1, ROWS // (heads * CHUNK)), (end - start) // CHUNK)
         yield Group(start, start + chunks * CHUNK, chunks, CHUNK)

@@ -23,17 +23,16 @@ from typing import Any, NamedTuple
 import torch
 from torch.compiler import is_compiling
 
-from lowline.kernels.backends import Backend, choose
+from lowline.kernels.backends import Backend
 from lowline.kernels.recurrence import reference
 from lowline.kernels.recurrence.op import (
     EPSILON,
     NAME,
     Gate,
     check,
-    cpu_reason,
     gated_linear_recurrence,
+    pick,
     share_heads,
-    triton_reason,
 )
 
 _compiled_step: Callable[..., torch.Tensor | None] | None = None  # once a call has taken it
@@ -170,6 +169,7 @@ def recurrence_verify(
     check_state(state, v_BTHV)
     # before the state moves: a refused call leaves it as it was
     check(q_BTQK, *share_heads(k_BTHK, v_BTHV), g, beta_BTH, gate, normalize, state, None)
+    pick(q_BTQK, v_BTHV, backend)
     if pending is not None and accepted_B is not None:
         recurrence_advance(
             state, *pending, accepted_B=accepted_B, gate=gate, normalize=normalize, backend=backend
@@ -239,8 +239,7 @@ def _step(
     check(*tokens, gate, normalize, state, None)  # type: ignore[arg-type, call-arg]
     if backend == "auto" and is_compiling():
         backend = "torch"
-    cpu, triton = cpu_reason(q_BQK, v_BHV), triton_reason(q_BQK, v_BHV)
-    which = choose(NAME, backend, q_BQK.device, cpu=cpu, triton=triton)
+    which = pick(q_BQK, v_BHV, backend)
     if normalize:
         v_BHV = _with_ones(v_BHV)
     if which == "cpu":

@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 
 from lowline.kernels.backends import Backend, choose
+from lowline.kernels.packs import check_pack
 
 EPSILON = 1e-12  # added to the normaliser
 NAME = "gated_linear_recurrence"
@@ -71,13 +72,7 @@ def gated_linear_recurrence(
     """
     k_BTHK, v_BTHV = share_heads(k_BTHK, v_BTHV)
     check(q_BTQK, k_BTHK, v_BTHV, g, beta_BTH, gate, normalize, initial_state, cu_seqlens)
-    which = choose(
-        NAME,
-        backend,
-        q_BTQK.device,
-        cpu=cpu_reason(q_BTQK, v_BTHV),
-        triton=triton_reason(q_BTQK, v_BTHV),
-    )
+    which = pick(q_BTQK, v_BTHV, backend)
     if normalize:
         v_BTHV = torch.cat([v_BTHV, v_BTHV.new_ones(*v_BTHV.shape[:-1], 1)], -1)
     run = _implementation(which)
@@ -149,28 +144,19 @@ def check(
         need(tuple(beta.shape) == (B, T, H), f"beta is {tuple(beta.shape)}, not {(B, T, H)}")
         need(not by_value, "the delta rule takes gates per head or per key, not per value")
         need(not normalize, "the delta rule has no normaliser; pass normalize=False")
-    N = B
-    if cu_seqlens is not None:
-        need(B == 1, f"cu_seqlens packs sequences into a batch of one, this batch is {B}")
-        need(
-            cu_seqlens.dim() == 1
-            and cu_seqlens.numel() >= 2
-            and not cu_seqlens.is_floating_point(),
-            "cu_seqlens is a vector of at least two integers",
-        )
-        N = cu_seqlens.numel() - 1
-        if cu_seqlens.device.type == "cpu":  # elsewhere the look would wait for the device
-            bounds = cu_seqlens.tolist()
-            need(
-                bounds[0] == 0 and bounds[-1] == T and bounds == sorted(bounds),
-                f"cu_seqlens = {bounds}; it rises from 0 to T = {T}",
-            )
+    N = check_pack(NAME, B, T, cu_seqlens)
     if initial_state is not None:
         shape = (N, H, K, V + normalize)
         need(
             tuple(initial_state.shape) == shape,
             f"initial_state is {tuple(initial_state.shape)}, not {shape}",
         )
+
+
+def pick(q: torch.Tensor, v: torch.Tensor, backend: str) -> str:
+    """The backend that runs a call; ValueError where the one asked for does not cover it."""
+    cpu, triton = cpu_reason(q, v), triton_reason(q, v)
+    return choose(NAME, backend, q.device, cpu=cpu, triton=triton, module="recurrence")
 
 
 def cpu_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:

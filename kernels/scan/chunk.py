@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from lowline.kernels.exponent import LOG2_E
 from lowline.kernels.scan.reference import finish, step_size
@@ -85,6 +86,7 @@ class _ChunkedScan(torch.autograd.Function):
         return y, final
 
     @staticmethod
+    @once_differentiable
     def backward(  # type: ignore[override]
         ctx: Any, dy: torch.Tensor, dfinal: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:

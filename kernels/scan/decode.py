@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from lowline.kernels.backends import Backend
-from lowline.kernels.scan.op import selective_scan
+from lowline.kernels.scan.op import check, pick, selective_scan
 from lowline.kernels.scan.reference import step_size
 
 
@@ -120,6 +120,9 @@ def selective_scan_verify(
         ValueError: as `selective_scan`, or one of `pending` and `accepted` without the other.
     """
     check_pair("selective_scan_verify", pending, accepted)
+    # before the state moves: a refused call leaves it as it was
+    check(x_BTD, dt_BTD, A_DN, B_BTN, C_BTN, D_D, z_BTD, dt_bias_D, state, None)
+    pick(x_BTD, A_DN, backend)
     if pending is not None and accepted is not None:
         selective_scan_advance(
             *(state, pending.x, pending.dt, A_DN, pending.B),

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 
 from lowline.kernels.backends import Backend, choose
+from lowline.kernels.packs import check_pack
 
 NAME = "selective_scan"
 
@@ -63,11 +64,7 @@ def selective_scan(
         ValueError: shapes or types that do not fit, or a backend that does not cover the call.
     """
     check(x_BTD, dt_BTD, A_DN, B_BTN, C_BTN, D_D, z_BTD, dt_bias_D, initial_state, cu_seqlens)
-    reason = triton = type_reason(x_BTD)
-    if A_DN.shape[1] > 64:
-        triton = f"A has {A_DN.shape[1]} states; it takes up to 64"
-    which = choose(NAME, backend, x_BTD.device, cpu=reason, triton=triton)
-    return _implementation(which)(
+    return _implementation(pick(x_BTD, A_DN, backend))(
         x_BTD, dt_BTD, A_DN, B_BTN, C_BTN, D_D, z_BTD, dt_bias_D, dt_softplus,
         initial_state, cu_seqlens,
     )  # fmt: skip
@@ -116,21 +113,12 @@ def check(
             )
 
 
-def check_pack(op: str, batch: int, time: int, cu_seqlens: torch.Tensor | None) -> int:
-    """The number of sequences; ValueError where `cu_seqlens` does not fit the batch."""
-    if cu_seqlens is None:
-        return batch
-    if batch != 1:
-        raise ValueError(
-            f"{op}: cu_seqlens packs sequences into a batch of one, this batch is {batch}"
-        )
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
-        raise ValueError(f"{op}: cu_seqlens is a vector of at least two integers")
-    if cu_seqlens.device.type == "cpu":  # elsewhere the look would wait for the device
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != time or bounds != sorted(bounds):
-            raise ValueError(f"{op}: cu_seqlens = {bounds}; it rises from 0 to T = {time}")
-    return cu_seqlens.numel() - 1
+def pick(x: torch.Tensor, A: torch.Tensor, backend: str) -> str:
+    """The backend that runs a call; ValueError where the one asked for does not cover it."""
+    reason = triton = type_reason(x)
+    if A.shape[1] > 64:
+        triton = f"A has {A.shape[1]} states; it takes up to 64"
+    return choose(NAME, backend, x.device, cpu=reason, triton=triton, module="scan")
 
 
 def type_reason(x: torch.Tensor) -> str | None:

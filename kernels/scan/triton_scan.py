@@ -252,7 +252,7 @@ def _arguments(
     )  # fmt: skip
 
 
-@torch.library.custom_op("lowline::selective_scan", mutates_args=())
+@torch.library.custom_op("lowline::selective_scan_triton", mutates_args=())
 def _forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D_D: Tensor | None, z: Tensor | None,
     bias: Tensor, state: Tensor, cu: Tensor | None, softplus: bool,
@@ -279,7 +279,7 @@ def _(x, dt, A, B, C, D_D, z, bias, state, cu, softplus):
     return _outputs(x, state)
 
 
-@torch.library.custom_op("lowline::selective_scan_backward", mutates_args=())
+@torch.library.custom_op("lowline::selective_scan_triton_backward", mutates_args=())
 def _backward(
     dy: Tensor, dstate_out: Tensor, edges: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor,
     C: Tensor, D_D: Tensor | None, z: Tensor | None, bias: Tensor, cu: Tensor | None,
@@ -354,7 +354,7 @@ def selective_scan(
     if reason := not_on_triton(A_DN.shape[1]):
         raise ValueError(f"selective_scan: backend = 'triton' cannot run this call: {reason}")
     device, (D, N) = x_BTD.device, A_DN.shape
-    cu = None if cu_seqlens is None else cu_seqlens.to(device)
+    cu = None if cu_seqlens is None else cu_seqlens.contiguous().to(device)
     S = x_BTD.shape[0] if cu is None else len(cu) - 1
     bias = torch.zeros(D, device=device) if dt_bias_D is None else dt_bias_D.float()
     state = initial_state_SDN

@@ -47,7 +47,7 @@ def slot_window_step(
     scale = q_BHD.shape[-1] ** -0.5 if scale is None else scale
     which = choose(
         OP, backend, q_BHD.device, cpu=_not_on_cpu(q_BHD, k_BGD, v_BGV, bias_HM, state),
-        triton="it has no decoding kernels",
+        triton="it has no decoding kernels", module="slots",
     )  # fmt: skip
     if which == "cpu":
         from lowline.kernels.cpu import load

@@ -36,6 +36,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lowline.kernels.backends import choose
+from lowline.kernels.packs import check_pack
 from lowline.kernels.window.state import accumulation_dtype, behind_window, check_state
 
 OP = "slot_window_attention"
@@ -100,12 +101,8 @@ def slot_window_attention(
     check_shapes(OP, q_BTHD, k_BTGD, v_BTGV, slot_BTG, bias_HM)
     if window < 1 or sinks < 0:
         raise ValueError(f"{OP}: window = {window}, sinks = {sinks}; at least 1 and 0")
-    if cu_seqlens is not None and len(q_BTHD) != 1:
-        raise ValueError(
-            f"{OP}: packed sequences come in a batch of one, this one is {len(q_BTHD)}"
-        )
+    N = check_pack(OP, q_BTHD.shape[0], q_BTHD.shape[1], cu_seqlens)
     cu = None if cu_seqlens is None else cu_seqlens.to(q_BTHD.device, torch.int64)
-    N = len(q_BTHD) if cu is None else len(cu) - 1
     shapes = state_shapes(N, k_BTGD, v_BTGV, bias_HM, window, sinks)
     if initial_state is None:
         dtype, device = accumulation_dtype(k_BTGD.dtype), k_BTGD.device

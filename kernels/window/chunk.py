@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 SCORES_A_GROUP = 2**20
 
@@ -102,6 +103,7 @@ class _Attend(torch.autograd.Function):
         return o, S
 
     @staticmethod
+    @once_differentiable
     def backward(  # type: ignore[override]
         ctx: Any, do: torch.Tensor, dS: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:

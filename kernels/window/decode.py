@@ -104,12 +104,14 @@ def window_linear_verify(
     """
     if (pending is None) != (accepted is None):
         raise ValueError("window_linear_verify: give both pending and accepted, or neither")
-    if pending is not None and accepted is not None:
-        window_linear_advance(state, pending, accepted, backend=backend)
     op = "window_linear_verify"
     block = [q_BTHD, k_BTGD, v_BTGV, phi_q_BTHF, phi_k_BTPF]
+    # before the state moves: a refused call leaves it as it was
     call = _checked(op, block, state, window_factor_H, linear_factor_H, scale)
-    return _outputs(op, call, backend), WindowPending(call.k, call.v, call.phi_k)
+    which = _backend(op, backend, call.k, call.v, call.phi_k, state)
+    if pending is not None and accepted is not None:
+        window_linear_advance(state, pending, accepted, backend=backend)
+    return _outputs(call, which), WindowPending(call.k, call.v, call.phi_k)
 
 
 @torch.no_grad()
@@ -159,13 +161,14 @@ def _step(
     op = "window_linear_step"
     block = [None if x is None else x[:, None] for x in token]
     call = _checked(op, block, state, window_factor_H, linear_factor_H, scale)
-    if _backend(op, backend, call.k, call.v, call.phi_k, state) == "cpu":
+    which = _backend(op, backend, call.k, call.v, call.phi_k, state)
+    if which == "cpu":
         from lowline.kernels.window import cpu
 
         if not is_compiling():
             _compiled_step = cpu.step
         return cpu.decode(*call, take_in=True)[:, 0]
-    o_BTHV = _outputs(op, call, backend)
+    o_BTHV = _outputs(call, which)
     _push(state, WindowPending(call.k, call.v, call.phi_k), torch.ones_like(state.length))
     return o_BTHV[:, 0]
 
@@ -203,7 +206,7 @@ def _checked(
     check_state(op, state, shapes)
     gamma = per_head_factor(op, "window_factor_H", window_factor_H, q)
     lam = per_head_factor(op, "linear_factor_H", linear_factor_H, q)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return _Call(q, k, v, phi_q, phi_k, state, gamma, lam, scale)
 
 
@@ -220,15 +223,15 @@ def _backend(
     state: WindowState,
 ) -> str:
     cpu = not_on_cpu(k.dtype, k.shape[-1], v.shape[-1], phi_k.shape[-1])
-    if any(x.dtype != torch.float32 for x in (k, *state[:5])):
+    if any(x.dtype != torch.float32 for x in (k, *state[:6])):
         cpu = "it decodes in fp32 only"
     elif not all(x.is_contiguous() for x in state):
         cpu = "the state's tensors are not contiguous"
-    return choose(op, backend, k.device, cpu=cpu, triton="it has no decoding kernels")
+    triton = "it has no decoding kernels"
+    return choose(op, backend, k.device, cpu=cpu, triton=triton, module="window")
 
 
-def _outputs(op: str, call: _Call, backend: str) -> torch.Tensor:
-    which = _backend(op, backend, call.k, call.v, call.phi_k, call.state)
+def _outputs(call: _Call, which: str) -> torch.Tensor:
     if which == "cpu":
         from lowline.kernels.window.cpu import decode
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from lowline.kernels.backends import choose
+from lowline.kernels.packs import check_pack
 from lowline.kernels.window.state import (
     WindowState,
     accumulation_dtype,
@@ -65,8 +66,8 @@ def window_linear_attention(
         initial_state: what a call on the preceding tokens returned (N sequences; N = B unless
             packed). Gradients flow to every part of it.
         backend: `cpu` covers fp32 and bf16 (computed in fp32) with D, V and F multiples of 16;
-            `triton` what `triton_window` says; `torch` and `reference` everything. With packed
-            sequences, `torch` and `reference` read cu_seqlens on the host.
+            `triton` fp32 and bf16 with D, V and F up to 128; `torch` and `reference` everything.
+            With packed sequences, `torch` and `reference` read cu_seqlens on the host.
 
     Returns:
         o_BTHV in q's dtype, and the state after the last token.
@@ -75,7 +76,7 @@ def window_linear_attention(
         ValueError: shapes, dtypes or devices that do not fit, or a backend that does not cover
             the call.
     """
-    _check(q_BTHD, k_BTGD, v_BTGV, phi_q_BTHF, phi_k_BTPF, window, sinks, cu_seqlens)
+    _check(q_BTHD, k_BTGD, v_BTGV, phi_q_BTHF, phi_k_BTPF, window, sinks)
     B, _, H, D = q_BTHD.shape
     G, V = v_BTGV.shape[2:]
     dtype = accumulation_dtype(q_BTHD.dtype)
@@ -89,8 +90,10 @@ def window_linear_attention(
             ("linear_factor_H", linear_factor_H),
         )
     ]
-    cu = None if cu_seqlens is None else cu_seqlens.to(q_BTHD.device, torch.int64)
-    N = B if cu is None else len(cu) - 1
+    N = check_pack(OP, B, q_BTHD.shape[1], cu_seqlens)
+    cu = None
+    if cu_seqlens is not None:
+        cu = cu_seqlens.to(q_BTHD.device, torch.int64).contiguous()
 
     if initial_state is None:
         length_N = torch.zeros(N, dtype=torch.int64, device=q_BTHD.device)
@@ -98,11 +101,15 @@ def window_linear_attention(
     else:
         shapes = state_shapes(N, k_BTGD, v_BTGV, phi_k_BTPF, window, sinks)
         check_state(OP, initial_state, shapes)
-        length_N, S_NPFW = initial_state.length, initial_state.S
+        length_N, S_NPFW = initial_state.length.contiguous(), initial_state.S
     tokens = (k_BTGD, v_BTGV, phi_k_BTPF)
     seen = behind_window(tokens, initial_state, length_N, cu, window=window, sinks=sinks)
 
-    which = choose(OP, backend, q_BTHD.device, cpu=not_on_cpu(q_BTHD.dtype, D, V, F))
+    sizes = (q_BTHD.dtype, D, V, F)
+    which = choose(
+        OP, backend, q_BTHD.device, cpu=not_on_cpu(*sizes), triton=not_on_triton(*sizes),
+        module="window",
+    )  # fmt: skip
     if which == "triton":
         from lowline.kernels.window.triton_window import attend
     elif which == "cpu":
@@ -118,7 +125,7 @@ def window_linear_attention(
         *(*seen.sinks, *factors, S_NPFW, length_N, cu),
         window=window,
         prefix=seen.prefix,
-        scale=D**-0.5 if scale is None else scale,
+        scale=D**-0.5 if scale is None else float(scale),
     )
     (ring_k, ring_v, ring_phi), (sink_k, sink_v) = seen.rings, seen.sinks
     return o_BTHV, WindowState(ring_k, ring_v, ring_phi, sink_k, sink_v, S_NPFW, seen.length)
@@ -130,6 +137,15 @@ def not_on_cpu(dtype: torch.dtype, D: int, V: int, F: int) -> str | None:
         return f"it computes in fp32 and the inputs are {dtype}"
     if D % 16 or V % 16 or F % 16:
         return f"it takes multiples of 16, and D = {D}, V = {V}, F = {F}"
+    return None
+
+
+def not_on_triton(dtype: torch.dtype, D: int, V: int, F: int) -> str | None:
+    """Why the Triton kernels do not cover a call; None where they do."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"it computes in fp32 and the inputs are {dtype}"
+    if max(D, V, F) > 128:
+        return f"it takes up to 128 dimensions, and D = {D}, V = {V}, F = {F}"
     return None
 
 
@@ -212,7 +228,6 @@ def _check(
     phi_k: torch.Tensor | None,
     window: int,
     sinks: int,
-    cu_seqlens: torch.Tensor | None,
 ) -> None:
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError(
@@ -222,11 +237,3 @@ def _check(
     check_heads(OP, q, k, v, phi_q, phi_k)
     if window < 1 or sinks < 0:
         raise ValueError(f"{OP}: window = {window}, sinks = {sinks}; need window >= 1, sinks >= 0")
-    if cu_seqlens is not None:
-        if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
-            raise ValueError(
-                f"{OP}: cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; give "
-                "integer boundaries (N + 1,)"
-            )
-        if q.shape[0] != 1:
-            raise ValueError(f"{OP}: packed sequences need batch 1, not {q.shape[0]}")

@@ -34,6 +34,7 @@ from lowline.kernels.window.triton_forward import (
     put,
     sequence,
     sink_scores,
+    state_tile,
     tile,
     window_scores,
 )
@@ -175,9 +176,9 @@ def reverse_states_kernel(
     BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """The gradient of S after each chunk (a tile of F × V) and of the initial one."""
-    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-    column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    n, p = tl.program_id(2) // P, tl.program_id(2) % P
+    n, p, tile_f, tile_v = state_tile(P, V, F, BLOCK_V, BLOCK_F)
+    f = tile_f * BLOCK_F + tl.arange(0, BLOCK_F)
+    column = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
     b, q_row, _, length = sequence(n, cu, T, 0, PACKED)
     whole = (n.to(tl.int64) * P + p) * F * (V + 1)
     at = f[:, None] * (V + 1) + column[None, :]
@@ -191,25 +192,25 @@ def reverse_states_kernel(
         block = (first + c) * P + p
         R_at = block * F * V + f[:, None] * V + column[None, :]
         tl.store(states + R_at, R.to(states.dtype.element_ty), mask=ok)
-        if tl.program_id(1) == 0:
+        if tile_v == 0:
             tl.store(norms + block * F + f, z, mask=f < F)
         t0 = c * C
         t = t0 + tl.arange(0, C)
         for member in range(0, GROUP_P):
             h = p * GROUP_P + member
-            pq = phi_q + b * pq_b + q_row * pq_t + h * pq_h + tl.program_id(0) * BLOCK_F
-            width = F - tl.program_id(0) * BLOCK_F
+            pq = phi_q + b * pq_b + q_row * pq_t + h * pq_h + tile_f * BLOCK_F
+            width = F - tile_f * BLOCK_F
             features = tile(pq, t0, pq_t, 0, length, width, C, BLOCK_F).to(tl.float32)
             features *= tl.load(lam_H + h)
-            head = ((b * T + q_row) * H + h) * V + tl.program_id(1) * BLOCK_V
-            width = V - tl.program_id(1) * BLOCK_V
+            head = ((b * T + q_row) * H + h) * V + tile_v * BLOCK_V
+            width = V - tile_v * BLOCK_V
             u_t = tile(u + head, t0, H * V, 0, length, width, C, BLOCK_V)
             r_t = tl.load(r + h * tokens + b * T + q_row + t, mask=t < length, other=0.0)
             left = tl.trans(features.to(u_t.dtype))
             R = tl.dot(left, u_t, R, input_precision="ieee")
             z -= tl.sum(features * r_t[:, None], 0)
     tl.store(dS_init + whole + at, R, mask=ok)
-    if tl.program_id(1) == 0:
+    if tile_v == 0:
         tl.store(dS_init + whole + f * (V + 1) + V, z, mask=f < F)
 
 

@@ -91,6 +91,16 @@ def key_rows(n, length_N, PREFIX: tl.constexpr, SINKS: tl.constexpr):
 
 
 @triton.jit
+def state_tile(P, V: tl.constexpr, F: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr):
+    """Sequence, head and tile of S of a program, all on axis 0: the others end at 65535."""
+    tiles_f: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
+    tiles_v: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    pid = tl.program_id(0)
+    whole = pid // (tiles_f * tiles_v)
+    return whole // P, whole % P, pid % tiles_f, pid // tiles_f % tiles_v
+
+
+@triton.jit
 def states_kernel(
     k_phi, v, S_init, S_out, states, norms, length_N, cu, starts,
     p_b, p_t, p_h, v_b, v_t, v_h, T, per_sequence, P,
@@ -99,13 +109,13 @@ def states_kernel(
     C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """S (a tile of F × V) and its normaliser before each chunk, and after the last."""
-    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-    column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    n, p = tl.program_id(2) // P, tl.program_id(2) % P
+    n, p, tile_f, tile_v = state_tile(P, V, F, BLOCK_V, BLOCK_F)
+    f = tile_f * BLOCK_F + tl.arange(0, BLOCK_F)
+    column = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
     b, _, k_row, length = sequence(n, cu, T, PREFIX, PACKED)
     _, summed, _ = key_rows(n, length_N, PREFIX, SINKS)
-    k_phi += b * p_b + k_row * p_t + p * p_h + tl.program_id(0) * BLOCK_F
-    v += b * v_b + k_row * v_t + (p // GROUP) * v_h + tl.program_id(1) * BLOCK_V
+    k_phi += b * p_b + k_row * p_t + p * p_h + tile_f * BLOCK_F
+    v += b * v_b + k_row * v_t + (p // GROUP) * v_h + tile_v * BLOCK_V
     whole = (n.to(tl.int64) * P + p) * F * (V + 1)
     at = f[:, None] * (V + 1) + column[None, :]
     ok = (f < F)[:, None] & (column < V)[None, :]
@@ -117,15 +127,15 @@ def states_kernel(
         block = (first + c) * P + p
         S_at = block * F * V + f[:, None] * V + column[None, :]
         tl.store(states + S_at, S.to(states.dtype.element_ty), mask=ok)
-        if tl.program_id(1) == 0:
+        if tile_v == 0:
             tl.store(norms + block * F + f, z, mask=f < F)
         row = PREFIX - WINDOW + c * C
-        phi = tile(k_phi, row, p_t, summed, last, F - tl.program_id(0) * BLOCK_F, C, BLOCK_F)
-        values = tile(v, row, v_t, summed, last, V - tl.program_id(1) * BLOCK_V, C, BLOCK_V)
+        phi = tile(k_phi, row, p_t, summed, last, F - tile_f * BLOCK_F, C, BLOCK_F)
+        values = tile(v, row, v_t, summed, last, V - tile_v * BLOCK_V, C, BLOCK_V)
         S = tl.dot(tl.trans(phi), values, S, input_precision="ieee")
         z += tl.sum(phi.to(tl.float32), 0)
     tl.store(S_out + whole + at, S, mask=ok)
-    if tl.program_id(1) == 0:
+    if tile_v == 0:
         tl.store(S_out + whole + f * (V + 1) + V, z, mask=f < F)
 
 

@@ -29,17 +29,6 @@ from lowline.kernels.window.triton_backward import (
 )
 from lowline.kernels.window.triton_forward import forward_kernel, states_kernel
 
-LARGEST = 128
-
-
-def not_on_triton(dtype: torch.dtype, D: int, V: int, F: int) -> str | None:
-    """Why these kernels do not cover a call; None where they do."""
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"it computes in fp32 and the inputs are {dtype}"
-    if max(D, V, F) > LARGEST:
-        return f"it takes up to {LARGEST} dimensions, and D = {D}, V = {V}, F = {F}"
-    return None
-
 
 def attend(
     q_BTHD: Tensor,
@@ -60,9 +49,6 @@ def attend(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """(o_BTHV, S_NPFW); the arguments are `reference.attend`'s."""
-    D, V, F = q_BTHD.shape[-1], v_BUGV.shape[-1], phi_q_BTHF.shape[-1]
-    if reason := not_on_triton(q_BTHD.dtype, D, V, F):
-        raise ValueError(f"window_linear_attention: backend = 'triton' cannot run this: {reason}")
     o, S, *_ = _forward(
         *(q_BTHD, k_BUGD, v_BUGV, phi_q_BTHF, phi_k_BUPF, sink_k_NsGD, sink_v_NsGV),
         *(window_factor_H, linear_factor_H, S_NPFW, length_N, cu_seqlens, window, prefix, scale),
@@ -157,10 +143,13 @@ def _states(call: _Call, chunks: _Chunks, phi_k: Tensor, v: Tensor, S: Tensor, l
         norms=norms, length_N=length, cu=cu, starts=chunks.starts,
         per_sequence=chunks.per_sequence,
     ) | tile | dict(GROUP=P // v.shape[2])  # fmt: skip
-    grid = (triton.cdiv(F, tile["BLOCK_F"]), triton.cdiv(W - 1, tile["BLOCK_V"]), N * P)
     if F:
-        states_kernel[grid](**arguments)
+        states_kernel[_state_grid(N * P, W - 1, F, **tile)](**arguments)
     return states, norms, S_out
+
+
+def _state_grid(heads: int, V: int, F: int, BLOCK_V: int, BLOCK_F: int) -> tuple[int]:
+    return (heads * triton.cdiv(V, BLOCK_V) * triton.cdiv(F, BLOCK_F),)
 
 
 @torch.library.custom_op("lowline::window_linear", mutates_args=())
@@ -238,8 +227,7 @@ def _backward(
     dS_init = torch.empty_like(dS, memory_format=torch.contiguous_format)
     if F:
         tile = dict(BLOCK_V=min(64, _padded(V)), BLOCK_F=min(64, _padded(F)))
-        grid = (triton.cdiv(F, tile["BLOCK_F"]), triton.cdiv(V, tile["BLOCK_V"]), N * P)
-        reverse_states_kernel[grid](**call.to(
+        reverse_states_kernel[_state_grid(N * P, V, F, **tile)](**call.to(
             reverse_states_kernel, **shared, dS_out=dS.contiguous(), dS_init=dS_init,
             per_sequence=chunks.per_sequence,
         ) | tile)  # fmt: skip

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lowline.kernels.conv import causal_conv
+from lowline.kernels.cpu import missing
 from lowline.kernels.feature_map import hedgehog
 from lowline.kernels.low_rank import low_rank_bottleneck
 from lowline.kernels.scan import selective_scan
@@ -115,6 +116,26 @@ def test_conv_packed(device: torch.device) -> None:
     }
     cu = torch.tensor([0, 1, 1, 3, 40, 70])
     check(causal_conv, inputs, device, FP32, activation="silu", cu_seqlens=cu)
+
+
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+@pytest.mark.parametrize("op", [causal_conv, selective_scan])
+def test_the_cpus_operators_stand_beside_those_of_triton(op: Any, device: torch.device) -> None:
+    """In one process, each before and after the other; bounds may lie apart in memory."""
+    inputs = scan_inputs(9, 3, 3)
+    if op is causal_conv:
+        inputs = {"x_BTD": inputs["x_BTD"], "weight_DW": random(3, 3)}
+    x = inputs["x_BTD"].float().requires_grad_()  # type: ignore[union-attr]
+    results = []
+    cpu, cu = torch.device("cpu"), torch.tensor([0, 7, 3, 8, 9])[::2]
+    for backend, at in (("cpu", cpu), ("triton", device), ("cpu", cpu)):
+        given = {n: t.to(at, FP32) for n, t in (inputs | {"x_BTD": x}).items() if t is not None}
+        y, state = op(**given, cu_seqlens=cu.to(at), backend=backend)
+        (grad,) = torch.autograd.grad(y.square().sum() + state.sum(), x)
+        results.append([y.cpu(), state.cpu(), grad])
+    for result in results[1:]:
+        for a, b in zip(result, results[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_conv_of_one_tap(device: torch.device) -> None:

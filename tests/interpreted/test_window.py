@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from lowline.kernels.window import window_linear_attention
-from lowline.kernels.window.triton_window import not_on_triton
 from tests.kernels.cases import TOLERANCE, assert_matches
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -146,10 +145,14 @@ def test_transposed_inputs(device: torch.device) -> None:
     assert torch.equal(o, want)
 
 
-def test_what_is_not_covered() -> None:
-    assert not_on_triton(FP32, 128, 128, 128) is None
-    assert "128" in str(not_on_triton(BF16, 16, 256, 16))
-    assert "float64" in str(not_on_triton(torch.float64, 16, 16, 16))
+def test_what_is_not_covered(device: torch.device) -> None:
+    for tensors, dtype, words in (
+        (inputs(2, V=256), BF16, "up to 128 dimensions"),
+        (inputs(2), torch.float64, "float64"),
+    ):
+        given = {n: x.to(device, dtype) for n, x in tensors.items() if x is not None}
+        with pytest.raises(ValueError, match=words):
+            window_linear_attention(**given, window=8, backend="triton")  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

@@ -175,6 +175,19 @@ def test_verify_with_random_acceptance_is_plain_decoding(backend: str) -> None:
         assert torch.equal(state[b], x[b, done[b] - 3 : done[b]].t())
 
 
+@pytest.mark.parametrize("backend", ["torch", CPU])
+def test_a_refused_verify_leaves_the_state(backend: str) -> None:
+    inputs = draw(5, 20, 4, torch.float32)
+    state = inputs.pop("initial_state")
+    _, pending = causal_conv_verify(**inputs, state=state, backend=backend)
+    before = state.clone()
+    again = {"state": state, "pending": pending, "accepted": torch.tensor([2, 5])}
+    for wrong in ({"bias_D": torch.zeros(3)}, {"activation": "tanh"}, {"backend": "triton"}):
+        with pytest.raises(ValueError, match="causal_conv"):
+            causal_conv_verify(**{"backend": backend, **inputs, **again, **wrong})
+        assert torch.equal(state, before)
+
+
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "cpu"])

@@ -38,11 +38,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("LOWLINE_CACHE", "/no-such-folder")
     yield from _forgotten(None)
 
 
 def _forgotten(value):  # noqa: ANN001, ANN202
-    caches = (cpu.missing, cpu.load, backends._say_once)
+    caches = (cpu.missing, cpu.unavailable, cpu.load, backends._say_once)
     for cached in caches:
         cached.cache_clear()
     yield value
@@ -109,7 +110,8 @@ def test_without_a_compiler_auto_takes_torch_and_says_so_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.WARNING, logger=backends.__name__):
-        assert [backends.choose("op", "auto", CPU) for _ in range(3)] == ["torch"] * 3
+        for module in ("window", "scan", "window"):
+            assert backends.choose("op", "auto", CPU, module=module) == "torch"
     (record,) = caplog.records
     assert "no-such-compiler" in record.message and "CXX" in record.message
 
@@ -117,7 +119,76 @@ def test_without_a_compiler_auto_takes_torch_and_says_so_once(
 @pytest.mark.usefixtures("no_compiler")
 def test_without_a_compiler_cpu_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot run this call: no C.. compiler"):
-        backends.choose("op", "cpu", CPU)
+        backends.choose("op", "cpu", CPU, module="scan")
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_compiler_cpu_takes_what_needs_no_module() -> None:
+    assert backends.choose("op", "cpu", CPU) == "cpu"
+
+
+@needs_compiler
+def test_a_built_module_needs_no_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tiny", "other"):
+        (folder / f"{name}.cpp").write_text(SOURCE)
+    cpu.load("tiny")
+    for cached in (cpu.missing, cpu.unavailable, cpu.load):
+        cached.cache_clear()
+    monkeypatch.setattr(cpu.shutil, "which", lambda name: None)
+    assert backends.choose("op", "auto", CPU, module="tiny") == "cpu"
+    assert backends.choose("op", "cpu", CPU, module="tiny") == "cpu"
+    assert cpu.load("tiny").__name__ == "lowline_tiny"
+    assert backends.choose("op", "auto", CPU, module="other") == "torch"
+    with pytest.raises(RuntimeError, match="cannot build other.cpp: no C.. compiler"):
+        cpu.load("other")
+
+
+@needs_compiler
+def test_a_compiler_may_have_arguments(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = os.environ.get("CXX", "c++")
+    monkeypatch.setenv("CXX", f"env LOWLINE='a test' {compiler} -DSOME='a word'")
+    (folder / "tiny.cpp").write_text(SOURCE)
+    assert cpu.missing() is None
+    assert cpu.load("tiny").__name__ == "lowline_tiny"
+    monkeypatch.setenv("CXX", "")  # as if it were not set
+    assert cpu._compiler() == ["c++"]
+
+
+@needs_compiler
+def test_an_unusable_cache_is_named(folder: Path) -> None:
+    (folder / "tiny.cpp").write_text(SOURCE)
+    (folder / "cache").write_text("a file, where a folder is wanted")
+    with pytest.raises(RuntimeError, match=rf"{folder}/cache: .*; set LOWLINE_CACHE to a folder"):
+        cpu.load("tiny")
+
+
+@needs_compiler
+def test_what_killed_builds_left_is_removed_after_a_day(folder: Path) -> None:
+    old, new, others = (
+        folder / "cache" / n for n in ("lowline-build-a", "lowline-build-b", "tmpc")
+    )
+    for left in (old, new, others):
+        left.mkdir(parents=True)
+        (left / "half.so").write_text("half")
+    for left in (old, others):
+        os.utime(left, (time.time() - 2 * 24 * 3600,) * 2)
+    (folder / "tiny.cpp").write_text(SOURCE)
+    cpu.load("tiny")
+    assert not old.exists() and new.exists() and others.exists()
+
+
+@pytest.mark.parametrize("word", ["flags", "Features"])
+def test_the_processors_features_are_in_the_key(
+    word: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = folder / "cpuinfo"
+    (folder / "tiny.cpp").write_text(SOURCE)
+    monkeypatch.setattr(cpu, "CPU_INFO", info)
+    names = []
+    for features in ("fp asimd", "fp asimd sve"):
+        info.write_text(f"processor\t: 0\n{word}\t: {features}\n")
+        names.append(cpu._library("tiny").name)
+    assert names[0] != names[1]
 
 
 def test_without_a_compiler_a_build_says_what_is_missing(

@@ -271,6 +271,33 @@ def test_refusals_say_what_is_allowed_and_leave_the_state(backend):
     assert torch.equal(state, before)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scale_may_be_an_integer(backend):
+    needs(backend)
+    for kind in ("scalar", "normalize"):
+        inputs, state, options = make(kind)
+        want, _ = whole(inputs, state, options | {"scale": 2.0}, 2)
+        got = state.clone()
+        for t in range(2):  # the second one has the compiled step at hand
+            o = recurrence_step(
+                *part(inputs, t), state=got, backend=backend, **options | {"scale": 2}
+            )
+            assert_near(o, want[:, t], torch.float32)
+
+
+def test_a_verify_that_its_backend_refuses_leaves_the_state():
+    needs("cpu")
+    inputs, state, options = make("scalar")
+    _, pending = recurrence_verify(*part(inputs, slice(0, 4)), state=state, **options)
+    before, block = state.clone(), [None if x is None else x.half() for x in inputs.values()]
+    with pytest.raises(ValueError, match="it takes float32 and bfloat16"):
+        recurrence_verify(
+            *block, state=state, pending=pending, accepted_B=torch.tensor([1, 4]), backend="cpu",
+            **options,
+        )  # fmt: skip
+    assert torch.equal(state, before)
+
+
 def test_the_compiled_step_refuses_what_the_others_do():
     """The quick way to it lies before the checks."""
     needs("cpu")

@@ -175,6 +175,20 @@ def test_any_strides(kind: str, layout: str) -> None:
     assert relative_error(o_viewed, o) < 1e-12 and relative_error(state_viewed, state) < 1e-12
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("T", [5, 70])
+def test_an_empty_batch(kind: str, T: int) -> None:
+    inputs = make(kind, T, B=0)
+    leaves = {n: None if x is None else x.requires_grad_() for n, x in inputs.items()}
+    options = {"gate": "value" if kind == "value" else "key"}
+    for o, state in (f(**leaves, **options) for f in (chunkwise, by_token)):
+        assert o.shape == (0, T, 2, 16) and state.shape == (0, 2, 16, 16)
+        given = [x for x in leaves.values() if x is not None]
+        grads = torch.autograd.grad(o.sum() + state.sum(), given, allow_unused=True)
+        for grad, x in zip(grads, given, strict=True):
+            assert grad is None or grad.shape == x.shape
+
+
 def test_inputs_are_left_alone() -> None:
     for kind in KINDS:
         inputs = make(kind, 70)

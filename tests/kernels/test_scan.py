@@ -266,6 +266,23 @@ def test_verify_with_random_acceptance_is_plain_decoding(backend: str, dtype: to
 
 
 @pytest.mark.parametrize("backend", ["torch", CPU])
+def test_a_refused_verify_leaves_the_state(backend: str) -> None:
+    inputs = draw(4, 16, 16, torch.float32)
+    state = inputs.pop("initial_state")
+    _, pending = selective_scan_verify(**inputs, state=state, backend=backend)
+    before = state.clone()
+    again = {"state": state, "pending": pending, "accepted": torch.tensor([2, 4])}
+    half = {n: inputs[n].half() for n in ("x_BTD", "dt_BTD", "B_BTN", "C_BTN", "z_BTD")}
+    for wrong in ({"B_BTN": inputs["B_BTN"][..., :8]}, {"backend": "triton"}, half):
+        options = {"backend": backend, **inputs, **again, **wrong}
+        if wrong is half:
+            options["backend"] = "cpu"
+        with pytest.raises(ValueError, match="selective_scan"):
+            selective_scan_verify(**options)
+        assert torch.equal(state, before)
+
+
+@pytest.mark.parametrize("backend", ["torch", CPU])
 def test_keeps_a_fraction_of_the_states(backend: str) -> None:
     """T·D·N states pass by; the backward pass is left D·N for every 64 tokens or more."""
     T, D, N = 2048, 32, 16

@@ -172,6 +172,24 @@ def test_compiled_step_is_the_plain_one(window, sinks):
         close(state, before, 0)
 
 
+def test_step_of_an_integer_scale_and_of_lengths_apart():
+    """`auto`: the compiled step for the one, torch for the other."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 9, h, 16, generator=g) for h in (4, 2, 2))
+    slot, bias = torch.randint(16, (2, 9, 2), generator=g), torch.zeros(4, 16)
+    whole, _ = slot_window_attention(q, k, v, slot, bias, window=3, scale=1)
+    start = [x[:, :5] for x in (q, k, v, slot)]
+    _, state = slot_window_attention(*start, bias, window=3, scale=1)
+    apart = tree_map_only(torch.Tensor, torch.clone, state)
+    apart = apart._replace(length=torch.tensor([5, 0, 5, 0])[::2])
+    for t in range(5, 9):
+        token = [x[:, t] for x in (q, k, v, slot)]
+        for each in (state, apart):
+            o = slot_window_step(*token, bias, state=each, scale=1)
+            torch.testing.assert_close(o, whole[:, t], rtol=1e-5, atol=1e-5)
+    assert apart.length.tolist() == [9, 9]
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_packed_sequences_are_those_alone(backend):
     given, bounds = inputs(100, B=1), [0, 7, 7, 8, 100]

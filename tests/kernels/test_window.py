@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowline.kernels.window import WindowState, window_linear_attention
+from lowline.kernels import backends
+from lowline.kernels.window import WindowState, op, window_linear_attention
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -296,6 +297,48 @@ def test_memory_is_linear_in_length(backend):
     assert memory("VmHWM") - before < 100e6
 
 
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [
+        (dict(F=256), FP32),
+        (dict(D=256), BF16),
+        (dict(V=144), FP32),
+        ({}, FP64),
+        ({}, torch.float16),
+    ],
+)
+def test_auto_on_cuda_takes_torch_where_triton_does_not_cover(sizes, dtype, monkeypatch):
+    def on_cuda(op, backend, device, **reasons):
+        return backends.choose(op, backend, torch.device("cuda"), **reasons)
+
+    x = {name: t.to(dtype) for name, t in make(T=9, **sizes).items()}
+    want, _ = window_linear_attention(**x, window=4, backend="torch")
+    monkeypatch.setattr(op, "choose", on_cuda)
+    o, _ = window_linear_attention(**x, window=4)
+    assert torch.equal(o, want)
+    with pytest.raises(ValueError, match="'triton' cannot run this call: it"):
+        window_linear_attention(**x, window=4, backend="triton")
+
+
+def test_what_triton_covers():
+    assert op.not_on_triton(FP32, 128, 128, 128) is None
+    assert op.not_on_triton(BF16, 16, 16, 0) is None
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_lengths_may_lie_apart_in_memory(backend):
+    needs(backend)
+    x = {name: t.float() for name, t in make(T=30).items()}
+    before = make(T=2, seed=1)
+    _, state = window_linear_attention(**{n: t.float() for n, t in before.items()}, window=8)
+    want, end = window_linear_attention(**x, window=8, initial_state=state, backend=backend)
+    apart = torch.tensor([2, 99, 2, 99])[::2]
+    state = state._replace(length=apart)
+    o, after = window_linear_attention(**x, window=8, initial_state=state, backend=backend)
+    assert torch.equal(o, want) and torch.equal(after.length, end.length)
+    assert torch.equal(after.S, end.S)
+
+
 @pytest.mark.parametrize("backend", [pytest.param("torch", marks=pytest.mark.slow), "cpu"])
 def test_compiled(backend):
     needs(backend)
@@ -326,7 +369,7 @@ def test_compiled(backend):
             dict(window=4),
             "window_factor_H has shape",
         ),
-        (lambda x: x, dict(window=4, cu_seqlens=torch.tensor([0, 65])), "need batch 1"),
+        (lambda x: x, dict(window=4, cu_seqlens=torch.tensor([0, 65])), "a batch of one"),
         (lambda x: x, dict(window=4, backend="cpu"), "it computes in fp32"),
         (lambda x: x, dict(window=4, backend="fast"), "choose from"),
     ],

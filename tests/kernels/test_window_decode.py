@@ -156,6 +156,67 @@ def test_any_speculation(window, sinks, K, seed):
         speculate(backend, window, sinks, K, torch.Generator().manual_seed(seed % 2**32))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_refused_verify_leaves_the_state(backend):
+    needs(backend)
+    tokens, factors, sizes = make(T=4)
+    state = empty_window_state(2, window=3, sinks=1, **sizes)
+    _, pending = window_linear_verify(*tokens, state=state, backend=backend, **factors)
+    before = [x.clone() for x in state]
+    again = dict(state=state, pending=pending, accepted=torch.tensor([2, 4]))
+    for wrong, how in (
+        ([tokens[0][..., :8], *tokens[1:]], dict(backend=backend)),
+        ([x[..., :8] for x in tokens], dict(backend=backend)),
+        (tokens, dict(backend=backend, window_factor_H=torch.ones(3))),
+        (tokens, dict(backend="triton")),
+        ([x.bfloat16() for x in tokens], dict(backend="fast")),
+    ):
+        with pytest.raises(ValueError, match="window_linear_verify"):
+            window_linear_verify(*wrong, **again, **how)
+        assert all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
+    if backend == "cpu":
+        with pytest.raises(ValueError, match="it decodes in fp32 only"):
+            window_linear_verify(*(x.bfloat16() for x in tokens), **again, backend="cpu")
+        assert state.length.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scale_may_be_an_integer(backend):
+    needs(backend)
+    tokens, factors, sizes = make(T=6)
+    want, _ = window_linear_attention(*tokens, window=3, scale=1.0, backend="reference", **factors)
+    options = dict(scale=1, backend=backend, **factors)
+    o, _ = window_linear_attention(*tokens, window=3, **options)
+    assert_near(o, want)
+    state = empty_window_state(2, window=3, **sizes)
+    assert_near(window_linear_verify(*tokens, state=state, **options)[0], want)
+    for t in range(6):
+        o = window_linear_step(*(x[:, t] for x in tokens), state=state, **options)
+        assert_near(o, want[:, t])
+
+
+def test_a_sum_in_fp64_or_lengths_apart_take_torch():
+    needs("cpu")
+    tokens, factors, sizes = make(T=8)
+    want, end = window_linear_attention(*tokens, window=3, backend="reference", **factors)
+    plain = empty_window_state(2, window=3, **sizes)
+    wide = plain._replace(S=plain.S.double())
+    apart = plain._replace(length=torch.tensor([0, 9, 0, 9])[::2])
+    for state, words in ((wide, "fp32 only"), (apart, "not contiguous")):
+        state = WindowState(*(x if x.stride() == (2,) else x.clone() for x in state))
+        token = [x[:, 0] for x in tokens]
+        with pytest.raises(ValueError, match=words):
+            window_linear_step(*token, state=state, backend="cpu", **factors)
+        for t in range(4):
+            o = window_linear_step(*(x[:, t] for x in tokens), state=state, **factors)
+            assert_near(o, want[:, t])
+        block = [x[:, 4:] for x in tokens]
+        o, pending = window_linear_verify(*block, state=state, **factors)
+        assert_near(o, want[:, 4:])
+        window_linear_advance(state, pending, torch.tensor([4, 4]))
+        assert_same_state(state, end)
+
+
 def test_states_do_not_grow():
     tokens, factors, sizes = make(T=300)
     state = empty_window_state(2, window=4, **sizes)
