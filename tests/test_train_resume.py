@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import random
@@ -187,6 +188,15 @@ def test_one_process_writes(whole, tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().err
     assert f"another process ({os.getpid()} on " in said and "waiting for process" in said
     assert training.train_here(tmp_path / "run") == 0
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("lowline.train.lock.fcntl.flock", flock)
+    with alone(tmp_path, patience=0), alone(tmp_path, patience=0):
+        pass
 
 
 @pytest.mark.slow
