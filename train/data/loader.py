@@ -20,6 +20,7 @@ import json
 import os
 import re
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -236,12 +237,19 @@ def _check_lanes(saved: int, now: int) -> None:
 
 
 def _outlive_signals(worker: int) -> None:
-    """What stops a run goes to its whole group: its workers go on until it has saved.
-
-    A second SIGTERM ends them, as by default.
-    """
+    """What stops a run goes to its whole group: its workers go on until the run ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    if not hasattr(signal, "sigwaitinfo"):  # not on macOS
+        return
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class _LaneRows(IterableDataset):
