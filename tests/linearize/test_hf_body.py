@@ -152,7 +152,8 @@ def test_autocast(mixer):
         rounded = model(ids, use_cache=False).logits
         step = in_pieces(model, ids, [T - 1])
     rounded.float().square().sum().backward()
-    assert error(rounded.float(), exact) < 0.1 and error(step.float(), exact) < 0.1
+    for ours in (rounded, step):  # a token near two centres may change its slot
+        assert (ours.float() - exact).norm() < 0.05 * exact.norm()
     gradients = {n: p.grad for n, p in model.named_parameters() if not n.endswith("centroids")}
     assert all(grad is not None and grad.isfinite().all() for grad in gradients.values())
 
