@@ -83,7 +83,7 @@ def _parse(arguments: Sequence[str]) -> Arguments:
         elif argument == "--dry-run":
             dry_run = True
         elif argument.startswith("--"):
-            overrides.append(argument)
+            overrides.append(argument if equals else f"{argument}={next(rest, '')}")
         elif source is None:
             source = argument
         else:

@@ -73,7 +73,7 @@ def command(teacher: Path, folder: Path, *more: str) -> list[str]:
     file.write_text(STAGES)
     return [
         *(sys.executable, "-m", "lowline.tools.cli", "linearize", str(teacher)),
-        *("--config", str(file), f"--output={folder / 'out'}", "--evaluation=none", *more),
+        *("--config", str(file), "--output", str(folder / "out"), "--evaluation=none", *more),
     ]
 
 
