@@ -11,7 +11,6 @@ turns, and their ratio is the median of the turns' own (`lowline.tools.bench`).
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -96,13 +95,7 @@ def save_random(run: RunConfig, folder: Path) -> None:
 
 def bench_stage(run: RunConfig, repeats: int) -> dict[str, Any]:
     """Time a step of a run beside its teacher's forward pass over as many tokens."""
-    from lowline.train.run import single_process_defaults
-
     with ExitStack() as stack:
-        environment = dict(os.environ)
-        stack.callback(os.environ.update, environment)  # called last: after clear
-        stack.callback(os.environ.clear)
-        single_process_defaults()
         step, trainer = trainer_step(run, stack)
         forward = teacher_forward(run, next(iter(trainer.dataloader))[0])
         timings = interleave({"teacher": forward, "step": step}, repeats)

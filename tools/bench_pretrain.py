@@ -178,17 +178,11 @@ def limits(tokens: int, dim: int, ffn: int, rank: int) -> dict[str, Callable[[],
 
 def bench_trainer(repeats: int, *overrides: str) -> dict[str, Any]:
     """Time a step of the demo's CoLA model in the trainer and in a bare loop, in one process."""
-    from lowline.train.run import single_process_defaults
-
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         run = load_run(
             "demo_cola", *overrides, f"--output={folder}", "--checkpoint.enable=false",
             "--evaluation.enable=false", "--metrics.log_every=1000000",
         )  # fmt: skip
-        environment = dict(os.environ)
-        stack.callback(os.environ.update, environment)  # called last: after clear
-        stack.callback(os.environ.clear)
-        single_process_defaults()
         trained, trainer = trainer_step(run, stack)
         model, batch = trainer.model_parts[0], next(iter(trainer.dataloader))
         timings = interleave({"bare": bare_step(run, batch), "trainer": trained}, repeats)
@@ -204,11 +198,19 @@ def bench_trainer(repeats: int, *overrides: str) -> dict[str, Any]:
 
 
 def trainer_step(run: RunConfig, stack: ExitStack) -> tuple[Callable[[], None], Any]:
-    """A function that trains one step, data loading included; and the trainer it drives."""
+    """A function that trains one step, data loading included; and the trainer it drives.
+
+    What closes the trainer and sets the environment back goes onto the stack.
+    """
     import torch.distributed as dist
 
     from lowline.train.device import prepare
+    from lowline.train.run import single_process_defaults
 
+    environment = dict(os.environ)
+    stack.callback(os.environ.update, environment)  # called last: after clear
+    stack.callback(os.environ.clear)
+    single_process_defaults()
     prepare()
     from lowline.train.trainer import trainer_config
 

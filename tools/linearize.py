@@ -20,7 +20,6 @@ only and stops, so that machines can share them.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -209,17 +208,17 @@ def _teacher(source: str, folder: Path) -> Path:
     if gguf_file is None:
         folder = hf_directory(place)
     else:
-        path, origin = Path(place, gguf_file), folder / "source.json"
+        path, origin = Path(place, gguf_file), folder / "source.txt"
         if not path.is_file():
             raise ConfigError(f"{path}: no such file (working directory {Path.cwd()})")
-        this = {"path": str(path.resolve()), "fingerprint": fingerprint(path)}
+        this = fingerprint(path)
         if not origin.is_file():
             import_weights(place, folder, gguf_file=gguf_file, overwrite=True)
-            write_whole(origin, json.dumps(this, indent=1) + "\n")
-        elif (that := json.loads(origin.read_text()))["fingerprint"] != this["fingerprint"]:
+            write_whole(origin, f"{path.resolve()}\n{this}\n")
+        elif (made_of := origin.read_text().splitlines())[1:] != [this]:
             raise ConfigError(
-                f"{folder} was made of {that['path']}, which is not {path}: give another output, "
-                f"or remove {folder.parent}"
+                f"{folder} was made of {''.join(made_of[:1])}, which is not {path}: give another "
+                f"output, or remove {folder.parent}"
             )
     load_tokenizer(folder)
     return folder

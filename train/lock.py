@@ -32,17 +32,18 @@ def alone(folder: Path, *, patience: float) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as file:
-        end, other = time.monotonic() + patience, ""
+        end, said = time.monotonic() + patience, False
         while not _locked(file):
             file.seek(0)
+            other = file.read().strip()
             if time.monotonic() >= end:
                 raise ConfigError(
-                    f"another process ({file.read().strip()}) is writing to {folder}; wait until "
-                    "it ends, end it, or do other work"
+                    f"another process ({other}) is writing to {folder}; wait until it ends, end "
+                    "it, or do other work"
                 )
-            if not other:
-                other = file.read().strip()
+            if not said:
                 print(f"waiting for process {other}, which writes to {folder}", file=sys.stderr)
+            said = True
             time.sleep(0.1)
         file.truncate(0)
         file.write(f"{os.getpid()} on {socket.gethostname()}\n")

@@ -194,8 +194,8 @@ class Trainer(TitanTrainer):
                 if isinstance(part, FSDPModule):
                     part.set_requires_gradient_sync(self._microbatch == 0)
         # A step may have no label, as where finite text ends: its loss is 0, and no 0 / 0.
-        labels = kwargs.pop("global_valid_tokens").clamp(min=1)
-        return super().forward_backward_step(**kwargs, global_valid_tokens=labels)
+        kwargs["global_valid_tokens"] = kwargs["global_valid_tokens"].clamp(min=1)
+        return super().forward_backward_step(**kwargs)
 
     def _forward_backward_body(
         self,
