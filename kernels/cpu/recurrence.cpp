@@ -61,12 +61,10 @@ void write_state(float* out, const float* S, const Shape& s) {
     std::memcpy(out + (long)d * s.V, S + (long)d * s.ld(), s.V * sizeof(float));
 }
 
-// Sets up the chunk of tokens [t, t + rows): k and v packed, the gate prepared.
-void open_chunk(Chunk& c, const Call& call, long b, long t, long h, int rows) {
+// Sets up the chunk of tokens [t, t + rows): its gate and beta; k and v are packed.
+void open_gate(Chunk& c, const Call& call, long b, long t, long h, int rows) {
   const Shape& s = c.shape;
   c.rows = rows, c.m = (rows + 15) / 16 * 16;
-  pack(c.y, c.D1, s.by_value ? call.v : call.k, b, t, h, rows, c.m, c.D1);
-  pack(c.u, c.ld, s.by_value ? call.k : call.v, b, t, h, rows, c.m, c.D2);
   if (s.gate == Gate::vector) {
     pack(c.vector.a, c.D1, call.g, b, t, h, rows, c.m, c.D1);  // zeros: a decay of one
     for (long i = 0; i < (long)c.m * c.D1; i += W)
@@ -78,6 +76,12 @@ void open_chunk(Chunk& c, const Call& call, long b, long t, long h, int rows) {
   }
   if (s.delta) pack(c.beta, 1, call.beta, b, t, h, rows, c.m, 1);
   c.prepare_gate();
+}
+void open_chunk(Chunk& c, const Call& call, long b, long t, long h, int rows) {
+  const Shape& s = c.shape;
+  open_gate(c, call, b, t, h, rows);
+  pack(c.y, c.D1, s.by_value ? call.v : call.k, b, t, h, rows, c.m, c.D1);
+  pack(c.u, c.ld, s.by_value ? call.k : call.v, b, t, h, rows, c.m, c.D2);
 }
 void open_query(Chunk& c, const Call& call, long b, long t, long head) {
   const bool by_value = c.shape.by_value;
@@ -170,9 +174,10 @@ void backward_heads(const Call& call, Arena& arena, long n, long h0, int heads) 
   const Shape& s = call.shape;
   arena.reset();
   Chunk c(s, arena);
-  float *S[SEGMENT], *E[SEGMENT], *B[SEGMENT], *dS[HEADS];
+  float *S[SEGMENT], *y[SEGMENT], *u[SEGMENT], *E[SEGMENT], *B[SEGMENT], *dS[HEADS];
   for (int i = 0; i < SEGMENT; i++) {
     S[i] = arena.take(s.state());
+    y[i] = arena.take(C * s.D1()), u[i] = arena.take(C * s.ld());
     E[i] = arena.take(C * s.ld()), B[i] = arena.take(C * C);
   }
   for (int h = 0; h < heads; h++) {
@@ -185,14 +190,14 @@ void backward_heads(const Call& call, Arena& arena, long n, long h0, int heads) 
     for (int h = 0; h < heads; h++) {
       const long first = segment * TOKENS, end = std::min(length, first + TOKENS);
       const int chunks = (end - first + C - 1) / C;
-      auto open = [&](int i) {
+      auto open = [&](int i, auto how) {
         const long t = first + i * C;
-        open_chunk(c, call, b, start + t, h0 + h, std::min((long)C, end - t));
-        c.E = E[i], c.B = B[i];
+        c.y = y[i], c.u = u[i], c.E = E[i], c.B = B[i];
+        how(c, call, b, start + t, h0 + h, std::min((long)C, end - t));
       };
       std::memcpy(S[0], call.saved + call.saved_at(n, segment, h0 + h), s.state() * sizeof(float));
       for (int i = 0; i < chunks; i++) {
-        open(i);
+        open(i, open_chunk);
         if (s.delta) c.turn_keys(), c.solve(S[i]);
         if (i + 1 == chunks) break;
         std::memcpy(S[i + 1], S[i], s.state() * sizeof(float));
@@ -205,10 +210,7 @@ void backward_heads(const Call& call, Arena& arena, long n, long h0, int heads) 
         c.advance(S[i + 1]);
       }
       for (int i = chunks - 1; i >= 0; i--) {
-        if (i + 1 < chunks) {
-          open(i);
-          if (s.delta) c.restore_solution();
-        }
+        if (i + 1 < chunks) open(i, open_gate);
         const long t = first + i * C;
         ahead->clear();
         for (int query = 0; query < s.queries; query++)

@@ -137,11 +137,6 @@ struct Chunk {
         }
     }
   }
-  void restore_solution() {  // U of E
-    for (int i = 0; i < m; i++)
-      for (int d = 0; d < ld; d += W)
-        store(u + (long)i * ld + d, load(E + (long)i * ld + d) * -beta[i]);
-  }
 
   // ---- backward ----
 

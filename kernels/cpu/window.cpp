@@ -1,11 +1,12 @@
 // Window-plus-linear attention in fp32: forward, backward, and decoding from a state.
 //
 // Keys are worked in blocks of C = 64 rows. A block of 64 queries sees M + 1 key blocks, its own and
-// the M before it, as one row of (M + 1)·64 columns; in row i the columns before exact_from(i) are
-// linear and those up to exact_to(i) exact. Both bounds grow by one a row, so every product skips
-// what lies outside its band. All blocks before those are in the sum S (F x V) and its normaliser
-// z (F); sinks stand in columns of their own. chunk.py has the equations. The sums before each block
-// of queries are all that the forward pass keeps for the backward pass.
+// the M before it, as one matrix of (M + 1)·64 keys; query i sees those before exact_from(i) as
+// linear and those up to exact_to(i) as exact. Both bounds grow by one a query, so every product
+// skips what lies outside its band. All blocks before those are in the sum S (F x V) and its
+// normaliser z (F); sinks come before the keys. chunk.py has the equations. The sums before each
+// block of queries are all that the forward pass keeps for the backward pass. While a block is
+// worked, the rows of the next one are fetched.
 //
 // D, V, F: multiples of 16. H query heads, G key/value heads, P heads of phi(k) (G or H).
 #include "window_backward.h"
@@ -19,8 +20,9 @@ namespace {
 class Forward {
  public:
   Block x;
-  Forward(const Call& call, Scratch& scratch, Arena& arena, int n, int g)
-      : x(call, scratch, arena, n, g), c(call), t(scratch) {
+  Forward(const Call& call, Scratch& scratch, Arena& arena, const at::Tensor& out,
+          const at::Tensor& sums, int n, int g)
+      : x(call, scratch, arena, n, g), c(call), t(scratch), o(out), saved(sums) {
     const float* from = c.state(c.S, n, g);
     for (int h = 0; h < c.p; h++) {
       S.push_back(arena.take(c.F * (c.V + 1)));
@@ -30,8 +32,15 @@ class Forward {
     for (long b = std::max(0L, first - c.M); b < first && c.tokens[n]; b++) x.enter(b);
   }
 
+  // What `queries` will touch.
+  void announce(long b) const {
+    c.want_keys(c.k, x.n, x.g, b, c.D), c.want_keys(c.v, x.n, x.g, b, c.V);
+    c.want_queries(c.q, x.n, x.g, b, c.D), c.want_queries(o, x.n, x.g, b, c.V);
+    if (c.F) c.want_features(c.phi_k, x.n, x.g, b), c.want_queries(c.phi_q, x.n, x.g, b, c.F);
+  }
+
   // Query block b; the first comes first.
-  void queries(long b, const at::Tensor& o, const at::Tensor& saved) {
+  void queries(long b) {
     const long first = c.prefix / C;
     if (b > first && b - 1 - c.M >= 0)
       for (int h = 0; h < c.p && c.F; h++) add(b - 1 - c.M, h, C);
@@ -43,10 +52,10 @@ class Forward {
       const int ph = x.phi_head(h);
       x.weigh<false>(b, h, z(ph));
       for (int d = 0; d <= c.M && d <= b; d++)
-        product(t.y, c.V, {t.weights + x.column(d), c.X}, x.V[x.slot(b - d)], c.V, x.m, all(c.V),
-                [&](int i, int j) { return x.either(d, i, j); }, d > 0);
+        product(t.y, c.V, {x.of_block(t.weights, d), C, true}, x.V[x.slot(b - d)], c.V, x.m,
+                all(c.V), [&](int i, int j) { return x.either(d, i, j); }, d > 0);
       if (c.sinks)
-        product(t.y, c.V, {t.weights, c.X}, x.sink_V, c.V, x.m, all(c.V), all(c.sinks), true);
+        product(t.y, c.V, {t.weights, C, true}, x.sink_V, c.V, x.m, all(c.V), all(c.sinks), true);
       if (c.F) product(t.y, c.V, {t.phi_q, c.F}, S[ph], c.V, x.m, all(c.V), all(c.F), true);
       const Rows out = c.of_query(o, x.n, x.g * c.r + h);
       for (int i = x.m.first; i < x.m.last; i++)
@@ -67,23 +76,18 @@ class Forward {
  private:
   const Call& c;
   Scratch& t;
+  const at::Tensor &o, &saved;
   std::vector<float*> S;
 
   float* z(int h) const { return S[h] + c.F * c.V; }
   // Adds the first `rows` rows of key block b to the sum of head h.
   void add(long b, int h, int rows) {
-    const float* phi_t = x.phi_t(b, h);
-    product(S[h], c.V, {phi_t, C}, x.V[x.slot(b)], c.V, {0, c.F}, all(c.V), all(rows), true);
-    for (int f = 0; f < c.F; f++) {
-      float total = 0;
-      if (rows == C) {
-        vec lanes{};
-        for (int j = 0; j < C; j += W) lanes += load(phi_t + f * C + j);
-        total = sum(lanes);
-      } else {
-        for (int j = 0; j < rows; j++) total += phi_t[f * C + j];
-      }
-      z(h)[f] += total;
+    const float* phi = x.phi(b, h);
+    product(S[h], c.V, {phi, c.F, true}, x.V[x.slot(b)], c.V, {0, c.F}, all(c.V), all(rows), true);
+    for (int f = 0; f < c.F; f += W) {
+      vec total = load(z(h) + f);
+      for (int j = 0; j < rows; j++) total += load(phi + j * c.F + f);
+      store(z(h) + f, total);
     }
   }
 };
@@ -94,10 +98,10 @@ constexpr int TOGETHER_FORWARD = 8, TOGETHER_BACKWARD = 4;
 void forward_heads(const Call& c, Arena& arena, int n, int first, int last, const at::Tensor& o,
                    const at::Tensor& S_out, const at::Tensor& saved) {
   Scratch scratch(c, arena);
-  const auto heads = heads_of<Forward>(c, n, first, last, scratch, arena);
+  const auto heads = heads_of<Forward>(c, n, first, last, scratch, arena, o, saved);
   const long end = c.tokens[n] ? c.blocks(n) : 0;
   for (long b = c.prefix / C; b < end; b++)
-    for (const auto& head : heads) head->queries(b, o, saved);
+    each_in_turn(heads, b, b + 1 < end ? b + 1 : -1, 200, [&](Forward& head) { head.queries(b); });
   for (const auto& head : heads) head->finish(S_out);
 }
 

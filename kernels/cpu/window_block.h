@@ -71,6 +71,7 @@ struct Call {
     at::parallel_for(0, N * tasks, 1, [&](int64_t first, int64_t last) {
       static thread_local Arena arena;
       FlushDenormals flush;
+      Ahead soon;
       for (int64_t i = first; i < last; i++) {
         const long g = i % tasks * heads;
         arena.reset();
@@ -78,12 +79,28 @@ struct Call {
       }
     });
   }
+  // Announce the rows of block b: of all query heads of key/value head g, of its keys, of its φ(k).
+  void want_queries(const at::Tensor& x, int n, int g, long b, int columns) const {
+    for (int h = g * r; h < (g + 1) * r; h++)
+      want(of_query(x, n, h), b * C - prefix, tokens[n], columns);
+  }
+  void want_keys(const at::Tensor& x, int n, int g, long b, int columns) const {
+    want(of_key(x, n, g), b * C, keys(n), columns);
+  }
+  void want_features(const at::Tensor& x, int n, int g, long b) const {
+    for (int h = g * p; h < (g + 1) * p; h++) want(of_key(x, n, h), b * C, keys(n), F);
+  }
   // The sum before query block b (counted from 0) of sequence n; z follows S.
   float* saved_sum(const at::Tensor& saved, int n, long b, int head) const {
     return saved.data_ptr<float>() + ((first_saved[n] + b) * P + head) * F * (V + 1);
   }
 
  private:
+  static void want(Rows rows, long first, long end, int columns) {
+    end = std::min(end, first + C), first = std::max(0L, first);
+    if (first < end)
+      ahead->want(rows[first], rows.step * sizeof(float), end - first, columns * sizeof(float));
+  }
   Rows of(const at::Tensor& x, int n, int head, long row) const {
     const long start = (cu ? 0 : n * x.stride(0)) + head * x.stride(2) + row * x.stride(1);
     return {x.data_ptr<float>() + start, x.stride(1)};
@@ -91,20 +108,29 @@ struct Call {
 };
 
 // A thread's buffers for one block of queries at a time; the second half is the backward pass's.
+// Matrices between queries and what they see (scores, weights, dW, ds, dlinear) are held turned, X
+// rows of C queries: vectors hold queries, so that a softmax needs no sum within a vector.
 struct Scratch {
-  float *q, *phi_q, *scores, *linear, *weights, *shift, *den, *y;
-  float *u, *dW, *ds, *dlinear, *dq, *dphi, *St, *delta;
-  int top[C];  // column of each row's largest score
+  float *q, *q_t, *phi_q, *phi_q_t, *scores, *weights, *shift, *den, *y;
+  float *u, *u_t, *dW, *ds, *dlinear, *dq, *dphi, *dphi_t, *dS_t, *mean;
+  int32_t top[C];  // row of each query's largest score
 
   Scratch(const Call& c, Arena& arena) {
-    for (float** p : {&q, &dq}) *p = arena.take(C * c.D);
-    for (float** p : {&phi_q, &dphi}) *p = arena.take(C * c.F);
-    for (float** p : {&y, &u}) *p = arena.take(C * c.V);
-    for (float** p : {&scores, &linear, &weights, &dW}) *p = arena.take(C * c.X);
-    for (float** p : {&shift, &den, &delta}) *p = arena.take(C);
-    St = arena.take(c.F * c.V);
-    ds = scores, dlinear = linear;  // written when those have been read
+    for (float** p : {&q, &q_t, &dq}) *p = arena.take(C * c.D);
+    for (float** p : {&phi_q, &phi_q_t, &dphi, &dphi_t}) *p = arena.take(C * c.F);
+    for (float** p : {&y, &u, &u_t}) *p = arena.take(C * c.V);
+    for (float** p : {&scores, &weights, &dW}) *p = arena.take(C * c.X);
+    for (float** p : {&shift, &den, &mean}) *p = arena.take(C);
+    dS_t = arena.take(c.F * c.V);
+    ds = scores, dlinear = dW;  // written when those have been read
   }
+};
+
+// What sixteen queries see, as rows of their turned matrices: [begin, from) is older for all of
+// them, [whole, causal) exact for all; of [from, whole) the later queries see the row as older, of
+// [causal, end) only they see it, as exact. A window of less than 16 mixes all in [from, end).
+struct Strip {
+  int begin, from, whole, causal, end;
 };
 
 // What forward and backward share: one key/value head of one sequence, the key blocks in view, and
@@ -116,41 +142,40 @@ struct Block {
   long sinks_end;  // rows before it are sinks, or before the sequence: no part of S
   long valid;      // rows before it are before the sequence
   Range m{0, 0};   // the rows of the block that hold queries
-  std::vector<float*> Kt, V;
-  std::vector<float*> Pt;  // phi(k)ᵀ of (slot, head of the group)
-  float *sink_Kt, *sink_V;
+  std::vector<float*> K, V;
+  std::vector<float*> features;  // phi(k) of (slot, head of the group)
+  float *sink_K, *sink_V;
 
   Block(const Call& call, Scratch& scratch, Arena& arena, int sequence, int head)
       : c(call), t(scratch), n(sequence), g(head) {
-    sink_Kt = arena.take(c.X0 * c.D), sink_V = arena.take(c.X0 * c.V);
+    sink_K = arena.take(c.X0 * c.D), sink_V = arena.take(c.X0 * c.V);
     for (int s = 0; s <= c.M; s++) {
-      Kt.push_back(arena.take(C * c.D)), V.push_back(arena.take(C * c.V));
-      for (int h = 0; h < c.p; h++) Pt.push_back(arena.take(C * c.F));
+      K.push_back(arena.take(C * c.D)), V.push_back(arena.take(C * c.V));
+      for (int h = 0; h < c.p; h++) features.push_back(arena.take(C * c.F));
     }
     const long first = c.length.data_ptr<int64_t>()[n] - c.prefix;  // position of row 0
     valid = std::max(0L, -first), sinks_end = std::max(valid, c.sinks - first);
     if (!c.sinks) return;
     const float* k = c.sink_k.data_ptr<float>() + (static_cast<long>(n) * c.sinks * c.G + g) * c.D;
     const float* v = c.sink_v.data_ptr<float>() + (static_cast<long>(n) * c.sinks * c.G + g) * c.V;
-    transpose_rows(sink_Kt, c.X0, k, c.G * c.D, c.sinks, c.D);
-    std::memset(sink_V, 0, sizeof(float) * c.X0 * c.V);
-    copy_rows(sink_V, c.V, v, c.G * c.V, c.sinks, c.V);
+    take_rows(sink_K, k, c.G * c.D, c.sinks, c.X0, c.D);
+    take_rows(sink_V, v, c.G * c.V, c.sinks, c.X0, c.V);
   }
   int slot(long b) const { return b % (c.M + 1); }
-  float* phi_t(long b, int h) const { return Pt[slot(b) * c.p + h]; }
+  float* phi(long b, int h) const { return features[slot(b) * c.p + h]; }
   int phi_head(int h) const { return c.p == 1 ? 0 : h; }
 
   // Takes key block b into its slot.
   void enter(long b) {
     const int rows = std::min<long>(C, c.keys(n) - b * C);
     const Rows k = c.of_key(c.k, n, g), v = c.of_key(c.v, n, g);
-    transpose_rows(Kt[slot(b)], C, k[b * C], k.step, rows, c.D);
-    copy_rows(V[slot(b)], c.V, v[b * C], v.step, rows, c.V);
+    take_rows(K[slot(b)], k[b * C], k.step, rows, C, c.D);
+    take_rows(V[slot(b)], v[b * C], v.step, rows, C, c.V);
     for (int h = 0; h < c.p && c.F; h++) {
-      const Rows phi = c.of_key(c.phi_k, n, g * c.p + h);
-      transpose_rows(phi_t(b, h), C, phi[b * C], phi.step, rows, c.F);
+      const Rows from = c.of_key(c.phi_k, n, g * c.p + h);
+      take_rows(phi(b, h), from[b * C], from.step, rows, C, c.F);
       const int gone = std::clamp<long>(sinks_end - b * C, 0, rows);
-      for (int f = 0; f < c.F && gone; f++) std::fill_n(phi_t(b, h) + f * C, gone, 0.0f);
+      std::memset(phi(b, h), 0, sizeof(float) * gone * c.F);
     }
   }
   int exact_from(int i) const { return std::max<int>(0, C * c.M + i - c.window + 1); }
@@ -177,105 +202,120 @@ struct Block {
   Range either_rows(int k, int i, int j) const {
     return c.F ? Range{std::max(m.first, i - C * k), m.last} : exact_rows(k, i, j);
   }
-  int column(int m) const { return c.X0 + (c.M - m) * C; }
+  // The rows of key block b - d in a turned matrix.
+  float* of_block(float* turned, int d) const { return turned + (c.X0 + (c.M - d) * C) * C; }
 
-  // The weights (C x X) of query block b and head h of the group, and their sums, z's part included;
-  // with TOP also the column of each row's largest score.
+  // The weights of query block b and head h of the group, and their sums, z's part included; with TOP
+  // also the row of each query's largest score.
   template <bool TOP>
   void weigh(long b, int h, const float* z) {
     const int head = g * c.r + h;
     const long row0 = b * C - c.prefix;  // the token of row 0
     m.first = std::max(0L, -row0), m.last = std::min<long>(C, c.tokens[n] - row0);
-    const Rows rq = c.of_query(c.q, n, head);
-    const float gamma = c.gamma.data_ptr<float>()[head], lambda = c.lambda.data_ptr<float>()[head];
-    copy_rows(t.q + m.first * c.D, c.D, rq[row0 + m.first], rq.step, m.last - m.first, c.D, c.scale);
-    if (c.F) {
-      const Rows rp = c.of_query(c.phi_q, n, head);
-      copy_rows(t.phi_q + m.first * c.F, c.F, rp[row0 + m.first], rp.step, m.last - m.first, c.F,
-                lambda);
-    }
-    if (c.sinks) product(t.scores, c.X, {t.q, c.D}, sink_Kt, c.X0, m, all(c.X0), all(c.D), false);
+    take_queries(t.q, t.q_t, c.of_query(c.q, n, head), row0, c.D, c.scale);
+    if (c.F)
+      take_queries(t.phi_q, t.phi_q_t, c.of_query(c.phi_q, n, head), row0, c.F,
+                   c.lambda.data_ptr<float>()[head]);
+    if (c.sinks) product(t.scores, C, {sink_K, c.D}, t.q_t, C, all_of(c.X0), only(m), all(c.D), false);
     for (int d = 0; d <= c.M && d <= b; d++) {
-      product(t.scores + column(d), c.X, {t.q, c.D}, Kt[slot(b - d)], C, m,
-              [&](int i, int j) { return exact(d, i, j); }, all(c.D), false);
+      product(of_block(t.scores, d), C, {K[slot(b - d)], c.D}, t.q_t, C, all_of(C),
+              [&](int i, int j) { return exact_rows(d, i, j); }, all(c.D), false);
       if (c.F)
-        product(t.linear + column(d), c.X, {t.phi_q, c.F}, phi_t(b - d, phi_head(h)), C, m,
-                [&](int i, int j) { return older(d, i, j); }, all(c.F), false);
+        product(of_block(t.weights, d), C, {phi(b - d, phi_head(h)), c.F}, t.phi_q_t, C, all_of(C),
+                [&](int i, int) { return older_rows(d, i); }, all(c.F), false);
     }
-    const long position = c.length.data_ptr<int64_t>()[n] + row0;
-    const int missing = c.X0 + std::max<long>({0, (c.M - b) * C, valid - (b - c.M) * C});
-    for (int i = m.first; i < m.last; i++) {
-      const int out = std::clamp<long>(position + i - c.window + 1, 0, c.sinks);
-      t.shift[i] = largest<TOP>(i, out, std::max(c.X0 + exact_from(i), missing));
-    }
-    for (int i = m.first; i < m.last; i++) {
-      const int out = std::clamp<long>(position + i - c.window + 1, 0, c.sinks);
-      t.den[i] = weigh_row(i, out, missing, gamma);
-      if (c.F) t.den[i] += dot(t.phi_q + i * c.F, z, c.F);
-    }
+    const int begin = c.X0 + std::max<long>(0, c.M - b) * C;
+    absent = {begin, std::max<int>(begin, c.X0 + valid - (b - c.M) * C)};
+    clear_absent(t.weights);
+    const long left = c.length.data_ptr<int64_t>()[n] + row0 - c.window + 1;
+    for (int i = m.first / 16 * 16; i < m.last; i += 16)
+      weigh_strip<TOP>(i, std::clamp<long>(left + i, -16, c.sinks), c.gamma.data_ptr<float>()[head], z);
+  }
+
+  Strip strip(int i) const {
+    const int diagonal = c.X0 + C * c.M + i, end = diagonal + 16;
+    const int begin = absent.last, from = std::max<int>(begin, diagonal - c.window + 1);
+    const int whole = std::max<int>(begin, end - c.window);
+    if (whole > diagonal) return {begin, from, end, end, end};
+    return {begin, from, whole, diagonal + 1, end};
+  }
+  // How far before the query lies what row x holds, for the queries [i, i + W).
+  veci age(int i, int x) const { return lanes() + (c.X0 + C * c.M + i - x); }
+  veci exact_at(int i, int x) const {
+    const veci past = age(i, x);
+    return past >= 0 & past < int(c.window);
+  }
+  void clear_absent(float* turned) const {
+    std::fill_n(turned + absent.first * C, (absent.last - absent.first) * C, 0.0f);
+  }
+
+  // The queries of a head, as rows and turned, with zeros where there are none.
+  void take_queries(float* rows, float* turned, Rows from, long row0, int columns, float factor) {
+    if (m.first || m.last < C) std::memset(rows, 0, sizeof(float) * C * columns);
+    copy_rows(rows + m.first * columns, columns, from[row0 + m.first], from.step, m.last - m.first,
+              columns, factor);
+    transpose(turned, C, rows, columns, C, columns);
   }
 
  private:
-  // The scores at x of row i, -inf outside of [first, last).
-  vec scores_within(int i, int x, int first, int last) const {
-    const vec s = load(t.scores + i * c.X + x);
-    if (first <= x && x + W <= last) return s;
-    const veci column = lanes() + x;
-    return (column >= first && column < last) ? s : fill(NEGATIVE);
+  Range absent{0, 0};  // rows of the key blocks in view that are before the sequence
+
+  static Range all_of(int rows) { return {0, rows}; }
+  static void take_rows(float* out, const float* in, long step, int rows, int room, int columns) {
+    copy_rows(out, columns, in, step, rows, columns);
+    std::memset(out + rows * columns, 0, sizeof(float) * (room - rows) * columns);
   }
 
-  // The largest score of row i, over sinks [0, out) and columns [ea, eb); with TOP also its column.
+  // Sixteen queries, of which the first sees `left` sinks, each of the others one more.
   template <bool TOP>
-  float largest(int i, int out, int ea) const {
-    vec best = fill(NEGATIVE);
-    veci where{};
-    auto look = [&](int x, int first, int last) {
-      const vec s = scores_within(i, x, first, last);
-      if constexpr (TOP) where = s > best ? lanes() + x : where;
-      best = s > best ? s : best;
-    };
-    const int eb = c.X0 + exact_to(i);
-    for (int x = 0; x < out; x += W) look(x, 0, out);
-    for (int x = ea / W * W; x < eb; x += W) look(x, ea, eb);
-    vec most = best;
-    for (int h = W / 2; h; h /= 2) {
-      const vec other = exchanged(most, h);
-      most = other > most ? other : most;
-    }
-    if constexpr (TOP) {
-      where = best == most ? where : lanes() * 0 + c.X;
-      for (int h = W / 2; h; h /= 2) {
-        const veci other = exchanged(where, h);
-        where = other < where ? other : where;
-      }
-      t.top[i] = where[0];
-    }
-    return most[0];
-  }
+  void weigh_strip(int first, int left, float gamma, const float* z) {
+    const Strip rows = strip(first);
+    for (int i = first; i < first + 16; i += W, left += W) {
+      const float* s = t.scores + i;
+      float* w = t.weights + i;
+      const veci sinks = lanes() + left;
 
-  // The weights of row i, and their sum: sinks [0, out) and columns [ea, eb) exact, columns
-  // [missing, ea) linear, the rest zero.
-  float weigh_row(int i, int out, int missing, float gamma) {
-    const float *linear = t.linear + i * c.X, shift = t.shift[i];
-    float* w = t.weights + i * c.X;
-    const int from = c.X0 + exact_from(i), ea = std::max(from, missing), eb = c.X0 + exact_to(i);
-    vec total{};
-    for (int x = 0; x < c.X0; x += W) {
-      const vec e = exp(scores_within(i, x, 0, out) - shift) * gamma;
-      store(w + x, e), total += e;
+      vec best = fill(NEGATIVE);
+      veci where{};
+      auto look = [&](int x, vec score) __attribute__((always_inline)) {
+        if constexpr (TOP) where = score > best ? lanes() * 0 + x : where;
+        best = score > best ? score : best;
+      };
+      auto look_at_some = [&](int from, int to) __attribute__((always_inline)) {
+        for (int x = from; x < to; x++) look(x, exact_at(i, x) ? load(s + x * C) : fill(NEGATIVE));
+      };
+      for (int x = 0; x < c.sinks; x++) look(x, sinks > x ? load(s + x * C) : fill(NEGATIVE));
+      look_at_some(rows.from, rows.whole);
+      for (int x = rows.whole; x < rows.causal; x++) look(x, load(s + x * C));
+      look_at_some(rows.causal, rows.end);
+      store(t.shift + i, best);
+      if constexpr (TOP) std::memcpy(t.top + i, &where, sizeof where);
+
+      vec total{};
+      auto put = [&](int x, vec weight) __attribute__((always_inline)) {
+        store(w + x * C, weight), total += weight;
+      };
+      auto weight = [&](int x) __attribute__((always_inline)) {
+        return exp(load(s + x * C) - best) * gamma;
+      };
+      auto put_some = [&](int from, int to) __attribute__((always_inline)) {
+        for (int x = from; x < to; x++) {
+          const vec linear = c.F && x < rows.whole ? load(w + x * C) : vec{};
+          put(x, exact_at(i, x) ? weight(x) : age(i, x) > 0 ? linear : vec{});
+        }
+      };
+      for (int x = 0; x < c.sinks; x++) put(x, sinks > x ? weight(x) : vec{});
+      for (int x = c.sinks; x < c.X0; x++) store(w + x * C, vec{});
+      if (c.F)
+        for (int x = rows.begin; x < rows.from; x++) total += load(w + x * C);
+      else
+        for (int x = rows.from / 16 * 16; x < rows.from; x++) store(w + x * C, vec{});
+      put_some(rows.from, rows.whole);
+      for (int x = rows.whole; x < rows.causal; x++) put(x, weight(x));
+      put_some(rows.causal, rows.end);
+      for (int f = 0; f < c.F; f++) total += load(t.phi_q_t + f * C + i) * z[f];
+      store(t.den + i, total);
     }
-    const int begin = missing / W * W;
-    for (int x = c.X0; x < begin; x += W) store(w + x, vec{});
-    for (int x = begin; x < c.X; x += W) {
-      vec e{};
-      if (x + W > ea && x < eb) e = exp(scores_within(i, x, ea, eb) - shift) * gamma;
-      if (x < from && c.F) {
-        const veci column = lanes() + x;
-        e += (column >= missing && column < from) ? load(linear + x) : vec{};
-      }
-      store(w + x, e), total += e;
-    }
-    return sum(total);
   }
 };
 
@@ -296,6 +336,22 @@ inline void pack_sum(float* state, const float* S, const float* z, int F, int V)
   for (int f = 0; f < F; f++) {
     std::memcpy(state + f * (V + 1), S + f * V, sizeof(float) * V);
     state[f * (V + 1) + V] = z[f];
+  }
+}
+
+// Works query block b of each head in turn, `next` being the block after it, or -1, while what comes
+// after that arrives.
+template <class Head, class Work>
+void each_in_turn(const std::vector<std::unique_ptr<Head>>& heads, long b, long next, int steps,
+                  Work work) {
+  for (size_t h = 0; h < heads.size(); h++) {
+    ahead->clear();
+    if (h + 1 < heads.size())
+      heads[h + 1]->announce(b);
+    else if (next >= 0)
+      heads[0]->announce(next);
+    ahead->over(steps);
+    work(*heads[h]);
   }
 }
 

@@ -16,13 +16,14 @@ inline auto only(Range range) {
   return [range](int, int) { return range; };
 }
 
-// Y (+)= A B for the rows [m.first, m.last). The rows [i, j) of a strip take the columns
-// columns(i, j) of B, widened to multiples of 16, and only the terms terms(i, j) of the sum.
+// Y (+)= A B for the rows [m.first, m.last), in strips that end at multiples of 16. The rows [i, j) of
+// a strip take the columns columns(i, j) of B, widened to multiples of 16, and only the terms
+// terms(i, j) of the sum.
 template <class Columns, class Terms>
 inline void product(float* y, long ldy, Left a, const float* b, long ldb, Range m, Columns columns,
                     Terms terms, bool add) {
-  for (int i = m.first; i < m.last; i += 16) {
-    const int rows = std::min(16, m.last - i);
+  for (int i = m.first, rows; i < m.last; i += rows) {
+    rows = std::min(16 - i % 16, m.last - i);
     const Range n = columns(i, i + rows), k = terms(i, i + rows);
     const int from = n.first / 16 * 16, width = (n.last + 15) / 16 * 16 - from;
     const int depth = std::max(k.last - k.first, 0);

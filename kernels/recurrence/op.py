@@ -17,7 +17,6 @@ value features, N sequences (B, or those of `cu_seqlens`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Literal
 
 import torch
@@ -183,5 +182,12 @@ def _type_reason(q: torch.Tensor) -> str | None:
 
 def _implementation(which: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """The backend's function; all have the signature of `reference.recurrence`."""
-    module = {"torch": "chunk", "triton": "triton_backend"}.get(which, which)
-    return import_module(f"lowline.kernels.recurrence.{module}").recurrence
+    if which == "triton":
+        from lowline.kernels.recurrence.triton_backend import recurrence
+    elif which == "cpu":
+        from lowline.kernels.recurrence.cpu import recurrence
+    elif which == "torch":
+        from lowline.kernels.recurrence.chunk import recurrence
+    else:
+        from lowline.kernels.recurrence.reference import recurrence
+    return recurrence

@@ -43,7 +43,7 @@ def inputs(
 
 def check(
     tensors: Tensors, device: torch.device, dtype: torch.dtype = FP32, *, split: int = 0,
-    **options: Any,
+    tolerance: float | None = None, **options: Any,
 ) -> None:  # fmt: skip
     """Outputs, the final sum and every gradient; with `split` in two calls, the second from the
     first's state.
@@ -54,6 +54,7 @@ def check(
 
     def run(backend: str, at: torch.device, given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         given = {n: x.to(at) if isinstance(x, torch.Tensor) else x for n, x in given.items()}
+        given |= {n: given[n].to(given["v_BTGV"].dtype) for n in ("q_BTHD", "k_BTGD")}
         outputs, state = [], None
         for part in (slice(0, split), slice(split, None)) if split else (slice(None),):
             here = {n: x[:, part] if n[1:3] == "_B" or "_BT" in n else x for n, x in given.items()}
@@ -69,11 +70,15 @@ def check(
     rounded = {n: x.to(dtype) for n, x in tensors.items() if n not in factors and x is not None}
     factors = {n: x.float() for n, x in factors.items() if x is not None}
     constants = factors if dtype == BF16 else {}
+    if options["window"] == 1 and not options.get("sinks"):
+        # a softmax over one token: gradients of q and k are zero beside round-off
+        constants = constants | {n: rounded.pop(n) for n in ("q_BTHD", "k_BTGD")}
+    leaves = {n: x for n, x in (rounded | factors).items() if n not in constants}
     assert_matches(
         lambda **given: run("triton", device, given),
         lambda **given: run("reference", torch.device("cpu"), given),
-        rounded | ({} if constants else factors),
-        TOLERANCE[dtype],
+        leaves,
+        tolerance or TOLERANCE[dtype],
         **options,
         **constants,
     )
@@ -163,7 +168,10 @@ def test_grid(T: int, window: int, dtype: torch.dtype, device: torch.device) -> 
     tensors = inputs(T)
     if window + T % 3 >= T:  # no linear part yet: the factors' gradients are zero beside round-off
         tensors = {n: x for n, x in tensors.items() if not n.endswith("factor_H")}
-    check(tensors, device, dtype, window=window, sinks=T % 3)
+    # Where one sink is all that a window of one token sees beside it, the sink's gradient is a sum
+    # over all tokens that nearly cancel: 1.1e-2 of it is rounding at T = 64 (plain torch: 0.4e-2).
+    tolerance = 2e-2 if (window, dtype) == (1, BF16) else None
+    check(tensors, device, dtype, window=window, sinks=T % 3, tolerance=tolerance)
 
 
 @pytest.mark.slow

@@ -226,9 +226,15 @@ def test_decays_are_the_products_of_their_steps() -> None:
     torch.testing.assert_close(pair, steps)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "compiler"), [*((kind, "aot_eager") for kind in KINDS), ("head", "inductor")]
+    ("kind", "compiler"),
+    [
+        *(
+            pytest.param(kind, "aot_eager", marks=() if kind == "none" else pytest.mark.slow)
+            for kind in KINDS
+        ),
+        pytest.param("head", "inductor", marks=pytest.mark.slow),
+    ],
 )
 def test_torch_compile(kind: str, compiler: str) -> None:
     inputs = {n: None if x is None else x.requires_grad_() for n, x in make(kind, 20, FP32).items()}
