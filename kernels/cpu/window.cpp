@@ -93,7 +93,7 @@ class Forward {
 };
 
 // Heads whose blocks a thread works in turn: their rows are neighbours in memory.
-constexpr int TOGETHER_FORWARD = 8, TOGETHER_BACKWARD = 4;
+constexpr int TOGETHER = 8;
 
 void forward_heads(const Call& c, Arena& arena, int n, int first, int last, const at::Tensor& o,
                    const at::Tensor& S_out, const at::Tensor& saved) {
@@ -118,7 +118,7 @@ PyObject* forward(PyObject* const* args, Py_ssize_t) {
   huge_pages(args[SHARED]), huge_pages(args[SHARED + 2]);
   {
     WithoutPython meanwhile;
-    c.each(TOGETHER_FORWARD, [&](Arena& arena, int n, int first, int last) {
+    c.each(TOGETHER, [&](Arena& arena, int n, int first, int last) {
       forward_heads(c, arena, n, first, last, o, S_out, saved);
     });
   }
@@ -136,7 +136,7 @@ PyObject* backward(PyObject* const* args, Py_ssize_t) {
   for (int i = 0; i < 5; i++) huge_pages(to[i]);
   {
     WithoutPython meanwhile;
-    c.each(TOGETHER_BACKWARD, [&](Arena& arena, int n, int first, int last) {
+    c.each(TOGETHER, [&](Arena& arena, int n, int first, int last) {
       backward_heads(c, arena, n, first, last, saved, d_o, grads);
     });
   }

@@ -166,6 +166,11 @@ def _ring_after(
     prefix: int,
 ) -> torch.Tensor:
     """The ring buffer (N, w, G, D) once the rows of `_prepend_ring` have been seen."""
+    T = x_BUGD.shape[1]
+    if prefix == 0 and cu is None:  # from the start: token t is in slot t % w
+        if window <= T:
+            return x_BUGD[:, T - window :].roll(T % window, 1)
+        return torch.nn.functional.pad(x_BUGD, (0, 0, 0, 0, 0, window - T))
     position_Nw = ring_positions(length_N + new_N, window)
     row_Nw = position_Nw - length_N[:, None] + prefix
     return _gather(x_BUGD, row_Nw, position_Nw >= 0, cu, prefix)
@@ -201,7 +206,7 @@ def _gather(
     prefix: int,
 ) -> torch.Tensor:
     """Rows of each sequence; zeros where not wanted, whatever row is named there."""
-    if x_BUGD.shape[1] == 0:
+    if x_BUGD.shape[1] == 0 or row_Nr.shape[1] == 0:  # no part of x: no gradient of x's size either
         return x_BUGD.new_zeros(*row_Nr.shape, *x_BUGD.shape[2:])
     if cu is not None:
         n_N1 = torch.arange(len(cu) - 1, device=cu.device)[:, None]
