@@ -16,24 +16,23 @@ import torch
 class Chunk:
     """Buffers for one chunk of the inputs, and the products that both passes need."""
 
-    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: int) -> None:
-        self.rows = rows
-        self.q, self.k, self.v = (buffer(x, rows) for x in (q, k, v))
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.rows = q.shape[3]
+        self.q, self.k, self.v = (buffer(x) for x in (q, k, v))
         self.q_NCK, self.k_NCK, self.v_NCV = (flat(x) for x in (self.q, self.k, self.v))
-        N, _, K = self.k_NCK.shape
-        self.kT_NKC = q.new_empty(N, K, rows)
-        self.A_NCC = q.new_empty(N, self.q_NCK.shape[1], rows)
+        N, C, K = self.k_NCK.shape
+        self.kT_NKC, self.A_NCC = q.new_empty(N, K, C), q.new_empty(N, self.q_NCK.shape[1], C)
+        self.q_NKC, self.k_NKC, self.A_NCC_T = (x.mT for x in (self.q_NCK, self.k_NCK, self.A_NCC))
+        self.A_GCC = self.A_NCC.view(-1, C, C)  # of each query head
 
-    def load(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: slice, scale: float
-    ) -> None:
-        """scale · q, k, v and A = tril(Q Kᵀ) of rows `at`."""
-        torch.mul(q[:, :, :, at], scale, out=self.q)
-        self.k.copy_(k[:, :, :, at])
-        self.v.copy_(v[:, :, :, at])
-        self.kT_NKC.copy_(self.k_NCK.mT)
+    def load(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
+        """scale · q, k, v and A = tril(Q Kᵀ) of a chunk."""
+        torch.mul(q, scale, out=self.q)
+        self.k.copy_(k)
+        self.v.copy_(v)
+        self.kT_NKC.copy_(self.k_NKC)
         torch.bmm(self.q_NCK, self.kT_NKC, out=self.A_NCC)
-        causal(self.A_NCC, self.rows)
+        self.A_GCC.tril_()
 
 
 def forward(
@@ -48,21 +47,21 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Writes the span's outputs; the states before its chunks (chunks, N, V, K), and after it."""
     heads, type_ = k_BTHK.shape[2], q_BTQK.dtype
-    q, k, v, o = (by_head(x, heads) for x in (q_BTQK, k_BTHK, v_BTHV, o_BTQV))
-    chunks = _chunks(span, rows)
+    chunks = by_chunk((q_BTQK, k_BTHK, v_BTHV, o_BTQV), heads, span, rows)
     N, K, V = S_NKV.shape
     states = S_NKV.new_empty(len(chunks), N, V, K, dtype=type_)
     S, work = S_NKV.clone(), None
-    for n, at in enumerate(chunks):
-        if work is None or work.rows != at.stop - at.start:
-            work = Chunk(q, k, v, at.stop - at.start)
-            result = buffer(o, work.rows)
+    S_T = S.mT
+    for saved, (q, k, v, o) in zip(states.unbind(), chunks, strict=True):
+        if work is None or work.rows != q.shape[3]:
+            work = Chunk(q, k, v)
+            result = buffer(o)
             o_NCV = flat(result)
-        work.load(q, k, v, at, scale)
-        states[n].copy_(S.mT)  # as the backward pass reads it
+        work.load(q, k, v, scale)
+        saved.copy_(S_T)  # as the backward pass reads it
         torch.bmm(work.A_NCC, work.v_NCV, out=o_NCV)
         o_NCV.baddbmm_(work.q_NCK, S.to(type_))
-        o[:, :, :, at] = result
+        o.copy_(result)
         add_product(S, work.kT_NKC, work.v_NCV)
     return states, S
 
@@ -81,54 +80,57 @@ def backward(
 ) -> torch.Tensor:
     """Writes the span's dq, dk, dv, first of `grads`; the gradient of its initial state."""
     heads, type_ = k_BTHK.shape[2], q_BTQK.dtype
-    q, k, v, do = (by_head(x, heads) for x in (q_BTQK, k_BTHK, v_BTHV, do_BTQV))
-    dq, dk, dv = (by_head(x, heads) for x in grads[:3] if x is not None)
+    given = (q_BTQK, k_BTHK, v_BTHV, do_BTQV, *(x for x in grads[:3] if x is not None))
+    chunks = by_chunk(given, heads, span, rows)
     dS, work = dS_NKV.clone(), None
-    for states_NVK, at in reversed(list(zip(states, _chunks(span, rows), strict=True))):
-        if work is None or work.rows != at.stop - at.start:
-            work = Chunk(q, k, v, at.stop - at.start)
-            d_out, d_query, d_key, d_value = (buffer(x, work.rows) for x in (do, dq, dk, dv))
+    dS_T = dS.mT
+    for states_NVK, chunk in reversed(list(zip(states.unbind(), chunks, strict=True))):
+        q, k, v, do, dq, dk, dv = chunk
+        if work is None or work.rows != q.shape[3]:
+            work = Chunk(q, k, v)
+            d_out, d_query, d_key, d_value = (buffer(x) for x in (do, dq, dk, dv))
             do_NCV, dq_NCK, dk_NCK, dv_NCV = map(flat, (d_out, d_query, d_key, d_value))
-            dA_NCC, vT_NVC = torch.empty_like(work.A_NCC), work.v_NCV.mT.contiguous()
-            dST_NVK = torch.empty_like(states_NVK)
-        work.load(q, k, v, at, scale)
-        d_out.copy_(do[:, :, :, at])
-        vT_NVC.copy_(work.v_NCV.mT)
-        dST_NVK.copy_(dS.mT)
+            dA_NCC, v_NVC = torch.empty_like(work.A_NCC), work.v_NCV.mT
+            dA_GCC, dA_NCC_T = dA_NCC.view_as(work.A_GCC), dA_NCC.mT
+            vT_NVC, dST_NVK = v_NVC.contiguous(), torch.empty_like(states_NVK)
+        work.load(q, k, v, scale)
+        d_out.copy_(do)
+        vT_NVC.copy_(v_NVC)
+        dST_NVK.copy_(dS_T)
         torch.bmm(do_NCV, vT_NVC, out=dA_NCC)
-        causal(dA_NCC, work.rows)
-        torch.bmm(work.A_NCC.mT, do_NCV, out=dv_NCV)
+        dA_GCC.tril_()
+        torch.bmm(work.A_NCC_T, do_NCV, out=dv_NCV)
         dv_NCV.baddbmm_(work.k_NCK, dS.to(type_))
-        dv[:, :, :, at] = d_value
-        torch.bmm(dA_NCC.mT, work.q_NCK, out=dk_NCK)
+        dv.copy_(d_value)
+        torch.bmm(dA_NCC_T, work.q_NCK, out=dk_NCK)
         dk_NCK.baddbmm_(work.v_NCV, dST_NVK)
-        dk[:, :, :, at] = d_key
+        dk.copy_(d_key)
         torch.bmm(dA_NCC, work.k_NCK, out=dq_NCK)
         dq_NCK.baddbmm_(do_NCV, states_NVK)
-        dq[:, :, :, at] = d_query if scale == 1 else d_query.mul_(scale)
-        add_product(dS, work.q_NCK.mT, do_NCV)
+        dq.copy_(d_query if scale == 1 else d_query.mul_(scale))
+        add_product(dS, work.q_NKC, do_NCV)
     return dS
 
 
-def by_head(x_BTQF: torch.Tensor, heads: int) -> torch.Tensor:
-    """(B, H, G, T, F), a view."""
-    B, T, Q, F = x_BTQF.shape
-    return x_BTQF.view(B, T, heads, Q // heads, F).permute(0, 2, 3, 1, 4)
+def by_chunk(
+    tensors: tuple[torch.Tensor, ...], heads: int, span: tuple[int, int], rows: int
+) -> list[tuple[torch.Tensor, ...]]:
+    """Each chunk of the tensors (B, T, Q, F) as (B, H, G, C, F), views."""
+    parts = []
+    for x in tensors:
+        B, _, Q, F = x.shape
+        tokens = x[:, slice(*span)].unflatten(2, (heads, Q // heads))
+        parts.append(tokens.permute(0, 2, 3, 1, 4).split(rows, 3))
+    return list(zip(*parts, strict=True)) if span[0] < span[1] else []
 
 
-def buffer(x_BHGTF: torch.Tensor, rows: int) -> torch.Tensor:
-    B, H, G, _, F = x_BHGTF.shape
-    return x_BHGTF.new_empty(B, H, G, rows, F)
+def buffer(x_BHGCF: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x_BHGCF, memory_format=torch.contiguous_format)
 
 
 def flat(x_BHGCF: torch.Tensor) -> torch.Tensor:
     """(N, G · C, F), a view of a buffer."""
     return x_BHGCF.view(-1, x_BHGCF.shape[2] * x_BHGCF.shape[3], x_BHGCF.shape[4])
-
-
-def causal(A_NCC: torch.Tensor, rows: int) -> None:
-    """In place: of every query's C rows, the lower triangle."""
-    A_NCC.view(-1, rows, rows).tril_()
 
 
 def add_product(S_NKV: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -137,8 +139,3 @@ def add_product(S_NKV: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         S_NKV.baddbmm_(a, b)
     else:
         S_NKV.add_(torch.bmm(a, b))
-
-
-def _chunks(span: tuple[int, int], rows: int) -> list[slice]:
-    start, end = span
-    return [slice(t, min(t + rows, end)) for t in range(start, end, rows)]
