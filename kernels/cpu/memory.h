@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <new>
 #include <vector>
@@ -35,6 +36,9 @@ class Arena {
     floats = (floats + 15) / 16 * 16 + 80;  // five cache lines keep pieces off each other's sets
     if (slabs.empty() || used + floats > room) add_slab(std::max(floats, size_t{1} << 16));
     float* piece = slabs.back().get() + used;
+#if defined(LOWLINE_POISON)  // for tests: what is read before it is written shows
+    std::fill_n(piece, floats, std::numeric_limits<float>::quiet_NaN());
+#endif
     used += floats, total += floats;
     return piece;
   }
@@ -49,10 +53,11 @@ class Ahead {  // lives for a thread's part of a call
   static constexpr int ROOM = 1024, PIECE = 256;  // pieces, bytes
   const char* pieces[ROOM];
   int next = 0, end = 0, at_once = 1;
+  Ahead* const before = ahead;
 
  public:
   Ahead() { ahead = this; }
-  ~Ahead() { ahead = nullptr; }
+  ~Ahead() { ahead = before; }
   void clear() { next = end = 0; }
   void want(const void* p, long stride, int count, int bytes) {  // in bytes
     for (int i = 0; i < count; i++)

@@ -3,7 +3,8 @@
 //
 // One task a sequence and state head. A thread takes its heads of a sequence together, segment by
 // segment, so that (batch, time, heads, features) memory is read in the order it lies in. States
-// are saved every SEGMENT chunks, and made again in between by the backward pass.
+// are saved every SEGMENT chunks, and made again in between by the backward pass, which keeps the
+// segment's packed keys and values (with the delta rule U) until it has been through them.
 #include <ATen/Parallel.h>
 
 #include <vector>
@@ -61,7 +62,7 @@ void write_state(float* out, const float* S, const Shape& s) {
     std::memcpy(out + (long)d * s.V, S + (long)d * s.ld(), s.V * sizeof(float));
 }
 
-// Sets up the chunk of tokens [t, t + rows): its gate and beta; k and v are packed.
+// Sets up the gate and beta of the chunk of tokens [t, t + rows); `open_chunk` packs k and v too.
 void open_gate(Chunk& c, const Call& call, long b, long t, long h, int rows) {
   const Shape& s = c.shape;
   c.rows = rows, c.m = (rows + 15) / 16 * 16;

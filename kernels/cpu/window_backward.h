@@ -10,8 +10,8 @@ struct Gradients {
 
 // What the backward pass holds of each key block in view, beside `Block`.
 struct KeyGradients {
-  float *K, *V;
-  std::vector<float*> phi;
+  float *dK, *dV;
+  std::vector<float*> dphi;
 };
 
 class Backward {
@@ -23,13 +23,13 @@ class Backward {
         dgamma(call.r), dlambda(call.r) {
     for (int s = 0; s <= c.M; s++) {
       KeyGradients key;
-      key.K = arena.take(C * c.D), key.V = arena.take(C * c.V);
-      for (int h = 0; h < c.p; h++) key.phi.push_back(arena.take(C * c.F));
+      key.dK = arena.take(C * c.D), key.dV = arena.take(C * c.V);
+      for (int h = 0; h < c.p; h++) key.dphi.push_back(arena.take(C * c.F));
       keys.push_back(key);
     }
-    sink_K = arena.take(c.X0 * c.D), sink_V = arena.take(c.X0 * c.V);
-    std::memset(sink_K, 0, sizeof(float) * c.X0 * c.D);
-    std::memset(sink_V, 0, sizeof(float) * c.X0 * c.V);
+    dsink_K = arena.take(c.X0 * c.D), dsink_V = arena.take(c.X0 * c.V);
+    std::memset(dsink_K, 0, sizeof(float) * c.X0 * c.D);
+    std::memset(dsink_V, 0, sizeof(float) * c.X0 * c.V);
     for (int h = 0; h < c.p; h++) {
       dS.push_back(arena.take(c.F * (c.V + 1)));
       unpack_sum(dS[h], dz(h), c.state(to.S, n, g) + h * c.F * (c.V + 1), c.F, c.V);
@@ -72,8 +72,8 @@ class Backward {
       to.lambda.data_ptr<float>()[x.n * c.H + x.g * c.r + h] = dlambda[h];
     }
     const long sink = static_cast<long>(x.n) * c.sinks * c.G + x.g;
-    copy_rows(to.sink_k.data_ptr<float>() + sink * c.D, c.G * c.D, sink_K, c.D, c.sinks, c.D);
-    copy_rows(to.sink_v.data_ptr<float>() + sink * c.V, c.G * c.V, sink_V, c.V, c.sinks, c.V);
+    copy_rows(to.sink_k.data_ptr<float>() + sink * c.D, c.G * c.D, dsink_K, c.D, c.sinks, c.D);
+    copy_rows(to.sink_v.data_ptr<float>() + sink * c.V, c.G * c.V, dsink_V, c.V, c.sinks, c.V);
   }
 
  private:
@@ -84,7 +84,7 @@ class Backward {
   std::vector<KeyGradients> keys;
   std::vector<float*> dS;
   std::vector<double> dgamma, dlambda;
-  float *sink_K, *sink_V;
+  float *dsink_K, *dsink_V;
 
   float* dz(int h) const { return dS[h] + c.F * c.V; }
 
@@ -92,16 +92,16 @@ class Backward {
   void enter(long b, int rows) {
     x.enter(b);
     const KeyGradients& key = keys[x.slot(b)];
-    std::memset(key.K, 0, sizeof(float) * C * c.D);
-    std::memset(key.V, 0, sizeof(float) * C * c.V);
+    std::memset(key.dK, 0, sizeof(float) * C * c.D);
+    std::memset(key.dV, 0, sizeof(float) * C * c.V);
     for (int h = 0; h < c.p && c.F; h++) {
-      float* out = key.phi[h];
+      float* out = key.dphi[h];
       std::memset(out, 0, sizeof(float) * C * c.F);
       if (!rows) continue;
-      transpose_rows(t.dS_t, c.F, dS[h], c.V, c.F, c.V);
+      transpose(t.dS_t, c.F, dS[h], c.V, c.F, c.V);
       for (int j = 0; j < rows; j++) std::memcpy(out + j * c.F, dz(h), sizeof(float) * c.F);
       product(out, c.F, {x.V[x.slot(b)], c.V}, t.dS_t, c.F, {0, rows}, all(c.F), all(c.V), true);
-      product(key.V, c.V, {x.phi(b, h), c.F}, dS[h], c.V, {0, rows}, all(c.V), all(c.F), true);
+      product(key.dV, c.V, {x.phi(b, h), c.F}, dS[h], c.V, {0, rows}, all(c.V), all(c.F), true);
     }
   }
 
@@ -109,13 +109,13 @@ class Backward {
     const KeyGradients& key = keys[x.slot(b)];
     const int count = std::min<long>(C, c.keys(x.n) - b * C);
     const Rows k = c.of_key(to.k, x.n, x.g), v = c.of_key(to.v, x.n, x.g);
-    copy_rows(k[b * C], k.step, key.K, c.D, count, c.D);
-    copy_rows(v[b * C], v.step, key.V, c.V, count, c.V);
+    copy_rows(k[b * C], k.step, key.dK, c.D, count, c.D);
+    copy_rows(v[b * C], v.step, key.dV, c.V, count, c.V);
     const int gone = std::clamp<long>(x.sinks_end - b * C, 0, count);
     for (int h = 0; h < c.p && c.F; h++) {
-      std::memset(key.phi[h], 0, sizeof(float) * gone * c.F);
+      std::memset(key.dphi[h], 0, sizeof(float) * gone * c.F);
       const Rows phi = c.of_key(to.phi_k, x.n, x.g * c.p + h);
-      copy_rows(phi[b * C], phi.step, key.phi[h], c.F, count, c.F);
+      copy_rows(phi[b * C], phi.step, key.dphi[h], c.F, count, c.F);
     }
   }
 
@@ -154,14 +154,14 @@ class Backward {
 
     for (int d = 0; d <= M; d++) {
       const KeyGradients& key = keys[x.slot(b - d)];
-      product(key.K, c.D, {x.of_block(t.ds, d), C}, t.q, c.D, {0, C}, all(c.D),
+      product(key.dK, c.D, {x.of_block(t.ds, d), C}, t.q, c.D, {0, C}, all(c.D),
               [&](int i, int j) { return x.exact_rows(d, i, j); }, true);
-      product(key.V, c.V, {x.of_block(t.weights, d), C}, t.u, c.V, {0, C}, all(c.V),
+      product(key.dV, c.V, {x.of_block(t.weights, d), C}, t.u, c.V, {0, C}, all(c.V),
               [&](int i, int j) { return x.either_rows(d, i, j); }, true);
     }
     if (c.sinks) {
-      product(sink_K, c.D, {t.ds, C}, t.q, c.D, sinks, all(c.D), only(m), true);
-      product(sink_V, c.V, {t.weights, C}, t.u, c.V, sinks, all(c.V), only(m), true);
+      product(dsink_K, c.D, {t.ds, C}, t.q, c.D, sinks, all(c.D), only(m), true);
+      product(dsink_V, c.V, {t.weights, C}, t.u, c.V, sinks, all(c.V), only(m), true);
     }
     if (!c.F) return;
 
@@ -169,7 +169,7 @@ class Backward {
     for (int d = 0; d <= M; d++) {
       product(t.dphi, c.F, {x.of_block(t.dlinear, d), C, true}, x.phi(b - d, ph), c.F, m, all(c.F),
               [&](int i, int j) { return x.older(d, i, j); }, true);
-      product(keys[x.slot(b - d)].phi[ph], c.F, {x.of_block(t.dlinear, d), C}, t.phi_q, c.F, {0, C},
+      product(keys[x.slot(b - d)].dphi[ph], c.F, {x.of_block(t.dlinear, d), C}, t.phi_q, c.F, {0, C},
               all(c.F), [&](int i, int) { return x.older_rows(d, i); }, true);
     }
     const Rows phi = c.of_query(c.phi_q, n, head), out = c.of_query(to.phi_q, n, head);

@@ -22,7 +22,7 @@ struct Rows {
 };
 
 // The arguments of a call. r query heads and p heads of phi(k) belong to a key/value head; a block of
-// queries sees X columns: X0 of sinks, then those of its M + 1 key blocks.
+// queries sees X keys: X0 of sinks, then those of its M + 1 key blocks.
 struct Call {
   at::Tensor q, k, v, phi_q, phi_k, sink_k, sink_v, gamma, lambda, S, length;
   std::optional<at::Tensor> cu;
@@ -111,7 +111,7 @@ struct Call {
 // Matrices between queries and what they see (scores, weights, dW, ds, dlinear) are held turned, X
 // rows of C queries: vectors hold queries, so that a softmax needs no sum within a vector.
 struct Scratch {
-  float *q, *q_t, *phi_q, *phi_q_t, *scores, *weights, *shift, *den, *y;
+  float *q, *q_t, *phi_q, *phi_q_t, *scores, *weights, *den, *y;
   float *u, *u_t, *dW, *ds, *dlinear, *dq, *dphi, *dphi_t, *dS_t, *mean;
   int32_t top[C];  // row of each query's largest score
 
@@ -120,7 +120,7 @@ struct Scratch {
     for (float** p : {&phi_q, &phi_q_t, &dphi, &dphi_t}) *p = arena.take(C * c.F);
     for (float** p : {&y, &u, &u_t}) *p = arena.take(C * c.V);
     for (float** p : {&scores, &weights, &dW}) *p = arena.take(C * c.X);
-    for (float** p : {&shift, &den, &mean}) *p = arena.take(C);
+    for (float** p : {&den, &mean}) *p = arena.take(C);
     dS_t = arena.take(c.F * c.V);
     ds = scores, dlinear = dW;  // written when those have been read
   }
@@ -128,7 +128,8 @@ struct Scratch {
 
 // What sixteen queries see, as rows of their turned matrices: [begin, from) is older for all of
 // them, [whole, causal) exact for all; of [from, whole) the later queries see the row as older, of
-// [causal, end) only they see it, as exact. A window of less than 16 mixes all in [from, end).
+// [causal, end) only they see it, as exact. A window of less than 16, or a sequence that begins
+// among them, mixes all in [from, end).
 struct Strip {
   int begin, from, whole, causal, end;
 };
@@ -178,29 +179,29 @@ struct Block {
       std::memset(phi(b, h), 0, sizeof(float) * gone * c.F);
     }
   }
-  int exact_from(int i) const { return std::max<int>(0, C * c.M + i - c.window + 1); }
+  int exact_from(int i) const { return C * c.M + i - c.window + 1; }
   int exact_to(int i) const { return C * c.M + i + 1; }
-  // Columns, within key block b - m, of the rows [i, j).
-  Range exact(int m, int i, int j) const {
-    return within(m, exact_from(i), exact_to(j - 1));
+  // Keys, within key block b - d, of the queries [i, j).
+  Range exact(int d, int i, int j) const {
+    return within(d, exact_from(i), exact_to(j - 1));
   }
-  Range older(int m, int, int j) const { return within(m, 0, exact_from(j - 1)); }
-  Range either(int m, int i, int j) const {
-    return c.F ? within(m, 0, exact_to(j - 1)) : exact(m, i, j);
+  Range older(int d, int, int j) const { return within(d, 0, exact_from(j - 1)); }
+  Range either(int d, int i, int j) const {
+    return c.F ? within(d, 0, exact_to(j - 1)) : exact(d, i, j);
   }
-  Range within(int m, int from, int to) const {
-    const int x = (c.M - m) * C;
+  Range within(int d, int from, int to) const {
+    const int x = (c.M - d) * C;
     return {std::clamp(from - x, 0, C), std::clamp(to - x, 0, C)};
   }
-  // Rows of the block that touch the columns [i, j) of key block b - m.
-  Range exact_rows(int k, int i, int j) const {
-    return {std::max(m.first, i - C * k), std::min<int>(m.last, j - 1 - C * k + c.window)};
+  // Queries of the block that see the keys [i, j) of key block b - d.
+  Range exact_rows(int d, int i, int j) const {
+    return {std::max(m.first, i - C * d), std::min<int>(m.last, j - 1 - C * d + c.window)};
   }
-  Range older_rows(int k, int i) const {
-    return {std::max<int>(m.first, i - C * k + c.window), m.last};
+  Range older_rows(int d, int i) const {
+    return {std::max<int>(m.first, i - C * d + c.window), m.last};
   }
-  Range either_rows(int k, int i, int j) const {
-    return c.F ? Range{std::max(m.first, i - C * k), m.last} : exact_rows(k, i, j);
+  Range either_rows(int d, int i, int j) const {
+    return c.F ? Range{std::max(m.first, i - C * d), m.last} : exact_rows(d, i, j);
   }
   // The rows of key block b - d in a turned matrix.
   float* of_block(float* turned, int d) const { return turned + (c.X0 + (c.M - d) * C) * C; }
@@ -278,7 +279,7 @@ struct Block {
       vec best = fill(NEGATIVE);
       veci where{};
       auto look = [&](int x, vec score) __attribute__((always_inline)) {
-        if constexpr (TOP) where = score > best ? lanes() * 0 + x : where;
+        if constexpr (TOP) where = score > best ? veci{} + x : where;
         best = score > best ? score : best;
       };
       auto look_at_some = [&](int from, int to) __attribute__((always_inline)) {
@@ -288,7 +289,6 @@ struct Block {
       look_at_some(rows.from, rows.whole);
       for (int x = rows.whole; x < rows.causal; x++) look(x, load(s + x * C));
       look_at_some(rows.causal, rows.end);
-      store(t.shift + i, best);
       if constexpr (TOP) std::memcpy(t.top + i, &where, sizeof where);
 
       vec total{};
@@ -340,7 +340,7 @@ inline void pack_sum(float* state, const float* S, const float* z, int F, int V)
 }
 
 // Works query block b of each head in turn, `next` being the block after it, or -1, while what comes
-// after that arrives.
+// after that arrives; `steps`: about as many sixteens of terms as the products of a block take.
 template <class Head, class Work>
 void each_in_turn(const std::vector<std::unique_ptr<Head>>& heads, long b, long next, int steps,
                   Work work) {

@@ -1,5 +1,4 @@
-// Products in which every strip of 16 rows has its own band of columns or of terms; rows packed and
-// turned.
+// Products in which every strip of 16 rows has its own band of columns or of terms; rows packed.
 #pragma once
 #include "gemm.h"
 
@@ -33,14 +32,6 @@ inline void product(float* y, long ldy, Left a, const float* b, long ldb, Range 
     const float* terms_of_b = b + k.first * ldb + from;
     multiply(y + i * ldy + from, ldy, strip, terms_of_b, ldb, rows, width, depth, add);
   }
-}
-
-// out[columns x n] = in[n x columns]ᵀ, with zeros up to a multiple of 16 for n; columns is one.
-inline void transpose_rows(float* out, long ldo, const float* in, long ldi, int n, int columns) {
-  const int whole = n / 16 * 16;
-  transpose(out, ldo, in, ldi, whole, columns);
-  for (int d = 0; d < columns && whole < n; d++)
-    for (int i = whole; i < whole + 16; i++) out[d * ldo + i] = i < n ? in[i * ldi + d] : 0;
 }
 
 // columns: a multiple of 16

@@ -181,7 +181,10 @@ def _type_reason(q: torch.Tensor) -> str | None:
 
 
 def _implementation(which: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """The backend's function; all have the signature of `reference.recurrence`."""
+    """The backend's function; all have the signature of `reference.recurrence`.
+
+    Imports are written out: torch.compile cannot trace one by name.
+    """
     if which == "triton":
         from lowline.kernels.recurrence.triton_backend import recurrence
     elif which == "cpu":

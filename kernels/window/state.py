@@ -169,8 +169,10 @@ def _ring_after(
     T = x_BUGD.shape[1]
     if prefix == 0 and cu is None:  # from the start: token t is in slot t % w
         if window <= T:
-            return x_BUGD[:, T - window :].roll(T % window, 1)
-        return torch.nn.functional.pad(x_BUGD, (0, 0, 0, 0, 0, window - T))
+            ring = x_BUGD[:, T - window :].roll(T % window, 1)
+        else:
+            ring = torch.nn.functional.pad(x_BUGD, (0, 0, 0, 0, 0, window - T))
+        return ring.contiguous()  # both may keep the strides of x
     position_Nw = ring_positions(length_N + new_N, window)
     row_Nw = position_Nw - length_N[:, None] + prefix
     return _gather(x_BUGD, row_Nw, position_Nw >= 0, cu, prefix)

@@ -198,3 +198,26 @@ def test_without_a_compiler_a_build_says_what_is_missing(
     (folder / "tiny.cpp").write_text(SOURCE)
     with pytest.raises(RuntimeError, match="install g.., or set CXX"):
         cpu.load("tiny")
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("vectors", ["", " -mno-avx512f", " -mno-avx"])
+def test_scratch_memory_is_written_before_it_is_read(tmp_path: Path, vectors: str) -> None:
+    """The kernels' own tests, with NaN in all memory that a call takes, at each vector width."""
+    if vectors and "avx512f" not in (cpu.CPU_INFO.read_text() if cpu.CPU_INFO.is_file() else ""):
+        pytest.skip("this processor has no wider vectors to leave out")
+    environment = {
+        "LOWLINE_CACHE": str(tmp_path),
+        "CXX": f"{cpu._compiler()[0]} -DLOWLINE_POISON{vectors}",
+        "OMP_NUM_THREADS": "1",
+    }
+    names = ("window", "window_decode", "recurrence_cpu", "scan", "slots")
+    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in names]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu", *files],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-10_000:]

@@ -243,19 +243,21 @@ def test_huge_scores_stay_finite(backend):
     assert_same({"o": got["o"]}, {"o": want["o"]}, 1e-2)  # fp32 scores of 1e4 are good to 1e-3
 
 
+@pytest.mark.parametrize("window", [16, 80])
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
-def test_strides(backend):
-    """Heads before time in memory, a slice of a fused projection, features that are not dense."""
+def test_strides(backend, window):
+    """Heads before time in memory, a slice of a fused projection, time that is dense."""
     needs(backend)
     x = {name: t.float() for name, t in make(T=70, H=2, G=2, dtype=FP32).items()}
-    want, _ = window_linear_attention(**x, window=16, backend=backend)
+    want, _ = window_linear_attention(**x, window=window, backend=backend)
     strided = dict(x)
     strided["q_BTHD"] = x["q_BTHD"].transpose(1, 2).contiguous().transpose(1, 2)
     fused = torch.cat([x["k_BTGD"], x["v_BTGV"]], dim=-1)
     strided["k_BTGD"], strided["v_BTGV"] = fused.split([16, 32], dim=-1)
-    strided["phi_k_BTPF"] = x["phi_k_BTPF"].mT.contiguous().mT
-    got, _ = window_linear_attention(**strided, window=16, backend=backend)
+    strided["phi_k_BTPF"] = x["phi_k_BTPF"].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    got, state = window_linear_attention(**strided, window=window, backend=backend)
     torch.testing.assert_close(got, want)
+    assert all(part.is_contiguous() for part in state)  # as the decoding steps take it
 
 
 @settings(max_examples=8, deadline=None)
