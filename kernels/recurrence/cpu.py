@@ -34,7 +34,7 @@ def recurrence(
     v_BTHV: torch.Tensor,
     g: Maybe,
     beta_BTH: Maybe,
-    initial_state: Maybe,
+    initial_state_NHKV: Maybe,
     cu_seqlens: Maybe,
     gate: str,
     scale: float,
@@ -46,11 +46,11 @@ def recurrence(
     q_BTQK, k_BTHK, v_BTHV = _readable(q_BTQK), _readable(k_BTHK), _readable(v_BTHV)
     g = None if g is None else _readable(g)
     beta_BTH = None if beta_BTH is None else _readable(beta_BTH)
-    if initial_state is not None:
-        initial_state = initial_state.float().contiguous()
+    if initial_state_NHKV is not None:
+        initial_state_NHKV = initial_state_NHKV.float().contiguous()
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
-    tensors = (q_BTQK, k_BTHK, v_BTHV, g, beta_BTH, initial_state)
+    tensors = (q_BTQK, k_BTHK, v_BTHV, g, beta_BTH, initial_state_NHKV)
     differentiate = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in tensors
     )
