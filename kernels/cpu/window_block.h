@@ -217,12 +217,12 @@ struct Block {
     if (c.F)
       take_queries(t.phi_q, t.phi_q_t, c.of_query(c.phi_q, n, head), row0, c.F,
                    c.lambda.data_ptr<float>()[head]);
-    if (c.sinks) product(t.scores, C, {sink_K, c.D}, t.q_t, C, all_of(c.X0), only(m), all(c.D), false);
+    if (c.sinks) product(t.scores, C, {sink_K, c.D}, t.q_t, C, {0, c.X0}, only(m), all(c.D), false);
     for (int d = 0; d <= c.M && d <= b; d++) {
-      product(of_block(t.scores, d), C, {K[slot(b - d)], c.D}, t.q_t, C, all_of(C),
+      product(of_block(t.scores, d), C, {K[slot(b - d)], c.D}, t.q_t, C, {0, C},
               [&](int i, int j) { return exact_rows(d, i, j); }, all(c.D), false);
       if (c.F)
-        product(of_block(t.weights, d), C, {phi(b - d, phi_head(h)), c.F}, t.phi_q_t, C, all_of(C),
+        product(of_block(t.weights, d), C, {phi(b - d, phi_head(h)), c.F}, t.phi_q_t, C, {0, C},
                 [&](int i, int) { return older_rows(d, i); }, all(c.F), false);
     }
     const int begin = c.X0 + std::max<long>(0, c.M - b) * C;
@@ -261,7 +261,6 @@ struct Block {
  private:
   Range absent{0, 0};  // rows of the key blocks in view that are before the sequence
 
-  static Range all_of(int rows) { return {0, rows}; }
   static void take_rows(float* out, const float* in, long step, int rows, int room, int columns) {
     copy_rows(out, columns, in, step, rows, columns);
     std::memset(out + rows * columns, 0, sizeof(float) * (room - rows) * columns);
