@@ -109,6 +109,7 @@ void forward_heads(const Call& call, Arena& arena, long n, long h0, int heads) {
   const Shape& s = call.shape;
   arena.reset();
   Chunk c(s, arena);
+  c.y = arena.take(C * s.D1()), c.u = arena.take(C * s.ld());
   c.E = arena.take(C * s.ld()), c.B = arena.take(C * C);
   float* S[HEADS];
   for (int h = 0; h < heads; h++) {

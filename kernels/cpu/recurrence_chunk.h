@@ -52,9 +52,9 @@ struct Chunk {
 
   Chunk(const Shape& s, Arena& arena) : shape(s), D1(s.D1()), D2(s.D2()), ld(s.ld()) {
     const size_t one = C * D1, two = C * ld;
-    for (float** p : {&x, &y, &dx, &dy, &scratch, &turned1, &from, &to, &before, &after, &inside})
+    for (float** p : {&x, &dx, &dy, &scratch, &turned1, &from, &to, &before, &after, &inside})
       *p = arena.take(one);
-    for (float** p : {&u, &w, &du, &dw, &turned2}) *p = arena.take(two);
+    for (float** p : {&w, &du, &dw, &turned2}) *p = arena.take(two);
     for (float** p : {&vector.a, &vector.into, &vector.out, &vector.enter, &vector.leave,
                       &vector.left, &vector.right, &vector.turned, &dg})
       *p = arena.take(one);

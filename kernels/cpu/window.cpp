@@ -101,7 +101,7 @@ void forward_heads(const Call& c, Arena& arena, int n, int first, int last, cons
   const auto heads = heads_of<Forward>(c, n, first, last, scratch, arena, o, saved);
   const long end = c.tokens[n] ? c.blocks(n) : 0;
   for (long b = c.prefix / C; b < end; b++)
-    each_in_turn(heads, b, b + 1 < end ? b + 1 : -1, 200, [&](Forward& head) { head.queries(b); });
+    each_in_turn(heads, b, b + 1 < end ? b + 1 : -1, 200);
   for (const auto& head : heads) head->finish(S_out);
 }
 

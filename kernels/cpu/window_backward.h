@@ -254,7 +254,7 @@ void backward_heads(const Call& c, Arena& arena, int n, int first, int last, con
   const auto heads = heads_of<Backward>(c, n, first, last, scratch, arena, saved, d_o, to);
   const long first_block = c.prefix / C;
   for (long b = c.blocks(n) - 1; b >= first_block && c.tokens[n]; b--)
-    each_in_turn(heads, b, b > first_block ? b - 1 : -1, 450, [&](Backward& head) { head.queries(b); });
+    each_in_turn(heads, b, b > first_block ? b - 1 : -1, 450);
   for (const auto& head : heads) head->finish();
 }
 

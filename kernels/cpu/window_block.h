@@ -340,9 +340,8 @@ inline void pack_sum(float* state, const float* S, const float* z, int F, int V)
 
 // Works query block b of each head in turn, `next` being the block after it, or -1, while what comes
 // after that arrives; `steps`: about as many sixteens of terms as the products of a block take.
-template <class Head, class Work>
-void each_in_turn(const std::vector<std::unique_ptr<Head>>& heads, long b, long next, int steps,
-                  Work work) {
+template <class Head>
+void each_in_turn(const std::vector<std::unique_ptr<Head>>& heads, long b, long next, int steps) {
   for (size_t h = 0; h < heads.size(); h++) {
     ahead->clear();
     if (h + 1 < heads.size())
@@ -350,7 +349,7 @@ void each_in_turn(const std::vector<std::unique_ptr<Head>>& heads, long b, long 
     else if (next >= 0)
       heads[0]->announce(next);
     ahead->over(steps);
-    work(*heads[h]);
+    heads[h]->queries(b);
   }
 }
 

@@ -170,7 +170,7 @@ def test_grid(T: int, window: int, dtype: torch.dtype, device: torch.device) -> 
         tensors = {n: x for n, x in tensors.items() if not n.endswith("factor_H")}
     # Where one sink is all that a window of one token sees beside it, the sink's gradient is a sum
     # over all tokens that nearly cancel: 1.1e-2 of it is rounding at T = 64 (plain torch: 0.4e-2).
-    tolerance = 2e-2 if (window, dtype) == (1, BF16) else None
+    tolerance = 2e-2 if (window, T % 3, dtype) == (1, 1, BF16) else None
     check(tensors, device, dtype, window=window, sinks=T % 3, tolerance=tolerance)
 
 
