@@ -36,7 +36,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	mkdir -p build/types/lowline
-	cd build/types/lowline && ln -sfn $(addprefix ../../../,$(FOLDERS) tools/lowline/__init__.py) .
+	cd build/types/lowline && ln -sfn $(addprefix ../../../,$(FOLDERS) $(wildcard tools/lowline/*.py)) .
 	MYPYPATH=build/types $(BIN)/mypy -p lowline
 
 clean:

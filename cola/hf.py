@@ -12,7 +12,7 @@ Both published MLPs are one field: `hidden_act="silu"` keeps SwiGLU's non-linear
 `hidden_act="linear"` leaves only the bottleneck's, `down(gate(x) * up(x))`.
 
 Importing this module registers the model with transformers' `Auto*` classes; `import lowline` sees
-to that (`lowline.cola.register`).
+to that (`lowline._register`).
 
 Left out: tensor and pipeline parallel plans (train with `lowline.train`, which has them), and
 ranks that differ from layer to layer.

@@ -1,7 +1,7 @@
 """The low-rank auto-encoder layer y = B·σ(A·x) (CoLA, arXiv 2502.10940, equation 3).
 
 A: in -> r, B: r -> out, no bias by default, no norm, scale or residual in between. This module is
-plain torch, shared by the training body (`lowline.cola.titan`) and the Hugging Face body
+plain torch, shared by the training body (`lowline.cola.block`) and the Hugging Face body
 (`lowline.cola.hf`); its parameters are `A.weight` (r, in) and `B.weight` (out, r) everywhere.
 """
 

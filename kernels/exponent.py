@@ -1,7 +1,8 @@
 """Exponentials by powers of two.
 
 torch's exp on a CPU takes 9 times as long where its result is 0, and up to 70 times where it is
-denormal, which masks and strong decays bring about; exp2 takes the same time for all (docs/log.md).
+denormal, which masks and strong decays bring about; exp2 takes the same time for all
+(docs/dev/log.md).
 """
 
 import math

@@ -4,7 +4,7 @@
     save(model, load_tokenizer("meta-llama/Llama-3.2-1B"), "outputs/llama-1b-lolcats")
 
 Sources are a hub id, a directory, a GGUF file (dequantized by transformers), or a loaded model, of
-the architectures in `lowline.linearize.hf.FAMILIES`; a model that was converted before may be
+the architectures in `lowline.linearize.body.hf.FAMILIES`; a model that was converted before may be
 converted further. Every weight that was there stays as it is, bit for bit; mixers begin as their
 constructors leave them. What is saved loads with transformers' `from_pretrained`, after
 `import lowline`.
@@ -44,7 +44,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lowline.linearize.hf import FAMILIES, PREFIX, SOFTMAX, LinearizedConfig
+from lowline.linearize.body.hf import FAMILIES, PREFIX, SOFTMAX, LinearizedConfig
 
 Layers = str | Sequence[int]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")

@@ -1,7 +1,7 @@
 """Mixers inside torchtitan's Llama: the converter, and the attention layer that holds one.
 
 `MixerConverter` exchanges the attention of the chosen layers for `MixerAttention`, in torchtitan's
-own block or in CoLA's (after `lowline.cola.titan.ColaConverter`). Projections, norms of q and k,
+own block or in CoLA's (after `lowline.cola.block.ColaConverter`). Projections, norms of q and k,
 and their names stay, so that weights go in and out by renaming; the mixer's lie below `.mixer`. It
 is called as transformers' body calls it (`lowline.linearize.mixers.base`).
 
@@ -29,7 +29,7 @@ from torchtitan.models.common.attention import GQAttention
 from torchtitan.protocols.model import ModelConfigConverter
 from torchtitan.protocols.module import Module
 
-from lowline.cola.titan import ColaBlock, give_whole
+from lowline.cola.block import ColaBlock, give_whole
 from lowline.linearize.losses import transfer_loss, weight_loss
 from lowline.linearize.mixers import HeadShape, build_mixer
 

@@ -11,52 +11,58 @@ from functools import partial
 # words of the command -> (function, one line about it)
 COMMANDS = {
     "train": ("lowline.train.__main__:main", "train a model from a TOML file (one process)"),
-    "configs": ("lowline.tools.configs:configs", "list the configurations that come with lowline"),
-    "export": ("lowline.tools.hf_commands:export", "checkpoint -> Hugging Face directory"),
+    "configs": (
+        "lowline.tools.commands.configs:configs",
+        "list the configurations that come with lowline",
+    ),
+    "export": ("lowline.tools.commands.hf_commands:export", "checkpoint -> Hugging Face directory"),
     "import": (
-        "lowline.tools.hf_commands:import_tables",
+        "lowline.tools.commands.hf_commands:import_tables",
         "print the TOML under which a Hugging Face checkpoint trains",
     ),
     "linearize": (
-        "lowline.tools.linearize:linearize",
+        "lowline.tools.commands.linearize:linearize",
         "a pretrained Transformer becomes a linear-attention model, in stages",
     ),
     "plan blockwise": (
-        "lowline.tools.plan:plan_blockwise",
+        "lowline.tools.commands.plan:plan_blockwise",
         "disk, time and GPUs of blockwise attention transfer",
     ),
-    "generate": ("lowline.tools.hf_commands:generate", "continue a prompt"),
+    "generate": ("lowline.tools.commands.hf_commands:generate", "continue a prompt"),
     "evaluate": (
-        "lowline.tools.evaluate:evaluate",
+        "lowline.tools.commands.evaluate:evaluate",
         "score converted models beside their teacher and windows without training",
     ),
     "inspect cost": (
-        "lowline.tools.inspect_cost:inspect_cost",
+        "lowline.tools.commands.inspect_cost:inspect_cost",
         "parameters, FLOPs and memory: dense, CoLA, CoLA-M, checkpointing",
     ),
     "inspect rank": (
-        "lowline.tools.inspect_rank:inspect_rank",
+        "lowline.tools.commands.inspect_rank:inspect_rank",
         "effective rank of a model's activations, with a plot",
     ),
     "bench pretrain": (
-        "lowline.tools.bench_pretrain:bench_pretrain",
+        "lowline.tools.bench.pretrain:bench_pretrain",
         "time CoLA's blocks and the trainer against their limits",
     ),
     "bench decode": (
-        "lowline.tools.bench_decode:bench_decode",
+        "lowline.tools.bench.decode:bench_decode",
         "tokens/s, memory and prefill of a converted model beside its teacher",
     ),
     "bench linearize": (
-        "lowline.tools.bench_linearize:bench_linearize",
+        "lowline.tools.bench.linearize:bench_linearize",
         "time a step of each stage against the teacher's forward pass",
     ),
     "bench kernels": (
-        "lowline.tools.bench_kernels:bench_kernels",
+        "lowline.tools.bench.kernels.run:bench_kernels",
         "time and memory of the kernels against attention and their limits",
     ),
-    "demo": ("lowline.tools.demo:demo", "pretrain dense, CoLA and CoLA-M and compare them"),
+    "demo": (
+        "lowline.tools.commands.demo:demo",
+        "pretrain dense, CoLA and CoLA-M and compare them",
+    ),
     "demo linearize": (
-        "lowline.tools.demo_linearize:demo_linearize",
+        "lowline.tools.commands.demo_linearize:demo_linearize",
         "convert SmolLM2-135M, evaluate it, decode beside its teacher",
     ),
 }

@@ -10,9 +10,9 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-from lowline.linearize.blockwise import write_whole
-from lowline.train.config import RunConfig
-from lowline.train.load_config import ConfigError, changes, leaves, read_toml, to_toml
+from lowline.train.blockwise.store import write_whole
+from lowline.train.config.load import ConfigError, changes, leaves, read_toml, to_toml
+from lowline.train.config.run import RunConfig
 
 DONE = "done.toml"
 

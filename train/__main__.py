@@ -19,7 +19,7 @@ USAGE = "usage: torchrun --nproc_per_node=N -m lowline.train --config FILE [--ta
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (2: the configuration cannot run)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    from lowline.train.load_config import ConfigError, load_config
+    from lowline.train.config.load import ConfigError, load_config
 
     try:
         config, flags, overrides = _split(arguments)
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         run = load_config(config, overrides)
         if dry := [flag for flag in flags if flag.startswith("--dry-run")]:
-            from lowline.train.dry_run import print_dry_run
+            from lowline.train.cost.dry_run import print_dry_run
 
             gpus = dry[0].partition("=")[2]
             if gpus and not (gpus.isdigit() and int(gpus)):
@@ -36,14 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             world_size = int(gpus or os.environ.get("WORLD_SIZE", "1"))
             print_dry_run(run, world_size, "cuda" if gpus else None)
             return 0
-        from lowline.train.preflight import check_run
+        from lowline.train.engine.preflight import check_run
 
         check_run(run, int(os.environ.get("WORLD_SIZE", 1)))
     except (ConfigError, ValueError, OSError) as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"lowline.train: {error}", file=sys.stderr)
         return 2
-    from lowline.train.run import train
+    from lowline.train.engine.run import train
 
     return train(run)
 
@@ -67,7 +67,7 @@ def _split(arguments: Sequence[str]) -> tuple[str | None, set[str], list[str]]:
 
 
 def _print_help() -> None:
-    from lowline.train.load_config import known_keys
+    from lowline.train.config.load import known_keys
 
     print(f"{__doc__}\n{USAGE}\n\nkeys:")
     for key, kind in known_keys().items():

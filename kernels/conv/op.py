@@ -110,13 +110,13 @@ def _implementation(which: str) -> Callable[..., tuple[torch.Tensor, torch.Tenso
 
         return reference.causal_conv
     if which == "torch":
-        from lowline.kernels.conv import shifted
+        from lowline.kernels.conv import torch_form as shifted
 
         return shifted.causal_conv
     if which == "cpu":
         from lowline.kernels.conv import cpu
 
         return cpu.causal_conv
-    from lowline.kernels.conv import triton_conv
+    from lowline.kernels.conv import triton_kernels as triton_conv
 
     return triton_conv.causal_conv

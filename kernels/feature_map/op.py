@@ -64,9 +64,9 @@ def hedgehog(
 
         return reference.hedgehog(x_BTHD, W_HDF)
     if which == "triton":
-        from lowline.kernels.feature_map import triton_hedgehog
+        from lowline.kernels.feature_map import triton_kernels as triton_hedgehog
 
         return triton_hedgehog.hedgehog(x_BTHD, W_HDF)
-    from lowline.kernels.feature_map import recomputed
+    from lowline.kernels.feature_map import torch_form as recomputed
 
     return recomputed.hedgehog(x_BTHD, W_HDF, fused=which == "cpu")

@@ -93,7 +93,7 @@ def grouped_low_rank_bottleneck(
             for A, B, a, b in zip(As, Bs, a_biases, b_biases, strict=True)
         )
     if which == "triton":
-        from lowline.kernels.low_rank.triton_bottleneck import activated_linear
+        from lowline.kernels.low_rank.triton_kernels import activated_linear
 
         zs = grouped_linear(x, As, a_biases).split([A.shape[0] for A in As], -1)
         return tuple(

@@ -105,7 +105,7 @@ def _on_triton(
     save: str,
 ) -> torch.Tensor:
     """The MLP out of GEMMs that apply σ to what they read and keep z alone."""
-    from lowline.kernels.low_rank.triton_bottleneck import activated_linear
+    from lowline.kernels.low_rank.triton_kernels import activated_linear
 
     def inner(z_g: torch.Tensor, z_u: torch.Tensor) -> torch.Tensor:
         g = activated_linear(z_g, gate[1], activation=activation)

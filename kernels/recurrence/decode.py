@@ -247,7 +247,7 @@ def _step(
 
         _compiled_step = step
     elif which == "triton":
-        from lowline.kernels.recurrence.triton_backend import step
+        from lowline.kernels.recurrence.triton.backend import step
     else:
         step = _reference_step if which == "reference" else _torch_step
     o_BQV = step(q_BQK, k_BHK, v_BHV, g, beta_BH, state, gate, scale)

@@ -8,7 +8,7 @@ the state of a value that is always one (linear attention, arXiv 2006.16236, equ
 last column of the state.
 
 Chunkwise forms (Mamba2, arXiv 2405.21060, section 6; GLA, arXiv 2312.06635, section 4) take O(T)
-time and memory. What a method passes in is in docs/kernels.md.
+time and memory. What a method passes in is in docs/concepts/kernels.md.
 
 Shapes: B batch, T time, Q query heads, H state heads (Q = H · queries a state), K key features, V
 value features, N sequences (B, or those of `cu_seqlens`).
@@ -186,11 +186,11 @@ def _implementation(which: str) -> Callable[..., tuple[torch.Tensor, torch.Tenso
     Imports are written out: torch.compile cannot trace one by name.
     """
     if which == "triton":
-        from lowline.kernels.recurrence.triton_backend import recurrence
+        from lowline.kernels.recurrence.triton.backend import recurrence
     elif which == "cpu":
         from lowline.kernels.recurrence.cpu import recurrence
     elif which == "torch":
-        from lowline.kernels.recurrence.chunk import recurrence
+        from lowline.kernels.recurrence.torch_form import recurrence
     else:
         from lowline.kernels.recurrence.reference import recurrence
     return recurrence

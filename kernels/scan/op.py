@@ -135,13 +135,13 @@ def _implementation(which: str) -> Callable[..., tuple[torch.Tensor, torch.Tenso
 
         return reference.selective_scan
     if which == "torch":
-        from lowline.kernels.scan import chunk
+        from lowline.kernels.scan import torch_form as chunk
 
         return chunk.selective_scan
     if which == "cpu":
         from lowline.kernels.scan import cpu
 
         return cpu.selective_scan
-    from lowline.kernels.scan import triton_scan
+    from lowline.kernels.scan import triton_kernels as triton_scan
 
     return triton_scan.selective_scan

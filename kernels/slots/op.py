@@ -120,7 +120,7 @@ def slot_window_attention(
     (B, T, H, D), V = q_BTHD.shape, v_BTGV.shape[-1]
     attend: Callable[..., tuple[torch.Tensor, ...]]
     if which == "torch":
-        from lowline.kernels.slots.chunk import attend
+        from lowline.kernels.slots.torch_form import attend
 
         block = max(window, 64)
         size = -(-max(PIECE, window) // block) * block

@@ -1,7 +1,7 @@
 """Compiles every Triton kernel for GPUs that are not there, and reads what the compiler made.
 
-    python -m lowline.kernels.triton_tools.aot --write docs/triton_aot.md   # the committed table
-    python -m lowline.kernels.triton_tools.aot --check docs/triton_aot.md   # what CI runs
+    python -m lowline.kernels.triton_tools.aot --write docs/dev/triton_aot.md  # the committed table
+    python -m lowline.kernels.triton_tools.aot --check docs/dev/triton_aot.md  # what CI runs
 
 A kernel that spills registers, asks for more shared memory than the chip has, or multiplies without
 tensor cores compiles in silence: the first two are slow or fail at the launch, the third is slow.
@@ -157,7 +157,7 @@ def table(compiled: Sequence[Compiled]) -> str:
     rows = [
         "# What the compiler makes of the Triton kernels",
         "",
-        "`python -m lowline.kernels.triton_tools.aot --write docs/triton_aot.md`",
+        "`python -m lowline.kernels.triton_tools.aot --write docs/dev/triton_aot.md`",
         "",
         f"{_HEADING}, without a GPU. Registers a thread, shared memory a block; tensor-core"
         " instructions and asynchronous copies counted in the PTX. Nothing here spills.",

@@ -111,11 +111,11 @@ def window_linear_attention(
         module="window",
     )  # fmt: skip
     if which == "triton":
-        from lowline.kernels.window.triton_window import attend
+        from lowline.kernels.window.triton.launch import attend
     elif which == "cpu":
         from lowline.kernels.window.cpu import attend
     elif which == "torch":
-        from lowline.kernels.window.chunk import attend
+        from lowline.kernels.window.torch_form import attend
     else:
         from lowline.kernels.window.reference import attend
     k, v, phi_k = seen.rows

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lowline.linearize.cache import state_bytes
+from lowline.linearize.body.cache import state_bytes
+from lowline.linearize.body.hf import SOFTMAX, LinearizedConfig
 from lowline.linearize.convert import convert, linearized_config, load_config, load_teacher
 from lowline.linearize.evaluation.measure import digest
-from lowline.linearize.hf import SOFTMAX, LinearizedConfig
 
 SINKS = 4
 WINDOW = 64  # of the windows beside a model that has none

@@ -135,7 +135,7 @@ class Launches:
 def test_grids_of_the_convolution_are_long_on_the_first_axis_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from lowline.kernels.conv import triton_conv
+    from lowline.kernels.conv import triton_kernels as triton_conv
 
     launches = Launches()
     for name in ("_forward_kernel", "_sum_gradient_kernel", "_input_gradient_kernel"):
@@ -151,7 +151,7 @@ def test_grids_of_the_convolution_are_long_on_the_first_axis_only(
 def test_grids_of_the_window_are_long_on_the_first_axis_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from lowline.kernels.window import triton_window
+    from lowline.kernels.window.triton import launch as triton_window
 
     launches = Launches()
     for name in [name for name in vars(triton_window) if name.endswith("_kernel")]:

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from lowline.kernels.triton_tools import Case, aot
 
-TABLE = Path(__file__).parents[2] / "docs" / "triton_aot.md"
+TABLE = Path(__file__).parents[2] / "docs" / "dev" / "triton_aot.md"
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.kernels import TOLERANCE, assert_matches, relative_error
 
 from lowline.kernels.cpu import missing
 from lowline.kernels.low_rank import (
@@ -16,7 +17,6 @@ from lowline.kernels.low_rank import (
     low_rank_mlp,
 )
 from lowline.kernels.low_rank.activations import ACTIVATIONS
-from tests.kernels.cases import TOLERANCE, assert_matches, relative_error
 
 needs_compiler = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 CPU = pytest.param("cpu", marks=needs_compiler)

@@ -8,6 +8,7 @@ from itertools import pairwise, product
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.kernels import TOLERANCE, assert_matches, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,6 @@ from lowline.kernels.conv import (
     causal_conv_verify,
 )
 from lowline.kernels.cpu import missing
-from tests.kernels.cases import TOLERANCE, assert_matches, relative_error
 
 needs_compiler = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 CPU = pytest.param("cpu", marks=needs_compiler)

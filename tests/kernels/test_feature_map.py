@@ -7,12 +7,12 @@ from itertools import product
 
 import pytest
 import torch
+from helpers.kernels import TOLERANCE, assert_matches, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowline.kernels.cpu import missing
 from lowline.kernels.feature_map import hedgehog
-from tests.kernels.cases import TOLERANCE, assert_matches, relative_error
 
 needs_compiler = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 CPU = pytest.param("cpu", marks=needs_compiler)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "interpreted"
+FOLDER = Path(__file__).parent / "interpreted"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.kernels import relative_error
 from transformers import Mamba2Config, MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
@@ -14,7 +15,6 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from lowline.kernels.conv import causal_conv
 from lowline.kernels.recurrence import gated_linear_recurrence
 from lowline.kernels.scan import selective_scan
-from tests.kernels.cases import relative_error
 
 T = 70
 Layer = Callable[[torch.Tensor], torch.Tensor]

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.kernels import relative_error
 
 from lowline.kernels.recurrence import gated_linear_recurrence
-from tests.kernels.cases import relative_error
 
 pytest.importorskip("fla.ops", reason="pip install fla-core")
 

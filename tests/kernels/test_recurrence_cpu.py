@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import kernels as cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowline.kernels.cpu import missing
 from lowline.kernels.recurrence import cpu, gated_linear_recurrence, reference
-from tests.kernels import cases
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 

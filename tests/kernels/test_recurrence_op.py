@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.kernels import relative_error
 
 from lowline.kernels.recurrence import gated_linear_recurrence
-from tests.kernels.cases import relative_error
 
 FP64 = torch.float64
 BACKENDS = ("reference", "torch")

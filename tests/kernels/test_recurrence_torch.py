@@ -6,12 +6,13 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.kernels import TOLERANCE, assert_matches, poisoned, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowline.kernels.recurrence import chunk, gated_linear_recurrence
+from lowline.kernels.recurrence import gated_linear_recurrence
+from lowline.kernels.recurrence import torch_form as chunk
 from lowline.kernels.recurrence.pairs import decays
-from tests.kernels.cases import TOLERANCE, assert_matches, poisoned, relative_error
 
 KINDS = ("none", "head", "key", "value", "delta", "delta head", "delta key")
 FP64, FP32, BF16 = torch.float64, torch.float32, torch.bfloat16

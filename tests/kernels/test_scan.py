@@ -7,6 +7,7 @@ from itertools import pairwise, product
 
 import pytest
 import torch
+from helpers.kernels import TOLERANCE, assert_matches, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,6 @@ from lowline.kernels.scan import (
     selective_scan_step,
     selective_scan_verify,
 )
-from tests.kernels.cases import TOLERANCE, assert_matches, relative_error
 
 needs_compiler = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 CPU = pytest.param("cpu", marks=needs_compiler)

@@ -11,20 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    Qwen2ForCausalLM,
-)
-
-from lowline.linearize.convert import convert, load_teacher, load_tokenizer, parse_layers, save
-from lowline.linearize.hf import FAMILIES
-from lowline.linearize.mixers import MIXERS
-from lowline.train.data.tokenizer import load_tokenizer as load_text_tokenizer
-from tests.linearize.models import (
+from helpers.models import (
     ARCHITECTURES,
     SHAPE,
     converted,
@@ -34,6 +21,19 @@ from tests.linearize.models import (
     teacher,
     tokens,
 )
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    Qwen2ForCausalLM,
+)
+
+from lowline.linearize.body.hf import FAMILIES
+from lowline.linearize.convert import convert, load_teacher, load_tokenizer, parse_layers, save
+from lowline.linearize.mixers import MIXERS
+from lowline.train.data.tokenizer import load_tokenizer as load_text_tokenizer
 
 ANY = "lolcats"
 HOW = {"mixer": ANY, "options": small_options(ANY)}
@@ -306,7 +306,7 @@ def gguf() -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", ["transformers", "lowline.cola.hf", "lowline.linearize.hf"])
+@pytest.mark.parametrize("first", ["transformers", "lowline.cola.hf", "lowline.linearize.body.hf"])
 def test_importing_lowline_registers_all_models_whatever_comes_first(first):
     program = (
         "import sys, lowline\n"

@@ -11,6 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import (
+    ARCHITECTURES,
+    VOCAB,
+    moved,
+    scrambled,
+    teacher,
+    tokens,
+)
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -25,14 +33,6 @@ from lowline.linearize.evaluation.shares import Shares, linear_switched_off
 from lowline.linearize.evaluation.text import Perplexity, Text, position_bins
 from lowline.linearize.mixers import recorded_shares
 from lowline.train.data.tokenizer import load_tokenizer
-from tests.linearize.models import (
-    ARCHITECTURES,
-    VOCAB,
-    moved,
-    scrambled,
-    teacher,
-    tokens,
-)
 
 MODELS = ("softmax", "lolcats")
 OPTIONS = {"window": 5, "backend": "torch"}

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from helpers.models import ARCHITECTURES, converted, scrambled, small_options, tokens
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, LlamaConfig, PreTrainedModel, pipeline
 
-from lowline.linearize.cache import LinearizedCache, MixerLayer, break_even_length, state_bytes
+from lowline.linearize.body.cache import LinearizedCache, MixerLayer, break_even_length, state_bytes
 from lowline.linearize.convert import linearized_config, save
 from lowline.linearize.mixers import MIXERS
 from lowline.linearize.mixers.base import Mixer
-from lowline.tools import hf_commands
+from lowline.tools.commands import hf_commands
 from lowline.train.data.tokenizer import load_tokenizer
-from tests.linearize.models import ARCHITECTURES, converted, scrambled, small_options, tokens
 
 ANY = "lolcats"
 HYBRID = "0, 2"
@@ -93,7 +93,7 @@ def saved(tmp_path_factory):
     config = copy.deepcopy(ARCHITECTURES["llama"])
     config.vocab_size = 4096
     config = linearized_config(config, mixer=ANY, layers=HYBRID, options=small_options(ANY))
-    from lowline.linearize.hf import FAMILIES
+    from lowline.linearize.body.hf import FAMILIES
 
     model, tokenizer = scrambled(FAMILIES["llama"].causal_lm(config)), load_tokenizer("embedded").hf
     tokenizer.chat_template = "{% for m in messages %}Ask: {{ m.content }}\n{% endfor %}Say:"

@@ -6,15 +6,7 @@ import pickle
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
-
-from lowline.linearize.cache import LinearizedCache
-from lowline.linearize.hf import FAMILIES, LinearizedAttention
-from lowline.linearize.mixers import MIXERS, build_mixer
-from lowline.linearize.packing import Packing
-from tests.linearize.models import (
+from helpers.models import (
     ARCHITECTURES,
     SHAPE,
     converted,
@@ -22,6 +14,14 @@ from tests.linearize.models import (
     small_options,
     tokens,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from lowline.linearize.body.cache import LinearizedCache
+from lowline.linearize.body.hf import FAMILIES, LinearizedAttention
+from lowline.linearize.body.packing import Packing
+from lowline.linearize.mixers import MIXERS, build_mixer
 
 TOLERANCE = 1e-5
 T = 16

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
+from helpers import models
 from transformers import AutoModelForCausalLM
 
 from lowline.linearize.mixers import MIXERS
-from lowline.train.config import OptimizerConfig, RunConfig, TrainingConfig
-from lowline.train.device import prepare
+from lowline.train.config.run import OptimizerConfig, RunConfig, TrainingConfig
+from lowline.train.engine.device import prepare
 
 prepare()
 
-from lowline.train import hf as train_hf  # noqa: E402
-from lowline.train.hf_names import from_hf_names, to_hf_names  # noqa: E402
-from lowline.train.model import build_model_config  # noqa: E402
-
-_spec = importlib.util.spec_from_file_location("models", Path(__file__).parent / "models.py")
-models = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(models)
+from lowline.train.hf import weights as train_hf  # noqa: E402
+from lowline.train.model.build import build_model_config  # noqa: E402
+from lowline.train.model.names import from_hf_names, to_hf_names  # noqa: E402
 
 LENGTH = 24
 POSITIONS = torch.tensor([[*range(7), 0, *range(16)], [*range(11), *range(13)]])

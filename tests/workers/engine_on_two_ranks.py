@@ -15,15 +15,15 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from lowline.train.device import prepare
-from lowline.train.load_config import load_config
+from lowline.train.config.load import load_config
+from lowline.train.engine.device import prepare
 
 STEPS = 3
 
 
 def main(config: str, *overrides: str) -> None:
     prepare()
-    from lowline.train.trainer import trainer_config
+    from lowline.train.engine.trainer import trainer_config
 
     trainer = trainer_config(load_config(config, overrides), 2).build()
     batches = trainer.batch_generator(trainer.dataloader)

@@ -9,13 +9,13 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from lowline.train.config import OptimizerConfig, RunConfig, TrainingConfig
-from lowline.train.device import prepare
-from lowline.train.hf import LlamaStateDictAdapter, config_from_hf
+from lowline.train.config.run import OptimizerConfig, RunConfig, TrainingConfig
+from lowline.train.engine.device import prepare
+from lowline.train.hf.weights import LlamaStateDictAdapter, config_from_hf
 
 prepare()
 
-from lowline.train.model import build_model_config  # noqa: E402
+from lowline.train.model.build import build_model_config  # noqa: E402
 
 
 def main(source: str, output: str) -> None:

@@ -5,7 +5,7 @@
 Two processes: tensor parallel, then FSDP2. Four: FSDP2 over two times tensor parallel over two.
 Every rank also holds the whole model, seeded alike, and compares: initial values, logits, loss,
 gradients, and for tensor parallelism the collectives inside a block. Rank 0 writes what it measured
-to REPORT.json; the assertions are in tests/test_tensor_parallel.py.
+to REPORT.json; the assertions are in tests/cola/test_tensor_parallel.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from lowline.train.device import prepare
+from lowline.train.engine.device import prepare
 
 prepare()
 
@@ -30,14 +30,14 @@ from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig  
 from torchtitan.distributed import ParallelDims  # noqa: E402
 from torchtitan.distributed.utils import set_spmd_backend  # noqa: E402
 
-from lowline.train.config import (  # noqa: E402
+from lowline.train.config.run import (  # noqa: E402
     ColaConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
 )
-from lowline.train.config import TrainingConfig as Training  # noqa: E402
-from lowline.train.model import build_model_config, parallelize  # noqa: E402
+from lowline.train.config.run import TrainingConfig as Training  # noqa: E402
+from lowline.train.model.build import build_model_config, parallelize  # noqa: E402
 
 DIM, FFN, VOCAB, LENGTH, BATCH = 32, 88, 96, 16, 2
 MIX = {"q": 8, "k": 4, "o": 12, "up": 8, "down": 6}  # v and gate dense

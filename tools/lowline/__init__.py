@@ -4,8 +4,8 @@ Importing it makes "cola_llama" and the linearized models known to transformers'
 and costs nothing else.
 """
 
-from lowline.cola.register import register_with_transformers
+from lowline._register import register_with_transformers
 
 __version__ = "0.1.0"
 
-register_with_transformers("lowline.cola.hf", "lowline.linearize.hf")
+register_with_transformers("lowline.cola.hf", "lowline.linearize.body.hf")

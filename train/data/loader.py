@@ -36,7 +36,7 @@ from lowline.train.data.packing import START, Encoder, LanePacker, LaneState
 from lowline.train.data.sources import IndexedSource, Source, SourceConfig, open_source
 
 if TYPE_CHECKING:
-    from lowline.train.config import RunConfig
+    from lowline.train.config.run import RunConfig
 
 _ANEW = "a new output folder with checkpoint.initial_weights = the folder step-N"
 _LANE = re.compile(r"(?:^|\.)lane_(\d+)$")

@@ -1,0 +1,400 @@
+"""CoLA inside torchtitan's Llama: the converter, the block, and CoLA-M.
+
+`ColaConverter` replaces the `Linear.Config` nodes of torchtitan's own Llama by low-rank ones and
+its block by `ColaBlock`. The block computes the same thing as torchtitan's,
+
+    h = x + o(attention(q, k, v)(norm(x)))        y = h + down(σ_m(gate(norm(h))) ⊙ up(norm(h))),
+
+cut at the bottleneck pre-activations z = A·x into pieces, each a function of what is kept:
+
+    piece                                keeps               recomputed in the backward pass
+    norm, A_q A_k A_v                    x (d wide)          norm
+    σ, B_q B_k B_v, RoPE, attention, A_o z_q z_k z_v (3r)    σ, B_q B_k B_v, RoPE, attention
+    σ, B_o, + x                          z_o (r)             σ
+    norm, A_gate A_up                    h (d wide)          norm
+    σ, B_gate B_up, σ_m, ⊙, A_down       z_gate z_up (2r)    σ, B_gate B_up, σ_m, ⊙
+    σ, B_down, + h                       z_down (r)          σ
+
+CoLA-M checkpoints every piece; CoLA runs the same pieces plainly. The graph is the same, so the
+gradients are equal to the last bit in a deterministic precision. No A runs twice: torch stops a
+recomputation at the last tensor the backward pass needs, which is the input of the closing GEMM,
+and where several A's close a piece their outputs, which are kept anyway, stand in for the earlier.
+
+For n tokens that keeps 2nd + 7nr elements a layer and recomputes 6nrd + 4nr·ffn FLOPs beside the
+attention; every second layer keeps v too, which trades 2nrd FLOPs for nd elements. At r = d/4 and
+ffn = 2.69d, the average over two layers (tests/cola/test_cola_memory.py counts them):
+
+                                kept between the passes     recomputed
+    CoLA                        24.3nd on a CPU             nothing
+    CoLA-M                      4.25nd                      15.75ndr + attention
+    a checkpoint a block        1nd                         38.1ndr + attention
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import spmd_types as spmd
+import torch
+import torch.nn as nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torchtitan.models.common import Linear
+from torchtitan.models.common.attention import BaseQKVLinear, GQAttention, local_head_split
+from torchtitan.models.common.decoder_sharding import (
+    colwise_config,
+    dense_activation_placement,
+    dense_param_placement,
+    dense_sequence_parallel_placement,
+    norm_config,
+    rowwise_config,
+    set_gqa_inner_attention_local_map,
+)
+from torchtitan.models.common.feed_forward import FeedForward
+from torchtitan.models.llama3.model import Llama3TransformerBlock
+from torchtitan.protocols.model import ModelConfigConverter
+from torchtitan.protocols.module import Module
+from torchtitan.protocols.sharding import ShardingConfig
+
+from lowline.cola.low_rank import ACTIVATIONS, LowRankLinear, init_std
+from lowline.cola.ranks import PROJECTIONS
+from lowline.kernels.low_rank import grouped_linear
+
+Memory = Literal["cola", "cola-m"]
+
+_keeping_gemms = partial(
+    create_selective_checkpoint_contexts,
+    [torch.ops.aten.mm.default, torch.ops.aten.addmm.default],
+)
+
+
+class TitanLowRankLinear(LowRankLinear, Module):
+    """`LowRankLinear` as a torchtitan module; A and B are torchtitan `Linear`s."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        A: Linear.Config
+        B: Linear.Config
+        activation: str = "silu"
+
+        @property
+        def in_features(self) -> int:
+            return self.A.in_features
+
+        @property
+        def out_features(self) -> int:
+            return self.B.out_features
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config.A.build(), config.B.build(), config.activation)
+
+
+class ColaQKVLinear(BaseQKVLinear):
+    """q, k and v projections with a configuration each (torchtitan's shares one for k and v)."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseQKVLinear.Config):
+        wq: Module.Config
+        wk: Module.Config
+        wv: Module.Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.wq = config.wq.build()
+        self.wk = config.wk.build()
+        self.wv = config.wv.build()
+
+    def forward(self, x_BLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v = (local_head_split(w(x_BLD), self.head_dim) for w in (self.wq, self.wk, self.wv))
+        return q, k, v
+
+
+class GroupedEntry(Module):
+    """x -> [A_1; A_2; ...]·x as one GEMM, over the projections' own weights (no parameters)."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        pass
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+
+    def forward(self, input: torch.Tensor, entries: Sequence[nn.Linear]) -> torch.Tensor:
+        return grouped_linear(input, [a.weight for a in entries], [a.bias for a in entries])
+
+
+class ColaBlock(Llama3TransformerBlock):
+    """torchtitan's Llama block, cut at the bottlenecks; see the module's table."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Llama3TransformerBlock.Config):
+        mlp_activation: str = "silu"
+        memory: Memory = "cola"
+        keep_v: bool = False
+        qkv_entry: GroupedEntry.Config | None = None
+        mlp_entry: GroupedEntry.Config | None = None
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.mlp_activation = ACTIVATIONS[config.mlp_activation]
+        self.memory = config.memory
+        self.keep_v = config.keep_v
+        self.qkv_entry = config.qkv_entry.build() if config.qkv_entry else None
+        self.mlp_entry = config.mlp_entry.build() if config.mlp_entry else None
+
+    def forward(
+        self,
+        x_BLD: torch.Tensor,
+        attention_masks: Any = None,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        run = _recomputed if self.memory == "cola-m" and torch.is_grad_enabled() else _plain
+        z_q, z_k, v = run(self._enter_attention, x_BLD, keep_gemms=self.qkv_entry is None)
+        if self.keep_v:
+            v = run(self._expand_v, v)
+        z_o = run(partial(self._attend, attention_masks, positions), z_q, z_k, v)
+        h_BLD = run(self._leave_attention, x_BLD, z_o)
+        z_gate, z_up = run(self._enter_mlp, h_BLD, keep_gemms=self.mlp_entry is None)
+        z_down = run(self._mlp, z_gate, z_up)
+        return run(self._leave_mlp, h_BLD, z_down)
+
+    def _enter_attention(self, x_BLD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        qkv = self.attention.qkv_linear
+        return _enter((qkv.wq, qkv.wk, qkv.wv), self.attention_norm(x_BLD), self.qkv_entry)
+
+    def _expand_v(self, z_v: torch.Tensor) -> torch.Tensor:
+        return _expand(self.attention.qkv_linear.wv, z_v)
+
+    def _attend(
+        self,
+        attention_masks: Any,
+        positions: torch.Tensor | None,
+        z_q: torch.Tensor,
+        z_k: torch.Tensor,
+        v: torch.Tensor,
+    ) -> torch.Tensor:
+        """z_q, z_k, and v (or z_v where it is not kept) -> z_o."""
+        a, qkv = self.attention, self.attention.qkv_linear
+        v = v if self.keep_v else self._expand_v(v)
+        q_BLNH = local_head_split(_expand(qkv.wq, z_q), qkv.head_dim)
+        k_BLNH = local_head_split(_expand(qkv.wk, z_k), qkv.head_dim)
+        v_BLNH = local_head_split(v, qkv.head_dim)
+        if a.q_norm is not None and a.k_norm is not None:
+            q_BLNH, k_BLNH = a.q_norm(q_BLNH), a.k_norm(k_BLNH)
+        out_BLNH = self._mix(attention_masks, positions, q_BLNH, k_BLNH, v_BLNH)
+        return _enter((a.wo,), out_BLNH.contiguous().flatten(2), None)[0]
+
+    def _mix(
+        self,
+        attention_masks: Any,
+        positions: torch.Tensor | None,
+        q_BLNH: torch.Tensor,
+        k_BLNH: torch.Tensor,
+        v_BLNH: torch.Tensor,
+    ) -> torch.Tensor:
+        """The attention itself, of normalized q and k before the rotary embedding."""
+        a = self.attention
+        q_BLNH, k_BLNH = a.rope(q_BLNH, k_BLNH, positions)
+        return a.inner_attention(
+            q_BLNH,
+            k_BLNH,
+            v_BLNH,
+            attention_masks=attention_masks,
+            scale=a.scaling,
+            enable_gqa=a.enable_gqa,
+        )
+
+    def _leave_attention(self, x_BLD: torch.Tensor, z_o: torch.Tensor) -> torch.Tensor:
+        return x_BLD + _expand(self.attention.wo, z_o)
+
+    def _enter_mlp(self, h_BLD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        mlp = self.feed_forward
+        return _enter((mlp.w1, mlp.w3), self.ffn_norm(h_BLD), self.mlp_entry)
+
+    def _mlp(self, z_gate: torch.Tensor, z_up: torch.Tensor) -> torch.Tensor:
+        mlp = self.feed_forward
+        inner = self.mlp_activation(_expand(mlp.w1, z_gate)) * _expand(mlp.w3, z_up)
+        return _enter((mlp.w2,), inner, None)[0]
+
+    def _leave_mlp(self, h_BLD: torch.Tensor, z_down: torch.Tensor) -> torch.Tensor:
+        return h_BLD + _expand(self.feed_forward.w2, z_down)
+
+
+def _plain(piece: Callable, *kept: torch.Tensor, keep_gemms: bool = False) -> Any:
+    return piece(*kept)
+
+
+def _recomputed(piece: Callable, *kept: torch.Tensor, keep_gemms: bool = False) -> Any:
+    """Run a piece so that the backward pass finds only its arguments and computes the rest anew.
+
+    `keep_gemms`: the piece's GEMMs make nothing but its results, so none of them is run again.
+    """
+    options: dict[str, Any] = {"context_fn": _keeping_gemms} if keep_gemms else {}
+    return checkpoint(piece, *kept, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def _enter(
+    projections: tuple[nn.Module, ...], x: torch.Tensor, grouped: GroupedEntry | None
+) -> tuple[torch.Tensor, ...]:
+    """A·x of each low-rank projection; a dense one (which has no bottleneck) is applied whole."""
+    entries = [p.A if isinstance(p, LowRankLinear) else p for p in projections]
+    if grouped is None:
+        return tuple(entry(x) for entry in entries)
+    return grouped(x, entries).split([entry.out_features for entry in entries], dim=-1)
+
+
+def _expand(projection: nn.Module, z: torch.Tensor) -> torch.Tensor:
+    """B·σ(z); a dense projection is already complete."""
+    return projection.expand(z) if isinstance(projection, LowRankLinear) else z
+
+
+class ColaConverter(ModelConfigConverter):
+    """Turns the blocks of torchtitan's Llama into `ColaBlock`s with low-rank projections."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ModelConfigConverter.Config):
+        ranks: dict[str, int]  # by projection; 0 = dense
+        activation: str = "silu"
+        bias: bool = False
+        mlp_activation: str = "silu"
+        memory: Memory = "cola"
+        grouped: bool = False
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def convert(self, model_config: Module.Config) -> Module.Config:
+        """Replace every block in place and return the same root."""
+        layers = model_config.layers  # type: ignore[attr-defined]
+        layers[:] = [self._convert_block(block, i) for i, block in enumerate(layers)]
+        return model_config
+
+    def _convert_block(self, block: Llama3TransformerBlock.Config, layer: int) -> ColaBlock.Config:
+        c = self.config
+        attention, mlp = block.attention, block.feed_forward
+        assert isinstance(attention, GQAttention.Config) and isinstance(mlp, FeedForward.Config)
+        qkv = attention.qkv_linear
+        dense = dict(
+            zip(
+                PROJECTIONS,
+                (qkv.wq, qkv.wkv, qkv.wkv, attention.wo, mlp.w1, mlp.w3, mlp.w2),
+                strict=True,
+            )
+        )
+        new = {name: self._convert_linear(linear, c.ranks[name]) for name, linear in dense.items()}
+        return ColaBlock.Config(
+            attention_norm=block.attention_norm,
+            ffn_norm=block.ffn_norm,
+            attention=replace(
+                attention,
+                qkv_linear=ColaQKVLinear.Config(
+                    head_dim=qkv.head_dim, wq=new["q"], wk=new["k"], wv=new["v"]
+                ),
+                wo=new["o"],
+            ),
+            feed_forward=FeedForward.Config(w1=new["gate"], w3=new["up"], w2=new["down"]),
+            mlp_activation=c.mlp_activation,
+            memory=c.memory,
+            keep_v=layer % 2 == 1,
+            qkv_entry=self._group("q", "k", "v"),
+            mlp_entry=self._group("gate", "up"),
+        )
+
+    def _group(self, *names: str) -> GroupedEntry.Config | None:
+        """One GEMM for these projections' A's, where each of them has one."""
+        low_rank = all(self.config.ranks[name] > 0 for name in names)
+        return GroupedEntry.Config() if self.config.grouped and low_rank else None
+
+    def _convert_linear(self, linear: Linear.Config, rank: int) -> Module.Config:
+        if rank == 0:
+            return linear
+        c = self.config
+        std = init_std(linear.in_features, linear.out_features, rank)
+        init = {"weight": drawn_whole(partial(nn.init.normal_, std=std)), "bias": nn.init.zeros_}
+        return TitanLowRankLinear.Config(
+            A=Linear.Config(
+                in_features=linear.in_features, out_features=rank, bias=c.bias, param_init=init
+            ),
+            B=Linear.Config(
+                in_features=rank, out_features=linear.out_features, bias=c.bias, param_init=init
+            ),
+            activation=c.activation,
+        )
+
+
+def drawn_whole(init: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], None]:
+    """An initializer that gives a sharded parameter the values it would have unsharded.
+
+    Every rank draws the whole tensor from the seed that all share and keeps its part. Drawn shard
+    by shard on a CPU mesh, whose generators are not coordinated, all shards would be alike.
+    """
+
+    def initialize(parameter: torch.Tensor) -> None:
+        if isinstance(parameter, DTensor):
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            init(whole)
+            parameter.copy_(
+                distribute_tensor(
+                    whole, parameter.device_mesh, parameter.placements, src_data_rank=None
+                )
+            )
+        else:
+            init(parameter)
+
+    return initialize
+
+
+def give_whole(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Give a parameter, sharded or not, the values of a whole tensor that every rank has."""
+    drawn_whole(lambda whole: whole.copy_(value))(parameter)
+
+
+def set_cola_sharding(block: ColaBlock.Config) -> None:
+    """Tensor parallelism along the bottleneck, with sequence parallelism between the pieces.
+
+    Outside the pieces a rank holds a part of the sequence, and what the block keeps, x, h and every
+    z, is that part. A of q, k, v, gate, up and σ run on it; σ(z) is gathered to the whole sequence
+    and B is split by output feature. A of o and down is split by input feature; its partial sums
+    are reduced to a part of the sequence *before* σ, and B runs on that part. So everything sent is
+    r wide, 7r elements a token and direction where the dense block sends 4d (BOOST, 2512.12131);
+    CoLA-M gathers 5r once more in the backward pass.
+    """
+    part, whole = dense_sequence_parallel_placement(), dense_activation_placement(tp=spmd.R)
+    gathered = replace(
+        colwise_config(), in_src_shardings={"input": part}, in_dst_shardings={"input": whole}
+    )
+    on_part = ShardingConfig(in_src_shardings={"input": part}, out_src_shardings=part)
+    replicated = {n: dense_param_placement(tp=spmd.R) for n in ("weight", "bias")}
+    norm = norm_config(enable_sp=True)
+    block.attention_norm.sharding_config = norm
+    block.ffn_norm.sharding_config = norm
+    attention, mlp = block.attention, block.feed_forward
+    assert mlp is not None
+    qkv = attention.qkv_linear
+    for linear in (qkv.wq, qkv.wk, qkv.wv, mlp.w1, mlp.w3):
+        if isinstance(linear, TitanLowRankLinear.Config):
+            linear.A.sharding_config = replace(on_part, state_shardings=replicated)
+            linear.B.sharding_config = gathered
+        else:
+            linear.sharding_config = gathered
+    for linear in (attention.wo, mlp.w2):
+        if isinstance(linear, TitanLowRankLinear.Config):
+            linear.A.sharding_config = rowwise_config(output_sp=True)
+            linear.B.sharding_config = replace(on_part, state_shardings=replicated)
+        else:
+            linear.sharding_config = rowwise_config(output_sp=True)
+    for entry in (block.qkv_entry, block.mlp_entry):
+        if entry is not None:
+            entry.sharding_config = on_part
+    attention.rope.sharding_config = ShardingConfig(
+        state_shardings={"cache": dense_param_placement(tp=spmd.R)}
+    )
+    if attention.qk_norm is not None:
+        heads = dense_activation_placement(tp=spmd.S(2))
+        attention.qk_norm.sharding_config = ShardingConfig(
+            state_shardings=replicated, in_src_shardings={"input": heads}, out_src_shardings=heads
+        )
+    set_gqa_inner_attention_local_map(attention.inner_attention)

@@ -1,0 +1,1 @@
+"""The gated linear recurrence on GPUs: Triton kernels and their launch."""

@@ -1,0 +1,1 @@
+"""Window attention on GPUs: Triton kernels and their launch."""

@@ -1,0 +1,1 @@
+"""The Hugging Face model of a linearized checkpoint: attention, cache, packing."""

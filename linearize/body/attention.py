@@ -1,0 +1,86 @@
+"""An attention layer of `transformers` with a mixer where softmax attention stood.
+
+    o = W_o · mixer(W_q x, W_k x, W_v x)
+
+Projections, and norms of q and k where the architecture has them, are the layer's own, under their
+own names; what the mixer gets is described in `lowline.linearize.mixers.base`. Padding and packed
+documents are dealt with here (`lowline.linearize.body.packing`), and so is the state between calls.
+
+Left out: dropout of attention weights, and attention weights as an output: there are none.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowline.linearize.body.cache import LinearizedCache, MixerLayer
+from lowline.linearize.body.packing import Packing
+from lowline.linearize.mixers.base import Mixer
+
+
+class LinearizedAttention(nn.Module):
+    """An attention layer with a mixer in the place of softmax(q·k)·v.
+
+    Args:
+        attention: the layer it stands in for, of which it takes the projections and norms.
+        mixer: see `lowline.linearize.mixers.base`.
+    """
+
+    def __init__(self, attention: Any, mixer: Mixer) -> None:
+        super().__init__()
+        self.layer_idx: int = attention.layer_idx
+        self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
+        self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
+        self.q_norm = getattr(attention, "q_norm", None)
+        self.k_norm = getattr(attention, "k_norm", None)
+        self.mixer = mixer
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: LinearizedCache | None = None,
+        packing: Packing | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """(B, T, E) to (B, T, E). A mask that comes along is for the softmax layers."""
+        x_BTE, rope = hidden_states, position_embeddings
+        if packing is not None:
+            x_BTE, rope = packing.pack(x_BTE), (packing.pack(rope[0]), packing.pack(rope[1]))
+        q_BTHD, k_BTGD, v_BTGD = self.project(x_BTE)
+        precision: AbstractContextManager[Any] = nullcontext()
+        if torch.is_autocast_enabled(x_BTE.device.type):  # a mixer computes in one type
+            dtype = next((p.dtype for p in self.mixer.parameters()), q_BTHD.dtype)
+            inputs = (q_BTHD, k_BTGD, v_BTGD, x_BTE)
+            q_BTHD, k_BTGD, v_BTGD, x_BTE = (x.to(dtype) for x in inputs)
+            precision = torch.autocast(x_BTE.device.type, enabled=False)
+        held = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        assert held is None or isinstance(held, MixerLayer)
+        with precision:
+            o_BTHD, state = self.mixer(
+                q_BTHD,
+                k_BTGD,
+                v_BTGD,
+                rope=rope,
+                x_BTE=x_BTE,
+                state=None if held is None else held.state,
+                cu_seqlens=None if packing is None else packing.cu_seqlens,
+            )
+        if held is not None:
+            held.update(state, hidden_states.shape[1])
+        o_BTE = self.o_proj(o_BTHD.flatten(2))
+        return (o_BTE if packing is None else packing.unpack(o_BTE)), None
+
+    def project(self, x_BTE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q of (B, T, H, D), k and v of (B, T, G, D): normalised, before the rotary embedding."""
+        q, k, v = (
+            projection(x_BTE).unflatten(-1, (-1, self.mixer.shape.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v

@@ -1,0 +1,188 @@
+"""What a converted model carries from token to token: a mixer's state, or keys and values.
+
+    cache = LinearizedCache(model.config)
+    model(first, past_key_values=cache)
+    model(then, past_key_values=cache)
+
+A layer with a mixer keeps a state whose size does not depend on the tokens seen; a softmax layer
+keeps what transformers' `DynamicCache` keeps there (all keys and values, or a sliding window of
+them). `generate` makes such a cache by itself.
+
+Left out: a state cannot be taken back, so `crop` is refused, and with it assisted generation and
+prompt look-up. States are not offloaded to another device, nor quantized.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
+
+if TYPE_CHECKING:
+    from lowline.linearize.body.hf import LinearizedConfig
+
+NO_WAY_BACK = (
+    "a linearized layer keeps a state, from which no token can be taken back: generate without "
+    "assistant_model, prompt_lookup_num_tokens and crop(), or copy.deepcopy the cache beforehand"
+)
+
+
+class MixerLayer(CacheLayerMixin):
+    """The state of one layer's mixer.
+
+    `state` is what the mixer returned: a tensor, or a nest of them, each leading with the
+    sequences of the batch; None before the first token. `length` counts positions, padding too.
+    """
+
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: Any = None
+        self.length = 0
+
+    def update(self, state: Any, n_tokens: int) -> None:  # type: ignore[override]
+        """Keep the state after `n_tokens` more positions."""
+        self.state = state
+        self.length += n_tokens
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: the mixer makes its state with the first tokens."""
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1  # none
+
+    def reset(self) -> None:
+        self.state, self.length = None, 0
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map(lambda t: t.index_select(0, indices.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda t: t.repeat_interleave(repeats, 0))
+
+    def _map(self, change: Any) -> None:
+        self.state = tree_map_only(torch.Tensor, change, self.state)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError(NO_WAY_BACK)
+
+    def activate_past_recording(self) -> None:
+        raise ValueError(NO_WAY_BACK)
+
+    def offload(self) -> None:
+        raise ValueError("the state of a linearized layer is not offloaded: it is small")
+
+    def prefetch(self) -> None:
+        self.offload()
+
+
+class LinearizedCache(Cache):
+    """The cache of a converted model: one layer of state, or of keys and values, per layer.
+
+    Args:
+        config: the model's.
+    """
+
+    def __init__(self, config: LinearizedConfig) -> None:
+        layers = DynamicCache(config=config).layers
+        for layer in config.converted_layers():
+            layers[layer] = MixerLayer()
+        super().__init__(layers=layers)
+
+
+def state_bytes(
+    source: Cache | LinearizedConfig, *, context: int = 0, dtype: torch.dtype | None = None
+) -> int:
+    """Bytes that a cache holds for one sequence.
+
+    Args:
+        source: a filled cache (of a teacher too), or the configuration of a converted model.
+        context: for a configuration: tokens whose keys and values its softmax layers hold.
+        dtype: for a configuration: of its weights; the one it names, or float32, when None.
+    """
+    if isinstance(source, Cache):
+        return sum(t.nbytes // t.shape[0] for layer in source.layers for t in _tensors(layer))
+    dtype = dtype or _dtype(source)
+    converted = source.converted_layers()
+    softmax = set(range(source.num_hidden_layers)).difference(converted)
+    return _mixer_bytes(source, dtype) + _kv_bytes(source, softmax, context, dtype)
+
+
+def break_even_length(config: LinearizedConfig, *, dtype: torch.dtype | None = None) -> int | None:
+    """The context, in tokens, from which on the converted layers hold less than their teachers'.
+
+    That is where the keys and values of these layers' softmax attention are as large as the
+    states. None if they never are, the teacher's window being narrower.
+
+    Args:
+        config: of a converted model.
+        dtype: of its weights; the one it names, or float32, when None.
+    """
+    dtype = dtype or _dtype(config)
+    converted = config.converted_layers()
+    state = _mixer_bytes(config, dtype)
+    enough = range(1 + -(-state // _token_bytes(config, dtype)))  # a single layer would do
+    length = bisect_left(enough, state, key=lambda n: _kv_bytes(config, converted, n, dtype))
+    return length if length < len(enough) else None
+
+
+def _dtype(config: LinearizedConfig) -> torch.dtype:
+    dtype = config.dtype or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def _tensors(layer: Any) -> Iterator[torch.Tensor]:
+    held = layer.state if isinstance(layer, MixerLayer) else (layer.keys, layer.values)
+    return (t for t in tree_leaves(held) if isinstance(t, torch.Tensor))
+
+
+def _mixer_bytes(config: LinearizedConfig, dtype: torch.dtype) -> int:
+    """Of all mixers' states, each kind of mixer asked for one after a single token."""
+    sizes: dict[str, int] = {}
+    total = 0
+    for layer in config.converted_layers():
+        kind = str(config.mixers[layer])
+        if kind not in sizes:
+            shape = config.head_shape(layer)
+            mixer = config.build_mixer(layer, backend="reference").to(dtype)
+            heads = (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads)
+            q, k, v = (torch.zeros(1, 1, n, shape.head_dim, dtype=dtype) for n in heads)
+            x = torch.zeros(1, 1, shape.hidden_size, dtype=dtype)
+            rope = (torch.ones_like(q[:, :, 0]), torch.zeros_like(q[:, :, 0]))
+            held = MixerLayer()
+            with torch.no_grad():
+                held.update(mixer(q, k, v, rope=rope, x_BTE=x)[1], 1)
+            sizes[kind] = sum(t.nbytes for t in _tensors(held))
+        total += sizes[kind]
+    return total
+
+
+def _kv_bytes(
+    config: LinearizedConfig, layers: Iterable[int], context: int, dtype: torch.dtype
+) -> int:
+    """Of the keys and values that softmax attention in these layers would hold."""
+    cached = DynamicCache(config=config).layers
+    windows = (getattr(cached[layer], "sliding_window", None) for layer in layers)
+    tokens = sum(context if window is None else min(context, window - 1) for window in windows)
+    return tokens * _token_bytes(config, dtype)
+
+
+def _token_bytes(config: LinearizedConfig, dtype: torch.dtype) -> int:
+    """Of one token's key and value in one layer."""
+    shape = config.head_shape(0)
+    return 2 * shape.n_kv_heads * shape.head_dim * dtype.itemsize

@@ -1,0 +1,62 @@
+"""The Triton ops tell torch.compile the truth: schema, shapes without data, gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lowline.kernels.conv import triton_kernels as triton_conv
+from lowline.kernels.feature_map import triton_kernels as triton_hedgehog
+from lowline.kernels.low_rank import triton_kernels as triton_bottleneck
+from lowline.kernels.scan import triton_kernels as triton_scan
+from lowline.kernels.window.triton import launch as triton_window
+
+
+def _leaf(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, requires_grad=True)
+
+
+def _window() -> tuple[Any, ...]:
+    q, k, phi = _leaf(1, 9, 2, 16), _leaf(1, 9, 1, 16), _leaf(1, 9, 1, 16)
+    sinks, S = _leaf(1, 1, 1, 16), _leaf(1, 1, 16, 17)
+    factors = (_leaf(2), _leaf(2))
+    length = torch.zeros(1, dtype=torch.int64)
+    features = _leaf(1, 9, 2, 16)
+    return (
+        *(q, k, _leaf(1, 9, 1, 16), features, phi, sinks, _leaf(1, 1, 1, 16), *factors, S),
+        *(length, None, 4, 0, 0.25),
+    )
+
+
+CALLS = {
+    "bottleneck": (
+        triton_bottleneck._forward,
+        lambda: (_leaf(5, 16), _leaf(20, 16), _leaf(20), "silu"),
+    ),
+    "hedgehog": (triton_hedgehog._forward, lambda: (_leaf(1, 5, 2, 16), _leaf(2, 16, 16))),
+    "conv": (
+        triton_conv._forward,
+        lambda: (_leaf(1, 5, 8), _leaf(8, 3), _leaf(8), _leaf(1, 8, 2), None, True),
+    ),
+    "scan": (
+        triton_scan._forward,
+        lambda: (
+            *(_leaf(1, 3, 2), _leaf(1, 3, 2), _leaf(2, 2), _leaf(1, 3, 2), _leaf(1, 3, 2)),
+            *(_leaf(2), None, _leaf(2), _leaf(1, 2, 2), None, True),
+        ),
+    ),
+    "window": (triton_window._forward, _window),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_op(name: str, device: torch.device) -> None:
+    op, arguments = CALLS[name]
+    given = [
+        x.detach().to(device).requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+        for x in arguments()
+    ]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(op, tuple(given), test_utils=checks)

@@ -1,0 +1,171 @@
+"""`lowline bench decode` on a tiny model: what it writes, and that cases do what they time."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.models import ARCHITECTURES, scrambled
+from transformers import AutoModelForCausalLM
+
+from lowline.linearize.body.cache import LinearizedCache, state_bytes
+from lowline.linearize.convert import convert, load_teacher, save
+from lowline.linearize.evaluation.rows import rows_of
+from lowline.tools.bench import decode as bench
+from lowline.tools.cli import main
+from lowline.train.data.tokenizer import load_tokenizer
+
+KEYS = 3 * 2 * 2 * 16 * 4  # bytes a token: layers, K and V, heads, features, float32
+OPTIONS = {"window": 8, "sinks": 4, "backend": "torch"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    config = copy.deepcopy(ARCHITECTURES["llama"])
+    tokenizer = load_tokenizer("embedded").hf
+    config.vocab_size = len(tokenizer)
+    save(scrambled(AutoModelForCausalLM.from_config(config)), tokenizer, folder / "original")
+    model = convert(folder / "original", mixer="lolcats", options=OPTIONS)
+    save(model, tokenizer, folder / "converted")
+    return folder
+
+
+def setup_of(folder: Path, new: int = 3) -> bench.Setup:
+    rows = rows_of(str(folder / "converted"), teacher=None, dtype=torch.float32)
+    return bench.Setup(
+        model=rows[4].load(), teacher=rows[0].load(), teacher_config=rows[0].config, new=new,
+        repeats=1, device="cpu", tell=lambda what: None,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "lowline.tools.cli", "bench", "decode",
+         str(folder / "converted"), "--contexts", "64", "16", "40", "--batch", "2", "1",
+         "--prompt", "24", "--new", "3", "--repeats", "2", "--max-gb", "0.00008",
+         "--json", str(out / "decode.json"), "--plot", str(out / "decode.png")],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads((out / "decode.json").read_text()), done.stdout, out / "decode.png"
+
+
+def test_what_is_written(run, folder):
+    report, printed, plot = run
+    assert list(report) == ["machine", "setup", "decode", "prefill"]
+    assert list(report["decode"]) == ["1", "2"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    states = state_bytes(load_teacher(folder / "converted").config)
+    for rows, entry in report["decode"].items():
+        assert entry["short"] == 16 and list(entry["contexts"]) == ["16", "40", "64"]
+        for context, found in entry["contexts"].items():
+            keys = int(rows) * int(context) * KEYS
+            fits = keys <= 0.00008e9
+            held = {"converted": int(rows) * states} | ({"teacher": keys} if fits else {})
+            assert found["bytes"] == held
+            names = {"converted"} | ({"teacher", "teacher, static"} if fits else set())
+            assert set(found["speedup"]) == names - {"converted"}
+            assert set(found["seconds"]) == names | (
+                set() if context == "16" else {"converted @ 16"}
+            )
+            for name, timing in found["seconds"].items():
+                assert len(timing["walls"]) == 2 and 0 < timing["wall_min"] <= timing["wall"], name
+            if fits:
+                pairs = zip(
+                    found["seconds"]["teacher"]["walls"], found["seconds"]["converted"]["walls"],
+                    strict=True,
+                )  # fmt: skip
+                ratios = sorted(theirs / ours for theirs, ours in pairs)
+                assert found["speedup"]["teacher"]["wall"] == pytest.approx(sum(ratios) / 2)
+    assert "64" in report["decode"]["1"]["contexts"] and "-" in printed  # left out, and shown so
+    prefill = report["prefill"]
+    assert prefill["tokens"] == 24 and set(prefill["seconds"]) == {"teacher", "converted"}
+    assert "prefill of 24 tokens" in printed
+
+
+@torch.no_grad()
+def test_contexts_are_read_and_do_not_share_memory(folder):
+    setup = setup_of(folder)
+    states = bench.read_contexts(setup, (16, 40))
+    for context, cache in states.items():
+        assert cache.get_seq_length() == context
+        ids = bench.random_ids(setup, 40)[:, :context]
+        expected = setup.model(ids, use_cache=True).past_key_values
+        token = torch.ones(2, 1, dtype=torch.long)
+        ours = setup.model(token, past_key_values=bench.state_of(cache, 2)).logits
+        theirs = setup.model(token[:1], past_key_values=expected).logits
+        torch.testing.assert_close(ours, theirs.expand_as(ours), rtol=1e-4, atol=1e-4)
+        assert cache.get_seq_length() == context  # a copy was used
+
+
+@pytest.mark.parametrize("static", [False, True])
+@torch.no_grad()
+def test_a_teachers_cache_holds_the_context_again_after_each_turn(folder, static):
+    setup = setup_of(folder)
+    cache = bench.random_keys(setup, 20, 2, static=static)
+    assert int(cache.get_seq_length()) == 20
+    keys = cache.layers[1].keys[:, :, :20].clone()
+    seen: list[int] = []
+    forward = setup.teacher.forward
+
+    def counted(*args, past_key_values, **how):
+        seen.append(int(past_key_values.get_seq_length()))
+        return forward(*args, past_key_values=past_key_values, **how)
+
+    setup.teacher.forward = counted  # type: ignore[method-assign]
+    call = bench.decode_case(setup, cache, 2)
+    call()
+    call()
+    assert seen == [20, 21, 22] * 2
+    assert int(cache.get_seq_length()) == 20
+    assert torch.equal(cache.layers[1].keys[:, :, :20], keys)
+
+
+@torch.no_grad()
+def test_static_and_growing_caches_say_the_same(folder):
+    """So that the two are times of the same work."""
+    setup = setup_of(folder)
+    ids, said = bench.random_ids(setup, 12), []
+    for static in (False, True):
+        torch.manual_seed(0)
+        cache = bench.random_keys(setup, 20, 1, static=static)
+        said.append(setup.teacher(ids[:, :1], past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(*said, rtol=1e-4, atol=1e-4)
+
+
+def test_the_converted_model_runs_on_its_state(folder):
+    setup = setup_of(folder)
+    cache = LinearizedCache(setup.model.config)
+    bench.decode_case(setup, cache, 2)()
+    assert cache.get_seq_length() == 3
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--contexts", "0"], "contexts = (0,); one or more, each at least 1"),
+        (["--batch", "0"], "batch = (0,)"),
+        (["--new", "0"], "new = 0; at least 1"),
+        (["--plot", "a.txt"], "its name ends in"),
+        (["--part", "prefill", "--plot", "a.png"], "of the part decode"),
+        (["--teacher", "."], ".: cannot be loaded"),
+    ],
+)
+def test_mistakes_are_told(folder, tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)  # an empty directory
+    assert main(["bench", "decode", str(folder / "converted"), *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_model_that_was_not_converted_is_refused(folder, capsys):
+    assert main(["bench", "decode", str(folder / "original")]) == 2
+    assert "has no converted layers" in capsys.readouterr().err

@@ -1,0 +1,221 @@
+"""`lowline linearize` as typed: stages, a Hugging Face model, and going on after a kill."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from lowline.tools.cli import main
+from lowline.tools.commands.linearize import _teacher
+from lowline.train.config.load import ConfigError
+from lowline.train.data.tokenizer import load_tokenizer
+from lowline.train.engine.checkpoint import saved_steps
+from lowline.train.engine.lock import alone
+from lowline.train.engine.metrics import read_metrics
+
+STAGES = """
+[mixer]
+name = "lolcats"
+options = { window = 8, sinks = 2 }
+[training]
+seq_len = 64
+global_batch_size = 2
+precision = "float32"
+[metrics]
+log_every = 1
+[checkpoint]
+every = 2
+keep = 2
+[evaluation]
+max_tokens = 512
+[[stage]]
+name = "transfer"
+training.steps = 6
+optimizer.lr = 1e-2
+objective.kind = "transfer"
+[[stage]]
+name = "distill"
+training.steps = 4
+optimizer.lr = 1e-4
+optimizer.mixer_lr = 1e-3
+objective.kind = "distill"
+"""
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    load_tokenizer("embedded").hf.save_pretrained(folder)
+    return folder
+
+
+def command(teacher: Path, folder: Path, *more: str) -> list[str]:
+    file = folder / "stages.toml"
+    file.write_text(STAGES)
+    return [
+        *(sys.executable, "-m", "lowline.tools.cli", "linearize", str(teacher)),
+        *("--config", str(file), "--output", str(folder / "out"), "--evaluation=none", *more),
+    ]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True)
+
+
+def called(*arguments: str) -> object:
+    try:
+        return main(arguments)
+    except SystemExit as ended:
+        return ended.code
+
+
+def losses(folder: Path) -> list[float]:
+    stages = ("1-transfer", "2-distill")
+    records = [r for stage in stages for r in read_metrics(folder / "out" / "stages" / stage)]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+@pytest.fixture(scope="module")
+def converted(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    done = run(*command(teacher, folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_a_model_comes_out(teacher: Path, converted: Path) -> None:
+    import lowline  # noqa: F401
+
+    model = AutoModelForCausalLM.from_pretrained(converted / "out" / "model")
+    assert [mixer["name"] for mixer in model.config.mixers] == ["lolcats"] * 2
+    assert all(mixer["window"] == 8 and mixer["sinks"] == 2 for mixer in model.config.mixers)
+    before = AutoModelForCausalLM.from_pretrained(teacher).state_dict()
+    after = model.state_dict()
+    assert all(after[name].shape == weight.shape for name, weight in before.items())
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(before[name], after[name])  # distillation trains all of them
+    ids = torch.arange(40)[None]
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 44)
+    assert len(losses(converted)) == 10
+    assert model.config.teacher == str(teacher)
+
+
+def test_again_there_is_nothing_to_do(teacher: Path, converted: Path) -> None:
+    def times() -> list[int]:
+        return [p.stat().st_mtime_ns for p in sorted((converted / "out").rglob("*"))]
+
+    before = times()
+    done = run(*command(teacher, converted))
+    assert done.returncode == 0, done.stderr
+    assert "stage transfer: done" in done.stdout and "stage distill: done" in done.stdout
+    assert times() == before  # nor is the model written again
+
+
+def test_another_configuration_is_refused(teacher: Path, converted: Path) -> None:
+    done = run(*command(teacher, converted, "--stage.transfer.optimizer.lr=0.5"))
+    assert done.returncode == 2
+    assert "optimizer.lr = 0.01, now 0.5" in done.stderr and "1-transfer" in done.stderr
+
+
+def test_another_gguf_file_is_refused(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in OUTPUT/teacher was made of one file, and stays that."""
+    made = []
+
+    def import_weights(source, output, *, gguf_file, overwrite):
+        made.append(gguf_file)
+        shutil.copytree(teacher, output, dirs_exist_ok=True)
+
+    monkeypatch.setattr("lowline.train.hf.export.import_weights", import_weights)
+    one, other, folder = (tmp_path / name for name in ("one.gguf", "other.gguf", "out/teacher"))
+    one.write_bytes(b"1" * 100)
+    other.write_bytes(b"2" * 100)
+    assert [_teacher(str(one), folder) for _ in range(2)] == [folder] * 2
+    assert made == ["one.gguf"]
+    with pytest.raises(ConfigError, match="was made of .*one.gguf, which is not .*other.gguf"):
+        _teacher(str(other), folder)
+    with pytest.raises(ConfigError, match="absent.gguf: no such file"):
+        _teacher(str(tmp_path / "absent.gguf"), folder)
+
+
+def interrupted(arguments: list[str], stage: Path, number: int) -> int:
+    """Give the command alone a signal once the stage has a checkpoint; its exit code."""
+    process = subprocess.Popen(
+        arguments,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not saved_steps(stage / "checkpoint"):
+        time.sleep(0.02)
+    process.send_signal(number)
+    return process.wait(timeout=60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["1-transfer", "2-distill"])
+def test_killed_in_a_stage(teacher: Path, converted: Path, tmp_path: Path, stage: str) -> None:
+    arguments = command(teacher, tmp_path)
+    assert interrupted(arguments, tmp_path / "out" / "stages" / stage, signal.SIGKILL)
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path) == losses(converted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_what_it_started_ends_with_it(
+    teacher: Path, tmp_path: Path, number: int, processes: int
+) -> None:
+    arguments = command(teacher, tmp_path, f"--processes={processes}", "--training.steps=100000")
+    stage = tmp_path / "out" / "stages" / "1-transfer"
+    assert interrupted(arguments, stage, number) != 0
+    with alone(stage, patience=60):  # the trainer holds it while it lives
+        pass
+    seen = saved_steps(stage / "checkpoint")
+    time.sleep(1)
+    assert saved_steps(stage / "checkpoint") == seen and seen[-1] < 100_000
+
+
+def test_bad_input(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(teacher, bare, ignore=shutil.ignore_patterns("token*"))
+    for source, more, message in (
+        (str(bare), (), "has no tokenizer"),
+        (str(tmp_path / "nowhere"), (), "nowhere"),
+        (str(teacher), ("--mixer.layers=7",), "layers"),
+        (str(teacher), ("--processes=0",), "--processes 0"),
+        (str(teacher), ("--evaluation", "some"), "choose from quick, full, none"),
+        (str(teacher), ("--training.global_batch_size=3", "--processes=2"), "cannot be dealt out"),
+    ):
+        line = command(Path(source), tmp_path, *more)
+        if message == "has no tokenizer":  # the real command once, the same function then
+            done = run(*line)
+            code, said = done.returncode, done.stderr
+        else:
+            code, said = called(*line[line.index("linearize") :]), capsys.readouterr().err
+        assert code == 2 and message in said, said
+        assert not (tmp_path / "out" / "stages").exists()

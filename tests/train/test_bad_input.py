@@ -1,0 +1,146 @@
+"""Mistakes end the command with what is wrong, what is allowed and the mend; nothing is touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from helpers import training
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    output = tmp_path_factory.mktemp("trained") / "run"
+    options = ("--training.steps=2", "--evaluation.enable=false")
+    assert training.train_here(output, *options) == 0
+    return output
+
+
+def _state(folder: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.stat().st_size)
+        for p in folder.rglob("*")
+    }
+
+
+def _refused(capsys, output: Path, *arguments: str) -> str:
+    """The message of a command that does not start anything and leaves its output as it was."""
+    before = _state(output) if output.exists() else None
+    assert training.train_here(output, *arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("lowline.train: ") and "Traceback" not in said
+    assert not dist.is_initialized()
+    assert (_state(output) if output.exists() else None) == before
+    return said
+
+
+@pytest.mark.parametrize(
+    ("argument", "parts"),
+    [
+        ("--training.step=5", ["command line: training.step = 5", "Did you mean training.steps?"]),
+        ("--training.steps=many", ["command line: training.steps = 'many'", "integer"]),
+        ("--optimizer.name=sgd", ["optimizer.name = 'sgd'", "adamw", "muon"]),
+        ("--cola.rank=65", ["rank", "65", "64"]),
+        ("--model.vocab_size=1000", ["tokenizer 'embedded'", "vocab_size = 1000", "4096"]),
+        ("--model.max_seq_len=32", ["training.seq_len = 64", "model.max_seq_len = 32"]),
+        ("--parallelism.tensor_parallel=2", ["tensor_parallel 2", "1 process", "--nproc_per_node"]),
+        ("--training.local_batch_size=3", ["global_batch_size = 8", "local_batch_size = 3"]),
+        ("--checkpoint.initial_weights=/no/where", ["initial_weights = '/no/where'", "export"]),
+        ("--tokenizer=/no/where", ["tokenizer '/no/where'", "embedded"]),
+        ("--metrics.rank_every=5 --cola.rank=0", ["metrics.rank_every = 5", "set it to 0"]),
+        ("stray", ["'stray' is not understood", "--section.key=value"]),
+    ],
+)
+def test_values_that_cannot_be(capsys, tmp_path, argument, parts):
+    said = _refused(capsys, tmp_path / "run", *argument.split())
+    for part in parts:
+        assert part in said, said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_data_file(capsys, tmp_path):
+    files = ("--data.dataset=files", "--data.path=no/such.jsonl", "--evaluation.enable=false")
+    said = _refused(capsys, tmp_path / "run", *files)
+    assert "'no/such.jsonl' does not exist" in said and "data.path takes a file" in said
+
+
+def test_a_key_in_the_file_is_named_with_the_file(capsys, tmp_path):
+    config = tmp_path / "mine.toml"
+    text = Path(training.TINY[1]).read_text()
+    config.write_text(text.replace("n_layers = ", "n_layer = 1"))
+    said = _refused(capsys, tmp_path / "run", "--config", str(config))
+    assert f"{config}: model.n_layer = 14: unknown key. Did you mean model.n_layers?" in said
+
+
+def test_an_output_that_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    said = _refused(capsys, tmp_path / "file" / "run")
+    assert f"output = '{tmp_path}/file/run' cannot be written to" in said
+    assert "choose another folder" in said
+
+
+@pytest.mark.parametrize(
+    ("argument", "parts"),
+    [
+        ("--model.n_layers=3", ["step-2 was written with model.n_layers = 2, this run has 3"]),
+        ("--cola.rank=8", ["was written with cola.rank", "16", "8", "another output folder"]),
+        ("--cola.activation=gelu", ["cola.activation = silu, this run has gelu"]),
+        ("--optimizer.name=muon", ["optimizer.name = adamw, this run has muon"]),
+        (
+            "--training.global_batch_size=4",
+            ["8 sequences, this run has 4", "global_batch_size = 8"],
+        ),
+        ("--checkpoint.resume=false", ["checkpoint.resume = false", "another output folder"]),
+        ("--parallelism.tensor_parallel=2", ["does not make 1 process"]),
+    ],
+)
+def test_a_checkpoint_of_another_run(capsys, trained, argument, parts):
+    said = _refused(capsys, trained, argument)
+    for part in parts:
+        assert part in said, said
+
+
+def test_initial_weights_of_another_shape(capsys, trained, tmp_path):
+    step = trained / "checkpoint" / "step-2"
+    arguments = (f"--checkpoint.initial_weights={step}", "--model.ffn_dim=128")
+    said = _refused(capsys, tmp_path / "run", *arguments)
+    assert f"{step} was written with model.ffn_dim = 172, this run has 128" in said
+
+
+def test_data_of_another_order(capsys, trained, tmp_path):
+    """Known only when the checkpoint is loaded, and still no traceback."""
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "some words"}) + "\n")
+    data = ("--data.dataset=files", f"--data.path={text}", "--evaluation.data.split=validation")
+    arguments = (*data, "--training.steps=3")
+    assert training.train_here(trained, *arguments) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" not in said, said
+    assert "another order of documents" in said and "checkpoint.initial_weights" in said
+
+
+@pytest.mark.slow
+def test_the_real_command_says_it_once():
+    """Two processes, one message; torchrun's own report comes after it."""
+    line = training.command(
+        Path("never"), "--training.stepz=1", "--parallelism.tensor_parallel=3", processes=2
+    )
+    result = subprocess.run(
+        line, env=training.ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1  # torchrun's, for any failure of a worker
+    assert result.stderr.count("unknown key. Did you mean training.steps?") == 1
+    assert not Path("never").exists()
+
+
+def test_the_exit_code_of_the_real_command():
+    line = [sys.executable, "-P", "-m", "lowline.train", "--config", "no.toml"]
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    result = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert result.stderr.startswith("lowline.train: no.toml: no such file")

@@ -1,0 +1,1 @@
+"""Benchmarks: kernels, pretraining, conversion, decoding."""

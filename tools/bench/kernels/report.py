@@ -1,0 +1,208 @@
+"""The tables and the plot of `lowline bench kernels`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from lowline.tools.bench.kernels.cases import DRAFT
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def print_part(console: Console, part: str, report: dict[str, Any]) -> None:
+    """One part's table, its ratios and the limits of the same run."""
+    shape = report["setup"]
+    title = (
+        f"{part}: batch 1, {shape['heads']} heads of {shape['head_dim']}, {shape['device']}, "
+        f"{report['machine']['threads']} thread(s), medians of {shape['repeats']}, "
+        f"{shape['clock']} time"
+    )
+    printers: dict[str, Callable[[Console, str, dict[str, Any], str], None]] = {
+        "recurrence": print_against_attention,
+        "window": print_against_attention,
+        "decode": print_decode,
+        "bottleneck": print_bottleneck,
+        "scan": print_scan,
+        "memory": print_memory,
+    }
+    printers[part](console, title, report[part], shape["clock"])
+
+
+def print_against_attention(
+    console: Console, title: str, result: dict[str, Any], clock: str
+) -> None:
+    """Milliseconds and speed-up over attention, a column a length; limits below."""
+    lengths = result["lengths"]
+    names = list(next(iter(lengths.values()))["speedup"])
+
+    def cell(name: str, entry: dict[str, Any]) -> str:
+        text = milliseconds(entry["seconds"][name][clock])
+        return text if name == "sdpa" else f"{text} {entry['speedup'][name][clock]:.3g}x"
+
+    rows = {name: [cell(name, entry) for entry in lengths.values()] for name in ("sdpa", *names)}
+    if "of_gemm" in next(iter(lengths.values())):
+        for name in next(iter(lengths.values()))["of_gemm"]:
+            rows[f"{name}, of GEMM"] = [
+                f"{entry['of_gemm'][name][clock]:.0%}" for entry in lengths.values()
+            ]
+        for name in names:
+            if not name.endswith("none"):
+                rows[f"{name} / none"] = [
+                    f"{entry['over_no_gate'][name][clock]:.2f}" for entry in lengths.values()
+                ]
+    print_table(console, f"{title}; forward + backward, ms", ["tokens", *lengths], rows)
+    fewer = {n: e["sdpa_turns"] for n, e in lengths.items()}
+    most = max(fewer.values())
+    if min(fewer.values()) < most:
+        turns = ", ".join(f"{t} at {n} tokens" for n, t in fewer.items() if t < most)
+        console.print(f"turns of sdpa: {turns}; the ratios there are over these turns")
+    if "of_gemm" in next(iter(lengths.values())):
+        console.print(
+            "FLOPs a token and head, forward + backward: 14 C d + 12 d², C = 64, whole squares; "
+            "a gate's are not counted"
+        )
+    for n, entry in lengths.items():
+        console.print(
+            f"limits at {n} tokens: {entry['gemm']} {entry['gemm_flops_per_second'] / 1e9:.0f} "
+            f"GFLOP/s, copy {entry['copy_bytes_per_second'] / 1e9:.1f} GB/s"
+        )
+    print_errors(console, result["gemm_errors"])
+    if "time_a_token" in result:
+        t = result["time_a_token"]
+        over = ", ".join(f"{name} {x[clock]:.2f}" for name, x in t["long_over_short"].items())
+        console.print(f"time a token at {t['long']} tokens over that at {t['short']}: {over}")
+
+
+def print_decode(console: Console, title: str, result: dict[str, Any], clock: str) -> None:
+    """Microseconds a call, tokens a second, and speed-up over attention on a cache."""
+    rows = {
+        name: [f"{1e6 * t[clock]:.1f}", f"{result['tokens_a_call'][name] / t[clock]:,.0f}"]
+        for name, t in result["seconds"].items()
+    }
+    columns = ["step, after context", "µs", "tokens/s a layer"]
+    print_table(console, f"{title}; verify is {DRAFT + 1} tokens", columns, rows)
+    for n, speedup in result["speedup"].items():
+        over = ", ".join(f"{name} {x[clock]:.3g}x" for name, x in speedup.items())
+        console.print(f"against the cache of {n} tokens: {over}")
+    short, long = result["speedup"]
+    over = ", ".join(f"{name} {x[clock]:.2f}" for name, x in result["long_over_short"].items())
+    console.print(f"time after {long} tokens over that after {short}: {over}")
+
+
+def print_bottleneck(console: Console, title: str, result: dict[str, Any], clock: str) -> None:
+    """Milliseconds, share of the GEMM rate, speed-up, elements saved."""
+    rows = {
+        name: [
+            milliseconds(result["seconds"][name][clock]),
+            f"{result['of_gemm'][name][clock]:.0%}",
+            f"{speedup[clock]:.2f}",
+            f"{speedup[clock] / result['flop_ratio']:.2f}" if name != "dense" else "",
+            f"{result['saved_a_token'][name]:.0f}",
+        ]
+        for name, speedup in result["speedup"].items()
+    }
+    dims = ", ".join(f"{name} {n}" for name, n in result["dims"].items())
+    columns = ["MLP", "ms", "of GEMM", "speed-up", "of FLOP ratio", "saved a token"]
+    what = f"{title.partition(':')[0]}: {result['tokens']} tokens, {dims}"
+    print_table(console, f"{what}; forward + backward", columns, rows)
+    console.print(f"FLOP ratio dense / CoLA {result['flop_ratio']:.2f} (18 n d f, 18 n r (d + f))")
+    more = result["cola_m_over_cola"]
+    over = ", ".join(f"{backend} {x[clock]:.2f}" for backend, x in more.items())
+    console.print(f"CoLA-M's time over CoLA's: {over}")
+    rate = result["gemm_flops_per_second"] / 1e9
+    console.print(f"limit in the same turns: {result['gemm']} {rate:.0f} GFLOP/s")
+    print_errors(console, result["gemm_errors"])
+
+
+def print_scan(console: Console, title: str, result: dict[str, Any], clock: str) -> None:
+    """Milliseconds and share of a copy's rate, a column a length."""
+    lengths = result["lengths"]
+    rows = {
+        name: [
+            f"{milliseconds(e['seconds'][name][clock])} {e['of_copy'][name][clock]:.0%}"
+            for e in lengths.values()
+        ]
+        for name in next(iter(lengths.values()))["of_copy"]
+    }
+    what = f"{title.partition(':')[0]}: {result['channels']} channels, {result['states']} states"
+    print_table(console, f"{what}; forward + backward, ms, of a copy", ["tokens", *lengths], rows)
+
+
+def print_memory(console: Console, title: str, result: dict[str, Any], clock: str) -> None:
+    """Megabytes, a column a length."""
+    peaks = result["peak_bytes"]
+    lengths = max((list(line) for line in peaks.values()), key=len)
+    rows = {
+        name: [f"{p[n] / 1e6:.0f}" if n in p else "" for n in lengths] for name, p in peaks.items()
+    }
+    print_table(console, f"{title}; forward + backward, peak MB", ["tokens", *lengths], rows)
+
+
+def print_table(console: Console, title: str, columns: list[str], rows: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    console.print(title)  # above, so that a narrow table does not wrap it
+    table = Table()
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right")
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+def print_errors(console: Console, errors: dict[str, float]) -> None:
+    over = ", ".join(f"{name} {error:.0e}" for name, error in errors.items())
+    console.print(f"error of the limits' products against fp64: {over}")
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits."""
+    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
+
+
+def draw(report: dict[str, Any]) -> Any:
+    """Time and memory against length, both axes logarithmic."""
+    from matplotlib.figure import Figure
+
+    clock = report["setup"]["clock"]
+    times: dict[str, dict[int, float]] = {}
+    for part in ("recurrence", "window"):
+        for length, entry in report.get(part, {"lengths": {}})["lengths"].items():
+            for name in ("sdpa", *entry["speedup"]):
+                times.setdefault(name, {})[int(length)] = 1e3 * entry["seconds"][name][clock]
+    peaks = report.get("memory", {"peak_bytes": {}})["peak_bytes"]
+    memory = {name: {int(n): b / 1e6 for n, b in p.items()} for name, p in peaks.items()}
+    panels = [
+        (x, label) for x, label in ((times, f"{clock} time, ms"), (memory, "peak memory, MB")) if x
+    ]
+    figure = Figure(figsize=(5.5 * len(panels) + 1.8, 4.4), layout="constrained")
+    names = list(dict.fromkeys(name for lines, _ in panels for name in lines))
+    for axes, (lines, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):  # noqa: B905
+        for name, line in lines.items():
+            backend, _, kind = name.partition(" ")
+            number = list(dict.fromkeys(n.partition(" ")[2] for n in names)).index(kind)
+            axes.plot(
+                list(line),
+                list(line.values()),
+                color="black" if name == "sdpa" else f"C{number - 1}",
+                linestyle="--" if backend == "torch" else "-",
+                marker="o",
+                markersize=3.5,
+                linewidth=1.4,
+                label=name,
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("tokens")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    shape = report["setup"]
+    figure.suptitle(
+        f"Forward + backward, batch 1, {shape['heads']} heads of {shape['head_dim']}, "
+        f"{report['machine']['threads']} thread(s) of {shape['device']}"
+    )
+    return figure

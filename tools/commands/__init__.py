@@ -1,0 +1,1 @@
+"""The commands of `lowline`, one module a task."""

@@ -1,0 +1,129 @@
+"""What one model shape costs: full rank, CoLA, CoLA-M and whole-block checkpointing side by side.
+
+lowline inspect cost configs/cola_1b.toml [--model.dim=1024] [--json costs.json]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from json import dumps
+from pathlib import Path
+
+import tyro
+
+from lowline.cola.accounting import (
+    Policy,
+    Shape,
+    flops_per_token,
+    parameters,
+    recomputed_flops_per_token,
+    saved_by_model,
+)
+from lowline.cola.ranks import PROJECTIONS
+from lowline.tools.commands.inspect_rank import wide_console, write_whole
+from lowline.train.config.load import load_config
+from lowline.train.cost.memory import FP32, itemsize_of, shape_of
+
+DEFAULT_RANK = 0.25  # of dim, for a configuration that has no rank of its own: the published ratio
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """One line of the table; FLOPs and saved bytes are a token's."""
+
+    name: str
+    parameters: int
+    low_rank_parameters: int
+    flops: int  # forward + backward
+    recomputed_flops: int
+    saved_bytes: float
+    state_bytes: int  # weights and AdamW's two moments in fp32, over all devices
+
+
+def costs(config: str, overrides: Sequence[str] = ()) -> list[Cost]:
+    """Costs of a configuration's shape in each variant, on a GPU in the run's precision.
+
+    Raises:
+        ConfigError: an unreadable file, or a key or value that is not allowed.
+    """
+    run = load_config(config, overrides)
+    shape, seq_len = shape_of(run), run.training.seq_len
+    dense = dataclasses.replace(
+        shape, ranks=dict.fromkeys(PROJECTIONS, 0), mlp_activation="silu", bias=False
+    )
+    low_rank = shape
+    if not shape.low_rank:
+        rank = round(DEFAULT_RANK * shape.dim)
+        ranks = {name: min(rank, *sizes) for name, sizes in shape.projections.items()}
+        low_rank = dataclasses.replace(shape, ranks=ranks, qkv_bias=False)
+    variants: list[tuple[str, Shape, Policy]] = [
+        ("full rank", dense, "all"),
+        ("full rank, whole-block checkpointing", dense, "full"),
+        ("CoLA", low_rank, "all"),
+        ("CoLA, whole-block checkpointing", low_rank, "full"),
+    ]
+    if all(low_rank.ranks.values()):  # CoLA-M has no place for dense projections
+        variants.append(("CoLA-M", low_rank, "cola-m"))
+    return [
+        Cost(
+            name=name,
+            parameters=parameters(s).total,
+            low_rank_parameters=parameters(s).low_rank,
+            flops=flops_per_token(s, seq_len),
+            recomputed_flops=recomputed_flops_per_token(s, seq_len, policy),
+            saved_bytes=saved_by_model(s, policy).bytes(itemsize_of(run)),
+            state_bytes=3 * FP32 * parameters(s).total,
+        )
+        for name, s, policy in variants
+    ]
+
+
+def inspect_cost(
+    config: Path,
+    overrides: tyro.conf.Suppress[tuple[str, ...]] = (),
+    *,
+    json: Path | None = None,
+) -> None:
+    """Print parameters, FLOPs and memory of a configuration's shape in every variant.
+
+    A configuration without a rank is shown at a quarter of its dim; `--model.dim=1024` and the like
+    change its keys.
+
+    Args:
+        config: A TOML file.
+        overrides: `--section.key=value`, as for training.
+        json: A file for the numbers.
+
+    Raises:
+        ConfigError: an unreadable file, or a key or value that is not allowed.
+    """
+    found = costs(str(config), overrides)
+    if json is not None:
+        text = dumps([dataclasses.asdict(cost) for cost in found], indent=2) + "\n"
+        write_whole(json, lambda path: path.write_text(text))
+    from rich.table import Table
+
+    table = Table(title=str(config))
+    for heading in (
+        "",
+        "parameters",
+        "of which low-rank",
+        "MFLOPs/token",
+        "recomputed",
+        "saved KiB/token",
+        "weights + AdamW, GiB",
+    ):
+        table.add_column(heading, justify="right" if heading else "left")
+    for c in found:
+        table.add_row(
+            c.name,
+            f"{c.parameters / 1e6:,.2f}M",
+            f"{c.low_rank_parameters / 1e6:,.2f}M",
+            f"{c.flops / 1e6:,.1f}",
+            f"{c.recomputed_flops / 1e6:,.1f}",
+            f"{c.saved_bytes / 1024:,.1f}",
+            f"{c.state_bytes / 1024**3:,.2f}",
+        )
+    wide_console().print(table)

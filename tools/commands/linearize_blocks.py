@@ -1,0 +1,202 @@
+"""`lowline linearize --block-size`: transfer block by block, for models too large to train whole.
+
+    OUTPUT/stages/N-X/inputs        hidden states before each block (`train.blockwise.store`)
+    OUTPUT/stages/N-X/blocks/NN     the run of each block, as a stage's
+    OUTPUT/stages/N-X/checkpoint    what the stage ends with: the weights it began with and the
+                                    mixers of all blocks; the next stage begins there
+
+This process writes the inputs, `torchrun -m lowline.train` trains the blocks one after another:
+with `--blocks` only those, and other machines that see the folder the others. Everything goes on
+where it was stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lowline.linearize.convert import parse_layers
+from lowline.tools.once import begin, end, is_done
+from lowline.train.blockwise.store import DTYPES, blocks_of
+from lowline.train.config.load import ConfigError, to_toml
+from lowline.train.config.run import RunConfig
+from lowline.train.config.stages import block_run, inputs_folder, stored_inputs
+from lowline.train.engine.checkpoint import save_weights, saved_steps
+from lowline.train.engine.lock import alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """What the command line says of blocks.
+
+    Args:
+        size: k, layers a block.
+        chosen: which to train, such as "0, 3" or "0-3", or "none", which writes the inputs alone;
+            None: all, to be stitched then.
+        dtype: of the stored inputs.
+    """
+
+    size: int
+    chosen: str | None = None
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"--inputs-dtype {self.dtype}: choose from {', '.join(DTYPES)}")
+
+    def runs(self, run: RunConfig) -> dict[int, RunConfig]:
+        """By number, the runs of a stage's blocks; one without a mixer has nothing to train.
+
+        Raises:
+            ConfigError: a size that does not fit the model.
+        """
+        try:
+            blocks = enumerate(blocks_of(run.model.n_layers, self.size))
+        except ValueError as error:
+            raise ConfigError(f"--block-size: {error}") from None
+        mixed = run.mixer_layers()
+        return {n: block_run(run, n, layers) for n, layers in blocks if mixed.intersection(layers)}
+
+    def wanted(self, run: RunConfig) -> set[int]:
+        """The blocks of a stage that were chosen.
+
+        Raises:
+            ConfigError: one that is not there, or text that means nothing.
+        """
+        count = len(blocks_of(run.model.n_layers, self.size))
+        try:
+            return parse_layers("all" if self.chosen is None else self.chosen, count)
+        except ValueError:
+            raise ConfigError(
+                f"--blocks {self.chosen}: there are blocks 0 to {count - 1}, of {self.size} of "
+                f"{run.model.n_layers} layers; name some as in --blocks 0,3 or --blocks 0-3"
+            ) from None
+
+
+def train_blocks(run: RunConfig, blocks: Blocks, processes: int) -> int | None:
+    """Train a transfer stage block by block, as far as that was asked for.
+
+    Returns:
+        0 when the stage has its last checkpoint, the exit code of a run that failed, or None where
+        only chosen blocks were asked for, and they are trained.
+    """
+    from lowline.tools.launch import train
+
+    runs, wanted = blocks.runs(run), blocks.wanted(run)
+    todo = [number for number in runs if number in wanted and not is_done(runs[number])]
+    if todo or not wanted:
+        _write_inputs(run, blocks, processes)
+    for number in todo:
+        of_block = runs[number]
+        layers = of_block.layers()
+        print(f"block {number}: layers {layers[0]} to {layers[-1]}", flush=True)
+        if code := train("--config", str(begin(of_block)), processes=processes):
+            return code
+        end(of_block)
+    if blocks.chosen is not None:
+        left = [str(number) for number in runs if not is_done(runs[number])]
+        print(
+            f"blocks {','.join(left)} are left: the same command with --blocks trains some of them"
+            if left
+            else "all blocks are trained: the same command without --blocks stitches them"
+        )
+        return None
+    print(f"stitched {stitch(run, runs)}")
+    return 0
+
+
+def _write_inputs(run: RunConfig, blocks: Blocks, processes: int) -> None:
+    from lowline.train.engine.device import prepare
+    from lowline.train.engine.preflight import check_run
+
+    if not (inputs_folder(run) / "manifest.json").is_file():  # which is written after this
+        check_run(replace(run, evaluation=replace(run.evaluation, enable=False)), processes)
+    prepare()
+    from lowline.train.blockwise.write import write_inputs
+
+    with alone(inputs_folder(run), patience=math.inf):
+        write_inputs(
+            run,
+            block_size=blocks.size,
+            dtype=blocks.dtype,
+            rows=run.local_batch_size(processes),
+        )
+
+
+def stitch(run: RunConfig, runs: dict[int, RunConfig]) -> Path:
+    """Write a stage's last checkpoint: the weights it began with, and its blocks' mixers.
+
+    Args:
+        run: the stage.
+        runs: of its blocks, each trained to its end.
+
+    Raises:
+        ValueError: blocks that ended after other steps than others, or lack a mixer.
+        OSError: the disk is full or cannot be written.
+    """
+    steps = {number: saved_steps(Path(r.output) / "checkpoint")[-1] for number, r in runs.items()}
+    if len(set(steps.values())) > 1:
+        raise ValueError(f"{run.output}/blocks ended after different steps: {steps}")
+    step = f"step-{min(steps.values())}"
+    weights = _initial_weights(run)
+    for of_block in runs.values():
+        folder = Path(of_block.output) / "checkpoint" / step
+        mixers = _stored_mixers(folder)
+        for layer in of_block.mixer_layers():
+            if not any(name.startswith(f"layers.{layer}.") for name in mixers):
+                raise ValueError(f"{folder} has no mixer of layer {layer}")
+        weights |= mixers
+    folder = Path(run.output) / "checkpoint" / step
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    save_weights(weights, folder, to_toml(run))
+    return folder
+
+
+def _initial_weights(run: RunConfig) -> dict[str, torch.Tensor]:
+    """All weights that a stage began with, by the training body's names."""
+    from lowline.train.hf.export import find_checkpoint, read_weights
+    from lowline.train.hf.weights import config_to_hf, load_hf_state_dict
+    from lowline.train.model.names import from_hf_names
+
+    assert run.checkpoint.initial_weights is not None
+    source = Path(run.checkpoint.initial_weights)
+    if (source / "config.json").is_file():
+        return load_hf_state_dict(source)
+    folder, before = find_checkpoint(source)
+    hf = config_to_hf(before.model, before.cola, before.mixer, max_seq_len=before.training.seq_len)
+    return from_hf_names(read_weights(folder, hf, torch.float32), tied=run.model.tie_embeddings)
+
+
+def _stored_mixers(folder: Path) -> dict[str, torch.Tensor]:
+    """The mixers in a run's step folder."""
+    import torch.distributed.checkpoint as dcp
+
+    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    names = [name for name in stored if name.startswith("layers.") and ".mixer." in name]
+    mixers = {
+        name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype)  # type: ignore[union-attr]
+        for name in names
+    }
+    dcp.load(mixers, checkpoint_id=folder, no_dist=True)
+    return mixers
+
+
+def print_blocks(run: RunConfig, blocks: Blocks, processes: int) -> None:
+    """What a transfer stage costs block by block: disk, and the memory of its largest block.
+
+    Raises:
+        ValueError: a size that does not fit the model.
+    """
+    from lowline.train.cost.dry_run import human_bytes, print_dry_run
+    from lowline.train.cost.parameters import count
+
+    runs = blocks.runs(run)
+    inputs = stored_inputs(run, blocks.size, blocks.dtype)
+    largest = max(runs.values(), key=count)
+    print(f"blocks: {len(inputs.blocks)} of {blocks.size} layers")
+    print(f"inputs on disk: {human_bytes(inputs.bytes)} ({blocks.dtype})")
+    print(f"the largest block: layers {largest.layers()[0]} to {largest.layers()[-1]}")
+    print_dry_run(largest, processes)

@@ -1,0 +1,1 @@
+"""Attention transfer in groups of layers, from hidden states on disk."""

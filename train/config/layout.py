@@ -1,0 +1,89 @@
+"""[parallelism]: how a run lies on its processes, and what can be divided among them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from lowline.train.config.fields import Positive, Strict
+
+if TYPE_CHECKING:
+    from lowline.train.config.run import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelismConfig:
+    """[parallelism]: degrees; their product is the number of processes."""
+
+    __pydantic_config__ = Strict
+    data_parallel_shard: Annotated[int, Field(ge=-1)] = -1  # FSDP; -1: whatever is left
+    data_parallel_replicate: Positive = 1
+    tensor_parallel: Positive = 1
+    pipeline_parallel: Positive = 1
+    pipeline_schedule: Literal["1F1B", "GPipe", "Interleaved1F1B"] = "1F1B"
+    pipeline_microbatch_size: Positive = 1
+
+    def __post_init__(self) -> None:
+        if self.data_parallel_shard == 0:
+            raise ValueError("data_parallel_shard = 0; give a degree, or -1 for what is left")
+
+    def data_parallel(self, world_size: int) -> int:
+        """Number of data-parallel ranks among `world_size` processes.
+
+        Raises:
+            ValueError: the degrees do not multiply to the world size.
+        """
+        fixed = self.data_parallel_replicate * self.tensor_parallel * self.pipeline_parallel
+        shard = self.data_parallel_shard
+        if world_size % fixed or shard > 0 and shard * fixed != world_size:
+            raise ValueError(
+                f"parallelism: data_parallel_shard {shard} x data_parallel_replicate "
+                f"{self.data_parallel_replicate} x tensor_parallel {self.tensor_parallel} x "
+                f"pipeline_parallel {self.pipeline_parallel} does not make {world_size} "
+                "process(es); change a degree or torchrun's --nproc_per_node / --nnodes"
+            )
+        return world_size // (self.tensor_parallel * self.pipeline_parallel)
+
+
+def check_layout(run: RunConfig, world_size: int) -> int:
+    """Sequences a forward pass of one rank.
+
+    Raises:
+        ValueError: the batch, a sequence or the layers cannot be divided as asked.
+    """
+    p, t = run.parallelism, run.training
+    ranks = p.data_parallel(world_size)
+    total, local = t.global_batch_size, t.local_batch_size
+    if total % ranks or local is not None and total // ranks % local:
+        raise ValueError(
+            f"training.global_batch_size = {total} sequences cannot be dealt out to {ranks} "
+            f"data-parallel rank(s) with local_batch_size = {local or 'unset'}; it must be a "
+            "multiple of their product"
+        )
+    local = local or total // ranks
+    shared = {
+        "model.n_heads": run.model.n_heads,
+        "model.n_kv_heads": run.model.kv_heads,
+        "training.seq_len": t.seq_len,
+    }
+    for name, size in shared.items():
+        if size % p.tensor_parallel:
+            raise ValueError(
+                f"parallelism.tensor_parallel = {p.tensor_parallel} does not divide {name} = {size}"
+            )
+    if p.pipeline_parallel == 1:
+        return local
+    if local % p.pipeline_microbatch_size:
+        raise ValueError(
+            f"parallelism.pipeline_microbatch_size = {p.pipeline_microbatch_size} does not divide "
+            f"the {local} sequences of a forward pass"
+        )
+    stages = p.pipeline_parallel * (2 if p.pipeline_schedule == "Interleaved1F1B" else 1)
+    if stages > run.model.n_layers:
+        raise ValueError(
+            f"parallelism.pipeline_parallel = {p.pipeline_parallel} with {p.pipeline_schedule} "
+            f"makes {stages} stages of {run.model.n_layers} layers; choose a smaller degree"
+        )
+    return local

@@ -1,0 +1,241 @@
+"""TOML file + command line -> RunConfig, or a message that names the mend.
+
+    lowline.train --config configs/cola_60m.toml --training.steps=100 --cola.rank='{q = 64}'
+
+A value on the command line is written as in TOML; text that is no TOML value is taken as a string.
+Keys are strict: one that is unknown, missing or of the wrong type is reported with its file, its
+value, what is allowed and the nearest match, and nothing has started by then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Sequence
+from datetime import date, time
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import TypeAdapter, ValidationError
+
+from lowline.train.config.run import RunConfig
+
+COMMAND_LINE = "command line"
+_WANTED = ": Input should be "  # pydantic's words
+_KINDS = {  # the type names of lowline.train.config.fields, and others, in words
+    "Positive": "integer > 0",
+    "NonNegative": "integer >= 0",
+    "Fraction": "number from 0 to 1",
+    "Rank": "integer, fraction of dim, or table by projection",
+    "float": "number",
+    "int": "integer",
+    "str": "string",
+    "bool": "true or false",
+}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message says where and what to do."""
+
+
+def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Merge defaults, a TOML file and `--section.key=value` arguments.
+
+    Raises:
+        ConfigError: an unreadable file, or a key or value that is not allowed.
+    """
+    tree: dict[str, Any] = {}
+    origin: dict[str, str] = {}  # dotted key -> where its value was written
+    if path is not None:
+        tree = read_toml(Path(path))
+        origin = {key: str(path) for key, _ in leaves(tree)}
+    for argument in overrides:
+        key, value = parse_override(argument)
+        assign(tree, key, value)
+        origin[key] = COMMAND_LINE
+    return validate(tree, origin, default_origin=str(path or COMMAND_LINE))
+
+
+def to_toml(config: RunConfig) -> str:
+    """The resolved configuration as TOML; loading it gives an equal RunConfig."""
+    return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
+
+
+def known_keys() -> dict[str, str]:
+    """Every dotted key with its type, in the order of the sections: the text of `--help`."""
+    return dict(_fields(RunConfig, ""))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file, or ConfigError."""
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such file (working directory {Path.cwd()}); "
+            "`lowline configs` lists those that come with lowline"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: not readable as TOML: {error}") from None
+
+
+def parse_override(argument: str) -> tuple[str, Any]:
+    """`--table.key=value` as (dotted key, value)."""
+    key, equals, text = argument.partition("=")
+    if not key.startswith("--") or not equals:
+        raise ConfigError(
+            f"{COMMAND_LINE}: {argument!r} is not understood; write --section.key=value, "
+            "for example --training.steps=100"
+        )
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    stage = re.match(r"--stage\.[^.]+\.", key)  # a stage's name may have dashes
+    start = stage.end() if stage else 2
+    return key[2:start] + key[start:].replace("-", "_"), value
+
+
+def assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Put a value at a dotted key."""
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{COMMAND_LINE}: {key}: {section!r} is a value, not a table")
+    tree[last] = value
+
+
+def validate(tree: dict[str, Any], origin: dict[str, str], default_origin: str) -> RunConfig:
+    """The typed configuration of merged tables.
+
+    Args:
+        tree: the tables.
+        origin: where each dotted key's value was written, for messages.
+        default_origin: where those were that are not in `origin`.
+
+    Raises:
+        ConfigError: a key or value that is not allowed.
+    """
+    for key, value in leaves(tree):
+        if isinstance(value, date | time):
+            where = origin.get(key, default_origin)
+            raise ConfigError(f"{where}: {key} = {value}: dates and times have no use here")
+    text = json.dumps(tree)
+    try:
+        return TypeAdapter(RunConfig).validate_json(text)
+    except ValidationError as error:
+        lines = [_explain(e, origin, default_origin) for e in _specific(error.errors())]
+        raise ConfigError("\n".join(_join_alternatives(lines))) from None
+
+
+def _specific(errors: list[Any]) -> list[Any]:
+    """Drop a union's complaints about the alternatives that the value was not meant as."""
+    unknown = [e for e in errors if e["type"] == "unexpected_keyword_argument"]
+    return unknown or errors
+
+
+def _join_alternatives(lines: list[str]) -> list[str]:
+    """One line for a value that fits none of a union's types: '... should be a or b'."""
+    joined: dict[str, list[str]] = {}
+    for line in lines:
+        start, _, wanted = line.partition(_WANTED)
+        joined.setdefault(start, []).append(wanted)
+    return [
+        start + _WANTED + " or ".join(dict.fromkeys(wanted)) if any(wanted) else start
+        for start, wanted in joined.items()
+    ]
+
+
+def _explain(error: Any, origin: dict[str, str], default_origin: str) -> str:
+    keys = list(known_keys())
+    parts = [str(p) for p in error["loc"]]
+    # Keep the path up to the last name of a key; what follows are the alternatives of a union.
+    key = ".".join(parts)
+    while parts and key not in keys and not any(k.startswith(key + ".") for k in keys):
+        if error["type"] in ("unexpected_keyword_argument", "missing"):
+            break
+        parts.pop()
+        key = ".".join(parts)
+    # A rule over a table may be broken by any of its keys: name every place they come from.
+    inside = {o for k, o in origin.items() if not key or k.startswith(key + ".")}
+    where = origin.get(key) or " and ".join(sorted(inside)) or default_origin
+    given = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"
+    if error["type"] == "unexpected_keyword_argument":
+        section = key.rpartition(".")[0]
+        prefix = f"{section}." if section else ""
+        known = [k.removeprefix(prefix).partition(".")[0] for k in keys if k.startswith(prefix)]
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        names = ", ".join(dict.fromkeys(known))
+        return (
+            f"{where}: {key}{given}: unknown key.{hint} "
+            f"Known in {f'[{section}]' if section else 'the top level'}: {names}"
+        )
+    if error["type"] == "missing":
+        return f"{where}: {key} is missing: {known_keys().get(key, 'a table')} is required"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{where}: {key}{given}: {message}" if key else f"{where}: {message}"
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every value in nested tables."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """'key = before, now now' of every key whose value changed."""
+    return [
+        f"{key} = {before.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _fields(cls: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    from typing import get_type_hints
+
+    hints = get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        kind = hints[f.name]
+        inner = next(
+            (t for t in (kind, *getattr(kind, "__args__", ())) if dataclasses.is_dataclass(t)), None
+        )
+        if inner is not None:
+            yield from _fields(inner, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, _describe(_type_text(f.type))
+
+
+def _type_text(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+def _describe(annotation: str) -> str:
+    """'Annotated[float, Field(gt=0)]' -> 'number > 0'."""
+    for name, words in _KINDS.items():
+        annotation = re.sub(rf"\b{name}\b", words, annotation)
+    limited = re.fullmatch(r"Annotated\[(\w+), Field\((.*)\)\]", annotation)
+    if limited is None:
+        return annotation
+    limits = limited[2]
+    for short, sign in (("gt=", "> "), ("ge=", ">= "), ("lt=", "< "), ("le=", "<= ")):
+        limits = limits.replace(short, sign)
+    return f"{limited[1]} {limits}"
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    if isinstance(value, tuple):
+        return [_without_none(v) for v in value]
+    return value

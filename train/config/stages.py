@@ -1,0 +1,289 @@
+"""A conversion in stages, each a run of the engine, from one TOML file.
+
+    source = "HuggingFaceTB/SmolLM2-135M-Instruct"       # what is converted; the command may say
+    output = "outputs/smollm2-lowline"
+
+    [mixer]                                              # keys of a run, common to all stages
+    name = "lolcats"
+
+    [[stage]]                                            # keys of this stage's run, over those
+    name = "transfer"
+    objective.kind = "transfer"
+    training.steps = 70
+
+    [[stage]]
+    name = "distill"
+    ...
+
+Stage N of name X is the run OUTPUT/stages/N-X. It begins with the weights that the stage before it
+ended with, the first with the source's, and gets [model], [cola], the tokenizer and the teacher
+from the source. A transfer may also run block by block (`block_run`). A [model] in the file must be
+that of the source: by it the stages can be checked where the source is not at hand.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from lowline.train.blockwise.store import DTYPES, SHARD_BYTES, Manifest
+from lowline.train.config.load import (
+    COMMAND_LINE,
+    ConfigError,
+    assign,
+    leaves,
+    parse_override,
+    read_toml,
+    validate,
+)
+from lowline.train.config.objective import BlockConfig
+from lowline.train.config.run import ColaConfig, ModelConfig, RunConfig
+from lowline.train.engine.checkpoint import saved_steps
+
+DERIVED = {  # keys that a stage gets from its place, and from what is converted
+    "output": "it is the whole conversion's folder",
+    "tokenizer": "it is the source's",
+    "checkpoint.initial_weights": "they are those of the stage before",
+    "objective.teacher": "it is the source",
+    "checkpoint.enable": "a stage hands its weights on as a checkpoint",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """What a file and a command line say; `run` makes the configuration of one stage."""
+
+    path: Path
+    source: str | None
+    output: Path
+    names: tuple[str, ...]
+    common: dict[str, Any]
+    own: tuple[dict[str, Any], ...]
+    origin: dict[str, str]
+
+    def folder(self, stage: int) -> Path:
+        """Where a stage runs (counted from 0)."""
+        return self.output / "stages" / f"{stage + 1}-{self.names[stage]}"
+
+    def newest_step(self, stage: int) -> Path | None:
+        """A stage's newest checkpoint."""
+        folder = self.folder(stage) / "checkpoint"
+        steps = saved_steps(folder)
+        return folder / f"step-{steps[-1]}" if steps else None
+
+    def run(
+        self,
+        stage: int,
+        *,
+        teacher: str | Path,
+        model: dict[str, Any] | None = None,
+        cola: dict[str, Any] | None = None,
+    ) -> RunConfig:
+        """The configuration of a stage.
+
+        Args:
+            stage: counted from 0.
+            teacher: the Hugging Face directory of what is converted.
+            model, cola: its tables; None for the file's own.
+
+        Raises:
+            ConfigError: a key or value that is not allowed, with its stage.
+        """
+        tree = merged(self.common, self.own[stage])
+        if model is not None:
+            tree["model"] = merged(model, _free_of(tree.get("model", {})))
+            tree["cola"] = merged(cola or {}, tree.get("cola", {}))
+        initial = str(teacher)
+        if stage:
+            newest = self.newest_step(stage - 1)
+            initial = str(newest or self.folder(stage - 1) / "checkpoint" / "step-0")
+        tree["output"], tree["tokenizer"] = str(self.folder(stage)), str(teacher)
+        assign(tree, "checkpoint.initial_weights", initial)
+        if tree.get("objective", {}).get("kind") == "distill":
+            assign(tree, "objective.teacher", str(teacher))
+        try:
+            return validate(tree, self.origin, str(self.path))
+        except ConfigError as error:
+            raise ConfigError(f"stage {self.names[stage]!r}: {error}") from None
+
+
+def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> Stages:
+    """Read a conversion's file and `--key=value` arguments.
+
+    An argument `--training.steps=10` sets the key of every stage, `--stage.NAME.training.steps=10`
+    of one.
+
+    Raises:
+        ConfigError: an unreadable file, no stage, a stage without a name of its own, or a key that
+            is not a stage's to set.
+    """
+    path = Path(path)
+    tree = read_toml(path)
+    stages = tree.pop("stage", None)
+    if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) for s in stages):
+        raise ConfigError(f"{path}: no [[stage]]: a conversion needs one at least, with a name")
+    names = [_name(path, stage) for stage in stages]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"{path}: [[stage]] name = {twice[0]!r} stands twice; name them apart")
+    origin = {key: str(path) for part in (tree, *stages) for key, _ in leaves(part)}
+    for argument in overrides:
+        key, value = parse_override(argument)
+        if key.startswith("stage."):
+            _, name, key = (*key.split(".", 2), "")[:3]
+            if name not in names or not key:
+                raise ConfigError(
+                    f"{COMMAND_LINE}: {argument!r}: write --stage.NAME.section.key=value, where "
+                    f"NAME is one of {', '.join(names)}"
+                )
+            assign(stages[names.index(name)], key, value)
+        else:
+            for stage in stages:
+                _remove(stage, key)
+            assign(tree, key, value)
+        origin[key] = COMMAND_LINE
+    source, output = tree.pop("source", None), tree.pop("output", None)
+    for key, value in (("source", source), ("output", output)):
+        if value is not None and not isinstance(value, str):
+            raise ConfigError(f"{origin[key]}: {key} = {value!r} should be a string")
+    for part, derived in ((p, d) for p in (tree, *stages) for d in DERIVED):
+        if derived in dict(leaves(part)):
+            raise ConfigError(
+                f"{origin[derived]}: {derived} is not set in a conversion: {DERIVED[derived]}"
+            )
+    return Stages(
+        path=path,
+        source=source,
+        output=Path(output or f"outputs/{path.stem}"),
+        names=tuple(names),
+        common=tree,
+        own=tuple(stages),
+        origin=origin,
+    )
+
+
+def check_model(stages: Stages, model: dict[str, Any]) -> None:
+    """Raise ConfigError where the file's [model] says something else than the source's."""
+    ours = dict(leaves(stages.common.get("model", {})))
+    theirs = dict(leaves(model))
+    wrong = [
+        f"model.{key} = {value!r} (source: {theirs.get(key)!r})"
+        for key, value in ours.items()
+        if key not in FREE and not _same(theirs.get(key), value)
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{stages.path}: it is written for another model than the source: {', '.join(wrong)}. "
+            "Mend [model], or leave it out: it follows from the source"
+        )
+
+
+def inputs_folder(run: RunConfig) -> Path:
+    """Where the hidden states are with which a stage's blocks train."""
+    return Path(run.output) / "inputs"
+
+
+def stored_inputs(run: RunConfig, block_size: int, dtype: str, **origin: Any) -> Manifest:
+    """What is in that folder, for blocks of so many layers and hidden states in a key of `DTYPES`.
+
+    Raises:
+        ValueError: a block size that cannot be.
+    """
+    rows, seq_len, dim = run.training.global_batch_size, run.training.seq_len, run.model.dim
+    return Manifest(
+        n_layers=run.model.n_layers,
+        block_size=block_size,
+        rows=rows,
+        seq_len=seq_len,
+        dim=dim,
+        dtype=dtype,
+        steps_per_shard=max(1, SHARD_BYTES // (rows * seq_len * dim * DTYPES[dtype].itemsize)),
+        asked_steps=run.training.steps,
+        origin=origin,
+    )
+
+
+def block_run(run: RunConfig, number: int, layers: range) -> RunConfig:
+    """The run that trains one block of a stage, which is a transfer.
+
+    Args:
+        number: of the block, counted from 0.
+        layers: its layers, of which one at least has a mixer.
+    """
+    return dataclasses.replace(
+        run,
+        output=str(Path(run.output) / "blocks" / f"{number:02d}"),
+        block=BlockConfig(first=layers[0], last=layers[-1], inputs=str(inputs_folder(run))),
+        evaluation=dataclasses.replace(run.evaluation, enable=False),
+    )
+
+
+def _same(theirs: Any, ours: Any) -> bool:
+    """Equal, or as near as fp32, in which GGUF has its numbers, can tell."""
+    if isinstance(theirs, float) and isinstance(ours, float):
+        return math.isclose(theirs, ours, rel_tol=1e-6)
+    return bool(theirs == ours)
+
+
+def model_of(path: Path, tree: dict[str, Any]) -> tuple[ModelConfig, ColaConfig]:
+    """The [model] and [cola] of a file that has a [model].
+
+    Raises:
+        ConfigError: there is none, or it is not one.
+    """
+    if "model" not in tree:
+        raise ConfigError(f"{path}: no [model]; give what is to be converted instead")
+    try:
+        model = TypeAdapter(ModelConfig).validate_json(json.dumps(tree["model"]))
+        cola = TypeAdapter(ColaConfig).validate_json(json.dumps(tree.get("cola", {})))
+    except ValidationError as error:
+        raise ConfigError(f"{path}: [model] or [cola]: {error}") from None
+    return model, cola
+
+
+FREE = ("attention", "max_seq_len")  # of [model]: no weight depends on them
+
+
+def _free_of(model: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in model.items() if key in FREE}
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Nested tables, with the values of `over` in the place of those of `base`."""
+    result = copy.deepcopy(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else copy.deepcopy(value)
+    return result
+
+
+def table(section: Any) -> dict[str, Any]:
+    """A section as TOML has it, without what is None."""
+    tree = dataclasses.asdict(section)
+    return {k: v for k, v in tree.items() if v is not None}
+
+
+def _name(path: Path, stage: dict[str, Any]) -> str:
+    name = stage.pop("name", None)
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+        raise ConfigError(
+            f"{path}: [[stage]] name = {name!r}: give each stage a name of letters, digits, - and _"
+        )
+    return name
+
+
+def _remove(tree: dict[str, Any], key: str) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.get(section, {})
+        if not isinstance(tree, dict):
+            return
+    tree.pop(last, None)

@@ -1,0 +1,261 @@
+"""Checkpoints that are complete or absent: OUTPUT/checkpoint/step-N.
+
+torchtitan's manager (DCP, asynchronous, resharding on load) with three changes. A save writes into
+`step-N.saving`; when every rank has finished, the one that writes DCP's metadata adds the run's
+config.toml and renames the folder. That is part of DCP's own agreement, so a save has succeeded on
+all ranks or failed on all. Deletions are renamed first too: a folder called step-N is whole,
+whenever the process was killed. A failed save stops the run with what is safe and the mend.
+
+A run may start from another's weights: mixers and LoRA's factors that only the run has then begin
+as they are initialized, and LoRA's factors of the other are merged into its weights.
+
+Left out: DCP's metadata file is a pickle. Load checkpoints of your own; weights from elsewhere come
+in as safetensors (`checkpoint.initial_weights` of a Hugging Face directory).
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+from torchtitan.components.checkpointer import AsyncMode, CheckpointManager
+from torchtitan.components.checkpointer.base import MODEL
+from torchtitan.protocols.state_dict_adapter import StateDictAdapter
+
+from lowline.train.model.lora import is_lora, merge_stored_lora
+
+SAVING, DELETING = ".saving", ".deleting"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message says what is safe and the mend."""
+
+
+def saved_steps(folder: str | Path) -> list[int]:
+    """Steps of the whole checkpoints in a `checkpoint` folder, ascending."""
+    folder = Path(folder)
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found = (re.fullmatch(r"step-(\d+)", name) for name in names)
+    return sorted(int(match[1]) for match in found if match)
+
+
+class Checkpointer(CheckpointManager):
+    """torchtitan's checkpoint manager with whole folders only.
+
+    `wanted`, when set, makes the next `save(step)` take place whatever the schedule says. A step
+    that is saved already is not saved again.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(CheckpointManager.Config):
+        run_config: str = ""  # the resolved TOML, saved as config.toml in every checkpoint
+
+    def __init__(self, config: Config, **kwargs: Any) -> None:
+        super().__init__(config, **kwargs)
+        self.wanted = False
+        if not self.enable:
+            return
+        self._run_config = config.run_config
+        self._newest = max(saved_steps(self.folder), default=-1)  # saved, or being saved
+        if dist.get_rank() == 0 and Path(self.folder).is_dir():
+            for path in Path(self.folder).iterdir():
+                if path.suffix in (SAVING, DELETING):  # an earlier process was killed there
+                    shutil.rmtree(path)
+
+    def dcp_save(
+        self, state_dict: dict[str, Any], checkpoint_id: str, async_mode: AsyncMode, **kwargs: Any
+    ) -> Any:
+        """Save into `checkpoint_id`; a Future in the asynchronous mode, otherwise None."""
+        self._newest = int(Path(checkpoint_id).name.removeprefix("step-"))
+        writer = _WholeFolderWriter(Path(checkpoint_id), self._run_config)
+        try:
+            if async_mode == AsyncMode.ASYNC:
+                return dcp.async_save(state_dict, storage_writer=writer, process_group=self.pg)
+            dcp.save(state_dict, storage_writer=writer)
+        except (CheckpointException, OSError) as error:
+            raise self._failure(error) from error
+        return None
+
+    def dcp_load(
+        self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool
+    ) -> None:
+        """Load a checkpoint of this run, or the model of another."""
+        if checkpoint_id != self.initial_load_path:
+            super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
+            return
+        ours = {name: weight for name, weight in state_dict.items() if not is_lora(name)}
+        assert self.sd_adapter is not None
+        self.states[MODEL].load_state_dict(load_initial(ours, checkpoint_id, self.sd_adapter))
+
+    def failed(self) -> bool:
+        """Whether a background save has failed on this rank and nobody has been told."""
+        future = self.save_future if self.enable else None
+        return future is not None and future.done() and future.exception() is not None
+
+    def raise_failure(self) -> None:
+        """Raise the error of the background save, which has failed on this rank or another."""
+        self.maybe_wait_for_saving()
+        raise self._failure(RuntimeError("another rank could not write its part"))
+
+    def newest_saved(self) -> str:
+        """The newest whole checkpoint, for messages."""
+        steps = saved_steps(self.folder) if self.enable else []
+        return str(Path(self.folder) / f"step-{steps[-1]}") if steps else "none"
+
+    def _load(self, step: int = -1) -> bool:
+        try:
+            return super()._load(step)
+        except (CheckpointException, ValueError, OSError) as error:
+            source = f"step-{self._newest} of {self.folder}"
+            if self._newest < 0:
+                source = str(self.initial_load_path)
+            cause = _root_cause(error)
+            raise CheckpointError(f"checkpoint {source} could not be loaded: {cause}") from error
+
+    def _wait_for_saving(self) -> None:
+        try:
+            super()._wait_for_saving()
+        except (CheckpointException, OSError) as error:
+            self.save_future = None
+            raise self._failure(error) from error
+
+    def _failure(self, error: BaseException) -> CheckpointError:
+        free = shutil.disk_usage(_existing(Path(self.folder))).free
+        if dist.get_rank() == 0:  # make room for what can still be done
+            shutil.rmtree(self._create_checkpoint_id(self._newest) + SAVING, ignore_errors=True)
+        newest = self.newest_saved()
+        return CheckpointError(
+            f"checkpoint {self._create_checkpoint_id(self._newest)} could not be saved: "
+            f"{_root_cause(error)}. {free / 2**20:,.1f} MiB were free there. Newest whole "
+            f"checkpoint: {newest}. Free some space and give the same command again, which "
+            f"{'starts anew' if newest == 'none' else 'goes on from it'}; or set a smaller "
+            "checkpoint.keep, or put output on another disk"
+        )
+
+    def _should_save(self, curr_step: int, last_step: bool = False) -> bool:
+        due = self.wanted or super()._should_save(curr_step, last_step)
+        return due and curr_step != self._newest
+
+    def _find_load_step(self, folder: str = "") -> int:
+        return max(saved_steps(folder or self.folder), default=-1)
+
+    def _purge_stale_checkpoints(self) -> None:
+        if self._should_purge():
+            # A save in flight is not counted: `keep` whole ones stay until it is whole too.
+            for step in saved_steps(self.folder)[: -self.keep_latest_k]:
+                _remove(Path(self._create_checkpoint_id(step)))
+
+    def _close(self) -> None:
+        self.maybe_wait_for_saving()
+        self._purge_stale_checkpoints()
+        super()._close()
+
+    def __del__(self) -> None:
+        """Nothing: `close` is called where its errors are heard."""
+
+
+def is_step_folder(folder: Path) -> bool:
+    """Whether it is a run's step folder, whose `.metadata` is a pickle that torch will execute.
+
+    A Hugging Face directory, which can come from anywhere, is none, whatever else lies in it.
+    """
+    return (folder / ".metadata").is_file() and not (folder / "config.json").exists()
+
+
+def load_initial(
+    weights: dict[str, Any], path: str | Path, adapter: StateDictAdapter
+) -> dict[str, Any]:
+    """Read a model's weights, or some of them, into tensors of their shapes, and return them.
+
+    Args:
+        weights: by the training body's names; mixers that are not stored stay as they are.
+        path: a run's step folder, whose adapters are merged, or a Hugging Face directory.
+        adapter: knows the names of the latter.
+
+    Raises:
+        ValueError: a weight is not there.
+    """
+    path = str(path)
+    if is_step_folder(Path(path)):
+        stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        dcp.load(_present(weights, stored, path), checkpoint_id=path)
+        merge_stored_lora(weights, Path(path))
+        return weights
+    reader = adapter.get_hf_storage_reader(path)
+    stored = reader.read_metadata().state_dict_metadata
+    found = _present(adapter.to_hf(weights), stored, path)
+    dcp.load(found, storage_reader=reader)
+    return weights | adapter.from_hf(found)
+
+
+def save_weights(weights: dict[str, torch.Tensor], folder: Path, run_config: str) -> None:
+    """Write weights as the step folder of a run that ended with them; one process, all or nothing.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
+    """
+    shutil.rmtree(folder.with_name(folder.name + SAVING), ignore_errors=True)
+    try:
+        dcp.save(weights, storage_writer=_WholeFolderWriter(folder, run_config), no_dist=True)
+    except CheckpointException as error:
+        raise OSError(f"{folder} could not be written: {_root_cause(error)}") from error
+
+
+class _WholeFolderWriter(FileSystemWriter):
+    """DCP's writer, which gives the folder its name when all ranks have written into it."""
+
+    def __init__(self, final: Path, run_config: str) -> None:
+        super().__init__(final.with_name(final.name + SAVING))
+        self._final, self._run_config = final, run_config
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            # DCP sends an error to the other ranks without its causes: send the first of them.
+            while (earlier := error.__cause__ or error.__context__) is not None:
+                error = earlier  # type: ignore[assignment]
+            raise error from None
+
+    def finish(self, metadata: Any, results: Any) -> None:
+        """Called on one rank; what it raises is raised on all."""
+        super().finish(metadata, results)
+        temporary = Path(self.path)
+        (temporary / "config.toml").write_text(self._run_config)
+        if self._final.exists():
+            _remove(self._final)
+        temporary.rename(self._final)
+
+
+def _present(wanted: dict[str, Any], stored: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What of a model is stored; only mixers, which the run may have added, can be missing."""
+    if lacking := [n for n in wanted if n not in stored and ".mixer." not in n]:
+        raise ValueError(f"{where} lacks {', '.join(lacking[:5])}")
+    return {name: weight for name, weight in wanted.items() if name in stored}
+
+
+def _remove(folder: Path) -> None:
+    doomed = folder.with_name(folder.name + DELETING)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)  # what is left goes at the next start
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def _root_cause(error: BaseException) -> str:
+    """The innermost message; DCP wraps what each rank raised."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (inner, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {_root_cause(inner)}"
+    cause = error.__cause__ or error.__context__
+    return _root_cause(cause) if cause is not None else f"{type(error).__name__}: {error}"

@@ -1,0 +1,163 @@
+"""Held-out loss: the mean over all predicted tokens, for any batch size and world size.
+
+Every rank packs the same documents into the same rows and takes every W-th of them. What is added
+up is the sum of the tokens' losses and their number, in fp64; dividing by the number of batches
+instead, as the GaLore family of code does, depends on both sizes and comes out too low. What else
+an objective wants to know of held-out text (`held_out`) is added up beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.nn as nn
+from torchtitan.components.loss import IGNORE_INDEX, BaseLoss
+from torchtitan.components.validate import BaseValidator
+from torchtitan.distributed import ParallelDims
+from torchtitan.models.common.attention import FlexAttention, VarlenAttention
+from torchtitan.models.common.decoder import Decoder
+from torchtitan.tools import utils
+
+from lowline.train.data import EvaluationBatches, SourceConfig, evaluation_rows, open_source
+from lowline.train.engine.metrics import Metrics
+from lowline.train.objectives.build import NextToken
+
+
+class Evaluator(BaseValidator):
+    """Token-weighted evaluation on a fixed set of packed rows, made at its first use."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseValidator.Config):
+        enable: bool = True
+        source: SourceConfig = field(default_factory=lambda: SourceConfig(split="validation"))
+        max_tokens: int = 10_000_000
+        batch_size: int | None = None
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        dp_world_size: int,
+        dp_rank: int,
+        tokenizer: Any,
+        parallel_dims: ParallelDims,
+        loss_fn: BaseLoss,
+        validation_context: Any,
+        metrics_processor: Metrics,
+        seq_len: int,
+        local_batch_size: int,
+        parallelism: Any,
+        pp_schedule: Any = None,
+        pp_has_first_stage: bool | None = None,
+        pp_has_last_stage: bool | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.source_config, self.max_tokens = config.source, config.max_tokens
+        self.dp_world_size, self.dp_rank = dp_world_size, dp_rank
+        self.tokenizer, self.seq_len = tokenizer, seq_len
+        self.batch_size = config.batch_size or local_batch_size
+        if pp_schedule is not None:  # the schedule is built for this many rows at a time
+            self.batch_size = local_batch_size
+        self.micro = parallelism.pipeline_parallel_microbatch_size
+        self.parallel_dims, self.context = parallel_dims, validation_context
+        self.metrics = metrics_processor
+        self.schedule = pp_schedule
+        self.first_stage, self.last_stage = pp_has_first_stage, pp_has_last_stage
+        self.batches: EvaluationBatches | None = None
+        self.objective = NextToken(loss_fn)  # the trainer sets its own
+
+    def should_validate(self, step: int) -> bool:
+        """On the schedule; the trainer itself evaluates after the last step."""
+        return self.config.freq > 0 and step % self.config.freq == 0
+
+    @torch.no_grad()
+    def validate(self, model_parts: list[nn.Module], step: int) -> None:
+        """Measure and record the held-out loss after `step`."""
+        means, tokens = self.means(model_parts)
+        self.metrics.log_evaluation(step, means.pop("loss"), tokens, means)
+
+    def loss(self, model_parts: list[nn.Module]) -> tuple[float, int]:
+        """(mean loss in nats a token, number of tokens) over the whole set, on every rank."""
+        means, tokens = self.means(model_parts)
+        return means["loss"], tokens
+
+    @torch.no_grad()
+    def means(self, model_parts: list[nn.Module]) -> tuple[dict[str, float], int]:
+        """(what the objective measures, a token's mean; number of tokens), on every rank."""
+        if self.batches is None:
+            rows = evaluation_rows(
+                open_source(self.source_config), self.tokenizer, self.seq_len, self.max_tokens
+            )
+            self.batches = EvaluationBatches(
+                rows,
+                dp_rank=self.dp_rank,
+                dp_world_size=self.dp_world_size,
+                batch_size=self.batch_size,
+            )
+        for part in model_parts:
+            part.eval()
+        tokens = torch.zeros((), dtype=torch.float64, device=utils.device_type)
+        sums: dict[str, torch.Tensor] = {}
+        for inputs, labels in self.batches:
+            inputs = {k: v.to(utils.device_type) for k, v in inputs.items()}
+            labels = labels.to(utils.device_type)
+            for name, summed in self._sums(model_parts, inputs, labels).items():
+                sums[name] = sums.get(name, 0.0) + summed.double()
+            tokens += (labels != IGNORE_INDEX).sum()
+        total = torch.stack([*sums.values(), tokens])
+        if self.schedule is not None:  # the other stages know no loss
+            mesh = self.parallel_dims.get_mesh("pp")
+            if not self.last_stage:
+                total.zero_()
+            torch.distributed.all_reduce(total, group=mesh.get_group())
+        if self.parallel_dims.dp_enabled:
+            mesh = self.parallel_dims.get_mesh("batch")
+            torch.distributed.all_reduce(total, group=mesh.get_group())
+        for part in model_parts:
+            part.train()
+        *numbers, count = total.tolist()
+        means = {name: one / max(count, 1.0) for name, one in zip(sums, numbers, strict=True)}
+        return means, int(count)
+
+    def _sums(
+        self, model_parts: list[nn.Module], inputs: dict[str, torch.Tensor], labels: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        if self.schedule is not None:
+            return {"loss": self._summed_loss_of_pipeline(model_parts, inputs, labels)}
+        extra = self._extra(model_parts[0], inputs)
+        with self.context():
+            return self.objective.held_out(model_parts[0], inputs["input"], labels, extra)
+
+    def _summed_loss_of_pipeline(
+        self, model_parts: list[nn.Module], inputs: dict[str, torch.Tensor], labels: torch.Tensor
+    ) -> torch.Tensor:
+        count = len(labels) // self.micro
+        tokens = [(t,) for t in inputs["input"].chunk(count)]
+        extra = [
+            self._extra(model_parts[0], {"positions": p}) for p in inputs["positions"].chunk(count)
+        ]
+        losses: list[torch.Tensor] | None = [] if self.last_stage else None
+        # What schedule.eval does, but for microbatches, which it does not take on torch 2.13.
+        trains, self.schedule._has_backward = self.schedule._has_backward, False
+        try:
+            with self.context():
+                self.schedule.step(
+                    arg_mbs=tokens if self.first_stage else None,
+                    kwarg_mbs=extra,
+                    target_mbs=list(labels.chunk(count)) if self.last_stage else None,
+                    losses=losses,
+                )
+        finally:
+            self.schedule._has_backward = trains
+        return torch.stack(losses).sum() if losses else torch.zeros((), device=labels.device)
+
+    @staticmethod
+    def _extra(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """What the model takes beside the tokens: positions, and masks if its attention needs."""
+        extra: dict[str, Any] = {"positions": inputs["positions"]}
+        attention = cast(Any, model).config.first_attention
+        if isinstance(attention.inner_attention, FlexAttention.Config | VarlenAttention.Config):
+            extra["attention_masks"] = cast(Decoder, model).get_attention_masks(inputs["positions"])
+        return extra

@@ -1,0 +1,61 @@
+"""A folder that one process at a time writes to."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from lowline.train.config.load import ConfigError
+
+PATIENCE = 60.0  # seconds: what was told to stop saves a checkpoint before it does
+
+
+@contextmanager
+def alone(folder: Path, *, patience: float) -> Iterator[None]:
+    """Hold a folder against other processes that would write the same, also of other machines.
+
+    The lock ends with the process, however that ends. Some file systems have none (Lustre mounted
+    with noflock): there nothing is held.
+
+    Args:
+        patience: seconds to wait for another process to end; that it waits is said once.
+
+    Raises:
+        ConfigError: another process holds it for longer.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        end, said = time.monotonic() + patience, False
+        while not _locked(file):
+            file.seek(0)
+            other = file.read().strip()
+            if time.monotonic() >= end:
+                raise ConfigError(
+                    f"another process ({other}) is writing to {folder}; wait until it ends, end "
+                    "it, or do other work"
+                )
+            if not said:
+                print(f"waiting for process {other}, which writes to {folder}", file=sys.stderr)
+            said = True
+            time.sleep(0.1)
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system that has no locks: nobody can be kept out
+        return True
+    return True

@@ -1,0 +1,193 @@
+"""What can be known to fail before any process group starts.
+
+Every rank checks the same, so all stop alike and none waits for another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lowline.train.config.load import ConfigError, load_config
+from lowline.train.config.run import MixerConfig, RunConfig
+from lowline.train.engine.checkpoint import is_step_folder, saved_steps
+
+
+def check_run(run: RunConfig, world_size: int) -> None:
+    """Make the output folder, or raise ConfigError, ValueError or OSError if `run` cannot work."""
+    from lowline.train.data import check_saved_lanes, open_source
+    from lowline.train.data.tokenizer import load_tokenizer
+
+    run.local_batch_size(world_size)
+    _check_rank_measurement(run)
+    tokenizer = load_tokenizer(run.tokenizer)
+    chat = run.data.messages_key is not None or run.data.prompt_key is not None
+    needed = tokenizer.get_vocab_size(special=chat)
+    if needed > run.model.vocab_size:
+        raise ConfigError(
+            f"tokenizer {run.tokenizer!r} makes ids up to {needed - 1}, but model.vocab_size = "
+            f"{run.model.vocab_size}; set it to at least {needed}, or choose another tokenizer"
+        )
+    if run.objective.kind == "distill":
+        _check_teacher(run)
+    if run.block is not None:
+        from lowline.train.blockwise.loader import check_stored
+
+        check_stored(run)
+    else:
+        open_source(run.data)
+    if run.evaluation.enable:
+        open_source(run.held_out())
+    folder = Path(run.output) / "checkpoint"
+    if run.checkpoint.enable and (steps := saved_steps(folder)):
+        newest = folder / f"step-{steps[-1]}"
+        if not run.checkpoint.resume:
+            raise ConfigError(
+                f"checkpoint.resume = false, but {newest} exists and would be overwritten; choose "
+                "another output folder, or remove this one"
+            )
+        check_same_model(run, newest)
+        check_same_parts(run, newest)
+        check_saved_lanes(newest, run.training.global_batch_size)
+    elif run.checkpoint.initial_weights is not None:
+        check_initial_weights(run)
+    _check_writable(Path(run.output))
+
+
+def check_same_model(run: RunConfig, checkpoint: Path) -> None:
+    """Raise ConfigError unless a run's step folder holds the parameters of this run's model.
+
+    How attention and memory are handled may differ, and the longest context: no weight depends on
+    them.
+    """
+    saved = load_config(checkpoint / "config.toml")
+    free = ("attention", "max_seq_len", "memory", "grouped", "rank")
+    for section in ("model", "cola"):
+        for field in dataclasses.fields(getattr(run, section)):
+            if field.name not in free:
+                _compare(checkpoint, f"{section}.{field.name}", saved, run)
+    if saved.ranks() != run.ranks():
+        raise _other(checkpoint, "cola.rank", saved.ranks(), run.ranks())
+
+
+def check_same_parts(run: RunConfig, checkpoint: Path) -> None:
+    """Raise ConfigError unless this run trains what the run of a step folder trained.
+
+    Beside the model: its mixers but for how they are computed, its adapters, its objective.
+    """
+    from lowline.train.hf.weights import resolved_mixers
+
+    saved = load_config(checkpoint / "config.toml")
+    before, now = (resolved_mixers(r.mixer, r.model.n_layers) for r in (saved, run))
+    if before != now:
+        raise _other(checkpoint, "mixer", saved.mixer, run.mixer)
+    for name, one, other in (
+        ("lora", saved.lora, run.lora),
+        ("block", saved.layers(), run.layers()),
+        ("objective.kind", saved.objective.kind, run.objective.kind),
+        ("objective.trainable", saved.trainable(), run.trainable()),
+        ("optimizer.name", saved.optimizer.name, run.optimizer.name),
+    ):
+        if one != other:
+            raise _other(checkpoint, name, one, other)
+    if (saved.optimizer.mixer_lr is None) != (run.optimizer.mixer_lr is None):
+        rates = saved.optimizer.mixer_lr, run.optimizer.mixer_lr
+        raise _other(checkpoint, "optimizer.mixer_lr", *rates)
+
+
+def initial_mixer(run: RunConfig) -> MixerConfig | None:
+    """The mixer that comes with `checkpoint.initial_weights`, if one does."""
+    from lowline.train.hf.weights import mixer_from_hf, read_config
+
+    if run.checkpoint.initial_weights is None:
+        return None
+    folder = Path(run.checkpoint.initial_weights)
+    if is_step_folder(folder):
+        return load_config(folder / "config.toml").mixer
+    return mixer_from_hf(read_config(folder))
+
+
+def check_initial_weights(run: RunConfig) -> None:
+    """Raise ConfigError or ValueError unless `checkpoint.initial_weights` fits the model."""
+    path = run.checkpoint.initial_weights
+    assert path is not None
+    folder = Path(path)
+    if is_step_folder(folder):
+        from lowline.train.hf.weights import check_mixers
+
+        check_same_model(run, folder)
+        check_mixers(initial_mixer(run), run.mixer, run.model.n_layers, path)
+    elif (folder / "config.json").is_file():
+        from lowline.train.hf.weights import check_same_model as check_same_hf_model
+
+        check_same_hf_model(folder, run.model, run.cola, run.mixer)
+    else:
+        raise ConfigError(
+            f"checkpoint.initial_weights = {path!r} is neither a Hugging Face directory "
+            "(config.json) nor a checkpoint/step-N folder of a run; `lowline export` makes the "
+            "former of the latter"
+        )
+
+
+def _check_teacher(run: RunConfig) -> None:
+    from lowline.train.hf.weights import check_same_model as check_same_hf_model
+    from lowline.train.objectives.build import teacher_run
+
+    source = str(run.objective.teacher)
+    if not (Path(source) / "config.json").is_file():
+        raise ConfigError(
+            f"objective.teacher = {source!r} is no Hugging Face directory (config.json; working "
+            f"directory {Path.cwd()}); `lowline import` makes one of a hub id or a GGUF file"
+        )
+    teacher = teacher_run(run)
+    check_same_hf_model(source, teacher.model, teacher.cola, teacher.mixer)
+    if run.objective.logit_cache is not None:
+        from lowline.train.objectives.logit_cache import check_cache
+
+        if run.objective.top_k >= run.model.vocab_size:
+            raise ConfigError(
+                f"objective.top_k = {run.objective.top_k} of a vocabulary of "
+                f"{run.model.vocab_size}; set it below, or leave out logit_cache"
+            )
+        check_cache(run)
+
+
+def _compare(checkpoint: Path, key: str, saved: RunConfig, run: RunConfig) -> None:
+    section, name = key.split(".")
+    before, now = getattr(getattr(saved, section), name), getattr(getattr(run, section), name)
+    if before != now:
+        raise _other(checkpoint, key, before, now)
+
+
+def _other(checkpoint: Path, key: str, before: Any, now: Any) -> ConfigError:
+    return ConfigError(
+        f"{checkpoint} was written with {key} = {before}, this run has {now}; set it back, or "
+        "choose another output folder"
+    )
+
+
+def _check_rank_measurement(run: RunConfig) -> None:
+    every = run.metrics.rank_every
+    if every and not any(run.ranks().values()):
+        raise ConfigError(
+            f"metrics.rank_every = {every} with a dense model, which has no bottleneck to measure; "
+            "set it to 0 (`lowline inspect rank` measures the activations of any model)"
+        )
+    if every and run.parallelism.pipeline_parallel > 1:
+        raise ConfigError(
+            f"metrics.rank_every = {every} with parallelism.pipeline_parallel = "
+            f"{run.parallelism.pipeline_parallel}; set rank_every = 0: a stage "
+            "cannot be run alone for a measurement"
+        )
+
+
+def _check_writable(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise ConfigError(
+            f"output = {str(output)!r} cannot be written to: {error}; choose another folder"
+        ) from None

@@ -1,0 +1,220 @@
+"""One process of a training run, from its start to its exit code.
+
+Exit codes: 0 trained, 1 failed, 2 nothing was started, 128 + n stopped by signal n (with a
+checkpoint of that moment).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from lowline.train.config.load import ConfigError, to_toml
+from lowline.train.config.run import RunConfig
+from lowline.train.cost.parameters import count, model_parameters, shape_of, training_flops_of
+from lowline.train.engine.device import prepare
+from lowline.train.engine.lock import PATIENCE, alone
+
+if TYPE_CHECKING:
+    from lowline.train.engine.trainer import Trainer
+
+logger = logging.getLogger("lowline")
+
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+def train(run: RunConfig) -> int:
+    """Train as `run` says; returns the exit code, with the reason on standard error."""
+    single_process_defaults()
+    try:
+        with alone(Path(run.output), patience=PATIENCE) if _is_first() else nullcontext():
+            return _train(run)
+    except ConfigError as error:
+        _complain(str(error))
+        return 2
+
+
+def _train(run: RunConfig) -> int:
+    prepare()
+    from lowline.train.blockwise.store import ShardError
+    from lowline.train.engine.checkpoint import CheckpointError
+    from lowline.train.engine.metrics import DivergedError
+    from lowline.train.engine.trainer import trainer_config
+
+    _set_up_logging(run)
+    trainer = None
+    try:
+        if _is_first():
+            _write_config(run)
+        trainer = trainer_config(run, int(os.environ["WORLD_SIZE"])).build()
+        trainer.metrics_processor.say(_summary(run, trainer))
+        with _signals_to(trainer):
+            trainer.train()
+            trainer.checkpointer.close()
+        if trainer.stopped_by:
+            trainer.metrics_processor.say(
+                f"stopped by {signal.Signals(trainer.stopped_by).name} after step {trainer.step}, "
+                f"saved {trainer.checkpointer.newest_saved()}; the same command goes on from there"
+            )
+            return 128 + trainer.stopped_by
+        return 0
+    except (CheckpointError, DivergedError, ShardError) as error:  # raised on every rank
+        if _is_first():
+            _complain(str(error))
+        return 1
+    except KeyboardInterrupt:
+        if _is_first():
+            _complain("interrupted")
+        return 128 + signal.SIGINT
+    except Exception:
+        traceback.print_exc()
+        return 1
+    finally:
+        if trainer is not None:
+            trainer.metrics_processor.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _is_first() -> bool:
+    return os.environ["RANK"] == "0"
+
+
+def _complain(text: str) -> None:
+    print(f"lowline.train: {text}", file=sys.stderr)
+
+
+@contextmanager
+def _signals_to(trainer: Trainer) -> Iterator[None]:
+    """SIGTERM and Ctrl-C stop the run after its step; a second one stops it at once."""
+
+    def note(number: int, frame: object) -> None:
+        if trainer.signal:
+            raise KeyboardInterrupt
+        trainer.signal = number
+        name = signal.Signals(number).name
+        trainer.metrics_processor.say(f"{name}: saving a checkpoint after this step, then stopping")
+
+    before = {number: signal.signal(number, note) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _summary(run: RunConfig, trainer: Trainer) -> list[str]:
+    """What is about to be trained, on what, and where to watch it."""
+    shape, t, dims = shape_of(run), run.training, trainer.parallel_dims
+    model = model_parameters(run)
+    kind = f"{model.low_rank / 1e6:,.2f}M of them low-rank" if shape.low_rank else "dense"
+    memory = f", {run.cola.memory}" if shape.low_rank else ""
+    degrees = {
+        "replicas": dims.dp_replicate,
+        "FSDP": dims.dp_shard,
+        "tensor": dims.tp,
+        "pipeline": dims.pp,
+    }
+    layout = " x ".join(f"{name} {n}" for name, n in degrees.items() if n > 1) or "one process"
+    accumulation = trainer.gradient_accumulation_steps
+    flops = training_flops_of(run)
+    return [
+        f"model    {model.total / 1e6:,.2f}M parameters, {kind}{memory}; "
+        f"{flops / 1e6:,.1f} MFLOPs a token, {t.precision}",
+        *_stage(run),
+        f"step     {t.global_batch_size * t.seq_len:,} tokens: {t.global_batch_size} sequences of "
+        f"{t.seq_len}" + (f", in {accumulation} microbatches" if accumulation > 1 else ""),
+        f"devices  {dist.get_world_size()} x {trainer.device.type}: {layout}",
+        f"output   {run.output}",
+        *([f"watch    tensorboard --logdir {run.output}/tb"] if run.metrics.tensorboard else []),
+    ]
+
+
+def _stage(run: RunConfig) -> list[str]:
+    """What is not plain training: mixers, adapters, the objective, what trains."""
+    lines = []
+    if run.block is not None:
+        lines.append(
+            f"block    layers {run.block.first} to {run.block.last} of {run.model.n_layers}, "
+            f"inputs from {run.block.inputs}"
+        )
+    if run.mixer is not None:
+        mixers, layers = count(run, "mixer"), len(run.mixer_layers())
+        lines.append(
+            f"mixers   {run.mixer.name} in {layers} of {len(run.layers())} layers, "
+            f"{mixers / 1e6:,.2f}M parameters"
+        )
+    if run.objective.kind != "next-token" or run.trainable() != "all":
+        trained = count(run, trained=True)
+        teacher = f" from {run.objective.teacher}" if run.objective.teacher else ""
+        lines.append(f"stage    {run.objective.kind}{teacher}; {trained / 1e6:,.2f}M train")
+    return lines
+
+
+class _Lines(logging.Handler):
+    """Lines on what is standard error at the time: a progress bar puts itself below them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+def _set_up_logging(run: RunConfig) -> None:
+    """Ours at INFO; torchtitan, which logs to the root logger, at WARNING unless asked for."""
+    handler = _Lines()
+    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], force=True)
+    logging.getLogger().setLevel(
+        logging.INFO if _is_first() and run.metrics.verbose else logging.WARNING
+    )
+    logger.setLevel(logging.INFO)
+    if run.metrics.verbose:
+        return
+    # torchtitan seeds DTensor's generators, which a CPU has none of. Nothing here draws from them:
+    # every rank draws the whole of a parameter and keeps its part.
+    warnings.filterwarnings("ignore", message=".*on cpu device mesh")
+    # torchtitan recomputes the schedules' values where it resumes, which torch warns about.
+    warnings.filterwarnings("ignore", message=".*please use `get_last_lr")
+
+
+def _write_config(run: RunConfig) -> None:
+    """OUTPUT/config.toml: what this run resolved to."""
+    output = Path(run.output)
+    output.mkdir(parents=True, exist_ok=True)
+    temporary = output / "config.toml.tmp"
+    temporary.write_text(to_toml(run))
+    temporary.replace(output / "config.toml")
+
+
+def single_process_defaults() -> None:
+    """What torchrun would set, for a run started without it."""
+    # torchtitan sets the first itself. Through the second, torchrun would repeat every rank's
+    # traceback for errors that have been reported already.
+    for name in ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCHELASTIC_ERROR_FILE"):
+        os.environ.pop(name, None)
+    if "RANK" in os.environ:
+        # torchtitan reads there whose output is shown; ours comes from the rank that has the loss.
+        ranks = range(int(os.environ["WORLD_SIZE"]))
+        os.environ.setdefault("LOG_RANK", ",".join(map(str, ranks)))
+        return
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE="1",
+        LOCAL_WORLD_SIZE="1",
+        MASTER_ADDR="localhost",
+        MASTER_PORT=str(port),
+    )

@@ -1,0 +1,278 @@
+"""A training checkpoint becomes a Hugging Face directory.
+
+`OUTPUT/checkpoint/step-N`, which holds its run's config.toml, gives config.json, safetensors,
+generation_config.json, the tokenizer and a model card: what `AutoModelForCausalLM.from_pretrained`
+loads, after `import lowline` if the model is low-rank or has mixers; LoRA's factors are merged, or
+stand beside it in PEFT's format. `import_weights` makes such a directory of a hub model or a GGUF
+file, for training to start from.
+
+One process reads the shards of however many ranks wrote them, model weights only, straight into
+the dtype asked for. The directory appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from lowline.cola.hf import CoLAConfig
+from lowline.linearize.body.hf import LinearizedConfig
+from lowline.train.config.load import load_config, to_toml
+from lowline.train.config.run import RunConfig
+from lowline.train.data.tokenizer import load_tokenizer
+from lowline.train.engine.checkpoint import is_step_folder, saved_steps
+from lowline.train.hf.weights import (
+    check_shapes,
+    config_to_hf,
+    hf_shapes,
+    load_hf_state_dict,
+    read_config,
+)
+from lowline.train.model.lora import is_lora, merge_stored_lora, save_adapter, stored_factors
+from lowline.train.model.names import from_hf_name, to_hf_names
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def export(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    dtype: str = "float32",
+    adapter: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Write a training checkpoint as a Hugging Face directory and return its path.
+
+    Args:
+        checkpoint: a run's output folder (its latest complete step is taken) or a step folder.
+        output: the directory to make.
+        dtype: of the weights: "float32" (as trained), "bfloat16" or "float16".
+        adapter: do not merge LoRA's factors: `output`/adapter has them, in PEFT's format and fp32,
+            and `output` the weights that they adapt, mixers included.
+        overwrite: replace `output` if it is an earlier export.
+
+    Raises:
+        ValueError: no complete checkpoint, weights that do not fit the run's configuration, an
+            unknown dtype, an adapter of a run without [lora], or an `output` that must not be
+            overwritten.
+        FileNotFoundError: the run's tokenizer is gone.
+        OSError: the disk is full or cannot be written; `output` is then as it was.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype = {dtype!r}; choose from {sorted(DTYPES)}")
+    step_folder, run = find_checkpoint(checkpoint)
+    if adapter and run.lora is None:
+        raise ValueError(f"{step_folder}: a run without [lora] has no adapter; export the model")
+    tokenizer = load_tokenizer(run.tokenizer).hf
+    hf = config_to_hf(
+        run.model,
+        run.cola,
+        run.mixer,
+        max_seq_len=run.training.seq_len,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    if isinstance(hf, LinearizedConfig):
+        hf.teacher = _origin(run)
+    with _replaced_whole(Path(output), overwrite) as folder:
+        weights = read_weights(step_folder, hf, DTYPES[dtype], merge=not adapter)
+        _save(folder, hf, weights, DTYPES[dtype])
+        if adapter:
+            assert run.lora is not None
+            save_adapter(folder / "adapter", stored_factors(step_folder), run.lora, str(output))
+        tokenizer.save_pretrained(folder)
+        parameters = sum(weight.numel() for weight in weights.values())
+        card = model_card(Path(output).resolve().name, run, hf, parameters, step_folder.name)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return Path(output)
+
+
+def _origin(run: RunConfig) -> str | None:
+    """What a run converted: its teacher, or the Hugging Face directory that its stages began with.
+
+    None where the run began with random weights, or with a step folder that is gone.
+    """
+    if run.objective.teacher is not None or run.checkpoint.initial_weights is None:
+        return run.objective.teacher
+    source = Path(run.checkpoint.initial_weights)
+    if is_step_folder(source):
+        return _origin(load_config(source / "config.toml"))
+    if not (source / "config.json").is_file():
+        return None
+    hf = read_config(source)
+    return hf.teacher if isinstance(hf, LinearizedConfig) else str(source)
+
+
+def import_weights(
+    source: str | Path, output: str | Path, *, gguf_file: str | None = None, overwrite: bool = False
+) -> Path:
+    """Copy a hub model or a GGUF file to a directory that `checkpoint.initial_weights` takes.
+
+    The weights are checked and keep their dtype; a GGUF file's are dequantized to float32.
+
+    Args:
+        source: a hub id, or a directory.
+        output: the directory to make.
+        gguf_file: the GGUF file in `source` to read instead of safetensors.
+        overwrite: replace `output` if it is a Hugging Face directory.
+
+    Raises:
+        ValueError: a model that cannot be trained, or an `output` that must not be overwritten.
+        OSError: the disk is full or cannot be written; `output` is then as it was.
+    """
+    hf = read_config(source, gguf_file)
+    weights = load_hf_state_dict(source, gguf_file=gguf_file)
+    weights = to_hf_names(weights, tied=hf.tie_word_embeddings)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+    with _replaced_whole(Path(output), overwrite) as folder:
+        _save(folder, hf, weights, next(iter(weights.values())).dtype)
+        tokenizer.save_pretrained(folder)
+    return Path(output)
+
+
+def _save(
+    folder: Path, hf: PreTrainedConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf, dtype=dtype)
+    model.load_state_dict(weights, strict=not hf.tie_word_embeddings, assign=True)
+    model.tie_weights()
+    model.save_pretrained(folder)
+
+
+def find_checkpoint(path: str | Path) -> tuple[Path, RunConfig]:
+    """The step folder that `path` means and its run's resolved configuration.
+
+    Raises:
+        ValueError: `path` is neither a step folder nor the output folder of a run that has one, or
+            that run's model is a block of layers.
+    """
+    path = Path(path)
+    steps = saved_steps(path / "checkpoint")
+    folder = path / "checkpoint" / f"step-{steps[-1]}" if steps else path
+    if not is_step_folder(folder):
+        raise ValueError(
+            f"{path}: no complete checkpoint (working directory {Path.cwd()}). Give a run's "
+            "output folder, which holds checkpoint/step-N, or one such step folder"
+        )
+    run = load_config(folder / "config.toml")
+    if run.block is not None:
+        raise ValueError(
+            f"{path}: of layers {run.block.first} to {run.block.last} alone; `lowline linearize` "
+            "stitches the blocks of a stage"
+        )
+    return folder, run
+
+
+def read_weights(
+    step_folder: Path, hf: PreTrainedConfig, dtype: torch.dtype, *, merge: bool = True
+) -> dict[str, torch.Tensor]:
+    """The weights of a step under their Hugging Face names, on the CPU.
+
+    Args:
+        merge: add LoRA's factors.
+
+    Raises:
+        ValueError: a weight is missing, unexpected or of another shape than `hf` says.
+    """
+    shapes = hf_shapes(hf)
+    training_names = {from_hf_name(name): name for name in shapes}
+    stored = dcp.FileSystemReader(step_folder).read_metadata().state_dict_metadata
+    found = {
+        training_names.get(name, name): tuple(entry.size)
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata) and _is_weight(name) and not is_lora(name)
+    }
+    if hf.tie_word_embeddings:
+        found.pop("lm_head.weight", None)
+    check_shapes(found, shapes, str(step_folder))
+    weights = {name: torch.empty(shapes[hf_name], dtype=dtype)
+               for name, hf_name in training_names.items()}  # fmt: skip
+    dcp.load(weights, checkpoint_id=step_folder, no_dist=True)
+    if merge:
+        merge_stored_lora(weights, step_folder)
+    return {training_names[name]: weight for name, weight in weights.items()}
+
+
+def _is_weight(name: str) -> bool:
+    return name.startswith(("layers.", "tok_embeddings.", "norm.", "lm_head."))
+
+
+def model_card(name: str, run: RunConfig, hf: PreTrainedConfig, parameters: int, step: str) -> str:
+    """README.md of an exported model: what it is, how to load it, the run that made it."""
+    kind = "low-rank (CoLA)" if isinstance(hf, CoLAConfig) else "dense"
+    mixers = ""
+    if run.mixer is not None:
+        kind = f"linearized, {kind}"
+        layers = ", ".join(map(str, sorted(run.mixer_layers())))
+        mixers = f"- mixer: {run.mixer.name} {json.dumps(run.mixer.options)} in layers {layers}\n"
+    ranks = ""
+    if isinstance(hf, CoLAConfig):
+        ranks = f"- ranks: {json.dumps(hf.ranks)}, activation {hf.bottleneck_activation}\n"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [lowline, {hf.model_type}]
+---
+# {name}
+
+A {kind} language model with {parameters / 1e6:.2f}M parameters, {step} of a lowline run.
+
+- model type: {hf.model_type}
+- layers {hf.num_hidden_layers}, width {hf.hidden_size}, feed-forward {hf.intermediate_size}, \
+heads {hf.num_attention_heads} (key/value {hf.num_key_value_heads})
+- vocabulary {hf.vocab_size}, context {hf.max_position_embeddings} tokens
+{ranks}{mixers}
+```python
+{f"import lowline  # registers {hf.model_type}" if ranks or mixers else ""}
+from transformers import pipeline
+
+print(pipeline("text-generation", {name!r})("The", max_new_tokens=32))
+```
+
+The run's configuration:
+
+```toml
+{to_toml(run)}```
+"""
+
+
+@contextmanager
+def _replaced_whole(output: Path, overwrite: bool) -> Iterator[Path]:
+    """A new folder beside `output` that takes its place when the block ends without an error."""
+    if output.is_file() or output.is_dir() and any(output.iterdir()):
+        if not overwrite:
+            raise ValueError(f"{output} exists; give another output or overwrite it")
+        if not (output / "config.json").is_file():
+            raise ValueError(f"{output} has no config.json: not an export, so not overwritten")
+    new = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
+    old = new.with_suffix(".old")
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if output.is_dir():
+            os.replace(output, old)
+        os.replace(new, output)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"export to {output} failed, and {output} is as it was: {error}. "
+            "Free disk space or give another output"
+        ) from error
+    finally:
+        if old.is_dir() and not output.exists():
+            os.replace(old, output)
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

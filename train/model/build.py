@@ -1,0 +1,388 @@
+"""torchtitan's own Llama from a [model] table, changed by converters as the other tables ask.
+
+`lowline.cola` makes its projections low-rank, `lowline.linearize` puts mixers where attention stood
+and torchtitan adds LoRA, in this order. Rotary embedding is in Hugging Face's half-split convention
+throughout, so that weights go in and out by renaming. Dense projections, the embedding and the
+output start at N(0, 0.02).
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn as nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.config.configs import CompileConfig, TrainingConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.compile import apply_compile
+from torchtitan.distributed.pipeline_parallel import pipeline_llm
+from torchtitan.models.common import Embedding, Linear, RMSNorm
+from torchtitan.models.common.attention import (
+    FlexAttention,
+    GQAttention,
+    QKVLinear,
+    VarlenAttention,
+)
+from torchtitan.models.common.decoder import Decoder
+from torchtitan.models.common.decoder_sharding import set_decoder_sharding_config
+from torchtitan.models.common.feed_forward import FeedForward
+from torchtitan.models.common.rope import CosSinRoPE
+from torchtitan.models.llama3.model import Llama3Model, Llama3TransformerBlock
+from torchtitan.models.llama3.parallelize import parallelize_llama
+from torchtitan.protocols.model_spec import ModelSpec
+
+from lowline.cola.accounting import training_flops
+from lowline.cola.block import ColaBlock, ColaConverter, drawn_whole, set_cola_sharding
+from lowline.linearize.mixers.base import Mixer
+from lowline.linearize.titan import (
+    MixerAttention,
+    MixerConverter,
+    MixerInputs,
+    Transfer,
+    document_bounds,
+)
+from lowline.train.config.run import ModelConfig, RopeScaling, RunConfig
+from lowline.train.model.attention import Bounds, DocumentSDPA, document_mask
+from lowline.train.model.lora import add_lora, draw_factors_whole
+
+INIT_STD = 0.02
+Trainable = Literal["all", "mixers", "attention"]
+
+
+class RoPE(CosSinRoPE):
+    """torchtitan's half-split rotary embedding with Llama 3.1's frequency scaling added."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(CosSinRoPE.Config):
+        pass
+
+    def _precompute_cache(self) -> torch.Tensor:
+        c = self.config
+        if c.scaling != "llama":
+            return super()._precompute_cache()
+        frequency = c.theta ** -(torch.arange(0, c.dim, 2).float() / c.dim)
+        # Llama 3.1: divide the low frequencies by the factor, keep the high ones, blend between.
+        turns = c.original_max_position_embeddings * frequency / (2 * torch.pi)
+        blend = (turns - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)
+        blend = blend.clamp(0, 1)
+        frequency = frequency * (blend + (1 - blend) / c.scaling_factor)
+        angle = torch.outer(torch.arange(c.max_seq_len).float(), frequency)
+        angle = torch.cat([angle, angle], dim=-1)
+        return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class Llama(Llama3Model):
+    """torchtitan's Llama; tells each layer what it must know of documents that share a row."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Llama3Model.Config):
+        trainable: Trainable = "all"
+        kept: tuple[int, int] | None = None  # first and last layer that there are, alone
+
+        def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
+            """Fit the model to the run: longest sequence, and the layout of tensor parallelism."""
+            if config.parallelism.tensor_parallel_degree == 1:
+                Decoder.Config.update_from_config(self, config=config, **kwargs)
+                return
+            if not isinstance(self.layers[0], ColaBlock.Config):
+                Llama3Model.Config.update_from_config(self, config=config, **kwargs)
+                return
+            Decoder.Config.update_from_config(self, config=config, **kwargs)
+            set_decoder_sharding_config(self, enable_sp=True)
+            for layer in self.layers:
+                set_cola_sharding(layer)
+
+        def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+            """Parameters, and FLOPs a token of forward + backward (`lowline.cola.accounting`)."""
+            attention = self.layers[0].attention
+            looked_up = model.tok_embeddings is not None and not self.enable_weight_tying
+            lookup = self.vocab_size * self.dim if looked_up else 0
+            flops = training_flops(
+                matrix_parameters=sum(p.numel() for p in model.parameters() if p.ndim == 2)
+                - lookup,
+                n_layers=len(self.layers),
+                query_width=attention.n_heads
+                * (attention.head_dim or self.dim // attention.n_heads),
+                seq_len=seq_len,
+            )
+            return sum(p.numel() for p in model.parameters()), flops
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if config.kept is not None:
+            self._keep(*config.kept)
+        freeze(self, config.trainable)
+        draw_factors_whole(self)
+
+    def _keep(self, first: int, last: int) -> None:
+        for name in list(self.layers):
+            if not first <= int(name) <= last:
+                del self.layers[name]
+        self.tok_embeddings = self.norm = self.lm_head = None
+
+    def verify_module_protocol(self) -> None:
+        """Nothing: mixers are plain modules, whose beginnings `MixerAttention` sees to."""
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        attention_masks: Any = None,
+        transfer: Transfer | None = None,
+    ) -> torch.Tensor:
+        """Token ids (B, L) to logits (B, L, V); of some layers alone, their input to their output.
+
+        Args:
+            positions: (B, L), 0 where a document starts.
+            attention_masks: of Flex and Varlen attention; SDPA's are made here.
+            transfer: let mixers learn from softmax attention, whose output goes on.
+        """
+        mixed = [isinstance(c.attention, MixerAttention.Config) for c in self.config.layers]
+        bounds = None
+        if positions is not None and any(mixed):
+            bounds = document_bounds(positions)
+        sdpa = isinstance(self.config.first_attention.inner_attention, DocumentSDPA.Config)
+        if sdpa and attention_masks is None and positions is not None:
+            if transfer is not None:
+                attention_masks = None if bounds is None else Bounds.of(bounds)
+            elif not all(mixed):
+                attention_masks = document_mask(positions, next(self.parameters()).dtype)
+        inputs = MixerInputs(bounds, attention_masks, transfer)
+        h = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
+        for name, layer in self.layers.items():  # a pipeline stage or a block has some of them
+            h = layer(h, inputs if mixed[int(name)] else attention_masks, positions)
+        h = h if self.norm is None else self.norm(h)
+        return h if self._skip_lm_head or self.lm_head is None else self.lm_head(h)
+
+
+def freeze(model: nn.Module, trainable: Trainable) -> None:
+    """Let only the named part of the model train, and LoRA's factors where there are any."""
+    parts = {"mixers": (".mixer.",), "attention": (".mixer.", ".qkv_linear.", ".wo.")}
+    for name, parameter in model.named_parameters():
+        if trainable != "all" and ".lora_" not in name:
+            parameter.requires_grad_(any(part in name for part in parts[trainable]))
+    for module in model.modules():
+        for name in module.fixed if isinstance(module, Mixer) else ():
+            module.get_parameter(name).requires_grad_(False)
+
+
+def _normal() -> dict[str, Any]:
+    return {"weight": drawn_whole(partial(nn.init.normal_, std=INIT_STD)), "bias": nn.init.zeros_}
+
+
+def _rope(model: ModelConfig, max_seq_len: int) -> RoPE.Config:
+    rope = RoPE.Config(dim=model.per_head, max_seq_len=max_seq_len, theta=model.rope_theta)
+    scaling = model.rope_scaling
+    if scaling is None:
+        return rope
+    assert isinstance(scaling, RopeScaling)
+    if scaling.kind == "llama3":
+        rope.scaling = "llama"
+        rope.scaling_factor = scaling.factor
+        rope.low_freq_factor = scaling.low_freq_factor
+        rope.high_freq_factor = scaling.high_freq_factor
+        rope.original_max_position_embeddings = scaling.original_max_seq_len
+    else:
+        rope.scaling = "yarn"
+        rope.rope_factor = scaling.factor
+        rope.beta_fast, rope.beta_slow = scaling.beta_fast, scaling.beta_slow
+        rope.original_seq_len = scaling.original_max_seq_len
+    return rope
+
+
+def build_model_config(run: RunConfig) -> Llama.Config:
+    """torchtitan's configuration of the model that a run trains."""
+    m = run.model
+    inner = {"sdpa": DocumentSDPA, "flex": FlexAttention, "varlen": VarlenAttention}
+    backend = m.attention
+    if backend == "auto":
+        backend = "flex" if torch.cuda.is_available() else "sdpa"
+    elif backend != "sdpa" and not torch.cuda.is_available():
+        raise ValueError(f'model.attention = "{backend}" needs a GPU; "sdpa" or "auto" runs here')
+
+    def linear(in_features: int, out_features: int, bias: bool = False) -> Linear.Config:
+        return Linear.Config(
+            in_features=in_features, out_features=out_features, bias=bias, param_init=_normal()
+        )
+
+    def norm(width: int = m.dim) -> RMSNorm.Config:
+        return RMSNorm.Config(
+            normalized_shape=width, eps=m.norm_eps, param_init={"weight": nn.init.ones_}
+        )
+
+    query, key_value = m.n_heads * m.per_head, m.kv_heads * m.per_head
+    max_seq_len = m.max_seq_len or run.training.seq_len
+
+    def block() -> Llama3TransformerBlock.Config:
+        return Llama3TransformerBlock.Config(
+            attention_norm=norm(),
+            ffn_norm=norm(),
+            attention=GQAttention.Config(
+                dim=m.dim,
+                n_heads=m.n_heads,
+                n_kv_heads=m.kv_heads,
+                head_dim=m.per_head,
+                qkv_linear=QKVLinear.Config(
+                    head_dim=m.per_head,
+                    wq=linear(m.dim, query, m.qkv_bias),
+                    wkv=linear(m.dim, key_value, m.qkv_bias),
+                ),
+                wo=linear(query, m.dim),
+                qk_norm=norm(m.per_head) if m.qk_norm else None,
+                inner_attention=inner[backend].Config(),
+                rope=_rope(m, max_seq_len),
+            ),
+            feed_forward=FeedForward.Config(
+                w1=linear(m.dim, m.ffn_dim),
+                w3=linear(m.dim, m.ffn_dim),
+                w2=linear(m.ffn_dim, m.dim),
+            ),
+        )
+
+    config = Llama.Config(
+        dim=m.dim,
+        vocab_size=m.vocab_size,
+        enable_weight_tying=m.tie_embeddings,
+        tok_embeddings=Embedding.Config(
+            num_embeddings=m.vocab_size,
+            embedding_dim=m.dim,
+            param_init={"weight": lambda weight: None} if m.tie_embeddings else _normal(),
+        ),
+        norm=norm(),
+        lm_head=linear(m.dim, m.vocab_size),
+        layers=[block() for _ in range(m.n_layers)],
+        trainable=run.trainable(),
+    )
+    ranks = run.ranks()
+    if any(ranks.values()) or m.mlp_activation != "silu":
+        ColaConverter.Config(
+            ranks=ranks,
+            activation=run.cola.activation,
+            bias=run.cola.bias,
+            mlp_activation=m.mlp_activation,
+            memory=run.cola.memory,
+            grouped=run.cola.grouped,
+        ).build().convert(config)
+    if run.mixer is not None:
+        MixerConverter.Config(
+            mixer=run.mixer.name, options=run.mixer.options, layers=sorted(run.mixer_layers())
+        ).build().convert(config)
+    if run.lora is not None:
+        converted = add_lora(config, run.lora)
+        assert isinstance(converted, Llama.Config)
+        return converted
+    if run.block is not None:
+        keep_layers(config, run.layers())
+    return config
+
+
+def keep_layers(config: Llama.Config, layers: range) -> None:
+    """Let a model have these layers alone, under their names, without embeddings and output."""
+    config.kept, config.enable_weight_tying = (layers[0], layers[-1]), False
+
+
+def build_model_spec(run: RunConfig) -> ModelSpec:
+    """The model with the functions by which torchtitan lays it out over devices."""
+    from lowline.train.hf.weights import LlamaStateDictAdapter
+
+    kind = "cola" if any(run.ranks().values()) else "dense"
+    return ModelSpec(
+        name="lowline",
+        flavor=f"{kind}-d{run.model.dim}-l{run.model.n_layers}",
+        model=build_model_config(run),
+        parallelize_fn=partial(parallelize, mixers_apart=run.objective.kind == "transfer"),
+        pipelining_fn=pipeline,
+        post_optimizer_build_fn=None,
+        state_dict_adapter=LlamaStateDictAdapter,
+    )
+
+
+def parallelize(
+    model: nn.Module,
+    *,
+    parallel_dims: ParallelDims,
+    training: TrainingConfig,
+    compile_config: CompileConfig,
+    ac_config: Any,
+    dump_folder: str,
+    mixers_apart: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """torchtitan's layout, with a reduction that gloo knows (it has no pre-multiplied sum).
+
+    With `mixers_apart` FSDP gathers a mixer on its own, not with its block: where nothing else has
+    a backward pass, the blocks' weights are gathered for the forward pass only. One process in one
+    precision has nothing to shard or cast: it goes without FSDP, which would copy every parameter
+    and gradient all the same.
+    """
+    if parallel_dims.world_size == 1 and training.mixed_precision_param == "float32":
+        if ac_config is not None:
+            ac_config.build(dump_folder=dump_folder).apply(model)
+        if compile_config.enable:
+            apply_compile(model, compile_config=compile_config, parallel_dims=parallel_dims)
+        return model
+    if mixers_apart:
+        _shard_mixers(model, parallel_dims, training)
+    model = parallelize_llama(
+        model,
+        parallel_dims=parallel_dims,
+        training=training,
+        compile_config=compile_config,
+        ac_config=ac_config,
+        dump_folder=dump_folder,
+        **kwargs,
+    )
+    if not torch.accelerator.is_available():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def _shard_mixers(model: nn.Module, parallel_dims: ParallelDims, training: TrainingConfig) -> None:
+    names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
+    precision = MixedPrecisionPolicy(
+        param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
+        reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
+        cast_forward_inputs=False,
+    )
+    for module in model.modules():
+        if isinstance(module, Mixer):
+            fully_shard(module, mesh=parallel_dims.get_mesh(names), mp_policy=precision)
+
+
+def pipeline(model: nn.Module, **kwargs: Any) -> Any:
+    """torchtitan's pipeline, with the step() that it expects added to torch 2.13's schedule."""
+    schedule, parts, first, last = pipeline_llm(model, **kwargs)
+    if "arg_mbs" not in inspect.signature(type(schedule).step).parameters:
+        schedule.step = partial(_step_microbatches, schedule)
+    return schedule, parts, first, last
+
+
+def _step_microbatches(
+    schedule: Any,
+    *,
+    arg_mbs: Any = None,
+    kwarg_mbs: Any = None,
+    target_mbs: Any = None,
+    losses: Any = None,
+    return_outputs: bool = False,
+    loss_kwargs: Any = None,
+) -> None:
+    for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
+        stage.has_backward = schedule._has_backward
+        stage.clear_runtime_states()
+    n = schedule._n_microbatches
+    schedule._step_microbatches(
+        arg_mbs or [()] * n,
+        kwarg_mbs or [{}] * n,
+        target_mbs,
+        losses,
+        return_outputs,
+        loss_kwargs=loss_kwargs,
+    )
