@@ -23,10 +23,7 @@ Left out: weights that are pickled (.bin) or quantized in another form than GGUF
 from __future__ import annotations
 
 import copy
-import os
 import re
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +41,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lowline.files import write_folder
 from lowline.linearize.body.hf import FAMILIES, PREFIX, SOFTMAX, LinearizedConfig
 
 Layers = str | Sequence[int]
@@ -246,14 +244,9 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: 
         raise ValueError(f"tokenizer = {tokenizer!r}; a saved model needs one, see load_tokenizer")
     if directory.is_file() or directory.is_dir() and any(directory.iterdir()):
         raise ValueError(f"{directory} exists and is not empty; give another directory")
-    new = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        new.mkdir(parents=True)
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        os.replace(new, directory)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    with write_folder(directory) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return directory
 
 

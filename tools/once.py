@@ -10,7 +10,7 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-from lowline.train.blockwise.store import write_whole
+from lowline.files import write_text
 from lowline.train.config.load import ConfigError, changes, leaves, read_toml, to_toml
 from lowline.train.config.run import RunConfig
 
@@ -38,10 +38,10 @@ def is_done(run: RunConfig) -> bool:
 def begin(run: RunConfig) -> Path:
     """Write the configuration that a run is trained under; returns the file."""
     config = Path(run.output) / "stage.toml"
-    write_whole(config, to_toml(run))
+    write_text(config, to_toml(run))
     return config
 
 
 def end(run: RunConfig) -> None:
     """Note that a run was trained to its end."""
-    write_whole(Path(run.output) / DONE, to_toml(run))
+    write_text(Path(run.output) / DONE, to_toml(run))

@@ -20,7 +20,8 @@ from helpers import models, training
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lowline.train.blockwise.store import Manifest, Series, ShardError, blocks_of, fingerprint
+from lowline.files import fingerprint
+from lowline.train.blockwise.store import Manifest, Series, ShardError, blocks_of
 from lowline.train.data.tokenizer import load_tokenizer
 from lowline.train.engine.checkpoint import saved_steps
 from lowline.train.engine.metrics import read_metrics

@@ -23,6 +23,7 @@ from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lowline.files import write_file, write_text
 from lowline.tools.bench.kernels.report import print_table
 from lowline.tools.bench.timing import (
     Cases,
@@ -33,7 +34,7 @@ from lowline.tools.bench.timing import (
     ratio,
     threads_of_operators,
 )
-from lowline.tools.commands.inspect_rank import wide_console, write_whole
+from lowline.tools.commands.inspect_rank import wide_console
 
 if TYPE_CHECKING:
     import torch
@@ -151,10 +152,10 @@ def bench_decode(
             report["prefill"] = prefill(setup, prompt)
             print_prefill(console, report)
     if json is not None:
-        write_whole(json, lambda path: path.write_text(dumps(report, indent=1) + "\n"))
+        write_text(json, dumps(report, indent=1) + "\n")
     if plot is not None:
         figure = draw(report)
-        write_whole(plot, lambda path: figure.savefig(path, format=plot.suffix[1:], dpi=150))
+        write_file(plot, lambda path: figure.savefig(path, format=plot.suffix[1:], dpi=150))
     return report
 
 

@@ -19,6 +19,7 @@ from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowline.files import write_text
 from lowline.tools.bench.pretrain import trainer_step
 from lowline.tools.bench.timing import (
     at_least_one,
@@ -27,7 +28,7 @@ from lowline.tools.bench.timing import (
     ratio,
     threads_of_operators,
 )
-from lowline.tools.commands.inspect_rank import wide_console, write_whole
+from lowline.tools.commands.inspect_rank import wide_console
 
 if TYPE_CHECKING:
     from lowline.train.config.run import RunConfig
@@ -71,7 +72,7 @@ def bench_linearize(
             report["stages"][name] = bench_stage(run, repeats)
     _print(report, repeats)
     if json is not None:
-        write_whole(json, lambda path: path.write_text(dumps(report, indent=1) + "\n"))
+        write_text(json, dumps(report, indent=1) + "\n")
     return report
 
 

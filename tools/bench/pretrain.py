@@ -24,6 +24,7 @@ from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lowline.files import write_text
 from lowline.tools.bench.timing import (
     at_least_one,
     copy_case,
@@ -33,7 +34,7 @@ from lowline.tools.bench.timing import (
     ratio,
     threads_of_operators,
 )
-from lowline.tools.commands.inspect_rank import wide_console, write_whole
+from lowline.tools.commands.inspect_rank import wide_console
 
 if TYPE_CHECKING:
     from lowline.train.config.run import RunConfig
@@ -87,7 +88,7 @@ def bench_pretrain(
             report["trainer"] = bench_trainer(repeats)
             print_trainer(report["trainer"])
     if json is not None:
-        write_whole(json, lambda path: path.write_text(dumps(report, indent=1) + "\n"))
+        write_text(json, dumps(report, indent=1) + "\n")
     return report
 
 

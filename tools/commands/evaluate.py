@@ -20,8 +20,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from lowline.files import write_file, write_text
 from lowline.tools.bench.timing import at_least_one, machine
-from lowline.tools.commands.inspect_rank import wide_console, write_whole
+from lowline.tools.commands.inspect_rank import wide_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -163,20 +164,16 @@ def evaluate(
     results = Results.read(numbers)
     for _ in run(plan, results, console):
         report = {"machine": machine(torch.get_num_threads()), "records": results.records}
-        write_whole(numbers, partial(write_text, json.dumps(report, indent=1) + "\n"))
+        write_text(numbers, json.dumps(report, indent=1) + "\n")
     rows = named_apart({json.dumps(row.identity): row for row, _ in plan}.values())
     measures = list({(m.task, json.dumps(m.settings)): m for _, m in plan}.values())
     context = max(*size.contexts, *size.lengths)
     console.print(table(rows, measures, results, context=context))
     console.print(explanation(measures), style="dim", highlight=False)
     for name, figure in plots(rows, measures, results):
-        write_whole(output / f"{name}.png", partial(figure.savefig, format="png", dpi=150))
+        write_file(output / f"{name}.png", partial(figure.savefig, format="png", dpi=150))
     console.print(f"scores and plots: {output}")
     return results.records
-
-
-def write_text(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def open_text(path: Path | None, text_key: str) -> list[str]:

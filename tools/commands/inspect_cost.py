@@ -22,7 +22,8 @@ from lowline.cola.accounting import (
     saved_by_model,
 )
 from lowline.cola.ranks import PROJECTIONS
-from lowline.tools.commands.inspect_rank import wide_console, write_whole
+from lowline.files import write_text
+from lowline.tools.commands.inspect_rank import wide_console
 from lowline.train.config.load import load_config
 from lowline.train.cost.memory import FP32, itemsize_of, shape_of
 
@@ -102,7 +103,7 @@ def inspect_cost(
     found = costs(str(config), overrides)
     if json is not None:
         text = dumps([dataclasses.asdict(cost) for cost in found], indent=2) + "\n"
-        write_whole(json, lambda path: path.write_text(text))
+        write_text(json, text)
     from rich.table import Table
 
     table = Table(title=str(config))

@@ -13,13 +13,14 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowline.cola.analysis import ActivationRanks, Which, projections
+from lowline.files import write_file, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -96,10 +97,10 @@ def inspect_rank(
             "which": which,
             "projections": [asdict(rank) for rank in ranks],
         }
-        write_whole(json, lambda path: path.write_text(dumps(report, indent=1) + "\n"))
+        write_text(json, dumps(report, indent=1) + "\n")
     if plot is not None:
         figure = draw(ranks, alpha, which)
-        write_whole(plot, lambda path: figure.savefig(path, format=plot.suffix[1:], dpi=150))
+        write_file(plot, lambda path: figure.savefig(path, format=plot.suffix[1:], dpi=150))
     return ranks
 
 
@@ -270,14 +271,3 @@ def draw(ranks: list[ProjectionRank], alpha: float, which: Which) -> Any:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(title=f"{which} (dimension)", loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under a temporary name and rename it: it is complete or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowline.files import fingerprint, write_text
 from lowline.tools.commands.linearize_blocks import Blocks, print_blocks, train_blocks
 from lowline.tools.once import DONE, begin, end, is_done
-from lowline.train.blockwise.store import fingerprint, write_whole
 from lowline.train.config.load import ConfigError
 from lowline.train.config.run import RunConfig
 from lowline.train.config.stages import Stages, check_model, load_stages, table
@@ -214,7 +214,7 @@ def _teacher(source: str, folder: Path) -> Path:
         this = fingerprint(path)
         if not origin.is_file():
             import_weights(place, folder, gguf_file=gguf_file, overwrite=True)
-            write_whole(origin, f"{path.resolve()}\n{this}\n")
+            write_text(origin, f"{path.resolve()}\n{this}\n")
         elif (made_of := origin.read_text().splitlines())[1:] != [this]:
             raise ConfigError(
                 f"{folder} was made of {''.join(made_of[:1])}, which is not {path}: give another "

@@ -25,9 +25,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,16 +33,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
+from lowline.files import write_tensors, write_text
 from lowline.train.blockwise.plan import stored_bytes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHARD_BYTES = 2**29  # of hidden states, at most, unless one step alone has more
 TOKEN_BYTES = 3 * 4  # input, label and position
 TOKENS = "tokens"
-_SAMPLES, _SAMPLE = 64, 4096  # of a file, and bytes of each
 
 
 class ShardError(ValueError):
@@ -127,7 +124,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write it to a folder."""
-        write_whole(folder / "manifest.json", _json(dataclasses.asdict(self)))
+        write_text(folder / "manifest.json", _json(dataclasses.asdict(self)))
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -201,18 +198,9 @@ class Series:
             OSError: the disk is full or cannot be written; nothing is left half-written.
         """
         path = self.path(number)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            save_file(dict(tensors), temporary)
-            record = {"bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}
-            os.replace(temporary, path)
-        except SafetensorError as error:  # which is what it makes of a full disk
-            raise OSError(f"{path} could not be written: {error}") from None
-        finally:
-            temporary.unlink(missing_ok=True)
-        self._records[path.name] = record
-        write_whole(self._list, _json(self._records))
+        write_tensors(path, tensors)
+        self._records[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        write_text(self._list, _json(self._records))
 
     @contextmanager
     def open(self, number: int) -> Iterator[Any]:
@@ -234,25 +222,6 @@ def _damaged(path: Path, how: str) -> ShardError:
     return ShardError(f"{path} {how}; remove it, and the same command writes it again")
 
 
-def fingerprint(source: Path) -> str:
-    """Of the weights in a folder, or of a file: tells apart what differs, but for a few bytes.
-
-    Made of name, size and evenly spread samples of every file of weights, as reading the whole of a
-    large model takes hours.
-    """
-    digest, files = hashlib.sha256(), [source]
-    if source.is_dir():
-        files = sorted(p for p in source.iterdir() if p.suffix in (".safetensors", ".distcp"))
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for sample in range(_SAMPLES):
-                file.seek(max(0, size - _SAMPLE) * sample // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()[:16]
-
-
 def check_space(folder: Path, manifest: Manifest) -> int:
     """Bytes that are still to be written to a folder of inputs, which must exist.
 
@@ -270,17 +239,6 @@ def check_space(folder: Path, manifest: Manifest) -> int:
             "(training.steps), or an output on a larger disk"
         )
     return missing
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _json(value: Any) -> str:

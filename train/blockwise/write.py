@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools import utils
 
+from lowline.files import fingerprint
 from lowline.linearize.titan import document_bounds
 from lowline.train.blockwise.store import (
     DTYPES,
@@ -39,7 +40,6 @@ from lowline.train.blockwise.store import (
     Manifest,
     Series,
     check_space,
-    fingerprint,
 )
 from lowline.train.config.load import changes, leaves
 from lowline.train.config.objective import ObjectiveConfig

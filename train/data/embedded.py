@@ -26,9 +26,10 @@ import json
 import os
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from lowline.files import write_text
 
 _SKIPPED = {
     "__phello__",
@@ -146,12 +147,7 @@ def _cache_file(library: Path) -> Path:
 def _write(path: Path, documents: list[str]) -> None:
     """Write the cache at once or not at all; a home that cannot be written needs none."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=path.name, delete=False
-        ) as file:
-            json.dump(documents, file)
-        os.replace(file.name, path)
+        write_text(path, json.dumps(documents))
     except OSError:
         return
 

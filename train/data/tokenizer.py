@@ -15,7 +15,6 @@ transformers' AutoTokenizer, without running any code from there.
 import argparse
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import as_file, files
@@ -26,6 +25,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torchtitan.components.tokenizer import BaseTokenizer
 
+from lowline.files import write_text
 from lowline.train.data.chat import Conversation, conversation_tokens
 
 if TYPE_CHECKING:
@@ -173,18 +173,8 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> N
         "model_max_length": 1_000_000_000_000,
     }
     target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
-    _replace(target / "tokenizer.json", tokenizer.to_str())
-    _replace(target / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=path.name, delete=False
-    ) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    write_text(target / "tokenizer.json", tokenizer.to_str())
+    write_text(target / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _main() -> None:

@@ -30,6 +30,7 @@ from torchtitan.components.checkpointer import AsyncMode, CheckpointManager
 from torchtitan.components.checkpointer.base import MODEL
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
+from lowline.files import OLD, put_in_place, write_text
 from lowline.train.model.lora import is_lora, merge_stored_lora
 
 SAVING, DELETING = ".saving", ".deleting"
@@ -67,7 +68,7 @@ class Checkpointer(CheckpointManager):
         self._newest = max(saved_steps(self.folder), default=-1)  # saved, or being saved
         if dist.get_rank() == 0 and Path(self.folder).is_dir():
             for path in Path(self.folder).iterdir():
-                if path.suffix in (SAVING, DELETING):  # an earlier process was killed there
+                if path.suffix in (SAVING, DELETING, OLD):  # an earlier process was killed there
                     shutil.rmtree(path)
 
     def dcp_save(
@@ -229,10 +230,8 @@ class _WholeFolderWriter(FileSystemWriter):
         """Called on one rank; what it raises is raised on all."""
         super().finish(metadata, results)
         temporary = Path(self.path)
-        (temporary / "config.toml").write_text(self._run_config)
-        if self._final.exists():
-            _remove(self._final)
-        temporary.rename(self._final)
+        write_text(temporary / "config.toml", self._run_config)
+        put_in_place(temporary, self._final)
 
 
 def _present(wanted: dict[str, Any], stored: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 from torchtitan.components.metrics import BaseLogger, MetricsProcessor
 
+from lowline.files import write_text
+
 logger = logging.getLogger("lowline")
 
 
@@ -56,9 +58,7 @@ class Recorder(BaseLogger):
         self.output.mkdir(parents=True, exist_ok=True)
         path = self.output / "metrics.jsonl"
         kept = [r for r in read_metrics(self.output) if r["step"] <= last_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        temporary.replace(path)
+        write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
         self.file = path.open("a")
         if self.tensorboard:
             self.writer = SummaryWriter(str(self.output / "tb"), purge_step=last_step + 1)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from lowline.files import write_text
 from lowline.train.config.load import ConfigError, to_toml
 from lowline.train.config.run import RunConfig
 from lowline.train.cost.parameters import count, model_parameters, shape_of, training_flops_of
@@ -189,11 +190,7 @@ def _set_up_logging(run: RunConfig) -> None:
 
 def _write_config(run: RunConfig) -> None:
     """OUTPUT/config.toml: what this run resolved to."""
-    output = Path(run.output)
-    output.mkdir(parents=True, exist_ok=True)
-    temporary = output / "config.toml.tmp"
-    temporary.write_text(to_toml(run))
-    temporary.replace(output / "config.toml")
+    write_text(Path(run.output) / "config.toml", to_toml(run))
 
 
 def single_process_defaults() -> None:

@@ -13,9 +13,6 @@ the dtype asked for. The directory appears whole or not at all.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +24,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from lowline.cola.hf import CoLAConfig
+from lowline.files import write_folder
 from lowline.linearize.body.hf import LinearizedConfig
 from lowline.train.config.load import load_config, to_toml
 from lowline.train.config.run import RunConfig
@@ -258,21 +256,11 @@ def _replaced_whole(output: Path, overwrite: bool) -> Iterator[Path]:
             raise ValueError(f"{output} exists; give another output or overwrite it")
         if not (output / "config.json").is_file():
             raise ValueError(f"{output} has no config.json: not an export, so not overwritten")
-    new = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
-    old = new.with_suffix(".old")
     try:
-        new.mkdir(parents=True)
-        yield new
-        if output.is_dir():
-            os.replace(output, old)
-        os.replace(new, output)
+        with write_folder(output, replace=True) as folder:
+            yield folder
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"export to {output} failed, and {output} is as it was: {error}. "
             "Free disk space or give another output"
         ) from error
-    finally:
-        if old.is_dir() and not output.exists():
-            os.replace(old, output)
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from lowline.train.blockwise.store import fingerprint, write_whole
+from lowline.files import fingerprint, write_tensors, write_text
 from lowline.train.config.run import RunConfig
 
 Likeliest = tuple[torch.Tensor, torch.Tensor]
@@ -55,7 +52,7 @@ class LogitCache:
                     f"has {mine}; choose another folder, or remove this one"
                 )
         else:
-            write_whole(manifest, json.dumps(mine, indent=1) + "\n")
+            write_text(manifest, json.dumps(mine, indent=1) + "\n")
 
     def read(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor | None) -> Likeliest | None:
         """What is kept of a batch; None unless all of its rows are there.
@@ -79,16 +76,8 @@ class LogitCache:
         """
         log_p, ids = (x.cpu() for x in likeliest)
         for row, path in enumerate(self._paths(ids_BT, positions_BT)):
-            path.parent.mkdir(exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
             tensors = {"log_p": log_p[row].clone(), "ids": ids[row].int()}
-            try:
-                save_file(tensors, temporary, metadata={"sha256": _digest(*tensors.values())})
-                os.replace(temporary, path)
-            except SafetensorError as error:  # which is what it makes of a full disk
-                raise OSError(f"{path} could not be written: {error}") from None
-            finally:
-                temporary.unlink(missing_ok=True)
+            write_tensors(path, tensors, metadata={"sha256": _digest(*tensors.values())})
 
     def _paths(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor | None) -> list[Path]:
         seen = ids_BT[:, None] if positions_BT is None else torch.stack([ids_BT, positions_BT], 1)

@@ -34,6 +34,7 @@ from json import dumps, loads
 from pathlib import Path
 from typing import Any, Literal
 
+from lowline.files import write_file, write_text
 from lowline.tools.bench.kernels.cases import (
     DRAFT,
     GATES,
@@ -65,7 +66,7 @@ from lowline.tools.bench.timing import (
     ratio,
     threads_of_operators,
 )
-from lowline.tools.commands.inspect_rank import wide_console, write_whole
+from lowline.tools.commands.inspect_rank import wide_console
 
 Part = Literal["recurrence", "window", "decode", "bottleneck", "scan", "memory"]
 Clock = Literal["wall", "cpu"]
@@ -190,10 +191,10 @@ def bench_kernels(
             report[name] = measures[name]()
             print_part(console, name, report)
     if json is not None:
-        write_whole(json, lambda path: path.write_text(dumps(report, indent=1) + "\n"))
+        write_text(json, dumps(report, indent=1) + "\n")
     if plot is not None:
         figure = draw(report)
-        write_whole(plot, lambda path: figure.savefig(path, format=plot.suffix[1:], dpi=150))
+        write_file(plot, lambda path: figure.savefig(path, format=plot.suffix[1:], dpi=150))
     return report
 
 
