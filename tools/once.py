@@ -11,8 +11,9 @@ import tomllib
 from pathlib import Path
 
 from lowline.files import write_text
-from lowline.train.config.load import ConfigError, changes, leaves, read_toml, to_toml
+from lowline.train.config.load import changes, to_toml
 from lowline.train.config.run import RunConfig
+from lowline.train.config.tables import ConfigError, leaves, read_toml
 
 DONE = "done.toml"
 

@@ -305,3 +305,51 @@ def test_known_keys_are_those_of_the_resolved_config(path: Path) -> None:
     assert keys["training.steps"] == "integer > 0"
     assert keys["checkpoint.keep"] == "integer >= 2"
     assert {"output", "evaluation.data.split", "model.rope_scaling.factor"} <= set(keys)
+
+
+def test_a_file_stands_over_its_bases(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    child = tmp_path / "deep" / "child.toml"
+    middle = tmp_path / "middle.toml"
+    middle.write_text('base = "run.toml"\n[training]\nsteps = 11\nseed = 5\n')
+    child.write_text('base = "../middle.toml"\n[training]\nseed = 6\n')
+    run = load_config(child, ["--training.seq_len=16"])
+    assert (run.model.dim, run.training.steps, run.training.seed) == (64, 11, 6)
+    assert run.training.seq_len == 16
+    assert run == load_config(
+        path, ["--training.steps=11", "--training.seed=6", "--training.seq_len=16"]
+    )
+    other = tmp_path / "other.toml"
+    other.write_text("[training]\nsteps = 12\nseed = 7\n[optimizer]\nlr = 0.5\n")
+    child.write_text('base = ["../middle.toml", "../other.toml"]\ntraining.seed = 8\n')
+    run = load_config(child)
+    assert (run.training.steps, run.training.seed, run.optimizer.lr) == (12, 8, 0.5)
+    child.write_text('base = "demo_cola.toml"\n[cola]\nrank = 32\n')  # of those that ship
+    cola = config("demo_cola")
+    assert load_config(child) == dataclasses.replace(
+        cola, cola=dataclasses.replace(cola.cola, rank=32)
+    )
+
+
+def test_mistakes_name_the_base_that_made_them(path: Path, tmp_path: Path) -> None:
+    child = tmp_path / "child.toml"
+    child.write_text('base = "run.toml"\ncompile = 3\n')
+    path.write_text(MINIMAL.replace("lr = 1e-3", "lr = -1"))
+    of_base, of_child = sorted(message(child).splitlines(), key=lambda line: "child" in line)
+    assert of_base.startswith(f"{path}: optimizer.lr = -1: Input should be greater than 0")
+    assert of_child.startswith(f"{child}: compile = 3: Input should be a valid boolean")
+    path.write_text('base = "child.toml"' + MINIMAL)
+    assert "base leads back to the file itself" in message(child)
+    child.write_text('base = "absent.toml"\n')
+    assert f"{child}: base = 'absent.toml': neither {tmp_path / 'absent.toml'} nor" in message(
+        child
+    )
+    child.write_text("base = 3\n")
+    assert f"{child}: base = 3: give a TOML file or a list" in message(child)
+    path.write_text(MINIMAL)
+    assert "command line: base = 'run.toml': unknown key" in message(path, "--base=run.toml")
+
+
+def test_a_conversion_is_sent_to_its_command() -> None:
+    text = message(CONFIGS / "linearize" / "demo_smollm2.toml")
+    assert "lowline linearize --config" in text

@@ -113,6 +113,25 @@ def test_stages_follow_each_other(tmp_path: Path) -> None:
     assert stages.run(1, teacher="teacher").checkpoint.initial_weights == str(folder)
 
 
+def test_stages_stand_over_those_of_a_base(tmp_path: Path) -> None:
+    base = written(tmp_path)
+    child = tmp_path / "child.toml"
+    child.write_text(
+        'base = "stages.toml"\n[[stage]]\nname = "distill"\ntraining.steps = 9\n'
+        '[[stage]]\nname = "more"\ntraining.stepz = 1\n'
+    )
+    stages = load_stages(child)
+    assert stages.names == ("transfer", "distill", "more") and stages.output == Path("out")
+    runs = [stages.run(n, teacher="t") for n in (0, 1)]
+    assert [run.training.steps for run in runs] == [3, 9]
+    assert runs[1].optimizer.lr == 1e-4
+    with pytest.raises(ConfigError, match=f"'more': {child}: training.stepz = 1: unknown key"):
+        stages.run(2, teacher="t")
+    base.write_text(MINIMAL.replace("lr = 1e-4", "lr = -1"))
+    with pytest.raises(ConfigError, match=f"'distill': {base}: optimizer.lr = -1"):
+        load_stages(child).run(1, teacher="t")
+
+
 def test_command_line_of_one_stage(tmp_path: Path) -> None:
     file = written(tmp_path)
     stages = load_stages(file, ["--stage.distill.training.steps=7"])

@@ -81,14 +81,14 @@ def plan_blockwise(
 
 
 def _shape(model: str) -> Shape:
-    from lowline.train.config.load import read_toml
     from lowline.train.config.stages import model_of
+    from lowline.train.config.tables import read_layers
     from lowline.train.cost.memory import shape_of_model
     from lowline.train.hf.weights import config_from_hf
 
     known = files("lowline.configs") / "linearize" / f"lowline_{model}.toml"
     if known.is_file():
-        return shape_of_model(*model_of(Path(str(known)), read_toml(Path(str(known)))))
+        return shape_of_model(*model_of(Path(str(known)), read_layers(Path(str(known)))[0]))
     if model.endswith(".toml"):
-        return shape_of_model(*model_of(Path(model), read_toml(Path(model))))
+        return shape_of_model(*model_of(Path(model), read_layers(Path(model))[0]))
     return shape_of_model(*config_from_hf(model))

@@ -41,10 +41,11 @@ from lowline.train.blockwise.store import (
     Series,
     check_space,
 )
-from lowline.train.config.load import changes, leaves
+from lowline.train.config.load import changes
 from lowline.train.config.objective import ObjectiveConfig
 from lowline.train.config.run import RunConfig
 from lowline.train.config.stages import inputs_folder, stored_inputs
+from lowline.train.config.tables import leaves
 from lowline.train.data import lane_config
 from lowline.train.data.tokenizer import TextTokenizer, load_tokenizer
 from lowline.train.engine.checkpoint import load_initial

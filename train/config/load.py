@@ -24,6 +24,7 @@ import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
 from lowline.train.config.run import RunConfig
+from lowline.train.config.tables import ConfigError, assign, leaves, read_layers, stages_of
 
 COMMAND_LINE = "command line"
 _WANTED = ": Input should be "  # pydantic's words
@@ -39,21 +40,18 @@ _KINDS = {  # the type names of lowline.train.config.fields, and others, in word
 }
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message says where and what to do."""
-
-
 def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Merge defaults, a TOML file and `--section.key=value` arguments.
+    """Merge defaults, a TOML file over its bases, and `--section.key=value` arguments.
 
     Raises:
         ConfigError: an unreadable file, or a key or value that is not allowed.
     """
-    tree: dict[str, Any] = {}
-    origin: dict[str, str] = {}  # dotted key -> where its value was written
-    if path is not None:
-        tree = read_toml(Path(path))
-        origin = {key: str(path) for key, _ in leaves(tree)}
+    tree, origin = ({}, {}) if path is None else read_layers(Path(path))
+    if stages_of(tree):
+        raise ConfigError(
+            f"{path}: it has [[stage]]s, which `lowline linearize --config {path}` runs; "
+            "lowline.train runs files without"
+        )
     for argument in overrides:
         key, value = parse_override(argument)
         assign(tree, key, value)
@@ -71,19 +69,6 @@ def known_keys() -> dict[str, str]:
     return dict(_fields(RunConfig, ""))
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file, or ConfigError."""
-    try:
-        return tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: no such file (working directory {Path.cwd()}); "
-            "`lowline configs` lists those that come with lowline"
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: not readable as TOML: {error}") from None
-
-
 def parse_override(argument: str) -> tuple[str, Any]:
     """`--table.key=value` as (dotted key, value)."""
     key, equals, text = argument.partition("=")
@@ -99,16 +84,6 @@ def parse_override(argument: str) -> tuple[str, Any]:
     stage = re.match(r"--stage\.[^.]+\.", key)  # a stage's name may have dashes
     start = stage.end() if stage else 2
     return key[2:start] + key[start:].replace("-", "_"), value
-
-
-def assign(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Put a value at a dotted key."""
-    *sections, last = key.split(".")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{COMMAND_LINE}: {key}: {section!r} is a value, not a table")
-    tree[last] = value
 
 
 def validate(tree: dict[str, Any], origin: dict[str, str], default_origin: str) -> RunConfig:
@@ -181,15 +156,6 @@ def _explain(error: Any, origin: dict[str, str], default_origin: str) -> str:
         return f"{where}: {key} is missing: {known_keys().get(key, 'a table')} is required"
     message = error["msg"].removeprefix("Value error, ")
     return f"{where}: {key}{given}: {message}" if key else f"{where}: {message}"
-
-
-def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every value in nested tables."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

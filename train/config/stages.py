@@ -23,7 +23,6 @@ that of the source: by it the stages can be checked where the source is not at h
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
@@ -36,17 +35,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from lowline.train.blockwise.store import DTYPES, SHARD_BYTES, Manifest
-from lowline.train.config.load import (
-    COMMAND_LINE,
-    ConfigError,
-    assign,
-    leaves,
-    parse_override,
-    read_toml,
-    validate,
-)
+from lowline.train.config.load import COMMAND_LINE, parse_override, validate
 from lowline.train.config.objective import BlockConfig
 from lowline.train.config.run import ColaConfig, ModelConfig, RunConfig
+from lowline.train.config.tables import ConfigError, assign, leaves, merged, read_layers, stages_of
 from lowline.train.engine.checkpoint import saved_steps
 
 DERIVED = {  # keys that a stage gets from its place, and from what is converted
@@ -110,8 +102,13 @@ class Stages:
         assign(tree, "checkpoint.initial_weights", initial)
         if tree.get("objective", {}).get("kind") == "distill":
             assign(tree, "objective.teacher", str(teacher))
+        own = f"stage.{self.names[stage]}."
+        origin = {k: place for k, place in self.origin.items() if not k.startswith("stage.")}
+        origin |= {
+            k.removeprefix(own): place for k, place in self.origin.items() if k.startswith(own)
+        }
         try:
-            return validate(tree, self.origin, str(self.path))
+            return validate(tree, origin, str(self.path))
         except ConfigError as error:
             raise ConfigError(f"stage {self.names[stage]!r}: {error}") from None
 
@@ -127,14 +124,11 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> Stages:
             is not a stage's to set.
     """
     path = Path(path)
-    tree = read_toml(path)
-    stages = tree.pop("stage", None)
-    if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) for s in stages):
+    tree, origin = read_layers(path)
+    if not (stages := stages_of(tree)):
         raise ConfigError(f"{path}: no [[stage]]: a conversion needs one at least, with a name")
+    del tree["stage"]
     names = [_name(path, stage) for stage in stages]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"{path}: [[stage]] name = {twice[0]!r} stands twice; name them apart")
-    origin = {key: str(path) for part in (tree, *stages) for key, _ in leaves(part)}
     for argument in overrides:
         key, value = parse_override(argument)
         if key.startswith("stage."):
@@ -145,19 +139,24 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> Stages:
                     f"NAME is one of {', '.join(names)}"
                 )
             assign(stages[names.index(name)], key, value)
+            origin[f"stage.{name}.{key}"] = COMMAND_LINE
         else:
             for stage in stages:
                 _remove(stage, key)
             assign(tree, key, value)
-        origin[key] = COMMAND_LINE
+            origin[key] = COMMAND_LINE
     source, output = tree.pop("source", None), tree.pop("output", None)
     for key, value in (("source", source), ("output", output)):
         if value is not None and not isinstance(value, str):
             raise ConfigError(f"{origin[key]}: {key} = {value!r} should be a string")
-    for part, derived in ((p, d) for p in (tree, *stages) for d in DERIVED):
-        if derived in dict(leaves(part)):
+    for prefix, part in (
+        ("", tree),
+        *((f"stage.{n}.", s) for n, s in zip(names, stages, strict=True)),
+    ):
+        for derived in DERIVED.keys() & dict(leaves(part)).keys():
             raise ConfigError(
-                f"{origin[derived]}: {derived} is not set in a conversion: {DERIVED[derived]}"
+                f"{origin[prefix + derived]}: {derived} is not set in a conversion: "
+                f"{DERIVED[derived]}"
             )
     return Stages(
         path=path,
@@ -254,15 +253,6 @@ FREE = ("attention", "max_seq_len")  # of [model]: no weight depends on them
 
 def _free_of(model: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in model.items() if key in FREE}
-
-
-def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Nested tables, with the values of `over` in the place of those of `base`."""
-    result = copy.deepcopy(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merged(result[key], value) if both else copy.deepcopy(value)
-    return result
 
 
 def table(section: Any) -> dict[str, Any]:

@@ -1,0 +1,131 @@
+"""Nested TOML tables: reading a file over its base files, merging, dotted keys.
+
+    base = "base/llama_60m.toml"  # or a list: a later file stands over an earlier
+
+A base is looked for beside the file that names it, then among the files that come with lowline. Its
+values are those of the file wherever the file has none. Stages are merged by their names.
+"""
+
+from __future__ import annotations
+
+import copy
+import tomllib
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message says where and what to do."""
+
+
+def read_layers(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return a file's tables merged over those of its bases, and the file of each dotted key.
+
+    Raises:
+        ConfigError: a file that cannot be read, is no TOML, or is its own base.
+    """
+    return _read(path, ())
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the tables of one TOML file, or raise ConfigError."""
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such file (working directory {Path.cwd()}); "
+            "`lowline configs` lists those that come with lowline"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: not readable as TOML: {error}") from None
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+    if path.resolve() in [p.resolve() for p in above]:
+        chain = " -> ".join(map(str, (*above, path)))
+        raise ConfigError(
+            f"{path}: base leads back to the file itself: {chain}; remove one of them"
+        )
+    own = read_toml(path)
+    tree: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for name in _bases(path, own.pop("base", [])):
+        base, places = _read(_find(path, name), (*above, path))
+        tree, origin = merged(tree, base), origin | places
+    places = {key: str(path) for key, _ in leaves(own)}
+    names = [stage.get("name") for stage in stages_of(own)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"{path}: [[stage]] name = {twice[0]!r} stands twice; name them apart")
+    for stage in stages_of(own):
+        places |= {f"stage.{stage.get('name')}.{key}": str(path) for key, _ in leaves(stage)}
+    return merged(tree, own), origin | places
+
+
+def _bases(path: Path, base: Any) -> list[str]:
+    names = [base] if isinstance(base, str) else base
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+        raise ConfigError(
+            f"{path}: base = {base!r}: give a TOML file or a list of them, relative to this file"
+        )
+    return names
+
+
+def _find(path: Path, name: str) -> Path:
+    """Return the base file `name` of the file at `path`."""
+    beside, shipped = path.parent / name, Path(str(files("lowline.configs"))) / name
+    for place in (beside, shipped):
+        if place.is_file():
+            return place
+    raise ConfigError(
+        f"{path}: base = {name!r}: neither {beside} nor {shipped} is a file; a base is relative to "
+        "the file that names it, or to the folder that `lowline configs` lists"
+    )
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return nested tables with the values of `over` in the place of those of `base`.
+
+    Lists are values, except for `[[stage]]`: a stage of `over` is merged over that of its name.
+    """
+    result = copy.deepcopy(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else copy.deepcopy(value)
+    if stages_of(base) and stages_of(over):
+        result["stage"] = copy.deepcopy(stages_of(base))
+        names = [stage.get("name") for stage in stages_of(base)]
+        for stage in stages_of(over):
+            if stage.get("name") in names:
+                number = names.index(stage.get("name"))
+                result["stage"][number] = merged(result["stage"][number], stage)
+            else:
+                result["stage"].append(copy.deepcopy(stage))
+    return result
+
+
+def stages_of(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the tables of `[[stage]]`; none where `stage` is anything else."""
+    stages = tree.get("stage")
+    tables = isinstance(stages, list) and all(isinstance(stage, dict) for stage in stages)
+    return stages if tables and stages else []
+
+
+def assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Put a value of the command line at a dotted key."""
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"command line: {key}: {section!r} is a value, not a table")
+    tree[last] = value
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of every value in nested tables."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
