@@ -1,0 +1,62 @@
+"""The files in examples/ do what they say, with stand-ins for Slurm's commands."""
+
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SRUN = """#!/bin/bash
+# Starts two processes with the variables that srun sets; ends with the largest exit code.
+shift  # --kill-on-bad-exit
+export SLURM_NTASKS=2 SLURM_JOB_NUM_NODES=1
+SLURM_PROCID=0 SLURM_LOCALID=0 "$@" & first=$!
+SLURM_PROCID=1 SLURM_LOCALID=1 "$@" & second=$!
+wait $first; a=$?; wait $second; b=$?
+exit $((a > b ? a : b))
+"""
+SCONTROL = """#!/bin/bash
+case "$1" in show) echo localhost;; requeue) echo "requeued $2" >> "$REQUEUED";; esac
+"""
+PYTHON = """#!/bin/bash
+# Stands for the trainer: writes down what it was started with.
+echo "$RANK/$WORLD_SIZE local $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR:$MASTER_PORT $*" >> "$STARTED"
+exit "$CODE"
+"""
+
+
+def run_sbatch(folder: Path, code: int) -> tuple[int, list[str], bool]:
+    """Run examples/slurm.sbatch; return its exit code, the lines of its processes, if requeued."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("python", PYTHON)):
+        path = folder / name
+        path.write_text(text)
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    environment = {
+        **os.environ,
+        "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_JOB_ID": "7",
+        "STARTED": str(folder / "started"),
+        "REQUEUED": str(folder / "requeued"),
+        "CODE": str(code),
+    }
+    script = ROOT / "examples" / "slurm.sbatch"
+    done = subprocess.run(
+        ["bash", str(script), "demo_cola", "--output=here"], env=environment, check=False
+    )
+    started = sorted((folder / "started").read_text().splitlines())
+    return done.returncode, started, (folder / "requeued").exists()
+
+
+@pytest.mark.parametrize("code, requeued", [(0, False), (2, False), (1, False), (143, True)])
+def test_slurm_job_starts_every_rank_and_is_requeued_after_a_signal_alone(
+    tmp_path: Path, code: int, requeued: bool
+) -> None:
+    returned, started, again = run_sbatch(tmp_path, code)
+    assert (returned, again) == (code, requeued)
+    command = "-m lowline.train --config demo_cola --output=here"
+    assert started == [
+        f"{rank}/2 local {rank}/2 localhost:29500 {command}" for rank in (0, 1)
+    ]
