@@ -1,5 +1,6 @@
 # make demo   pretrain three small models and compare them      make test   the tests
 # make demo-linearize   convert a real 135M Llama, evaluate it, decode beside its teacher
+# make docs   the documentation site, in build/site
 # make lint   ruff and mypy      make test-slow, make test-gpu  the marked tests
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ FOLDERS := kernels cola linearize train configs tools
 # The folders at the top (kernels/, train/, ...) must not shadow packages of those names.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo demo-linearize test test-slow test-gpu lint clean
+.PHONY: demo demo-linearize test test-slow test-gpu lint docs clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("lowline needs Python 3.11 or newer; set PYTHON=python3.x" if sys.version_info < (3, 11) else 0)'
@@ -32,12 +33,19 @@ test-slow: $(VENV)/installed
 test-gpu: $(VENV)/installed
 	$(BIN)/pytest -m gpu
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed build/types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	MYPYPATH=build/types $(BIN)/mypy -p lowline
+
+docs: $(VENV)/installed build/types
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# The folders as the one package that they are when installed, for tools that read source files.
+.PHONY: build/types
+build/types:
 	mkdir -p build/types/lowline
 	cd build/types/lowline && ln -sfn $(addprefix ../../../,$(FOLDERS) $(wildcard tools/lowline/*.py)) .
-	MYPYPATH=build/types $(BIN)/mypy -p lowline
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
