@@ -57,6 +57,4 @@ def test_slurm_job_starts_every_rank_and_is_requeued_after_a_signal_alone(
     returned, started, again = run_sbatch(tmp_path, code)
     assert (returned, again) == (code, requeued)
     command = "-m lowline.train --config demo_cola --output=here"
-    assert started == [
-        f"{rank}/2 local {rank}/2 localhost:29500 {command}" for rank in (0, 1)
-    ]
+    assert started == [f"{rank}/2 local {rank}/2 localhost:29500 {command}" for rank in (0, 1)]
