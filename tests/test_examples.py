@@ -22,7 +22,8 @@ case "$1" in show) echo localhost;; requeue) echo "requeued $2" >> "$REQUEUED";;
 """
 PYTHON = """#!/bin/bash
 # Stands for the trainer: writes down what it was started with.
-echo "$RANK/$WORLD_SIZE local $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR:$MASTER_PORT $*" >> "$STARTED"
+where="$MASTER_ADDR:$MASTER_PORT"
+echo "$RANK/$WORLD_SIZE local $LOCAL_RANK/$LOCAL_WORLD_SIZE $where $*" >> "$STARTED"
 exit "$CODE"
 """
 
