@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lowline.cola.ranks import PROJECTIONS
+from lowline.errors import LowlineError
 
 # What a block keeps for its backward pass: everything; its r-wide bottlenecks; its input alone; or
 # every second product and the attention (torchtitan's selective checkpointing).
@@ -57,7 +58,7 @@ class Shape:
 
     def __post_init__(self) -> None:
         if set(self.ranks) != set(PROJECTIONS):
-            raise ValueError(
+            raise LowlineError(
                 f"ranks names {sorted(self.ranks)}; it takes exactly {list(PROJECTIONS)}, "
                 "0 where a projection is dense"
             )

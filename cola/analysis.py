@@ -24,6 +24,7 @@ import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
 from lowline.cola.low_rank import LowRankLinear
+from lowline.errors import LowlineError
 
 Which = Literal["bottleneck", "input", "output"]
 
@@ -38,11 +39,11 @@ def effective_rank(gram: torch.Tensor, alpha: float = 0.95) -> int:
         ValueError: `gram` is not square or not finite, or α is not in (0, 1).
     """
     if not 0.0 < alpha < 1.0:
-        raise ValueError(f"alpha = {alpha}; the fraction of energy to keep lies between 0 and 1")
+        raise LowlineError(f"alpha = {alpha}; the fraction of energy to keep lies between 0 and 1")
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
-        raise ValueError(f"the Gram matrix XᵀX is square; this one is {tuple(gram.shape)}")
+        raise LowlineError(f"the Gram matrix XᵀX is square; this one is {tuple(gram.shape)}")
     if not gram.isfinite().all():
-        raise ValueError("the activations overflowed: their Gram matrix holds inf or nan")
+        raise LowlineError("the activations overflowed: their Gram matrix holds inf or nan")
     energy = torch.linalg.eigvalsh(gram.double()).clamp(min=0).flip(0).cumsum(0)
     if energy[-1] == 0:
         return 0
@@ -91,18 +92,18 @@ class ActivationRanks:
         self, model: nn.Module, which: Which = "bottleneck", names: Iterable[str] | None = None
     ) -> None:
         if which not in ("bottleneck", "input", "output"):
-            raise ValueError(f"which = {which!r}; choose from bottleneck, input, output")
+            raise LowlineError(f"which = {which!r}; choose from bottleneck, input, output")
         known = projections(model)
         if which == "bottleneck":
             known = {n: m for n, m in known.items() if isinstance(m, LowRankLinear)}
         if not known:
-            raise ValueError(
+            raise LowlineError(
                 f'which = "{which}": the model has nothing to watch. Low-rank layers have all '
                 'three, dense ones "input" and "output"'
             )
         names = list(known if names is None else names)
         if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"no projection {unknown[0]!r}; there are {list(known)}")
+            raise LowlineError(f"no projection {unknown[0]!r}; there are {list(known)}")
         self.which = which
         self.grams: dict[str, torch.Tensor] = {}
         self._watched = {name: known[name] for name in names}
@@ -132,7 +133,7 @@ class ActivationRanks:
             ValueError: a projection that never ran, or `alpha` outside (0, 1).
         """
         if silent := [name for name in self._watched if name not in self.grams]:
-            raise ValueError(
+            raise LowlineError(
                 f"{silent[0]} (one of {len(silent)}): its {self.which} never appeared while "
                 "watched. Run a batch inside the with block; where A matrices run as one GEMM "
                 '(cola.grouped), inputs do not pass their layers: use "bottleneck" or "output"'

@@ -37,6 +37,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from lowline.cola.low_rank import ACTIVATIONS, LowRankLinear, init_std
+from lowline.errors import LowlineError
 
 PROJECTION_PATHS = {
     "q": "self_attn.q_proj",
@@ -83,20 +84,20 @@ class CoLAConfig(LlamaConfig):
         """Replaces Llama's rule that the heads divide `hidden_size`: here `head_dim` is free."""
         unknown = sorted(set(self.ranks) - set(PROJECTION_PATHS))
         if unknown:
-            raise ValueError(
+            raise LowlineError(
                 f"ranks names the projections {unknown}; allowed are {list(PROJECTION_PATHS)}."
             )
         negative = {name: rank for name, rank in self.ranks.items() if rank < 0}
         if negative:
-            raise ValueError(f"ranks has {negative}: a rank is at least 1, or 0 for dense.")
+            raise LowlineError(f"ranks has {negative}: a rank is at least 1, or 0 for dense.")
         if self.bottleneck_activation not in ACTIVATIONS:
-            raise ValueError(
+            raise LowlineError(
                 f"bottleneck_activation = {self.bottleneck_activation!r}; "
                 f"allowed are {sorted(ACTIVATIONS)}."
             )
         assert self.num_key_value_heads is not None  # filled in by __post_init__
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
+            raise LowlineError(
                 f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads = {self.num_key_value_heads}."
             )

@@ -13,6 +13,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from lowline.errors import LowlineError
+
 
 def _identity(x: torch.Tensor) -> torch.Tensor:
     return x
@@ -49,9 +51,9 @@ class LowRankLinear(nn.Module):
     def __init__(self, A: nn.Linear, B: nn.Linear, activation: str = "silu") -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
-            raise ValueError(f"activation = {activation!r}; choose from {sorted(ACTIVATIONS)}")
+            raise LowlineError(f"activation = {activation!r}; choose from {sorted(ACTIVATIONS)}")
         if A.out_features != B.in_features:
-            raise ValueError(f"A makes {A.out_features} features, B takes {B.in_features}")
+            raise LowlineError(f"A makes {A.out_features} features, B takes {B.in_features}")
         self.A = A
         self.B = B
         self.activation = activation

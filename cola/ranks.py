@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeAlias
 
+from lowline.errors import LowlineError
+
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 Rank: TypeAlias = int | float | dict[str, int | float]
@@ -29,20 +31,20 @@ def resolve_ranks(rank: Rank, dim: int, shapes: Mapping[str, tuple[int, int]]) -
     """
     table = rank if isinstance(rank, dict) else dict.fromkeys(PROJECTIONS, rank)
     if unknown := sorted(set(table) - set(PROJECTIONS)):
-        raise ValueError(f"cola.rank names {unknown}; the projections are {list(PROJECTIONS)}")
+        raise LowlineError(f"cola.rank names {unknown}; the projections are {list(PROJECTIONS)}")
     ranks = {}
     for name in PROJECTIONS:
         value = table.get(name, 0)
         if isinstance(value, float):
             if not 0.0 < value <= 1.0:
-                raise ValueError(
+                raise LowlineError(
                     f"cola.rank {name} = {value}; a fraction of dim lies in (0, 1], "
                     "an absolute rank is written without a decimal point"
                 )
             value = max(1, round(value * dim))
         limit = min(shapes[name])
         if not 0 <= value <= limit:
-            raise ValueError(
+            raise LowlineError(
                 f"cola.rank {name} = {value} does not fit the {shapes[name][0]} -> "
                 f"{shapes[name][1]} projection; it lies between 0 (dense) and {limit}. "
                 f"Give this projection a rank of its own: rank = {{{name} = ..., ...}}"

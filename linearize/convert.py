@@ -41,6 +41,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lowline.errors import LowlineError
 from lowline.files import write_folder
 from lowline.linearize.body.hf import FAMILIES, PREFIX, SOFTMAX, LinearizedConfig
 
@@ -131,7 +132,7 @@ def parse_layers(pattern: Layers, n_layers: int) -> set[int]:
     """
     if not isinstance(pattern, str):
         if any(type(layer) is not int for layer in pattern):
-            raise ValueError(f"layers = {pattern!r}: {GRAMMAR}")
+            raise LowlineError(f"layers = {pattern!r}: {GRAMMAR}")
         named = set(pattern)
     elif pattern.strip() in ("all", "none"):
         named = set(range(n_layers)) if pattern.strip() == "all" else set()
@@ -140,13 +141,13 @@ def parse_layers(pattern: Layers, n_layers: int) -> set[int]:
         named = set().union(*(_item(item, pattern, n_layers) for item in listed.split(",")))
     outside = sorted(named.difference(range(n_layers)))
     if outside:
-        raise ValueError(
+        raise LowlineError(
             f"layers = {pattern!r} names {outside}; the model's layers are 0 to {n_layers - 1}"
         )
     if isinstance(pattern, str) and pattern.strip().startswith("all but "):
         named = set(range(n_layers)) - named
     if not named and isinstance(pattern, str) and pattern.strip() != "none":
-        raise ValueError(f"layers = {pattern!r} leaves none of {n_layers} layers; 'none' says so")
+        raise LowlineError(f"layers = {pattern!r} leaves none of {n_layers} layers; 'none' says so")
     return named
 
 
@@ -158,7 +159,7 @@ def _item(item: str, pattern: str, n_layers: int) -> range:
         first, last = int(found[1]), int(found[2] or found[1])
         if first <= last:
             return range(first, last + 1)
-    raise ValueError(f"layers = {pattern!r}: {item.strip()!r} means nothing; {GRAMMAR}")
+    raise LowlineError(f"layers = {pattern!r}: {item.strip()!r} means nothing; {GRAMMAR}")
 
 
 def load_teacher(
@@ -195,7 +196,7 @@ def load_teacher(
     wrong += [f"{key} is unexpected" for key in sorted(found["unexpected_keys"])]
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(
+        raise LowlineError(
             f"{source}: its weights do not fit its configuration: {'; '.join(wrong[:5])}{more}"
         )
     if gguf_file is not None:  # where it is found again; transformers names the directory alone
@@ -224,7 +225,7 @@ def load_tokenizer(source: str | Path, *, gguf_file: str | None = None) -> PreTr
     place, gguf_file = locate(source, gguf_file)
     local = Path(place).is_dir() and gguf_file is None
     if local and not any((Path(place) / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(
+        raise LowlineError(
             f"{source} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); "
             "put the one its model was trained with there"
         )
@@ -241,9 +242,11 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: 
     """
     directory = Path(directory)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(f"tokenizer = {tokenizer!r}; a saved model needs one, see load_tokenizer")
+        raise LowlineError(
+            f"tokenizer = {tokenizer!r}; a saved model needs one, see load_tokenizer"
+        )
     if directory.is_file() or directory.is_dir() and any(directory.iterdir()):
-        raise ValueError(f"{directory} exists and is not empty; give another directory")
+        raise LowlineError(f"{directory} exists and is not empty; give another directory")
     with write_folder(directory) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -256,7 +259,7 @@ def _named(source: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
+        raise LowlineError(
             f"{source}: cannot be loaded as a directory (working directory {Path.cwd()}), a GGUF "
             f"file or a model of the Hugging Face hub: {error}"
         ) from error
@@ -274,13 +277,13 @@ def _family(config: PreTrainedConfig | Mapping[str, Any], name: str = "") -> str
     model_type = str(fields.get("model_type"))
     name = name or fields.get("_name_or_path") or type(config).__name__
     if model_type.removeprefix(PREFIX) not in FAMILIES:
-        raise ValueError(
+        raise LowlineError(
             f"{name}: model_type = {model_type!r} cannot be converted; supported: "
             f"{', '.join(FAMILIES)}"
         )
     quantized = fields.get("quantization_config")
     if quantized and not quantized.get("dequantize"):  # which a GGUF file's may be
-        raise ValueError(
+        raise LowlineError(
             f"{name}: its weights are quantized ({quantized.get('quant_method')}); give the "
             "checkpoint they were made from, or a GGUF file"
         )
@@ -297,6 +300,6 @@ def locate(source: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
     if path.is_dir() and not (path / "config.json").is_file():
         files = sorted(file.name for file in path.glob("*.gguf"))
         if len(files) > 1:
-            raise ValueError(f"{source} holds {', '.join(files)}; say which as gguf_file")
+            raise LowlineError(f"{source} holds {', '.join(files)}; say which as gguf_file")
         return str(source), files[0] if files else None
     return str(source), None

@@ -23,6 +23,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
+from lowline.errors import LowlineError
+
 if TYPE_CHECKING:
     from lowline.linearize.body.hf import LinearizedConfig
 
@@ -79,13 +81,13 @@ class MixerLayer(CacheLayerMixin):
         self.state = tree_map_only(torch.Tensor, change, self.state)
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise ValueError(NO_WAY_BACK)
+        raise LowlineError(NO_WAY_BACK)
 
     def activate_past_recording(self) -> None:
-        raise ValueError(NO_WAY_BACK)
+        raise LowlineError(NO_WAY_BACK)
 
     def offload(self) -> None:
-        raise ValueError("the state of a linearized layer is not offloaded: it is small")
+        raise LowlineError("the state of a linearized layer is not offloaded: it is small")
 
     def prefetch(self) -> None:
         self.offload()

@@ -49,6 +49,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 
 from lowline.cola.hf import CoLAConfig, CoLAForCausalLM, CoLAModel
+from lowline.errors import LowlineError
 from lowline.linearize.body.attention import LinearizedAttention
 from lowline.linearize.body.cache import LinearizedCache
 from lowline.linearize.body.packing import plan_packing
@@ -88,7 +89,7 @@ class LinearizedConfig(_Architecture):
         super().__post_init__(**kwargs)
         mixers = self.mixers or [{"name": SOFTMAX}] * self.num_hidden_layers
         if len(mixers) != self.num_hidden_layers:
-            raise ValueError(
+            raise LowlineError(
                 f"mixers has {len(mixers)} entries, the model {self.num_hidden_layers} layers: "
                 "name one for each layer, 'softmax' where it stays"
             )
@@ -172,7 +173,7 @@ class _Body(_Initialized):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         if past_key_values is not None and not isinstance(past_key_values, LinearizedCache):
-            raise ValueError(
+            raise LowlineError(
                 f"past_key_values is a {type(past_key_values).__name__}; a linearized model needs "
                 "lowline.linearize.body.cache.LinearizedCache(model.config), or None for a new one"
             )
@@ -224,7 +225,7 @@ class _CausalLM(_Initialized):
             theirs: Any = super()
             return theirs._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
+            raise LowlineError(
                 f"cache_implementation = {generation_config.cache_implementation!r}; a linearized "
                 "model has a cache of its own: leave it out"
             )

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from transformers import Cache
 
+from lowline.errors import LowlineError
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -83,12 +85,12 @@ def plan_packing(
     if attention_mask is not None:
         seen = 0 if cache is None else cache.get_seq_length()
         if attention_mask.shape != (B, seen + T):
-            raise ValueError(
+            raise LowlineError(
                 f"attention_mask is {tuple(attention_mask.shape)}; linearized models take "
                 f"{(B, seen + T)}, the tokens that past_key_values has seen first"
             )
         if cu_seqlens is not None:
-            raise ValueError("give cu_seq_lens_q or an attention_mask, not both")
+            raise LowlineError("give cu_seq_lens_q or an attention_mask, not both")
         real_BS = attention_mask.bool()
         if real_BS.all():
             return None, position_ids
@@ -98,7 +100,9 @@ def plan_packing(
         return (None if real_BT.all() else Packing.of_padding(real_BT)), position_ids
     if cu_seqlens is not None:
         if B != 1:
-            raise ValueError(f"cu_seq_lens_q packs documents into a batch of one, this one is {B}")
+            raise LowlineError(
+                f"cu_seq_lens_q packs documents into a batch of one, this one is {B}"
+            )
         packing = Packing(cu_seqlens, None, shape)
         if position_ids is None:
             time = torch.arange(T, device=cu_seqlens.device)
@@ -112,5 +116,5 @@ def plan_packing(
     else:
         return None, position_ids
     if cache is not None:
-        raise ValueError("packed documents cannot be continued: call without past_key_values")
+        raise LowlineError("packed documents cannot be continued: call without past_key_values")
     return packing, position_ids

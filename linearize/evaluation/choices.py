@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowline.errors import LowlineError
 from lowline.linearize.evaluation.measure import (
     Advance,
     beginning,
@@ -59,20 +60,22 @@ def read_piqa(path: Path, limit: int | None = None) -> list[Item]:
         with path.open(encoding="utf-8") as file:
             lines = file.readlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as a file of JSON lines: {error}") from None
+        raise LowlineError(f"{path}: cannot be read as a file of JSON lines: {error}") from None
     items = []
     for number, line in enumerate(lines[:limit], 1):
         try:
             goal, first, second, label = (json.loads(line)[name] for name in PIQA_FIELDS)
         except (ValueError, KeyError, TypeError):
-            raise ValueError(
+            raise LowlineError(
                 f"{path}, line {number}: no JSON object with {', '.join(PIQA_FIELDS)}"
             ) from None
         if label not in (0, 1) or not (goal and first and second):
-            raise ValueError(f"{path}, line {number}: label = {label!r} of 0 and 1, or empty text")
+            raise LowlineError(
+                f"{path}, line {number}: label = {label!r} of 0 and 1, or empty text"
+            )
         items.append(Item(f"Question: {goal}\nAnswer:", (first, second), int(label)))
     if not items:
-        raise ValueError(f"{path} has no items; give a file of JSON lines, and a limit above 0")
+        raise LowlineError(f"{path} has no items; give a file of JSON lines, and a limit above 0")
     return items
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowline.errors import LowlineError
 from lowline.linearize.evaluation.measure import Advance, digest
 
 EXAMPLES = {"mmlu": 5}
@@ -38,7 +39,7 @@ def check_tasks(names: Sequence[str], known_here: Sequence[str]) -> None:
     try:
         theirs = _tasks_of(names)
     except ImportError as error:
-        raise ValueError(
+        raise LowlineError(
             f"task {names[0]!r} is none of {', '.join(known_here)}; the tasks of lm-eval need it "
             f"({error}): pip install lm-eval"
         ) from None
@@ -46,7 +47,7 @@ def check_tasks(names: Sequence[str], known_here: Sequence[str]) -> None:
         if not _is_file(name) and name not in theirs.all_tasks:
             near = difflib.get_close_matches(name, [*known_here, *theirs.all_tasks], n=3)
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise ValueError(
+            raise LowlineError(
                 f"task {name!r} is none of {', '.join(known_here)}, and none of lm-eval's{hint}"
             )
 
@@ -130,7 +131,7 @@ def _read_task(path: str) -> dict[str, Any]:
     try:
         task = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"task {path}: no YAML without functions of its own: {error}") from None
+        raise LowlineError(f"task {path}: no YAML without functions of its own: {error}") from None
     if not isinstance(task, dict) or "task" not in task:
-        raise ValueError(f"task {path}: it names no task; lm-eval's format begins `task: NAME`")
+        raise LowlineError(f"task {path}: it names no task; lm-eval's format begins `task: NAME`")
     return task

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from lowline.errors import LowlineError
 from lowline.linearize.evaluation.choices import Choices
 from lowline.linearize.evaluation.harness import METRICS, HarnessTask
 from lowline.linearize.evaluation.measure import Measure
@@ -45,9 +46,9 @@ class Results:
         try:
             records = json.loads(path.read_text(encoding="utf-8"))["records"]
             if any(set(record) != set(RECORD) for record in records):
-                raise ValueError(f"a record has other fields than {', '.join(RECORD)}")
+                raise LowlineError(f"a record has other fields than {', '.join(RECORD)}")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise LowlineError(
                 f"{path} holds no results of an evaluation ({error}); move it away, or give "
                 "another output"
             ) from None

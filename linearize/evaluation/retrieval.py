@@ -26,6 +26,7 @@ from typing import Any, Literal, TypedDict
 import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from lowline.errors import LowlineError
 from lowline.linearize.evaluation.measure import Advance, beginning, digest, encode
 
 Kind = Literal["passkey", "needle"]
@@ -85,7 +86,7 @@ class Retrieval:
 
     def __post_init__(self) -> None:
         if wrong := [depth for depth in self.depths if not 0 <= depth <= 1]:
-            raise ValueError(f"depths: {wrong[0]} does not lie between 0 and 1")
+            raise LowlineError(f"depths: {wrong[0]} does not lie between 0 and 1")
         for length in self.lengths:
             self.question(length, 0.0, 0)
 
@@ -116,7 +117,7 @@ class Retrieval:
         fact_ids, ask_ids = encode(self.tokenizer, fact), encode(self.tokenizer, ask)
         hay = length - len(begin) - len(fact_ids) - len(ask_ids)
         if hay < 0:
-            raise ValueError(
+            raise LowlineError(
                 f"lengths: {length} tokens are too few for a {self.kind} prompt, which has "
                 f"{length - hay} beside the text around them"
             )
@@ -134,7 +135,7 @@ class Retrieval:
             start = draw.randrange(len(self.haystack) - hay + 1)
             text = self.haystack[start : start + hay]
         else:
-            raise ValueError(
+            raise LowlineError(
                 f"lengths: the text has {len(self.haystack)} tokens, a prompt needs {hay} of them; "
                 "give more text or shorter lengths"
             )

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from lowline.errors import LowlineError
 from lowline.linearize.body.cache import state_bytes
 from lowline.linearize.body.hf import SOFTMAX, LinearizedConfig
 from lowline.linearize.convert import convert, linearized_config, load_config, load_teacher
@@ -148,15 +149,15 @@ def _teacher(
     """The teacher's name and configuration."""
     name = teacher or config.teacher
     if name is None:
-        raise ValueError(f"{source} does not say what it was converted from; give its teacher")
+        raise LowlineError(f"{source} does not say what it was converted from; give its teacher")
     try:
         before = load_config(name)
     except ValueError as error:
         said = "" if teacher else f", which {source} names as its teacher; give another"
-        raise ValueError(f"{error}{said}") from None
+        raise LowlineError(f"{error}{said}") from None
     for key in SAME_SHAPE:
         if getattr(before, key) != getattr(config, key):
-            raise ValueError(
+            raise LowlineError(
                 f"{name} is no teacher of {source}: {key} is {getattr(before, key)} there and "
                 f"{getattr(config, key)} here"
             )

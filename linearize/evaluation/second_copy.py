@@ -17,6 +17,7 @@ from typing import Any, TypedDict
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowline.errors import LowlineError
 from lowline.linearize.evaluation.measure import Advance, beginning, digest, token_losses
 
 
@@ -63,10 +64,10 @@ class SecondCopy:
 
     def __post_init__(self) -> None:
         if self.length < 2:
-            raise ValueError(f"length = {self.length}; a string has at least 2 tokens")
+            raise LowlineError(f"length = {self.length}; a string has at least 2 tokens")
         for distance in self.distances:
             if distance < self.length:
-                raise ValueError(
+                raise LowlineError(
                     f"distances: {distance} is below {self.length}, the length of the string"
                 )
 

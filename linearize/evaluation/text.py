@@ -20,6 +20,7 @@ from typing import Any, TypedDict
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowline.errors import LowlineError
 from lowline.linearize.evaluation.measure import (
     Advance,
     beginning,
@@ -74,9 +75,9 @@ class Text:
         """
         fresh = context - len(self.beginning)
         if context < 2:
-            raise ValueError(f"context = {context}; at least 2: the first token is not predicted")
+            raise LowlineError(f"context = {context}; at least 2: the first token is not predicted")
         if len(self.ids) < fresh:
-            raise ValueError(
+            raise LowlineError(
                 f"context = {context}, but the text has {len(self.ids)} tokens; give more text, "
                 "more tokens, or shorter contexts"
             )

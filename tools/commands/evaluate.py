@@ -20,6 +20,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from lowline.errors import LowlineError
 from lowline.files import write_file, write_text
 from lowline.tools.bench.timing import at_least_one, machine
 from lowline.tools.commands.inspect_rank import wide_console
@@ -135,7 +136,7 @@ def evaluate(
     from lowline.linearize.evaluation.rows import rows_of
 
     if not models:
-        raise ValueError("no models; give directories, hub ids or GGUF files")
+        raise LowlineError("no models; give directories, hub ids or GGUF files")
     at_least_one(batch_tokens=batch_tokens)
     if limit is not None:
         at_least_one(limit=limit)
@@ -158,7 +159,7 @@ def evaluate(
         plan += [(row, measure) for row in rows for measure in measures if fits(row, measure)]
 
     if not plan:
-        raise ValueError(f"tasks {', '.join(chosen)}: the models have none of what they measure")
+        raise LowlineError(f"tasks {', '.join(chosen)}: the models have none of what they measure")
 
     console, numbers = wide_console(), output / "results.json"
     results = Results.read(numbers)

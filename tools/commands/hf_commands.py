@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 from transformers import TextStreamer
 
+from lowline.errors import LowlineError
+
 DType = Literal["float32", "bfloat16", "float16"]
 
 
@@ -65,7 +67,7 @@ def import_tables(
     if source.endswith(".gguf") and gguf_file is None:
         source, gguf_file = str(Path(source).parent), Path(source).name
     if output is None and not (Path(source) / "config.json").is_file():
-        raise ValueError(f"{source} is no directory of safetensors: give --output to make one")
+        raise LowlineError(f"{source} is no directory of safetensors: give --output to make one")
     model, cola = config_from_hf(source, gguf_file=gguf_file)
     if output is not None:
         from lowline.train.hf.export import import_weights
@@ -126,22 +128,22 @@ def generate(
     from lowline.linearize.convert import load_teacher, load_tokenizer
 
     if temperature < 0:
-        raise ValueError(f"temperature = {temperature}; 0 is greedy, above 0 samples")
+        raise LowlineError(f"temperature = {temperature}; 0 is greedy, above 0 samples")
     if not 0 < top_p <= 1:
-        raise ValueError(f"top_p = {top_p}; it lies in (0, 1]")
+        raise LowlineError(f"top_p = {top_p}; it lies in (0, 1]")
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens = {max_new_tokens}; at least 1")
+        raise LowlineError(f"max_new_tokens = {max_new_tokens}; at least 1")
     try:
         tokenizer = load_tokenizer(model)
         body: Any = load_teacher(model, dtype=getattr(torch, dtype)).eval()
     except ValueError as error:
         hint = "a training checkpoint becomes a model with `lowline export`"
-        raise ValueError(f"{error}; {hint}") from None
+        raise LowlineError(f"{error}; {hint}") from None
     body.to("cuda" if torch.cuda.is_available() else "cpu")
     inputs: Any = tokenizer(_asked(tokenizer, prompt, model) if chat else prompt,
                             add_special_tokens=not chat, return_tensors="pt")  # fmt: skip
     if inputs["input_ids"].shape[1] == 0:
-        raise ValueError(f"prompt = {prompt!r} has no tokens; give some text to continue")
+        raise LowlineError(f"prompt = {prompt!r} has no tokens; give some text to continue")
     inputs.pop("token_type_ids", None)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
@@ -167,7 +169,9 @@ def generate(
 def _asked(tokenizer: Any, message: str, model: str) -> str:
     """A user's message as the model's chat template has it, up to where the answer begins."""
     if tokenizer.chat_template is None:
-        raise ValueError(f"chat: {model} has no chat template; leave out --chat to continue a text")
+        raise LowlineError(
+            f"chat: {model} has no chat template; leave out --chat to continue a text"
+        )
     messages = [{"role": "user", "content": message}]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 

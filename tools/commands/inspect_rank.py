@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowline.cola.analysis import ActivationRanks, Which, projections
+from lowline.errors import LowlineError
 from lowline.files import write_file, write_text
 
 if TYPE_CHECKING:
@@ -78,11 +79,11 @@ def inspect_rank(
     """
     for name, value in (("tokens", tokens), ("seq_len", seq_len)):
         if value < 1:
-            raise ValueError(f"{name} = {value}; at least 1")
+            raise LowlineError(f"{name} = {value}; at least 1")
     if not 0.0 < alpha < 1.0:
-        raise ValueError(f"alpha = {alpha}; the fraction of energy lies between 0 and 1")
+        raise LowlineError(f"alpha = {alpha}; the fraction of energy lies between 0 and 1")
     if plot is not None and plot.suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"plot = {plot}; its name ends in .png, .pdf or .svg")
+        raise LowlineError(f"plot = {plot}; its name ends in .png, .pdf or .svg")
     model, tokenizer = load_model(checkpoint)
     rows = token_rows(tokenizer, read_text(text), tokens, seq_len)
     ranks = measure(model, rows, alpha, which)
@@ -123,7 +124,7 @@ def load_model(checkpoint: str) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ImportError, ValueError) as error:
-        raise ValueError(
+        raise LowlineError(
             f"{checkpoint}: no Hugging Face directory, hub id or GGUF file that can be read "
             f"(working directory {Path.cwd()}); a training checkpoint becomes one with "
             f"`lowline export`: {error}"
@@ -143,7 +144,7 @@ def read_text(path: Path | None) -> Iterator[str]:
     try:
         yield path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"text = {path}; a UTF-8 text file that can be read: {error}") from None
+        raise LowlineError(f"text = {path}; a UTF-8 text file that can be read: {error}") from None
 
 
 def token_rows(
@@ -161,7 +162,7 @@ def token_rows(
         ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= tokens:
             return list(torch.tensor([ids[:tokens]]).split(seq_len, dim=1))
-    raise ValueError(f"the text has {len(ids)} tokens; give more text or tokens = {len(ids)}")
+    raise LowlineError(f"the text has {len(ids)} tokens; give more text or tokens = {len(ids)}")
 
 
 def measure(

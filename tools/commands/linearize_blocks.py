@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from lowline.errors import LowlineError
 from lowline.linearize.convert import parse_layers
 from lowline.tools.once import begin, end, is_done
 from lowline.train.blockwise.store import DTYPES, blocks_of
@@ -139,7 +140,7 @@ def stitch(run: RunConfig, runs: dict[int, RunConfig]) -> Path:
     """
     steps = {number: saved_steps(Path(r.output) / "checkpoint")[-1] for number, r in runs.items()}
     if len(set(steps.values())) > 1:
-        raise ValueError(f"{run.output}/blocks ended after different steps: {steps}")
+        raise LowlineError(f"{run.output}/blocks ended after different steps: {steps}")
     step = f"step-{min(steps.values())}"
     weights = _initial_weights(run)
     for of_block in runs.values():
@@ -147,7 +148,7 @@ def stitch(run: RunConfig, runs: dict[int, RunConfig]) -> Path:
         mixers = _stored_mixers(folder)
         for layer in of_block.mixer_layers():
             if not any(name.startswith(f"layers.{layer}.") for name in mixers):
-                raise ValueError(f"{folder} has no mixer of layer {layer}")
+                raise LowlineError(f"{folder} has no mixer of layer {layer}")
         weights |= mixers
     folder = Path(run.output) / "checkpoint" / step
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ and costs nothing else.
 """
 
 from lowline._register import register_with_transformers
+from lowline.errors import LowlineError as LowlineError
 
 __version__ = "0.1.0"
 

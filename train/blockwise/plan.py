@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lowline.cola.accounting import Shape, parameters
+from lowline.errors import LowlineError
 
 BF16 = 2  # bytes
 PEAKS = {  # bf16 FLOP/s without sparsity and bytes of memory, from the makers' data sheets
@@ -75,13 +76,13 @@ def plan_blockwise(
         ValueError: a number out of its range, an unknown device.
     """
     if device not in PEAKS:
-        raise ValueError(f"device = {device!r}; choose from {', '.join(PEAKS)}")
+        raise LowlineError(f"device = {device!r}; choose from {', '.join(PEAKS)}")
     if not 1 <= block_size <= shape.n_layers:
-        raise ValueError(f"block_size = {block_size}; the model has {shape.n_layers} layers")
+        raise LowlineError(f"block_size = {block_size}; the model has {shape.n_layers} layers")
     if tokens < 1 or epochs < 1:
-        raise ValueError(f"tokens = {tokens}, epochs = {epochs}; both are at least 1")
+        raise LowlineError(f"tokens = {tokens}, epochs = {epochs}; both are at least 1")
     if not 0 < utilization <= 1:
-        raise ValueError(f"utilization = {utilization}; it lies in (0, 1]")
+        raise LowlineError(f"utilization = {utilization}; it lies in (0, 1]")
     peak, memory = PEAKS[device]
     count = parameters(shape)
     in_layers = count.low_rank + count.dense

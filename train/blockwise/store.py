@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from lowline.errors import LowlineError
 from lowline.files import write_tensors, write_text
 from lowline.train.blockwise.plan import stored_bytes
 
@@ -44,7 +45,7 @@ TOKEN_BYTES = 3 * 4  # input, label and position
 TOKENS = "tokens"
 
 
-class ShardError(ValueError):
+class ShardError(LowlineError):
     """A stored file is not what was written; the message names it and says the mend."""
 
 
@@ -55,7 +56,7 @@ def blocks_of(n_layers: int, block_size: int) -> list[range]:
         ValueError: blocks of no layer, or of more than there are.
     """
     if not 1 <= block_size <= n_layers:
-        raise ValueError(
+        raise LowlineError(
             f"blocks of {block_size} layers: give 1 to {n_layers}, as many as there are"
         )
     return [
@@ -90,10 +91,10 @@ class Manifest:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise ValueError(f"inputs in {self.dtype!r}; choose from {', '.join(DTYPES)}")
+            raise LowlineError(f"inputs in {self.dtype!r}; choose from {', '.join(DTYPES)}")
         for name in ("rows", "seq_len", "dim", "steps_per_shard", "asked_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}; it is at least 1")
+                raise LowlineError(f"{name} = {getattr(self, name)}; it is at least 1")
         blocks_of(self.n_layers, self.block_size)
 
     @property
@@ -233,7 +234,7 @@ def check_space(folder: Path, manifest: Manifest) -> int:
     missing = max(0, manifest.bytes - sum(s.bytes for s in series))
     free = shutil.disk_usage(folder).free
     if missing > free:
-        raise ValueError(
+        raise LowlineError(
             f"the inputs of {len(manifest.blocks)} blocks take {missing / 1e9:,.3f} GB more, and "
             f"{folder} has {free / 1e9:,.3f} GB free: give a larger --block-size, fewer tokens "
             "(training.steps), or an output on a larger disk"

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools import utils
 
+from lowline.errors import LowlineError
 from lowline.files import fingerprint
 from lowline.linearize.titan import document_bounds
 from lowline.train.blockwise.store import (
@@ -80,7 +81,7 @@ def write_inputs(
     if (folder / "manifest.json").is_file():
         before = Manifest.load(folder)
         if changed := changes(_decisions(before), _decisions(manifest)):
-            raise ValueError(
+            raise LowlineError(
                 f"{folder} was written with {'; '.join(changed)}. Set it back, or remove that "
                 "folder and the blocks beside it"
             )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from lowline.errors import LowlineError
 from lowline.train.config.fields import Positive, Strict
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class ParallelismConfig:
 
     def __post_init__(self) -> None:
         if self.data_parallel_shard == 0:
-            raise ValueError("data_parallel_shard = 0; give a degree, or -1 for what is left")
+            raise LowlineError("data_parallel_shard = 0; give a degree, or -1 for what is left")
 
     def data_parallel(self, world_size: int) -> int:
         """Number of data-parallel ranks among `world_size` processes.
@@ -38,7 +39,7 @@ class ParallelismConfig:
         fixed = self.data_parallel_replicate * self.tensor_parallel * self.pipeline_parallel
         shard = self.data_parallel_shard
         if world_size % fixed or shard > 0 and shard * fixed != world_size:
-            raise ValueError(
+            raise LowlineError(
                 f"parallelism: data_parallel_shard {shard} x data_parallel_replicate "
                 f"{self.data_parallel_replicate} x tensor_parallel {self.tensor_parallel} x "
                 f"pipeline_parallel {self.pipeline_parallel} does not make {world_size} "
@@ -57,7 +58,7 @@ def check_layout(run: RunConfig, world_size: int) -> int:
     ranks = p.data_parallel(world_size)
     total, local = t.global_batch_size, t.local_batch_size
     if total % ranks or local is not None and total // ranks % local:
-        raise ValueError(
+        raise LowlineError(
             f"training.global_batch_size = {total} sequences cannot be dealt out to {ranks} "
             f"data-parallel rank(s) with local_batch_size = {local or 'unset'}; it must be a "
             "multiple of their product"
@@ -70,19 +71,19 @@ def check_layout(run: RunConfig, world_size: int) -> int:
     }
     for name, size in shared.items():
         if size % p.tensor_parallel:
-            raise ValueError(
+            raise LowlineError(
                 f"parallelism.tensor_parallel = {p.tensor_parallel} does not divide {name} = {size}"
             )
     if p.pipeline_parallel == 1:
         return local
     if local % p.pipeline_microbatch_size:
-        raise ValueError(
+        raise LowlineError(
             f"parallelism.pipeline_microbatch_size = {p.pipeline_microbatch_size} does not divide "
             f"the {local} sequences of a forward pass"
         )
     stages = p.pipeline_parallel * (2 if p.pipeline_schedule == "Interleaved1F1B" else 1)
     if stages > run.model.n_layers:
-        raise ValueError(
+        raise LowlineError(
             f"parallelism.pipeline_parallel = {p.pipeline_parallel} with {p.pipeline_schedule} "
             f"makes {stages} stages of {run.model.n_layers} layers; choose a smaller degree"
         )

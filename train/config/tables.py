@@ -15,8 +15,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from lowline.errors import LowlineError
 
-class ConfigError(ValueError):
+
+class ConfigError(LowlineError):
     """A configuration that cannot run; the message says where and what to do."""
 
 

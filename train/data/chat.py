@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from lowline.errors import LowlineError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -48,7 +50,7 @@ def conversation_of(*row: Any, name: str) -> Conversation:
         return Conversation((Message("user", prompt or ""), Message(ASSISTANT, response or "")))
     (messages,) = row
     if not isinstance(messages, Sequence) or isinstance(messages, str):
-        raise ValueError(
+        raise LowlineError(
             f"{name}: messages = {str(messages)[:80]!r}; a list of "
             '{"role": ..., "content": ...} is needed: set data.messages_key'
         )
@@ -62,7 +64,7 @@ def _message(message: Any, name: str) -> Message:
         else (None, None)
     )
     if not isinstance(role, str) or not isinstance(content, str):
-        raise ValueError(
+        raise LowlineError(
             f'{name}: message {str(message)[:80]!r} has no "role" and "content" of text'
         )
     return Message(role, content)
@@ -77,7 +79,7 @@ def conversation_tokens(
         ValueError: the tokenizer has no chat template, or one that cannot be masked (see above).
     """
     if not tokenizer.chat_template:
-        raise ValueError(
+        raise LowlineError(
             "conversations need a tokenizer with a chat template, and this one has none: take the "
             "tokenizer of an instruction-tuned model, or set data.text_key to train on plain text"
         )
@@ -96,7 +98,7 @@ def conversation_tokens(
             continue
         asked, answered = render(turn, prompt=True), render(turn + 1, prompt=False)
         if tokens[: len(answered)] != answered or answered[: len(asked)] != asked:
-            raise ValueError(
+            raise LowlineError(
                 "the tokenizer's chat template renders the beginning of a conversation otherwise "
                 "once more follows, so its answers cannot be told apart: give conversations of "
                 "one answer, or another template"

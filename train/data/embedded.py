@@ -29,6 +29,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from lowline.errors import LowlineError
 from lowline.files import write_text
 
 _SKIPPED = {
@@ -51,10 +52,10 @@ def embedded_documents(split: str = "train") -> list[str]:
     """The documents of a split, "train" or "validation" (about one in twenty, by their hash).
 
     The same list, in the same order, in every process of one Python installation. Raises
-    ValueError for another split, RuntimeError if this Python has no library sources.
+    LowlineError for another split, or if this Python has no library sources.
     """
     if split not in ("train", "validation"):
-        raise ValueError(f"split = {split!r}: must be 'train' or 'validation'")
+        raise LowlineError(f"split = {split!r}: must be 'train' or 'validation'")
     held_out = split == "validation"
     return [text for text in _all_documents() if _is_held_out(text) == held_out]
 
@@ -97,7 +98,7 @@ def _gather(library: Path) -> list[str]:
             continue
         texts.append("\n\n".join(_docstrings(tree, _module_name(path.relative_to(library)))))
     if not files:
-        raise RuntimeError(
+        raise LowlineError(
             f"this Python has no library sources in {library} (a zipped or stripped "
             "installation): use data.dataset = 'files' or 'hub' instead of 'embedded'"
         )

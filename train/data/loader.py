@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchtitan.components.dataloader import BaseDataLoader
 
+from lowline.errors import LowlineError
 from lowline.train.data.order import Order, deal
 from lowline.train.data.packing import START, Encoder, LanePacker, LaneState
 from lowline.train.data.sources import IndexedSource, Source, SourceConfig, open_source
@@ -69,14 +70,14 @@ class LaneDataLoader(BaseDataLoader):
 
         def __post_init__(self) -> None:
             if self.dataset or self.dataset_path is not None:
-                raise ValueError(
+                raise LowlineError(
                     f"dataset = {self.dataset!r}, dataset_path = {self.dataset_path!r}: these are "
                     "torchtitan's; name the data in `source`"
                 )
             if self.num_workers < 0:
-                raise ValueError(f"num_workers = {self.num_workers}: must be 0 or more")
+                raise LowlineError(f"num_workers = {self.num_workers}: must be 0 or more")
             if self.prefetch < 1:
-                raise ValueError(f"prefetch = {self.prefetch}: must be at least 1")
+                raise LowlineError(f"prefetch = {self.prefetch}: must be at least 1")
             self.order()
 
         def order(self) -> Order:
@@ -101,14 +102,14 @@ class LaneDataLoader(BaseDataLoader):
     ) -> None:
         lanes = config.global_batch_size
         if lanes % (dp_world_size * local_batch_size):
-            raise ValueError(
+            raise LowlineError(
                 f"global_batch_size = {lanes} is not a multiple of data-parallel ranks x "
                 f"local_batch_size = {dp_world_size} x {local_batch_size} = "
                 f"{dp_world_size * local_batch_size}: change one of the three"
             )
         mine = lanes // dp_world_size
         if seq_len < 1:
-            raise ValueError(f"seq_len = {seq_len}: must be at least 1")
+            raise LowlineError(f"seq_len = {seq_len}: must be at least 1")
         self.exhausted = False
         """True once the step last begun held nothing but padding on this rank. It is this rank's
         word only: agree on it (all-reduce with MIN) before stopping."""
@@ -179,7 +180,7 @@ class LaneDataLoader(BaseDataLoader):
             return
         _check_lanes(int(state_dict["lanes"]), self._order.lanes)
         if int(state_dict["order"]) != self._fingerprint():
-            raise ValueError(
+            raise LowlineError(
                 f"the saved place in the data is of another order of documents than "
                 f"{self._source.name} now has: seed, shuffle, streaming or the number of "
                 "documents (indexed) or shards (streamed) changed. Restore them, or start "
@@ -187,7 +188,7 @@ class LaneDataLoader(BaseDataLoader):
             )
         missing = [key for key in self.state_dict() if key not in state_dict]
         if missing:
-            raise ValueError(f"the saved place in the data lacks {missing}: it is incomplete")
+            raise LowlineError(f"the saved place in the data lacks {missing}: it is incomplete")
         for lane in self._states:
             unit, number, token = state_dict[f"lane_{lane:05d}"].tolist()
             self._states[lane] = (unit, number, token)
@@ -229,7 +230,7 @@ def check_saved_lanes(checkpoint: str | os.PathLike[str], global_batch_size: int
 
 def _check_lanes(saved: int, now: int) -> None:
     if saved != now:
-        raise ValueError(
+        raise LowlineError(
             f"the checkpoint was written with a global batch of {saved} sequences, this run has "
             f"{now}; the place in the data is kept per sequence of the global batch. Set "
             f"training.global_batch_size = {saved}, or start the data anew: {_ANEW}"

@@ -31,6 +31,7 @@ from functools import lru_cache
 from math import isqrt
 from typing import NamedTuple, Protocol
 
+from lowline.errors import LowlineError
 from lowline.train.data.sources import IndexedSource, Source, StreamedSource, Text
 
 Cursor = tuple[int, int]
@@ -62,9 +63,9 @@ class Order:
 
     def __post_init__(self) -> None:
         if self.lanes < 1:
-            raise ValueError(f"global_batch_size = {self.lanes}: must be at least 1 sequence")
+            raise LowlineError(f"global_batch_size = {self.lanes}: must be at least 1 sequence")
         if self.epochs is not None and self.epochs < 1:
-            raise ValueError(
+            raise LowlineError(
                 f"epochs = {self.epochs}: must be at least 1; leave it out to repeat for ever"
             )
 
@@ -215,8 +216,8 @@ def _mixed(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def _no_text(source: Source, lane: int) -> ValueError:
-    return ValueError(
+def _no_text(source: Source, lane: int) -> LowlineError:
+    return LowlineError(
         f"{source.name}: lane {lane} found no document with text; all of its share are empty. "
         "Check the column (data.text_key, data.messages_key), remove empty documents, or set "
         "shuffle = true"

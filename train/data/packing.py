@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowline.errors import LowlineError
 from lowline.train.data.chat import Conversation
 from lowline.train.data.order import Dealer, Document
 from lowline.train.data.sources import Source, Text
@@ -104,7 +105,7 @@ class LanePacker:
         self, dealer: Dealer, tokenizer: Encoder, *, lane: int, state: LaneState = START
     ) -> None:
         if tokenizer.eos_id is None:
-            raise ValueError(
+            raise LowlineError(
                 "the tokenizer has no end-of-text token, which separates documents: set "
                 "eos_token in its tokenizer_config.json"
             )
@@ -145,7 +146,7 @@ class LanePacker:
             self._resuming = False
             token = self.state[2]
             if (document.unit, document.number) != self.state[:2] or token >= len(self._tokens):
-                raise ValueError(
+                raise LowlineError(
                     f"lane {self._lane} stopped at token {token} of document {self.state[:2]}, "
                     f"which is not there any more (found document "
                     f"{(document.unit, document.number)} of {len(self._tokens)} tokens): the "
@@ -176,7 +177,7 @@ def evaluation_rows(
     batch and world size. `max_tokens` keeps the first max_tokens // seq_len rows.
     """
     if max_tokens is not None and max_tokens < seq_len:
-        raise ValueError(
+        raise LowlineError(
             f"max_tokens = {max_tokens} is less than one row of seq_len = {seq_len}: raise it, "
             "or leave it out to evaluate on everything"
         )
@@ -190,7 +191,7 @@ def evaluation_rows(
             break
         rows.append(row)
     if not rows:
-        raise ValueError(f"{source.name}: no document with text to evaluate on")
+        raise LowlineError(f"{source.name}: no document with text to evaluate on")
     input_NT, labels_NT, positions_NT = torch.from_numpy(np.stack(rows, axis=1))
     return Rows(input=input_NT, labels=labels_NT, positions=positions_NT)
 
@@ -205,9 +206,9 @@ class EvaluationBatches:
 
     def __init__(self, rows: Rows, *, dp_rank: int, dp_world_size: int, batch_size: int) -> None:
         if not 0 <= dp_rank < dp_world_size:
-            raise ValueError(f"dp_rank = {dp_rank}: must be in [0, {dp_world_size})")
+            raise LowlineError(f"dp_rank = {dp_rank}: must be in [0, {dp_world_size})")
         if batch_size < 1:
-            raise ValueError(f"batch_size = {batch_size}: must be at least 1")
+            raise LowlineError(f"batch_size = {batch_size}: must be at least 1")
         self._rows, self._rank, self._world, self._batch = rows, dp_rank, dp_world_size, batch_size
 
     def __len__(self) -> int:

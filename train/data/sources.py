@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import ConfigDict
 
+from lowline.errors import LowlineError, MissingFileError
 from lowline.train.data.chat import Conversation, conversation_of
 
 if TYPE_CHECKING:
@@ -84,54 +85,54 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         if self.dataset not in ("embedded", "files", "hub"):
-            raise ValueError(
+            raise LowlineError(
                 f"data.dataset = {self.dataset!r}: must be 'embedded' (Python's own "
                 "documentation), 'files' (data.path) or 'hub' (data.path is the dataset's id)"
             )
         if isinstance(self.path, list):  # TOML has lists only
             object.__setattr__(self, "path", tuple(self.path))
         if (self.prompt_key is None) != (self.response_key is None):
-            raise ValueError(
+            raise LowlineError(
                 f"data.prompt_key = {self.prompt_key!r}, data.response_key = "
                 f"{self.response_key!r}: give both, or neither"
             )
         if self.messages_key is not None and self.prompt_key is not None:
-            raise ValueError(
+            raise LowlineError(
                 f"data.messages_key = {self.messages_key!r} and data.prompt_key = "
                 f"{self.prompt_key!r}: a row is read as one conversation: keep one of them"
             )
         if self.dataset == "embedded" and (self.messages_key or self.prompt_key):
-            raise ValueError(
+            raise LowlineError(
                 "data.dataset = 'embedded' holds no conversations: remove data.messages_key and "
                 "data.prompt_key, or set data.dataset to 'files' or 'hub'"
             )
         for key in ("name", "revision"):
             if self.dataset != "hub" and getattr(self, key) is not None:
-                raise ValueError(
+                raise LowlineError(
                     f"data.{key} = {getattr(self, key)!r} is only for data.dataset = 'hub'; "
                     f"remove it for {self.dataset!r}"
                 )
         if self.dataset == "embedded":
             if self.path:
-                raise ValueError(
+                raise LowlineError(
                     f"data.path = {self.path!r} with data.dataset = 'embedded': remove the "
                     "path, or set data.dataset to 'files' or 'hub'"
                 )
             if self.streaming:
-                raise ValueError("data.streaming = true: 'embedded' is in memory; remove it")
+                raise LowlineError("data.streaming = true: 'embedded' is in memory; remove it")
             if self.split not in ("train", "validation"):
-                raise ValueError(
+                raise LowlineError(
                     f"data.split = {self.split!r}: 'embedded' has 'train' and 'validation'"
                 )
         elif not self.path:
-            raise ValueError(
+            raise LowlineError(
                 f"data.dataset = {self.dataset!r} needs data.path"
                 + (": e.g. 'allenai/c4'" if self.dataset == "hub" else f": {_ACCEPTED}")
             )
         if self.dataset == "hub" and not (
             isinstance(self.path, str) and re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", self.path)
         ):
-            raise ValueError(
+            raise LowlineError(
                 f"data.path = {self.path!r}: with data.dataset = 'hub' it must be one "
                 "dataset id, such as 'allenai/c4'"
             )
@@ -163,12 +164,12 @@ class Columns:
         """Raise ValueError for a column that is not there, or that does not hold strings."""
         for column in self.names:
             if column not in found:
-                raise ValueError(
+                raise LowlineError(
                     f"{name} has no column {column!r}; it has {sorted(found)}. Set {self._keys()}"
                 )
             dtype = getattr(features[column], "dtype", "list") if features else "string"
             if self.kind != "messages" and dtype not in ("string", "large_string", "null"):
-                raise ValueError(
+                raise LowlineError(
                     f"{name}: column {column!r} holds {dtype}, not strings. Set {self._keys()} "
                     f"to columns of {sorted(found)} that hold text"
                 )
@@ -214,7 +215,7 @@ class ListSource:
 
     def __init__(self, texts: Sequence[str], name: str = "list") -> None:
         if not texts:
-            raise ValueError(f"{name}: no documents")
+            raise LowlineError(f"{name}: no documents")
         self.name, self._texts = name, texts
 
     def __len__(self) -> int:
@@ -232,7 +233,7 @@ class TableSource:
 
     def __init__(self, dataset: "datasets.Dataset", columns: Columns, name: str) -> None:
         if not len(dataset):
-            raise ValueError(f"{name}: no documents")
+            raise LowlineError(f"{name}: no documents")
         columns.check(dataset.column_names, dataset.features, name)
         self.name, self._columns = name, columns
         self._table = dataset.select_columns(list(columns.names)).with_format("arrow")
@@ -273,7 +274,7 @@ class ShardStream:
         try:
             yield from shard.iter(batch_size=_READ_AHEAD)
         except (ValueError, EOFError) as error:
-            raise ValueError(
+            raise LowlineError(
                 f"{self.name}: cannot read shard {index}: {error}. Mend or remove the file"
             ) from error
 
@@ -304,13 +305,13 @@ def _open_files(files: list[str], config: SourceConfig) -> Source:
     import datasets
 
     if config.split != "train":
-        raise ValueError(
+        raise LowlineError(
             f"data.split = {config.split!r}: files have no splits; give the files of that "
             "split as data.path"
         )
     kinds = {_kind(file): file for file in files}
     if len(kinds) > 1:
-        raise ValueError(
+        raise LowlineError(
             f"data.path mixes kinds of files ({', '.join(map(repr, kinds.values()))}): "
             "use one kind at a time"
         )
@@ -318,13 +319,13 @@ def _open_files(files: list[str], config: SourceConfig) -> Source:
     if kind != "text":  # an empty .txt is an empty document; the others are broken
         for file in files:
             if not Path(file).stat().st_size:
-                raise ValueError(f"data file {file!r} is empty: remove it or write it again")
+                raise LowlineError(f"data file {file!r} is empty: remove it or write it again")
     options = {"sample_by": "document"} if kind == "text" else {}
     name = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     try:
         dataset = _load("train", config.streaming, kind, data_files=files, **options)
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        raise ValueError(
+        raise LowlineError(
             f"cannot read {name} as {kind}: {error.__cause__ or error}. Mend or remove the file"
         ) from error
     # Text files have one column, which datasets calls "text".
@@ -336,23 +337,23 @@ def _open_saved(directory: Path, config: SourceConfig) -> Source:
     import datasets
 
     if not any((directory / marker).is_file() for marker in _SAVED_DATASET):
-        raise ValueError(
+        raise LowlineError(
             f"directory {str(directory)!r} was not written by datasets' save_to_disk; for the "
             f"files in it give a glob, such as '{directory}/*.jsonl'"
         )
     if config.streaming:
-        raise ValueError(
+        raise LowlineError(
             f"data.streaming = true: {str(directory)!r} is memory-mapped already; remove it"
         )
     dataset = datasets.load_from_disk(str(directory))
     if isinstance(dataset, datasets.DatasetDict):
         if config.split not in dataset:
-            raise ValueError(
+            raise LowlineError(
                 f"data.split = {config.split!r}: {str(directory)!r} has {sorted(dataset)}"
             )
         dataset = dataset[config.split]
     elif config.split != "train":
-        raise ValueError(
+        raise LowlineError(
             f"data.split = {config.split!r}: {str(directory)!r} holds one dataset without "
             "splits; give the directory of that split"
         )
@@ -362,7 +363,7 @@ def _open_saved(directory: Path, config: SourceConfig) -> Source:
 def _open_hub(config: SourceConfig) -> Source:
     assert isinstance(config.path, str)
     if Path(config.path).exists():
-        raise ValueError(
+        raise LowlineError(
             f"data.path = {config.path!r} is also a local path: set data.dataset = 'files' "
             "to read it, or start elsewhere to read the hub's"
         )
@@ -376,7 +377,7 @@ def _open_hub(config: SourceConfig) -> Source:
             revision=config.revision,
         )
     except (OSError, ValueError) as error:  # not there, no network, unknown name or split
-        kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
+        kind = LowlineError if isinstance(error, ValueError) else MissingFileError
         raise kind(
             f"cannot open {name} on the Hugging Face hub: {error}. Check data.path, data.name "
             "and data.split, the network, and HF_TOKEN for a gated dataset; or download the "
@@ -414,7 +415,7 @@ def _files(path: str) -> list[str]:
     if Path(path).is_file():
         return [path]
     if Path(path).is_dir():
-        raise ValueError(
+        raise LowlineError(
             f"{path!r} is a directory in a list of files: give the files in it as a glob, such "
             f"as '{path}/*.jsonl'"
         )
@@ -422,8 +423,8 @@ def _files(path: str) -> list[str]:
         found = sorted(file for file in glob.glob(path, recursive=True) if Path(file).is_file())
         if found:
             return found
-        raise FileNotFoundError(f"no data file matches {path!r} {where}; {_ACCEPTED}")
-    raise FileNotFoundError(f"data file {path!r} does not exist {where}; {_ACCEPTED}")
+        raise MissingFileError(f"no data file matches {path!r} {where}; {_ACCEPTED}")
+    raise MissingFileError(f"data file {path!r} does not exist {where}; {_ACCEPTED}")
 
 
 def _kind(file: str) -> str:
@@ -432,5 +433,5 @@ def _kind(file: str) -> str:
     compressed = bool(suffixes) and suffixes[-1] in _COMPRESSED
     kind = _KINDS.get(suffixes[-1 - compressed]) if len(suffixes) > compressed else None
     if kind is None or (compressed and kind not in _COMPRESSIBLE):
-        raise ValueError(f"data file {file!r} is of no known kind: {_ACCEPTED}")
+        raise LowlineError(f"data file {file!r} is of no known kind: {_ACCEPTED}")
     return kind

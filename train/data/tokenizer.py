@@ -25,6 +25,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torchtitan.components.tokenizer import BaseTokenizer
 
+from lowline.errors import LowlineError, MissingFileError
 from lowline.files import write_text
 from lowline.train.data.chat import Conversation, conversation_tokens
 
@@ -52,14 +53,14 @@ class TextTokenizer(BaseTokenizer):
         self.hf = _load_hf(tokenizer_path)
         backend = getattr(self.hf, "backend_tokenizer", None)
         if backend is None:
-            raise ValueError(
+            raise LowlineError(
                 f"tokenizer {tokenizer_path!r} ({type(self.hf).__name__}) has no tokenizer.json "
                 "form: convert it to one (a transformers fast tokenizer) and give its directory"
             )
         self.bos_id: int | None = self.hf.bos_token_id
         self.eos_id: int | None = self.hf.eos_token_id
         if self.eos_id is None:
-            raise ValueError(
+            raise LowlineError(
                 f"tokenizer {tokenizer_path!r} has no end-of-text token, which separates "
                 "documents: set eos_token in its tokenizer_config.json"
             )
@@ -126,14 +127,14 @@ def _load_hf(name_or_path: str) -> "PreTrainedTokenizerBase":
         path = path.parent
     local = path.exists() or path.is_absolute() or name_or_path.startswith(".")
     if local and not path.is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"tokenizer {name_or_path!r} is not a directory or a tokenizer.json (looked in "
             f"{Path.cwd()}); give one of these, 'embedded', or a hub id such as 't5-base'"
         )
     try:
         return AutoTokenizer.from_pretrained(str(path) if local else name_or_path)
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"cannot load tokenizer {name_or_path!r}: {error}. Give 'embedded', a directory with "
             "a tokenizer.json, or a hub id (needs the network, or the hub's cache)"
         ) from error
@@ -142,7 +143,7 @@ def _load_hf(name_or_path: str) -> "PreTrainedTokenizerBase":
 def train_tokenizer(documents: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
     """A byte-level BPE of exactly `vocab_size` tokens, if the documents have enough pairs."""
     if vocab_size < 257:
-        raise ValueError(
+        raise LowlineError(
             f"vocab_size = {vocab_size}: must be at least 257 (256 bytes and {END_OF_TEXT})"
         )
     tokenizer = Tokenizer(models.BPE())

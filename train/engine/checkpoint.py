@@ -30,6 +30,7 @@ from torchtitan.components.checkpointer import AsyncMode, CheckpointManager
 from torchtitan.components.checkpointer.base import MODEL
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
+from lowline.errors import LowlineError
 from lowline.files import OLD, put_in_place, write_text
 from lowline.train.model.lora import is_lora, merge_stored_lora
 
@@ -237,7 +238,7 @@ class _WholeFolderWriter(FileSystemWriter):
 def _present(wanted: dict[str, Any], stored: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What of a model is stored; only mixers, which the run may have added, can be missing."""
     if lacking := [n for n in wanted if n not in stored and ".mixer." not in n]:
-        raise ValueError(f"{where} lacks {', '.join(lacking[:5])}")
+        raise LowlineError(f"{where} lacks {', '.join(lacking[:5])}")
     return {name: weight for name, weight in wanted.items() if name in stored}
 
 

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from lowline.cola.hf import CoLAConfig
+from lowline.errors import LowlineError
 from lowline.files import write_folder
 from lowline.linearize.body.hf import LinearizedConfig
 from lowline.train.config.load import load_config, to_toml
@@ -69,10 +70,10 @@ def export(
         OSError: the disk is full or cannot be written; `output` is then as it was.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype = {dtype!r}; choose from {sorted(DTYPES)}")
+        raise LowlineError(f"dtype = {dtype!r}; choose from {sorted(DTYPES)}")
     step_folder, run = find_checkpoint(checkpoint)
     if adapter and run.lora is None:
-        raise ValueError(f"{step_folder}: a run without [lora] has no adapter; export the model")
+        raise LowlineError(f"{step_folder}: a run without [lora] has no adapter; export the model")
     tokenizer = load_tokenizer(run.tokenizer).hf
     hf = config_to_hf(
         run.model,
@@ -162,13 +163,13 @@ def find_checkpoint(path: str | Path) -> tuple[Path, RunConfig]:
     steps = saved_steps(path / "checkpoint")
     folder = path / "checkpoint" / f"step-{steps[-1]}" if steps else path
     if not is_step_folder(folder):
-        raise ValueError(
+        raise LowlineError(
             f"{path}: no complete checkpoint (working directory {Path.cwd()}). Give a run's "
             "output folder, which holds checkpoint/step-N, or one such step folder"
         )
     run = load_config(folder / "config.toml")
     if run.block is not None:
-        raise ValueError(
+        raise LowlineError(
             f"{path}: of layers {run.block.first} to {run.block.last} alone; `lowline linearize` "
             "stitches the blocks of a stage"
         )
@@ -253,9 +254,9 @@ def _replaced_whole(output: Path, overwrite: bool) -> Iterator[Path]:
     """A new folder beside `output` that takes its place when the block ends without an error."""
     if output.is_file() or output.is_dir() and any(output.iterdir()):
         if not overwrite:
-            raise ValueError(f"{output} exists; give another output or overwrite it")
+            raise LowlineError(f"{output} exists; give another output or overwrite it")
         if not (output / "config.json").is_file():
-            raise ValueError(f"{output} has no config.json: not an export, so not overwritten")
+            raise LowlineError(f"{output} has no config.json: not an export, so not overwritten")
     try:
         with write_folder(output, replace=True) as folder:
             yield folder

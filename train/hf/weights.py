@@ -33,6 +33,7 @@ from transformers import (
 
 from lowline.cola.hf import CoLAConfig
 from lowline.cola.ranks import PROJECTIONS, resolve_ranks
+from lowline.errors import LowlineError
 from lowline.linearize.body.hf import FAMILIES, PREFIX, SOFTMAX, LinearizedConfig
 from lowline.linearize.convert import linearized_config, parse_layers
 from lowline.linearize.mixers import MIXERS
@@ -62,7 +63,7 @@ class LlamaStateDictAdapter(StateDictAdapter):
         self, path: str, from_quantized: bool = False
     ) -> HuggingFaceStorageReader:
         if from_quantized:
-            raise ValueError("quantized Hugging Face weights cannot be trained; dequantize them")
+            raise LowlineError("quantized Hugging Face weights cannot be trained; dequantize them")
         return HuggingFaceStorageReader(path)
 
 
@@ -226,7 +227,7 @@ def check_same_model(
         if ours[key] != theirs[key]
     ]
     if wrong:
-        raise ValueError(
+        raise LowlineError(
             f"{source} is another model than the configuration's: {'; '.join(wrong)}. "
             "Set these keys to the checkpoint's values"
         )
@@ -245,7 +246,7 @@ def check_mixers(
     had, has = (resolved_mixers(mixer, n_layers) for mixer in (before, after))
     for layer, mixer in had.items():
         if has.get(layer) != mixer:
-            raise ValueError(
+            raise LowlineError(
                 f"{where}: layer {layer} has the mixer {mixer}, in this run it has "
                 f"{has.get(layer, 'softmax attention')}; set [mixer] as it was, or start from the "
                 "model that was converted"
@@ -285,14 +286,16 @@ def read_config(source: str | Path, gguf_file: str | None = None) -> PreTrainedC
     try:
         return AutoConfig.from_pretrained(source, gguf_file=gguf_file)
     except OSError as error:
-        raise ValueError(
+        raise LowlineError(
             f"{source}: neither a directory with a config.json (working directory {Path.cwd()}) "
             f"nor a model of the Hugging Face hub: {error}"
         ) from None
 
 
-def _refusal(source: str, field: str, value: Any, allowed: str) -> ValueError:
-    return ValueError(f"{source}: {field} = {value!r} cannot be trained here; supported: {allowed}")
+def _refusal(source: str, field: str, value: Any, allowed: str) -> LowlineError:
+    return LowlineError(
+        f"{source}: {field} = {value!r} cannot be trained here; supported: {allowed}"
+    )
 
 
 def _sliding_window(hf: PreTrainedConfig, name: str) -> int | None:
@@ -367,7 +370,7 @@ def hf_directory(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=FILES, ignore_patterns=OTHERS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ValueError(
+        raise LowlineError(
             f"{source}: neither a directory (working directory {Path.cwd()}) nor a model that the "
             f"Hugging Face hub gives: {error}"
         ) from None
@@ -430,7 +433,7 @@ def check_shapes(
     ]
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(
+        raise LowlineError(
             f"{where}: the weights do not fit its configuration: {'; '.join(problems[:5])}{more}"
         )
 
@@ -453,9 +456,9 @@ def _safetensors(
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     for name in names:
         if Path(name).name != name:
-            raise ValueError(f"{index}: {name!r} is not the name of a file beside it")
+            raise LowlineError(f"{index}: {name!r} is not the name of a file beside it")
         if not (directory / name).is_file():
-            raise ValueError(
+            raise LowlineError(
                 f"{directory / name}: no such file; weights are read from safetensors. Convert "
                 "others with transformers: from_pretrained(...).save_pretrained(...)"
             )

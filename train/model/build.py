@@ -38,6 +38,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from lowline.cola.accounting import training_flops
 from lowline.cola.block import ColaBlock, ColaConverter, drawn_whole, set_cola_sharding
+from lowline.errors import LowlineError
 from lowline.linearize.mixers.base import Mixer
 from lowline.linearize.titan import (
     MixerAttention,
@@ -203,7 +204,7 @@ def build_model_config(run: RunConfig) -> Llama.Config:
     if backend == "auto":
         backend = "flex" if torch.cuda.is_available() else "sdpa"
     elif backend != "sdpa" and not torch.cuda.is_available():
-        raise ValueError(f'model.attention = "{backend}" needs a GPU; "sdpa" or "auto" runs here')
+        raise LowlineError(f'model.attention = "{backend}" needs a GPU; "sdpa" or "auto" runs here')
 
     def linear(in_features: int, out_features: int, bias: bool = False) -> Linear.Config:
         return Linear.Config(

@@ -16,6 +16,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lowline.errors import LowlineError
+
 _HF_OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
 _HF_IN_LAYER = {
     "attention_norm": "input_layernorm",
@@ -67,7 +69,7 @@ def _rename(
         new = (outside if layer is None else in_layer).get(module)
         if new is not None:
             return new + leaf if layer is None else f"{layers}{layer}.{new}{leaf}"
-    raise ValueError(
+    raise LowlineError(
         f"{side} has no parameter {name!r}; known are {sorted(outside)} and, in a layer, "
         f"{sorted(in_layer)}, each with .weight or .bias, low-rank ones below .A and .B"
     )

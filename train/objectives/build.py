@@ -37,6 +37,7 @@ from torchtitan.components.loss import (
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools import utils
 
+from lowline.errors import LowlineError
 from lowline.linearize.losses import distillation_loss, top_k_distillation_loss
 from lowline.linearize.titan import Transfer
 from lowline.train.config.run import ObjectiveConfig, RunConfig
@@ -327,7 +328,7 @@ def teacher_run(run: RunConfig) -> RunConfig:
     hf = read_config(source)
     model, cola = config_from_hf(hf)
     if model.vocab_size != run.model.vocab_size:
-        raise ValueError(
+        raise LowlineError(
             f"objective.teacher = {source!r} has vocab_size = {model.vocab_size}, the run's model "
             f"{run.model.vocab_size}; a teacher speaks of the same tokens"
         )
@@ -343,7 +344,7 @@ def teacher_run(run: RunConfig) -> RunConfig:
             activation_checkpoint="none",
         )
     except ValueError as error:
-        raise ValueError(f"objective.teacher = {source!r}: {error}") from None
+        raise LowlineError(f"objective.teacher = {source!r}: {error}") from None
 
 
 def build_teacher(run: RunConfig, trainer: Trainer) -> nn.Module:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
+from lowline.errors import LowlineError
 from lowline.files import fingerprint, write_tensors, write_text
 from lowline.train.config.run import RunConfig
 
@@ -45,9 +46,9 @@ class LogitCache:
             try:
                 held = json.loads(manifest.read_text())
             except ValueError as error:
-                raise ValueError(f"{manifest} is damaged ({error}); remove {folder}") from None
+                raise LowlineError(f"{manifest} is damaged ({error}); remove {folder}") from None
             if held != mine:
-                raise ValueError(
+                raise LowlineError(
                     f"objective.logit_cache = {str(folder)!r} was written with {held}, this run "
                     f"has {mine}; choose another folder, or remove this one"
                 )
@@ -90,9 +91,9 @@ class LogitCache:
                 log_p, ids = file.get_tensor("log_p"), file.get_tensor("ids")
                 whole = file.metadata()["sha256"] == _digest(log_p, ids)
         except (SafetensorError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); remove it") from None
+            raise LowlineError(f"{path} is damaged ({error}); remove it") from None
         if not whole:
-            raise ValueError(f"{path} has another SHA-256 than when it was written; remove it")
+            raise LowlineError(f"{path} has another SHA-256 than when it was written; remove it")
         return log_p, ids.long()
 
 
@@ -148,7 +149,7 @@ def check_cache(run: RunConfig) -> None:
     held = sum(path.stat().st_size for path in folder.glob("??/*.safetensors"))
     missing, free = max(0, cache_bytes(run) - held), shutil.disk_usage(folder).free
     if missing > free:
-        raise ValueError(
+        raise LowlineError(
             f"objective.logit_cache = {str(folder)!r}: the logits take up to {missing / 1e9:,.3f} "
             f"GB more, {free / 1e9:,.3f} GB are free; set a smaller objective.top_k or "
             "evaluation.max_tokens, fewer training.steps, or a folder on a larger disk"

@@ -34,6 +34,7 @@ from json import dumps, loads
 from pathlib import Path
 from typing import Any, Literal
 
+from lowline.errors import LowlineError
 from lowline.files import write_file, write_text
 from lowline.tools.bench.kernels.cases import (
     DRAFT,
@@ -146,25 +147,25 @@ def bench_kernels(
 
     at_least_one(heads=heads, tokens=tokens, repeats=repeats, threads=threads)
     if not part:
-        raise ValueError(f"part is empty; choose from {', '.join(PARTS)}")
+        raise LowlineError(f"part is empty; choose from {', '.join(PARTS)}")
     if not lengths or min(lengths) < 1:
-        raise ValueError(f"lengths = {lengths}; one or more, each at least 1")
+        raise LowlineError(f"lengths = {lengths}; one or more, each at least 1")
     if head_dim < 16 or head_dim % 16:
-        raise ValueError(f"head_dim = {head_dim}; a multiple of 16, which every backend covers")
+        raise LowlineError(f"head_dim = {head_dim}; a multiple of 16, which every backend covers")
     if plot is not None:
         if plot.suffix not in (".png", ".pdf", ".svg"):
-            raise ValueError(f"plot = {plot}; its name ends in .png, .pdf or .svg")
+            raise LowlineError(f"plot = {plot}; its name ends in .png, .pdf or .svg")
         if not set(part) & {"recurrence", "window", "memory"}:
-            raise ValueError(
+            raise LowlineError(
                 f"plot: nothing in part {' '.join(part)!r} to draw against length; "
                 "add recurrence, window or memory"
             )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device = 'cuda'; torch finds no CUDA device here, use 'cpu'")
+        raise LowlineError("device = 'cuda'; torch finds no CUDA device here, use 'cpu'")
     if device == "cuda" and clock == "cpu":
-        raise ValueError("clock = 'cpu'; a CUDA device's work is timed by clock 'wall'")
+        raise LowlineError("clock = 'cpu'; a CUDA device's work is timed by clock 'wall'")
     from lowline.tools.bench.kernels.report import draw, print_part
 
     console = wide_console()
@@ -209,9 +210,9 @@ def usable(backends: tuple[str, ...], device: str) -> tuple[str, ...]:
     allowed = ("torch", "triton") if device == "cuda" else ("torch", "cpu")
     for backend in backends:
         if backend not in allowed:
-            raise ValueError(f"backend {backend!r}; choose from {', '.join(allowed)} on {device}")
+            raise LowlineError(f"backend {backend!r}; choose from {', '.join(allowed)} on {device}")
     if "cpu" in (backends or allowed) and device == "cpu" and (reason := missing()):
-        raise ValueError(f"backend 'cpu': {reason}; or pass --backends torch")
+        raise LowlineError(f"backend 'cpu': {reason}; or pass --backends torch")
     return backends or allowed
 
 
@@ -407,7 +408,7 @@ def bench_memory(setup: Setup, lengths: tuple[int, ...]) -> dict[str, Any]:
         command = [sys.executable, "-P", "-c", code, dumps(job)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
-            raise ValueError(f"memory of {name}: {done.stderr.strip()}")
+            raise LowlineError(f"memory of {name}: {done.stderr.strip()}")
         peaks[name] = loads(done.stdout.splitlines()[-1])
     return {"peak_bytes": peaks}
 
