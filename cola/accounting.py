@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from lowline.cola.ranks import PROJECTIONS
+from lowline.cola.projections import MLP_IN, PROJECTIONS, QKV, projection_shapes
 from lowline.errors import LowlineError
 
 # What a block keeps for its backward pass: everything; its r-wide bottlenecks; its input alone; or
@@ -30,8 +30,6 @@ from lowline.errors import LowlineError
 Policy = Literal["all", "cola-m", "full", "selective"]
 Device = Literal["cpu", "cuda"]
 
-_ATTENTION_IN = ("q", "k", "v")
-_MLP_IN = ("gate", "up")
 # How many tensors σ leaves for the backward pass: z for its own derivative, σ(z) as B's input.
 _SAVED_BY_ACTIVATION = {"silu": 2, "gelu": 2, "relu": 1, "identity": 1}
 
@@ -74,9 +72,9 @@ class Shape:
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
         """(in, out) features of a block's seven projections."""
-        d, f, q, k = self.dim, self.ffn_dim, self.query_width, self.key_width
-        shapes = [(d, q), (d, k), (d, k), (q, d), (d, f), (d, f), (f, d)]
-        return dict(zip(PROJECTIONS, shapes, strict=True))
+        return projection_shapes(
+            dim=self.dim, query=self.query_width, key=self.key_width, ffn=self.ffn_dim
+        )
 
     @property
     def low_rank(self) -> bool:
@@ -104,7 +102,7 @@ def parameters(shape: Shape) -> Parameters:
     for name, (fan_in, fan_out) in shape.projections.items():
         rank = shape.ranks[name]
         dense += 0 if rank else fan_in * fan_out
-        dense += fan_out if shape.qkv_bias and name in _ATTENTION_IN and not rank else 0
+        dense += fan_out if shape.qkv_bias and name in QKV and not rank else 0
         low_rank += rank * (fan_in + fan_out)
         low_rank += rank + fan_out if rank and shape.bias else 0
     head = shape.vocab_size * shape.dim
@@ -207,14 +205,14 @@ def saved_by_block(
         return _saved_selectively(shape, device, tp)
     if policy == "cola-m":
         ranks = shape.ranks
-        inside = sum(ranks[name] for name in (*_ATTENTION_IN, *_MLP_IN))  # gathered: whole
+        inside = sum(ranks[name] for name in (*QKV, *MLP_IN))  # gathered: whole
         ends = ranks["o"] + ranks["down"] + 2 * d
         return Saved(elements=inside + (ends + (k if _keeps_v(layer) else 0)) / tp)
     saved = _saved_by_norm(d, device, tp) + _saved_by_norm(d, device, tp)
-    for names in (_ATTENTION_IN, _MLP_IN):
+    for names in (QKV, MLP_IN):
         saved += Saved(elements=_normed_input(shape, names, tp))
     for name in PROJECTIONS:
-        split = tp if name in ("o", "down") else 1
+        split = tp if PROJECTIONS[name].split == "input" else 1
         kept = _SAVED_BY_ACTIVATION[shape.activation]
         saved += Saved(elements=kept * shape.ranks[name] / split)
     # Attention: q and k behind the rotary embedding, v, its output, one statistic a head.
@@ -284,7 +282,7 @@ def _products(shape: Shape) -> list[_Product]:
     """A block's matrix products in the order in which they run."""
     shapes, ranks = shape.projections, shape.ranks
     products = []
-    for group in (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)):
+    for group in (QKV, ("o",), MLP_IN, ("down",)):
         enter = [
             _Product(
                 shapes[name][0] * (ranks[name] or shapes[name][1]),

@@ -60,7 +60,7 @@ from torchtitan.protocols.module import Module
 from torchtitan.protocols.sharding import ShardingConfig
 
 from lowline.cola.low_rank import ACTIVATIONS, LowRankLinear, init_std
-from lowline.cola.ranks import PROJECTIONS
+from lowline.cola.projections import MLP_IN, PROJECTIONS, QKV
 from lowline.kernels.low_rank import grouped_linear
 
 Memory = Literal["cola", "cola-m"]
@@ -299,8 +299,8 @@ class ColaConverter(ModelConfigConverter):
             mlp_activation=c.mlp_activation,
             memory=c.memory,
             keep_v=layer % 2 == 1,
-            qkv_entry=self._group("q", "k", "v"),
-            mlp_entry=self._group("gate", "up"),
+            qkv_entry=self._group(*QKV),
+            mlp_entry=self._group(*MLP_IN),
         )
 
     def _group(self, *names: str) -> GroupedEntry.Config | None:

@@ -37,18 +37,8 @@ from transformers.models.llama.modeling_llama import (
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from lowline.cola.low_rank import ACTIVATIONS, LowRankLinear, init_std
+from lowline.cola.projections import PROJECTIONS
 from lowline.errors import LowlineError
-
-PROJECTION_PATHS = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-"""Where each projection lies below a decoder layer."""
 
 
 @strict
@@ -77,15 +67,15 @@ class CoLAConfig(LlamaConfig):
     qk_norm: bool = False
 
     def __post_init__(self, **kwargs):
-        self.ranks = {name: self.ranks.get(name, 0) for name in PROJECTION_PATHS} | self.ranks
+        self.ranks = {name: self.ranks.get(name, 0) for name in PROJECTIONS} | self.ranks
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         """Replaces Llama's rule that the heads divide `hidden_size`: here `head_dim` is free."""
-        unknown = sorted(set(self.ranks) - set(PROJECTION_PATHS))
+        unknown = sorted(set(self.ranks) - set(PROJECTIONS))
         if unknown:
             raise LowlineError(
-                f"ranks names the projections {unknown}; allowed are {list(PROJECTION_PATHS)}."
+                f"ranks names the projections {unknown}; allowed are {list(PROJECTIONS)}."
             )
         negative = {name: rank for name, rank in self.ranks.items() if rank < 0}
         if negative:
@@ -110,9 +100,9 @@ class CoLADecoderLayer(LlamaDecoderLayer):
         super().__init__(config, layer_idx)
         if config.qk_norm:
             self.self_attn = Qwen3Attention(config, layer_idx)  # type: ignore
-        for name, path in PROJECTION_PATHS.items():
+        for name, projection in PROJECTIONS.items():
             if rank := config.ranks[name]:
-                dense = self.get_submodule(path)
+                dense = self.get_submodule(projection.hf)
                 assert isinstance(dense, nn.Linear)
                 bias = config.bottleneck_bias
                 low_rank = LowRankLinear(
@@ -120,7 +110,7 @@ class CoLADecoderLayer(LlamaDecoderLayer):
                     nn.Linear(rank, dense.out_features, bias=bias),
                     config.bottleneck_activation,
                 )
-                self.set_submodule(path, low_rank)
+                self.set_submodule(projection.hf, low_rank)
 
 
 class CoLAPreTrainedModel(LlamaPreTrainedModel):

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeAlias
 
+from lowline.cola.projections import PROJECTIONS
 from lowline.errors import LowlineError
-
-PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 Rank: TypeAlias = int | float | dict[str, int | float]
 

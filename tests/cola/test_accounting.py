@@ -18,7 +18,7 @@ from lowline.cola.accounting import (
     saved_by_block,
     saved_by_model,
 )
-from lowline.cola.ranks import PROJECTIONS
+from lowline.cola.projections import PROJECTIONS
 from lowline.train.config.run import (
     ColaConfig,
     ModelConfig,

@@ -14,7 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lowline.cola.low_rank import ACTIVATIONS, LowRankLinear, init_std
-from lowline.cola.ranks import PROJECTIONS, resolve_ranks
+from lowline.cola.projections import PROJECTIONS
+from lowline.cola.ranks import resolve_ranks
 from lowline.kernels.low_rank import grouped_linear
 from lowline.train.config.run import (
     ColaConfig,

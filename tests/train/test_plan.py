@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from lowline.cola.accounting import Shape
-from lowline.cola.ranks import PROJECTIONS
+from lowline.cola.projections import PROJECTIONS
 from lowline.train.blockwise.plan import plan_blockwise, stored_bytes
 
 DENSE = dict.fromkeys(PROJECTIONS, 0)

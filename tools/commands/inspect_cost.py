@@ -21,7 +21,7 @@ from lowline.cola.accounting import (
     recomputed_flops_per_token,
     saved_by_model,
 )
-from lowline.cola.ranks import PROJECTIONS
+from lowline.cola.projections import PROJECTIONS
 from lowline.files import write_text
 from lowline.tools.commands.inspect_rank import wide_console
 from lowline.train.config.load import load_config

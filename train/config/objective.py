@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from lowline.cola.ranks import PROJECTIONS
+from lowline.cola.projections import ATTENTION, PROJECTIONS, ProjectionName
 from lowline.train.config.fields import Fraction, NonNegative, Positive, Strict
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ class LoraConfig:
     __pydantic_config__ = Strict
     rank: Positive = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0
-    projections: list[Literal["q", "k", "v", "o", "gate", "up", "down"]] = field(
-        default_factory=lambda: ["q", "k", "v", "o"]
-    )
+    projections: list[ProjectionName] = field(default_factory=lambda: list(ATTENTION))
 
     def __post_init__(self) -> None:
         if not self.projections or len(set(self.projections)) < len(self.projections):

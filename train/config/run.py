@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from lowline.cola.ranks import PROJECTIONS, Rank, resolve_ranks
+from lowline.cola.projections import projection_shapes
+from lowline.cola.ranks import Rank, resolve_ranks
 from lowline.train.config.fields import Fraction, NonNegative, Positive, Strict
 from lowline.train.config.layout import ParallelismConfig, check_layout
 from lowline.train.config.objective import (
@@ -95,14 +96,12 @@ class ModelConfig:
 
     def projection_shapes(self) -> dict[str, tuple[int, int]]:
         """(in, out) features of each of a block's seven projections."""
-        q, kv, d, f = (
-            self.n_heads * self.per_head,
-            self.kv_heads * self.per_head,
-            self.dim,
-            self.ffn_dim,
+        return projection_shapes(
+            dim=self.dim,
+            query=self.n_heads * self.per_head,
+            key=self.kv_heads * self.per_head,
+            ffn=self.ffn_dim,
         )
-        shapes = [(d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d)]
-        return dict(zip(PROJECTIONS, shapes, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowline.cola.accounting import Parameters, Shape, flops_per_token, parameters
+from lowline.cola.projections import ATTENTION, PROJECTIONS, QKV, ProjectionName
 from lowline.cola.ranks import resolve_ranks
 from lowline.train.config.run import ColaConfig, ModelConfig, RunConfig
-
-_SHARDED_BY_ROWS = ("q", "k", "v", "gate", "up")  # by tensor parallelism; o and down by columns
-_ATTENTION = ("q", "k", "v", "o")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +115,12 @@ def parameters_of(run: RunConfig) -> dict[str, list[Parameter]]:
     }
 
 
-def _projection(run: RunConfig, name: str, fan_in: int, fan_out: int, rank: int) -> list[Parameter]:
-    by_rows, biased = name in _SHARDED_BY_ROWS, run.model.qkv_bias and name in ("q", "k", "v")
-    trains = run.trainable() == "all" or run.trainable() == "attention" and name in _ATTENTION
+def _projection(
+    run: RunConfig, name: ProjectionName, fan_in: int, fan_out: int, rank: int
+) -> list[Parameter]:
+    by_rows = PROJECTIONS[name].split == "output"
+    biased = run.model.qkv_bias and name in QKV
+    trains = run.trainable() == "all" or run.trainable() == "attention" and name in ATTENTION
     rows, columns = 0 if by_rows else None, None if by_rows else 1
 
     def parameter(*shape: int, tp_dim: int | None = None, part: str = name) -> Parameter:

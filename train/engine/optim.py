@@ -30,10 +30,14 @@ from torchtitan.components.optimizer import (
     ParamGroupConfig,
 )
 
+from lowline.cola.projections import PROJECTIONS
 from lowline.train.config.run import OptimizerConfig, ScheduleConfig
 
 MIXERS = r"\.mixer\."
-BLOCK_MATRICES = r"layers\..*\.(wq|wk|wv|wo|w1|w2|w3)(\.[AB])?\.weight$"
+BLOCK_MATRICES = (
+    rf"layers\.\d+\.({'|'.join(re.escape(p.titan) for p in PROJECTIONS.values())})"
+    r"(\.[AB])?\.weight$"
+)
 
 
 class Optimizers(OptimizersContainer):

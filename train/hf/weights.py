@@ -32,7 +32,8 @@ from transformers import (
 )
 
 from lowline.cola.hf import CoLAConfig
-from lowline.cola.ranks import PROJECTIONS, resolve_ranks
+from lowline.cola.projections import PROJECTIONS
+from lowline.cola.ranks import resolve_ranks
 from lowline.errors import LowlineError
 from lowline.linearize.body.hf import FAMILIES, PREFIX, SOFTMAX, LinearizedConfig
 from lowline.linearize.convert import linearized_config, parse_layers

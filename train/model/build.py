@@ -38,6 +38,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from lowline.cola.accounting import training_flops
 from lowline.cola.block import ColaBlock, ColaConverter, drawn_whole, set_cola_sharding
+from lowline.cola.projections import ATTENTION, PROJECTIONS
 from lowline.errors import LowlineError
 from lowline.linearize.mixers.base import Mixer
 from lowline.linearize.titan import (
@@ -163,7 +164,8 @@ class Llama(Llama3Model):
 
 def freeze(model: nn.Module, trainable: Trainable) -> None:
     """Let only the named part of the model train, and LoRA's factors where there are any."""
-    parts = {"mixers": (".mixer.",), "attention": (".mixer.", ".qkv_linear.", ".wo.")}
+    attention = tuple(f".{PROJECTIONS[name].titan}." for name in ATTENTION)
+    parts = {"mixers": (".mixer.",), "attention": (".mixer.", *attention)}
     for name, parameter in model.named_parameters():
         if trainable != "all" and ".lora_" not in name:
             parameter.requires_grad_(any(part in name for part in parts[trainable]))

@@ -26,11 +26,11 @@ from torchtitan.models.common.attention import QKVLinear
 from torchtitan.protocols.module import Module
 
 from lowline.cola.block import ColaQKVLinear, drawn_whole
+from lowline.cola.projections import PROJECTIONS
 from lowline.train.config.load import load_config
 from lowline.train.config.run import LoraConfig
 from lowline.train.model.names import to_hf_name
 
-LAYERS = {"q": "wq", "k": "wk", "v": "wv", "o": "wo", "gate": "w1", "up": "w3", "down": "w2"}
 _A, _B = ".lora_a.weight", ".lora_b.weight"
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -45,7 +45,7 @@ def add_lora(model: Module.Config, lora: LoraConfig) -> Module.Config:
             layer.attention.qkv_linear = ColaQKVLinear.Config(
                 head_dim=qkv.head_dim, wq=qkv.wq, wk=qkv.wkv, wv=_copy(qkv.wkv)
             )
-    targets = [LAYERS[name] for name in lora.projections]
+    targets = [PROJECTIONS[name].titan_leaf for name in lora.projections]
     how = LoRAConverter.Config(rank=lora.rank, alpha=lora.alpha, target_modules=targets)
     return how.build().convert(model)
 
@@ -102,14 +102,12 @@ def save_adapter(folder: Path, factors: Factors, lora: LoraConfig, base: str) ->
         factors: `stored_factors` of the run.
         base: the model that is adapted, as `from_pretrained` would be given it.
     """
-    from lowline.cola.hf import PROJECTION_PATHS
-
     weights = {}
     for name, (A, B) in factors.items():
         module = f"base_model.model.{to_hf_name(name).removesuffix('.weight')}"
         weights[f"{module}.lora_A.weight"] = A.contiguous()
         weights[f"{module}.lora_B.weight"] = B.contiguous()
-    targets = [PROJECTION_PATHS[name].rpartition(".")[2] for name in lora.projections]
+    targets = [PROJECTIONS[name].hf_leaf for name in lora.projections]
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -16,22 +16,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lowline.cola.projections import PROJECTIONS
 from lowline.errors import LowlineError
 
 _HF_OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
 _HF_IN_LAYER = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
-    "attention.qkv_linear.wq": "self_attn.q_proj",
-    "attention.qkv_linear.wk": "self_attn.k_proj",
-    "attention.qkv_linear.wv": "self_attn.v_proj",
     "attention.q_norm": "self_attn.q_norm",
     "attention.k_norm": "self_attn.k_norm",
-    "attention.wo": "self_attn.o_proj",
     "attention.mixer": "self_attn.mixer",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "feed_forward.w2": "mlp.down_proj",
+    **{projection.titan: projection.hf for projection in PROJECTIONS.values()},
 }
 _TRAINING_OUTSIDE = {theirs: ours for ours, theirs in _HF_OUTSIDE.items()}
 _TRAINING_IN_LAYER = {theirs: ours for ours, theirs in _HF_IN_LAYER.items()}
