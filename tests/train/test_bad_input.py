@@ -71,7 +71,7 @@ def test_a_missing_data_file(capsys, tmp_path):
 
 def test_a_key_in_the_file_is_named_with_the_file(capsys, tmp_path):
     config = tmp_path / "mine.toml"
-    text = Path(training.TINY[1]).read_text()
+    text = (Path(training.TINY[1]).parent / "base" / "demo.toml").read_text()
     config.write_text(text.replace("n_layers = ", "n_layer = 1"))
     said = _refused(capsys, tmp_path / "run", "--config", str(config))
     assert f"{config}: model.n_layer = 14: unknown key. Did you mean model.n_layers?" in said

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from collections import namedtuple
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lowline.files import fingerprint
 from lowline.train.blockwise.store import Manifest, Series, ShardError, blocks_of
+from lowline.train.config.stages import load_stages
 from lowline.train.data.tokenizer import load_tokenizer
 from lowline.train.engine.checkpoint import saved_steps
 from lowline.train.engine.metrics import read_metrics
@@ -507,7 +507,7 @@ def test_large_models_run_dry(name, capsys):
     assert linearize(["--config", str(config), "--dry-run", "--block-size=9"]) == 0
     said = capsys.readouterr().out
     assert f"blocks: {-(-n_layers // 9)} of 9 layers\n" in said
-    steps = tomllib.loads(text)["stage"][0]["training"]["steps"]
+    steps = load_stages(config).run(0, teacher="teacher").training.steps
     tokens = steps * 8 * 1024
     stored = tokens * (-(-n_layers // 9) * 2 * dim + 12)
     assert f"inputs on disk: {stored / 2**40:.4g} TiB (bfloat16)\n" in said

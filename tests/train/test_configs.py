@@ -350,6 +350,35 @@ def test_mistakes_name_the_base_that_made_them(path: Path, tmp_path: Path) -> No
     assert "command line: base = 'run.toml': unknown key" in message(path, "--base=run.toml")
 
 
+def test_warmup_is_steps_or_a_fraction_of_them(path: Path) -> None:
+    cases = (("0.1", 75, 7, 15), ("0.29", 100, 29, 58), ("3", 10, 3, 3), ("1.0", 10, 10, 20))
+    for value, steps, expected, in_twice_as_many in cases:
+        run = load_config(path, [f"--schedule.warmup={value}", f"--training.steps={steps}"])
+        assert run.schedule.warmup_steps == expected
+        assert load_config_text(to_toml(run)) == run
+        twice = dataclasses.replace(run.training, steps=2 * steps)
+        twice = dataclasses.replace(run, training=twice)
+        assert twice.schedule.warmup_steps == in_twice_as_many
+    assert config("cola_60m", "--training.steps=2").schedule.warmup_steps == 0
+    path.write_text(MINIMAL + "[schedule]\nwarmup = 0.5\n")
+    old = load_config(path, ["--schedule.warmup_steps=2"]).schedule
+    assert (old.warmup, old.warmup_steps) == (None, 2)
+    path.write_text(MINIMAL + "[schedule]\nwarmup_steps = 5\n")
+    assert load_config(path, ["--schedule.warmup=0.2"]).schedule.warmup_steps == 2
+    assert "warmup = 1.5: Input should be" in message(path, "--schedule.warmup=1.5")
+    assert "warmup_steps = 11 is more than" in message(path, "--schedule.warmup=11")
+    both = message(path, "--schedule.warmup=0.5", "--schedule.warmup_steps=5")
+    assert "say the same thing twice" in both
+
+
+def test_the_files_are_short() -> None:
+    """What runs share is in base files; a run's own file shows what the run is about."""
+    lines = {path: len(path.read_text().splitlines()) for path in CONFIGS.rglob("*.toml")}
+    assert sum(lines.values()) <= 1000
+    runs = [path for path in lines if path.parent in (CONFIGS, CONFIGS / "linearize")]
+    assert len(runs) == 56 and max(lines[path] for path in runs) <= 25
+
+
 def test_a_conversion_is_sent_to_its_command() -> None:
     text = message(CONFIGS / "linearize" / "demo_smollm2.toml")
     assert "lowline linearize --config" in text

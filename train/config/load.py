@@ -24,7 +24,15 @@ import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
 from lowline.train.config.run import RunConfig
-from lowline.train.config.tables import ConfigError, assign, leaves, read_layers, stages_of
+from lowline.train.config.tables import (
+    ONE_OF,
+    ConfigError,
+    assign,
+    leaves,
+    merged,
+    read_layers,
+    stages_of,
+)
 
 COMMAND_LINE = "command line"
 _WANTED = ": Input should be "  # pydantic's words
@@ -52,16 +60,20 @@ def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
             f"{path}: it has [[stage]]s, which `lowline linearize --config {path}` runs; "
             "lowline.train runs files without"
         )
+    given: dict[str, Any] = {}
     for argument in overrides:
         key, value = parse_override(argument)
-        assign(tree, key, value)
+        assign(given, key, value)
         origin[key] = COMMAND_LINE
-    return validate(tree, origin, default_origin=str(path or COMMAND_LINE))
+    return validate(merged(tree, given), origin, default_origin=str(path or COMMAND_LINE))
 
 
 def to_toml(config: RunConfig) -> str:
     """The resolved configuration as TOML; loading it gives an equal RunConfig."""
-    return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
+    tree = dataclasses.asdict(config)
+    if config.schedule.warmup is not None:  # which decides warmup_steps
+        del tree["schedule"]["warmup_steps"]
+    return tomli_w.dumps(_without_none(tree))
 
 
 def known_keys() -> dict[str, str]:
@@ -101,6 +113,14 @@ def validate(tree: dict[str, Any], origin: dict[str, str], default_origin: str) 
         if isinstance(value, date | time):
             where = origin.get(key, default_origin)
             raise ConfigError(f"{where}: {key} = {value}: dates and times have no use here")
+    for section, key in (("schedule", "warmup"),):
+        table = tree.get(section)
+        if isinstance(table, dict) and key in table and ONE_OF[key] in table:
+            where = origin.get(f"{section}.{key}", default_origin)
+            raise ConfigError(
+                f"{where}: {section}.{key} = {table[key]!r} and {section}.{ONE_OF[key]} = "
+                f"{table[ONE_OF[key]]!r} say the same thing twice; keep one of them"
+            )
     text = json.dumps(tree)
     try:
         return TypeAdapter(RunConfig).validate_json(text)

@@ -7,7 +7,7 @@ rule between two sections lives in `RunConfig.__post_init__`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -166,6 +166,8 @@ class ScheduleConfig:
 
     __pydantic_config__ = Strict
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    # Steps (10), or a fraction of training.steps (0.1), from which RunConfig sets warmup_steps.
+    warmup: NonNegative | Fraction | None = None
     warmup_steps: NonNegative = 0
     decay_fraction: Fraction = 0.2  # wsd: the last part of the run, decayed by 1 - sqrt
     min_lr_fraction: Fraction = 0.1
@@ -256,6 +258,11 @@ class RunConfig:
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
 
     def __post_init__(self) -> None:
+        warmup = self.schedule.warmup
+        if warmup is not None:
+            if isinstance(warmup, float):  # rounded down, whatever 0.1 is in binary
+                warmup = int(warmup * self.training.steps + 1e-9)
+            object.__setattr__(self, "schedule", replace(self.schedule, warmup_steps=warmup))
         ranks = self.ranks()
         dense = [name for name, rank in ranks.items() if rank == 0]
         if dense and self.cola.memory == "cola-m":

@@ -129,8 +129,11 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> Stages:
         raise ConfigError(f"{path}: no [[stage]]: a conversion needs one at least, with a name")
     del tree["stage"]
     names = [_name(path, stage) for stage in stages]
+    everywhere: dict[str, Any] = {}
+    given: list[dict[str, Any]] = [{} for _ in names]
     for argument in overrides:
         key, value = parse_override(argument)
+        chosen = list(names)
         if key.startswith("stage."):
             _, name, key = (*key.split(".", 2), "")[:3]
             if name not in names or not key:
@@ -138,13 +141,17 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> Stages:
                     f"{COMMAND_LINE}: {argument!r}: write --stage.NAME.section.key=value, where "
                     f"NAME is one of {', '.join(names)}"
                 )
-            assign(stages[names.index(name)], key, value)
-            origin[f"stage.{name}.{key}"] = COMMAND_LINE
+            chosen = [name]
         else:
-            for stage in stages:
-                _remove(stage, key)
-            assign(tree, key, value)
+            assign(everywhere, key, value)
             origin[key] = COMMAND_LINE
+        if key in ("source", "output"):
+            continue
+        for name in chosen:
+            assign(given[names.index(name)], key, value)
+            origin[f"stage.{name}.{key}"] = COMMAND_LINE
+    tree = merged(tree, everywhere)
+    stages = [merged(*pair) for pair in zip(stages, given, strict=True)]
     source, output = tree.pop("source", None), tree.pop("output", None)
     for key, value in (("source", source), ("output", output)):
         if value is not None and not isinstance(value, str):
@@ -268,12 +275,3 @@ def _name(path: Path, stage: dict[str, Any]) -> str:
             f"{path}: [[stage]] name = {name!r}: give each stage a name of letters, digits, - and _"
         )
     return name
-
-
-def _remove(tree: dict[str, Any], key: str) -> None:
-    *sections, last = key.split(".")
-    for section in sections:
-        tree = tree.get(section, {})
-        if not isinstance(tree, dict):
-            return
-    tree.pop(last, None)

@@ -17,6 +17,9 @@ from typing import Any
 
 from lowline.errors import LowlineError
 
+# Two keys for one thing, of which a table has one.
+ONE_OF = {"warmup": "warmup_steps", "warmup_steps": "warmup"}
+
 
 class ConfigError(LowlineError):
     """A configuration that cannot run; the message says where and what to do."""
@@ -89,9 +92,12 @@ def _find(path: Path, name: str) -> Path:
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Return nested tables with the values of `over` in the place of those of `base`.
 
-    Lists are values, except for `[[stage]]`: a stage of `over` is merged over that of its name.
+    Lists are values, except for `[[stage]]`: a stage of `over` is merged over that of its name. A
+    key that `ONE_OF` names replaces the other one of its pair.
     """
     result = copy.deepcopy(base)
+    for key in over.keys() & ONE_OF.keys():
+        result.pop(ONE_OF[key], None)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
         result[key] = merged(result[key], value) if both else copy.deepcopy(value)
