@@ -16,18 +16,20 @@ Legend: as in `op`; N tokens and BLOCK_D channels of a program.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowline.kernels.triton_tools import Case
+from lowline.kernels.packs import as_bounds, sequence_of_tokens
+from lowline.kernels.triton_tools.custom_op import define
+from lowline.kernels.triton_tools.launch import launch, rows_dense
 
 STRETCH = 32  # blocks of tokens that one program of the backward pass walks
 TILES = dict(N=16, BLOCK_D=64)
-OPTIONS = dict(num_warps=8, num_stages=2)
 
 
 @triton.jit
@@ -86,7 +88,7 @@ def _sums(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "blocks"])
 def _forward_kernel(
     x, weight, bias, state, y, cu, sequence_T, x_b, x_t, T, D, blocks,
     W: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr,
@@ -108,7 +110,7 @@ def _forward_kernel(
     tl.store(y + row[:, None] * D + d[None, :], total.to(y.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "stretches"])
 def _sum_gradient_kernel(
     x, weight, bias, state, dy, ds, dweight, dbias, cu, sequence_T, x_b, x_t, T, D, stretches,
     W: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr,
@@ -149,7 +151,7 @@ def _sum_gradient_kernel(
     tl.store(dbias + part_of + d, shift, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "blocks"])
 def _input_gradient_kernel(
     ds, weight, dx, cu, sequence_T, T, D, blocks,
     W: tl.constexpr, PACKED: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -175,61 +177,63 @@ def _input_gradient_kernel(
     tl.store(dx + block + at, total.to(dx.dtype.element_ty), mask=there)
 
 
-def _pack(cu: Tensor | None, T: int) -> Tensor | None:
-    """The sequence of each token."""
-    if cu is None:
-        return None
-    token = torch.arange(T, device=cu.device, dtype=cu.dtype)
-    return torch.searchsorted(cu[1:].contiguous(), token, right=True).int()
+class Call(NamedTuple):
+    """The arguments of the operator."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    state: Tensor
+    cu: Tensor | None
+    silu: bool
 
 
-@torch.library.custom_op("lowline::causal_conv_triton", mutates_args=())
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, cu: Tensor | None, silu: bool
-) -> Tensor:
-    B, T, D = x.shape
-    y = x.new_empty(x.shape)
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    blocks = triton.cdiv(T, TILES["N"])
+def _arguments(call: Call) -> dict[str, Any]:
+    """What all three kernels take."""
+    (x,), cu, T = rows_dense(call.x), call.cu, call.x.shape[1]
+    return dict(
+        x=x, weight=call.weight.contiguous(), bias=call.bias, state=call.state.contiguous(), cu=cu,
+        sequence_T=None if cu is None else sequence_of_tokens(cu, T), x_b=x.stride(0),
+        x_t=x.stride(1), T=T, D=x.shape[2], W=call.weight.shape[1], BIAS=call.bias is not None,
+        SILU=call.silu, PACKED=cu is not None, STRETCH=STRETCH, **TILES,
+        blocks=triton.cdiv(T, TILES["N"]), stretches=triton.cdiv(T, TILES["N"] * STRETCH),
+    )  # fmt: skip
+
+
+def _outputs(call: Call) -> tuple[Tensor]:
+    return (call.x.new_empty(call.x.shape),)
+
+
+def _forward(call: Call) -> tuple[Tensor]:
+    (y,) = _outputs(call)
     if y.numel():
-        _forward_kernel[(B * blocks * triton.cdiv(D, TILES["BLOCK_D"]),)](
-            x=x, weight=weight.contiguous(), bias=bias, state=state.contiguous(), y=y, cu=cu,
-            sequence_T=_pack(cu, T), x_b=x.stride(0), x_t=x.stride(1), T=T, D=D, blocks=blocks,
-            W=weight.shape[1], BIAS=bias is not None, SILU=silu, PACKED=cu is not None,
-            **TILES, **OPTIONS,
-        )  # fmt: skip
-    return y
+        given = _arguments(call)
+        columns = triton.cdiv(given["D"], TILES["BLOCK_D"])
+        launch(_forward_kernel, (len(y) * given["blocks"] * columns,), **given, y=y)
+    return (y,)
 
 
-@torch.library.custom_op("lowline::causal_conv_triton_backward", mutates_args=())
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, cu: Tensor | None,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dweight, dbias, dstate; all but dx in fp32."""
-    (B, T, D), W = x.shape, weight.shape[1]
-    weight = weight.contiguous()
+    grads: tuple[Tensor, ...], kept: tuple[Tensor, ...], call: Call
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias, dstate."""
+    (dy,), x, (B, _, D) = grads, call.x, call.x.shape
     dx, ds = x.new_empty(x.shape), torch.empty(x.shape, device=x.device)
     if not dx.numel():
-        return dx, weight.new_zeros(D, W).float(), weight.new_zeros(D).float(), state.float() * 0
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    sequence_T = _pack(cu, T)
-    stretches = triton.cdiv(T, TILES["N"] * STRETCH)
-    dweight = torch.empty(B * stretches, D, W, device=x.device)
-    dbias = torch.empty(B * stretches, D, device=x.device)
+        zeros = (torch.zeros_like(t) for t in (call.weight, x.new_empty(D), call.state))
+        return dx, *zeros  # type: ignore[return-value]
+    given = _arguments(call)
+    parts = B * given["stretches"]
+    dweight = torch.empty(parts, D, given["W"], device=x.device)
+    dbias = torch.empty(parts, D, device=x.device)
     columns = triton.cdiv(D, TILES["BLOCK_D"])
-    shared: dict[str, Any] = dict(
-        weight=weight, cu=cu, sequence_T=sequence_T, T=T, D=D, W=W, PACKED=cu is not None,
-        **TILES, **OPTIONS,
+    launch(
+        _sum_gradient_kernel, (parts * columns,), **given, dy=dy.contiguous(), ds=ds,
+        dweight=dweight, dbias=dbias,
     )  # fmt: skip
-    _sum_gradient_kernel[(B * stretches * columns,)](
-        x=x, bias=bias, state=state.contiguous(), dy=dy.contiguous(), ds=ds, dweight=dweight,
-        dbias=dbias, x_b=x.stride(0), x_t=x.stride(1), stretches=stretches,
-        BIAS=bias is not None, SILU=silu, STRETCH=STRETCH, **shared,
-    )  # fmt: skip
-    blocks = triton.cdiv(T, TILES["N"])
-    _input_gradient_kernel[(B * blocks * columns,)](ds=ds, dx=dx, blocks=blocks, **shared)
-    return dx, dweight.sum(0), dbias.sum(0), _state_gradient(ds, weight, state, cu)
+    launch(_input_gradient_kernel, (B * given["blocks"] * columns,), **given, ds=ds, dx=dx)
+    dstate = _state_gradient(ds, given["weight"], call.state, call.cu)
+    return dx, dweight.sum(0), dbias.sum(0), dstate
 
 
 def _state_gradient(ds: Tensor, weight: Tensor, state: Tensor, cu: Tensor | None) -> Tensor:
@@ -249,33 +253,9 @@ def _state_gradient(ds: Tensor, weight: Tensor, state: Tensor, cu: Tensor | None
     return dstate
 
 
-@_forward.register_fake
-def _(x, weight, bias, state, cu, silu):
-    return x.new_empty(x.shape)
-
-
-@_backward.register_fake
-def _(dy, x, weight, bias, state, cu, silu):
-    (D, W), kind = weight.shape, torch.float32
-    return (
-        x.new_empty(x.shape), weight.new_empty(D, W, dtype=kind), weight.new_empty(D, dtype=kind),
-        state.new_empty(state.shape, dtype=kind),
-    )  # fmt: skip
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, state, cu, ctx.silu = inputs
-    ctx.save_for_backward(x, weight, bias, state, cu)
-
-
-def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, state, cu = ctx.saved_tensors
-    dx, dweight, dbias, dstate = _backward(dy, x, weight, bias, state, cu, ctx.silu)
-    dbias = None if bias is None else dbias.to(bias.dtype)
-    return dx, dweight.to(weight.dtype), dbias, dstate.to(state.dtype), None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+OP = define(
+    "lowline::causal_conv_triton", Call, _forward, _outputs, _backward, gradients=4, returns=1
+)
 
 
 def causal_conv(
@@ -287,8 +267,8 @@ def causal_conv(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `lowline.kernels.conv.causal_conv`, which checks and documents."""
-    cu = None if cu_seqlens is None else cu_seqlens.contiguous().to(x_BTD.device)
-    y = _forward(x_BTD, weight_DW, bias_D, initial_state_SDW, cu, activation == "silu")
+    cu = None if cu_seqlens is None else as_bounds(cu_seqlens.to(x_BTD.device))
+    y = OP(Call(x_BTD, weight_DW, bias_D, initial_state_SDW, cu, activation == "silu"))
     return y, _final_state(x_BTD, initial_state_SDW, cu)
 
 
@@ -307,23 +287,18 @@ def _final_state(x: Tensor, state_SDW: Tensor, cu: Tensor | None) -> Tensor:
     return torch.where((row >= 0)[:, None], x[0, token].transpose(1, 2), old)
 
 
-def _case(kernel: Any, name: str) -> Case:
-    constants: dict[str, Any] = dict(
-        cu=None, sequence_T=None, W=4, BIAS=True, SILU=True, PACKED=False, STRETCH=STRETCH, **TILES
-    )
-    constants = {n: x for n, x in constants.items() if n in kernel.arg_names}
-    types = {n: "i32" for n in ("x_b", "x_t", "T", "D", "blocks", "stretches")}
-    types |= {n: "*fp32" for n in ("ds", "dweight", "dbias")}
-    return Case(
-        kernel=kernel, shape=f"{name}, 4 taps, silu", constants=constants,
-        types={n: types.get(n, f"*{name}") for n in kernel.arg_names if n not in constants},
-        div16=tuple(n for n in ("x_b", "x_t", "D") if n in kernel.arg_names),
-        tensor_cores=False, **OPTIONS,
-    )  # fmt: skip
+def aot_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The shapes that the compile check covers."""
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        for packed in (False, True):
 
+            def empty(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+                return torch.empty(size, dtype=dtype, device="meta")
 
-AOT_CASES = [
-    _case(kernel, name)
-    for name in ("bf16", "fp32")
-    for kernel in (_forward_kernel, _sum_gradient_kernel, _input_gradient_kernel)
-]
+            cu = empty(3, dtype=torch.int64) if packed else None
+            state = empty(1 + packed, 2048, 3)
+            call = Call(empty(1, 4096, 2048), empty(2048, 4), empty(2048), state, cu, True)
+            yield (
+                f"{name}, 4 taps, silu" + ", packed" * packed,
+                lambda call=call: _backward(_forward(call), (), call),  # type: ignore[misc]
+            )

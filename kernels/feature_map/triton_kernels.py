@@ -15,7 +15,8 @@ Legend: as in `op`; N rows of a block.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,7 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lowline.kernels.feature_map.op import FLOOR
-from lowline.kernels.triton_tools import Case
+from lowline.kernels.triton_tools.custom_op import define
+from lowline.kernels.triton_tools.launch import launch, rows_dense
+from lowline.kernels.triton_tools.tiles import load_tile, store_tile
 
 LARGEST = 128
 
@@ -34,14 +37,6 @@ def not_on_triton(D: int, F: int) -> str | None:
 
 
 @triton.jit
-def _load_rows(x, first, length, stride, width, N: tl.constexpr, BLOCK: tl.constexpr):
-    row = first + tl.arange(0, N)
-    column = tl.arange(0, BLOCK)
-    at = row.to(tl.int64)[:, None] * stride + column[None, :]
-    return tl.load(x + at, mask=(row < length)[:, None] & (column < width)[None, :], other=0.0)
-
-
-@triton.jit
 def _softmax(u, ok):
     """Over the features that are there."""
     u = tl.where(ok, u, -float("inf"))
@@ -49,27 +44,38 @@ def _softmax(u, ok):
     return p / tl.sum(p, 1)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "blocks"])
 def _forward_kernel(
     x, W, out, x_b, x_t, x_h, w_h, T, H, blocks,
     D: tl.constexpr, F: tl.constexpr, FLOOR: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The features of a block of tokens of one head."""
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    first = tl.program_id(0) % blocks * N
-    h = tl.program_id(1)
-    x_ND = _load_rows(x + b * x_b + h * x_h, first, T, x_t, D, N, BLOCK_D)
-    W_DF = _load_rows(W + h * w_h, 0, D, F, F, BLOCK_D, BLOCK_F).to(x_ND.dtype)
+    b, row, h, x_ND, W_DF = _load_inputs(
+        x, W, x_b, x_t, x_h, w_h, T, blocks, D, F, BLOCK_D, BLOCK_F, N
+    )
     u = tl.dot(x_ND, W_DF, input_precision="ieee")
-    row = first + tl.arange(0, N)
     f = tl.arange(0, BLOCK_F)
     ok = (f < F)[None, :]
-    at = (b * T + row)[:, None] * (H * 2 * F) + h * 2 * F + f[None, :]
-    there = (row < T)[:, None] & ok
-    kind = out.dtype.element_ty
-    tl.store(out + at, tl.maximum(_softmax(u, ok), FLOOR).to(kind), mask=there)
-    tl.store(out + at + F, tl.maximum(_softmax(-u, ok), FLOOR).to(kind), mask=there)
+    out += (b * T * H + h) * 2 * F
+    there, row = row < T, row.to(tl.int64)
+    store_tile(out, tl.maximum(_softmax(u, ok), FLOOR), row, there, H * 2 * F, f, F)
+    store_tile(out + F, tl.maximum(_softmax(-u, ok), FLOOR), row, there, H * 2 * F, f, F)
+
+
+@triton.jit
+def _load_inputs(
+    x, W, x_b, x_t, x_h, w_h, T, blocks, D: tl.constexpr, F: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Batch row, tokens and head of a program (64-bit, as is what a stride multiplies), x and W."""
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) % blocks * N + tl.arange(0, N)
+    h = tl.program_id(1).to(tl.int64)
+    d, f = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
+    x_ND = load_tile(x + b * x_b + h * x_h, row.to(tl.int64), row < T, x_t, d, D)
+    W_DF = load_tile(W + h * w_h, d, d < D, F, f, F).to(x_ND.dtype)
+    return b, row, h, x_ND, W_DF
 
 
 @triton.jit
@@ -79,123 +85,94 @@ def _softmax_slope(u, dp, ok, FLOOR: tl.constexpr):
     return weighted - p * tl.sum(weighted, 1)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "blocks"])
 def _backward_kernel(
     x, W, grad, dx, du, x_b, x_t, x_h, w_h, T, H, blocks,
     D: tl.constexpr, F: tl.constexpr, FLOOR: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """dx and du of a block of tokens of one head."""
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    first = tl.program_id(0) % blocks * N
-    h = tl.program_id(1)
-    x_ND = _load_rows(x + b * x_b + h * x_h, first, T, x_t, D, N, BLOCK_D)
-    W_DF = _load_rows(W + h * w_h, 0, D, F, F, BLOCK_D, BLOCK_F).to(x_ND.dtype)
+    b, row, h, x_ND, W_DF = _load_inputs(
+        x, W, x_b, x_t, x_h, w_h, T, blocks, D, F, BLOCK_D, BLOCK_F, N
+    )
     u = tl.dot(x_ND, W_DF, input_precision="ieee")
-    f = tl.arange(0, BLOCK_F)
+    d, f = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
     ok = (f < F)[None, :]
-    grad += (b * T * H + h) * 2 * F
-    dp = _load_rows(grad, first, T, H * 2 * F, F, N, BLOCK_F).to(tl.float32)
-    dn = _load_rows(grad + F, first, T, H * 2 * F, F, N, BLOCK_F).to(tl.float32)
+    head = b * T * H + h
+    there, row = row < T, row.to(tl.int64)
+    grad += head * 2 * F
+    dp = load_tile(grad, row, there, H * 2 * F, f, F).to(tl.float32)
+    dn = load_tile(grad + F, row, there, H * 2 * F, f, F).to(tl.float32)
     du_NF = _softmax_slope(u, dp, ok, FLOOR) - _softmax_slope(-u, dn, ok, FLOOR)
-    row = first + tl.arange(0, N)
-    head = (b * T + row)[:, None] * H + h
-    there = (row < T)[:, None]
     du_NF = du_NF.to(x_ND.dtype)
-    tl.store(du + head * F + f[None, :], du_NF, mask=there & ok)
+    store_tile(du + head * F, du_NF, row, there, H * F, f, F)
     dx_ND = tl.dot(du_NF, tl.trans(W_DF), input_precision="ieee")
-    d = tl.arange(0, BLOCK_D)[None, :]
-    tl.store(dx + head * D + d, dx_ND.to(dx.dtype.element_ty), mask=there & (d < D))
+    store_tile(dx + head * D, dx_ND, row, there, H * D, d, D)
 
 
-def _constants(dtype: torch.dtype, D: int, F: int) -> dict[str, Any]:
-    return dict(
-        D=D, F=F, FLOOR=FLOOR, BLOCK_D=max(16, triton.next_power_of_2(D)),
-        BLOCK_F=max(16, triton.next_power_of_2(F)), N=16 if dtype == torch.float32 else 64,
-    )  # fmt: skip
+class Call(NamedTuple):
+    """The arguments of the operator."""
+
+    x: Tensor
+    W: Tensor
 
 
-OPTIONS = dict(num_warps=8, num_stages=2)
-
-
-def _arguments(x: Tensor, W: Tensor) -> dict[str, Any]:
-    B, T, H, D = x.shape
-    if reason := not_on_triton(D, W.shape[-1]):
+def _arguments(call: Call) -> tuple[tuple[int, int], dict[str, Any]]:
+    """The grid, and what both kernels take."""
+    (x,) = rows_dense(call.x)
+    (B, T, H, D), W = x.shape, call.W.contiguous()
+    F = W.shape[-1]
+    if reason := not_on_triton(D, F):
         raise ValueError(f"hedgehog: backend = 'triton' cannot run this call: {reason}")
-    constants = _constants(x.dtype, D, W.shape[-1])
-    return dict(
-        x_b=x.stride(0), x_t=x.stride(1), x_h=x.stride(2), w_h=W.stride(0) if W.dim() == 3 else 0,
-        T=T, H=H, blocks=triton.cdiv(T, constants["N"]), **constants, **OPTIONS,
+    N = 16 if x.dtype == torch.float32 else 64
+    blocks = triton.cdiv(T, N)
+    return (B * blocks, H), dict(
+        x=x, W=W, x_b=x.stride(0), x_t=x.stride(1), x_h=x.stride(2),
+        w_h=W.stride(0) if W.dim() == 3 else 0, T=T, H=H, blocks=blocks, D=D, F=F, FLOOR=FLOOR,
+        BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_F=max(16, triton.next_power_of_2(F)), N=N,
     )  # fmt: skip
 
 
-@torch.library.custom_op("lowline::hedgehog", mutates_args=())
-def _forward(x: Tensor, W: Tensor) -> Tensor:
-    x, W = x if x.stride(-1) == 1 else x.contiguous(), W.contiguous()
-    out = x.new_empty(*x.shape[:3], 2 * W.shape[-1])
+def _outputs(call: Call) -> tuple[Tensor]:
+    return (call.x.new_empty(*call.x.shape[:3], 2 * call.W.shape[-1]),)
+
+
+def _forward(call: Call) -> tuple[Tensor]:
+    (out,) = _outputs(call)
     if out.numel():
-        given = _arguments(x, W)
-        _forward_kernel[(x.shape[0] * given["blocks"], x.shape[2])](x=x, W=W, out=out, **given)
-    return out
+        grid, given = _arguments(call)
+        launch(_forward_kernel, grid, **given, out=out)
+    return (out,)
 
 
-@torch.library.custom_op("lowline::hedgehog_backward", mutates_args=())
-def _backward(grad: Tensor, x: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
-    x, W = x if x.stride(-1) == 1 else x.contiguous(), W.contiguous()
+def _backward(
+    grads: tuple[Tensor, ...], kept: tuple[Tensor, ...], call: Call
+) -> tuple[Tensor, Tensor]:
+    (grad,), (x, W) = grads, call
     dx, du = x.new_empty(x.shape), x.new_empty(*x.shape[:3], W.shape[-1])
     if not grad.numel():
         return dx, torch.zeros_like(W)
-    given = _arguments(x, W)
-    _backward_kernel[(x.shape[0] * given["blocks"], x.shape[2])](
-        x=x, W=W, grad=grad.contiguous(), dx=dx, du=du, **given
-    )
+    grid, given = _arguments(call)
+    launch(_backward_kernel, grid, **given, grad=grad.contiguous(), dx=dx, du=du)
     if W.dim() == 2:
-        dW = x.reshape(-1, x.shape[-1]).T @ du.view(-1, du.shape[-1])
-    else:
-        dW = x.flatten(0, 1).permute(1, 2, 0) @ du.flatten(0, 1).transpose(0, 1)
-    return dx, dW.to(W.dtype)
+        return dx, x.reshape(-1, x.shape[-1]).T @ du.view(-1, du.shape[-1])
+    return dx, x.flatten(0, 1).permute(1, 2, 0) @ du.flatten(0, 1).transpose(0, 1)
 
 
-@_forward.register_fake
-def _(x, W):
-    return x.new_empty(*x.shape[:3], 2 * W.shape[-1])
-
-
-@_backward.register_fake
-def _(grad, x, W):
-    return x.new_empty(x.shape), W.new_empty(W.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return _backward(grad, *ctx.saved_tensors)
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+OP = define("lowline::hedgehog", Call, _forward, _outputs, _backward, gradients=2, returns=1)
 
 
 def hedgehog(x_BTHD: Tensor, W_HDF: Tensor) -> Tensor:
     """See `lowline.kernels.feature_map.hedgehog`, which checks and documents."""
-    return _forward(x_BTHD, W_HDF)
+    return OP(Call(x_BTHD, W_HDF))
 
 
-def _case(kernel: Any, name: str, dtype: torch.dtype, D: int) -> Case:
-    constants = _constants(dtype, D, D)
-    strides = ("x_b", "x_t", "x_h", "w_h")
-    types = {n: "i32" for n in (*strides, "T", "H", "blocks")}
-    types |= {n: f"*{name}" for n in ("x", "W", "out", "grad", "dx", "du")}
-    return Case(
-        kernel=kernel, shape=f"{name}, D {D}, F {D}", constants=constants, div16=strides,
-        types={n: t for n, t in types.items() if n in kernel.arg_names},
-        tensor_cores=name == "bf16", **OPTIONS,
-    )  # fmt: skip
-
-
-AOT_CASES = [
-    _case(kernel, name, dtype, D)
-    for name, dtype, D in (("bf16", torch.bfloat16, 128), ("fp32", torch.float32, 64))
-    for kernel in (_forward_kernel, _backward_kernel)
-]
+def aot_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The shapes that the compile check covers."""
+    for name, dtype, D in (("bf16", torch.bfloat16, 128), ("fp32", torch.float32, 64)):
+        x = torch.empty(1, 4096, 32, D, dtype=dtype, device="meta")
+        call = Call(x, torch.empty(32, D, D, device="meta"))
+        yield (
+            f"{name}, D {D}, F {D}",
+            lambda call=call: _backward(_forward(call), (), call),  # type: ignore[misc]
+        )

@@ -19,13 +19,14 @@ Legend: T tokens, R rank, M output features.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from lowline.kernels.triton_tools import Case
+from lowline.kernels.triton_tools.launch import launch
 
 ACTIVATIONS = ("silu", "gelu", "relu", "identity")
 
@@ -60,7 +61,7 @@ def _sigma_slope(z, NAME: tl.constexpr):
     return slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _forward_kernel(
     z_TR, B_MR, b_M, y_TM, T, R, M,
     NAME: tl.constexpr, BIAS: tl.constexpr,
@@ -90,7 +91,7 @@ def _forward_kernel(
     tl.store(y_ptrs, y.to(y_TM.dtype.element_ty), mask=t_ok[:, None] & o_ok[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _backward_kernel(
     dy_TM, z_TR, B_MR, dz_TR, a_TR, T, R, M,
     NAME: tl.constexpr,
@@ -120,11 +121,10 @@ def _backward_kernel(
     tl.store(dz_TR + at, (da * _sigma_slope(z, NAME)).to(dz_TR.dtype.element_ty), mask=ok)
 
 
-def _tiles(dtype: torch.dtype, columns: int = 128) -> tuple[dict[str, int], dict[str, int]]:
-    """Constants and options of a launch."""
+def _tiles(dtype: torch.dtype, columns: int = 128) -> dict[str, int]:
     if dtype == torch.float32:  # multiply-adds in registers: small tiles
-        return dict(BLOCK_T=64, BLOCK_N=64, BLOCK_K=16), dict(num_warps=8, num_stages=2)
-    return dict(BLOCK_T=128, BLOCK_N=columns, BLOCK_K=64), dict(num_warps=8, num_stages=3)
+        return dict(BLOCK_T=64, BLOCK_N=64, BLOCK_K=16)
+    return dict(BLOCK_T=128, BLOCK_N=columns, BLOCK_K=64)
 
 
 @torch.library.custom_op("lowline::activated_linear", mutates_args=())
@@ -133,11 +133,12 @@ def _forward(
 ) -> torch.Tensor:
     (T, R), M = z_TR.shape, B_MR.shape[0]
     y_TM = z_TR.new_empty(T, M)
-    tiles, options = _tiles(z_TR.dtype)
+    tiles = _tiles(z_TR.dtype)
     if T:
-        _forward_kernel[(triton.cdiv(M, tiles["BLOCK_N"]), triton.cdiv(T, tiles["BLOCK_T"]))](
-            z_TR.contiguous(), B_MR.contiguous(), b_M, y_TM, T, R, M,
-            NAME=activation, BIAS=b_M is not None, **tiles, **options,
+        grid = (triton.cdiv(M, tiles["BLOCK_N"]), triton.cdiv(T, tiles["BLOCK_T"]))
+        launch(
+            _forward_kernel, grid, z_TR=z_TR.contiguous(), B_MR=B_MR.contiguous(), b_M=b_M,
+            y_TM=y_TM, T=T, R=R, M=M, NAME=activation, BIAS=b_M is not None, **tiles,
         )  # fmt: skip
     return y_TM
 
@@ -148,11 +149,12 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     (T, R), M = z_TR.shape, B_MR.shape[0]
     dz_TR, a_TR = z_TR.new_empty(T, R), z_TR.new_empty(T, R)
-    tiles, options = _tiles(z_TR.dtype, columns=64)
+    tiles = _tiles(z_TR.dtype, columns=64)
     if T:
-        _backward_kernel[(triton.cdiv(R, tiles["BLOCK_N"]), triton.cdiv(T, tiles["BLOCK_T"]))](
-            dy_TM.contiguous(), z_TR.contiguous(), B_MR.contiguous(), dz_TR, a_TR, T, R, M,
-            NAME=activation, **tiles, **options,
+        grid = (triton.cdiv(R, tiles["BLOCK_N"]), triton.cdiv(T, tiles["BLOCK_T"]))
+        launch(
+            _backward_kernel, grid, dy_TM=dy_TM.contiguous(), z_TR=z_TR.contiguous(),
+            B_MR=B_MR.contiguous(), dz_TR=dz_TR, a_TR=a_TR, T=T, R=R, M=M, NAME=activation, **tiles,
         )  # fmt: skip
     return dz_TR, a_TR
 
@@ -204,25 +206,12 @@ def activated_linear(
     return y_TM.reshape(*z.shape[:-1], B_MR.shape[0])
 
 
-def _cases(dtype: torch.dtype) -> list[Case]:
-    name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-    types = {n: f"*{name}" for n in ("dy_TM", "z_TR", "B_MR", "b_M", "y_TM", "dz_TR", "a_TR")}
-    types |= dict(T="i32", R="i32", M="i32")
+def aot_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The shapes that the compile check covers."""
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        z, B = (torch.empty(n, 512, dtype=dtype, device="meta") for n in (8192, 2048))
 
-    def case(kernel: Any, columns: int, **constants: Any) -> Case:
-        tiles, options = _tiles(dtype, columns)
-        constants |= dict(NAME="silu", **tiles)
-        return Case(
-            kernel=kernel,
-            shape=f"{name}, silu, rank and width multiples of 16",
-            types={n: t for n, t in types.items() if n in set(kernel.arg_names) - set(constants)},
-            constants=constants,
-            div16=("R", "M"),
-            tensor_cores=dtype != torch.float32,
-            **options,
-        )
+        def run(z: torch.Tensor = z, B: torch.Tensor = B) -> None:
+            _backward._init_fn(_forward._init_fn(z, B, None, "silu"), z, B, "silu")
 
-    return [case(_forward_kernel, 128, b_M=None, BIAS=False), case(_backward_kernel, 64)]
-
-
-AOT_CASES = _cases(torch.bfloat16) + _cases(torch.float32)
+        yield f"{name}, silu, rank and width multiples of 16", run

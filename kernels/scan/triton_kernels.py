@@ -22,18 +22,21 @@ N goes up to 64. Legend: as in `op`.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowline.kernels.triton_tools import Case
+from lowline.kernels.packs import as_bounds
+from lowline.kernels.triton_tools.custom_op import define
+from lowline.kernels.triton_tools.launch import launch, rows_dense
+from lowline.kernels.triton_tools.tiles import load_tile
 
 LARGEST = 64
 TOKENS = 32  # of a tile
-OPTIONS = dict(num_warps=8, num_stages=1)
 
 
 @triton.jit
@@ -60,9 +63,8 @@ def _bounds(s, cu, T, L: tl.constexpr, PACKED: tl.constexpr):
 @triton.jit
 def _rows(x, t, start, end, stride, column, width):
     """x at tokens t within the sequence, zeros elsewhere, in fp32."""
-    ok = ((t >= start) & (t < end))[:, None] & (column < width)[None, :]
-    at = t.to(tl.int64)[:, None] * stride + column[None, :]
-    return tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
+    inside = (t >= start) & (t < end)
+    return load_tile(x, t.to(tl.int64), inside, stride, column, width).to(tl.float32)
 
 
 @triton.jit
@@ -87,7 +89,7 @@ def _states(x, dt, A, B, h):
     return a * h[None, :, :] + b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _forward_kernel(
     x, dt, A, B, C, D_D, z, bias, state, y, state_out, edges, cu,
     x_b, x_t, dt_b, dt_t, B_b, B_t, C_b, C_t, z_b, z_t, T, D,
@@ -126,7 +128,7 @@ def _forward_kernel(
     tl.store(state_out + s.to(tl.int64) * D * N + here, h, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "tokens"])
 def _backward_kernel(
     x, dt, A, B, C, D_D, z, bias, dy, dstate_out, edges, cu,
     dx, ddt, dA, dB, dC, dD, dz, dbias, dstate,
@@ -223,71 +225,64 @@ def not_on_triton(N: int) -> str | None:
     return f"A has {N} states; it takes up to {LARGEST}" if N > LARGEST else None
 
 
-def _constants(N: int) -> dict[str, int]:
-    states = max(2, triton.next_power_of_2(N))
-    return dict(N=N, L=TOKENS, BLOCK_D=max(2, 128 // states), BLOCK_N=states)
+class Call(NamedTuple):
+    """The arguments of the operator."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D_D: Tensor | None
+    z: Tensor | None
+    bias: Tensor
+    state: Tensor
+    cu: Tensor | None
+    softplus: bool
 
 
-_ROWS = ("x", "dt", "B", "C", "z")
-
-
-def _arguments(
-    tensors: dict[str, Tensor | None], cu: Tensor | None, softplus: bool
-) -> dict[str, Any]:
+def _arguments(call: Call) -> dict[str, Any]:
     """What both kernels take: tensors, strides, sizes, constants."""
-    x, A = tensors["x"], tensors["A"]
-    assert x is not None and A is not None
-    given: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        if tensor is not None and (name not in _ROWS or tensor.stride(-1) != 1):
-            tensor = tensor.contiguous()
-        given[name] = tensor
-    for name in _ROWS:
-        strides = (0, 0) if given[name] is None else given[name].stride()
+    given: dict[str, Any] = call._asdict()
+    for name in ("x", "dt", "B", "C", "z"):
+        strides = (0, 0)
+        if given[name] is not None:
+            (given[name],) = rows_dense(given[name])
+            strides = given[name].stride()
         given |= {f"{name}_b": strides[0], f"{name}_t": strides[1]}
+    N = call.A.shape[1]
+    states = max(2, triton.next_power_of_2(N))
     return given | dict(
-        cu=cu, T=x.shape[1], D=x.shape[2], SKIP=given["D_D"] is not None,
-        GATE=given["z"] is not None, SOFTPLUS=softplus, PACKED=cu is not None,
-        **_constants(A.shape[1]), **OPTIONS,
+        A=call.A.contiguous(), state=call.state.contiguous(), T=call.x.shape[1],
+        D=call.x.shape[2], SKIP=call.D_D is not None, GATE=call.z is not None,
+        SOFTPLUS=call.softplus, PACKED=call.cu is not None, N=N, L=TOKENS,
+        BLOCK_D=max(2, 128 // states), BLOCK_N=states,
     )  # fmt: skip
 
 
-@torch.library.custom_op("lowline::selective_scan_triton", mutates_args=())
-def _forward(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D_D: Tensor | None, z: Tensor | None,
-    bias: Tensor, state: Tensor, cu: Tensor | None, softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _outputs(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final states, and the states before each tile."""
-    y, state_out, edges = _outputs(x, state)
-    if x.shape[2]:
-        given = _arguments(
-            dict(x=x, dt=dt, A=A, B=B, C=C, D_D=D_D, z=z, bias=bias, state=state), cu, softplus
-        )
-        grid = (triton.cdiv(x.shape[2], given["BLOCK_D"]), len(state))
-        _forward_kernel[grid](**given, y=y, state_out=state_out, edges=edges)
-    return y, state_out, edges
-
-
-def _outputs(x: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    S, D, N = state.shape
+    x, state, (S, D, N) = call.x, call.state, call.state.shape
     tiles = x.shape[0] * triton.cdiv(x.shape[1], TOKENS) + S
     return x.new_empty(x.shape), state.new_empty(state.shape), state.new_empty(tiles, D, N)
 
 
-@_forward.register_fake
-def _(x, dt, A, B, C, D_D, z, bias, state, cu, softplus):
-    return _outputs(x, state)
+def _forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    y, state_out, edges = _outputs(call)
+    if call.x.shape[2]:
+        given = _arguments(call)
+        grid = (triton.cdiv(given["D"], given["BLOCK_D"]), len(call.state))
+        launch(_forward_kernel, grid, **given, y=y, state_out=state_out, edges=edges)
+    return y, state_out, edges
 
 
-@torch.library.custom_op("lowline::selective_scan_triton_backward", mutates_args=())
 def _backward(
-    dy: Tensor, dstate_out: Tensor, edges: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor,
-    C: Tensor, D_D: Tensor | None, z: Tensor | None, bias: Tensor, cu: Tensor | None,
-    softplus: bool,
-) -> list[Tensor]:  # fmt: skip
+    grads: tuple[Tensor, ...], kept: tuple[Tensor, ...], call: Call
+) -> list[Tensor | None]:
     """The gradients of x, dt, A, B, C, D, z, bias and the initial states."""
-    (S, D, N), (rows, T) = dstate_out.shape, x.shape[:2]
-    given = _arguments(dict(x=x, dt=dt, A=A, B=B, C=C, D_D=D_D, z=z, bias=bias), cu, softplus)
+    (dy, dstate_out), x, (S, D, N) = grads, call.x, call.state.shape
+    rows, T = x.shape[:2]
+    given = _arguments(call)
     programs = triton.cdiv(D, given["BLOCK_D"])
 
     def fp32(*shape: int) -> Tensor:
@@ -296,45 +291,22 @@ def _backward(
     out = dict(
         dx=x.new_empty(x.shape), ddt=x.new_empty(x.shape), dA=fp32(S, D, N),
         dB=fp32(programs, rows, T, N), dC=fp32(programs, rows, T, N), dD=fp32(S, D),
-        dz=x.new_empty(x.shape if z is not None else 0), dbias=fp32(S, D), dstate=fp32(S, D, N),
+        dz=x.new_empty(x.shape if given["GATE"] else 0), dbias=fp32(S, D), dstate=fp32(S, D, N),
     )  # fmt: skip
-    _backward_kernel[(programs, S)](
-        **{n: v for n, v in given.items() if n != "state"}, **out, dy=dy.contiguous(),
-        dstate_out=dstate_out.contiguous(), edges=edges, tokens=rows * T,
+    launch(
+        _backward_kernel, (programs, S), **given, **out, dy=dy.contiguous(),
+        dstate_out=dstate_out.contiguous(), edges=kept[0], tokens=rows * T,
     )  # fmt: skip
     return [
-        out["dx"], out["ddt"], out["dA"].sum(0), out["dB"].sum(0).to(x.dtype),
-        out["dC"].sum(0).to(x.dtype), out["dD"].sum(0), out["dz"], out["dbias"].sum(0),
-        out["dstate"],
+        out["dx"], out["ddt"], out["dA"].sum(0), out["dB"].sum(0), out["dC"].sum(0),
+        out["dD"].sum(0), out["dz"], out["dbias"].sum(0), out["dstate"],
     ]  # fmt: skip
 
 
-@_backward.register_fake
-def _(dy, dstate_out, edges, x, dt, A, B, C, D_D, z, bias, cu, softplus):
-    fp32 = dict(dtype=torch.float32)
-    return [
-        x.new_empty(x.shape), x.new_empty(x.shape), A.new_empty(A.shape), B.new_empty(B.shape),
-        C.new_empty(C.shape), bias.new_empty(bias.shape, **fp32),
-        x.new_empty(x.shape if z is not None else 0), bias.new_empty(bias.shape, **fp32),
-        dstate_out.new_empty(dstate_out.shape),
-    ]  # fmt: skip
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _, cu, ctx.softplus = inputs
-    ctx.save_for_backward(output[2], *tensors, cu)
-    ctx.mark_non_differentiable(output[2])
-
-
-def _differentiate(ctx: Any, dy: Tensor, dstate: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    edges, *tensors, cu = ctx.saved_tensors
-    gradients = _backward(dy, dstate, edges, *tensors, cu, ctx.softplus)
-    given = (*tensors, edges)  # the states always want theirs
-    kept = [g if t is not None else None for g, t in zip(gradients, given, strict=True)]
-    return (*kept, None, None)
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+OP = define(
+    "lowline::selective_scan_triton", Call, _forward, _outputs, _backward,
+    gradients=9, returns=3, differentiable=2, kept=(2,),
+)  # fmt: skip
 
 
 def selective_scan(
@@ -354,30 +326,30 @@ def selective_scan(
     if reason := not_on_triton(A_DN.shape[1]):
         raise ValueError(f"selective_scan: backend = 'triton' cannot run this call: {reason}")
     device, (D, N) = x_BTD.device, A_DN.shape
-    cu = None if cu_seqlens is None else cu_seqlens.contiguous().to(device)
+    cu = None if cu_seqlens is None else as_bounds(cu_seqlens.to(device))
     S = x_BTD.shape[0] if cu is None else len(cu) - 1
     bias = torch.zeros(D, device=device) if dt_bias_D is None else dt_bias_D.float()
     state = initial_state_SDN
     state = torch.zeros(S, D, N, device=device) if state is None else state.float()
-    y, state_out, _ = _forward(
-        x_BTD, dt_BTD, A_DN.float(), B_BTN, C_BTN, None if D_D is None else D_D.float(), z_BTD,
-        bias, state, cu, dt_softplus,
-    )  # fmt: skip
+    D_D = None if D_D is None else D_D.float()
+    tensors = (x_BTD, dt_BTD, A_DN.float(), B_BTN, C_BTN, D_D, z_BTD, bias, state, cu)
+    y, state_out, _ = OP(Call(*tensors, dt_softplus))
     return y, state_out
 
 
-def _case(kernel: Any, name: str) -> Case:
-    strides = tuple(f"{tensor}_{axis}" for tensor in _ROWS for axis in "bt")
-    constants: dict[str, Any] = dict(
-        cu=None, SKIP=True, GATE=True, SOFTPLUS=True, PACKED=False, **_constants(16)
-    )
-    types = {n: "i32" for n in (*strides, "T", "D", "tokens")}
-    types |= {n: f"*{name}" for n in (*_ROWS, "y", "dy", "dx", "ddt", "dz")}
-    return Case(
-        kernel=kernel, shape=f"{name}, 16 states", constants=constants,
-        types={n: types.get(n, "*fp32") for n in kernel.arg_names if n not in constants},
-        div16=(*strides, "D"), tensor_cores=False, **OPTIONS,
-    )  # fmt: skip
+def aot_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The shapes that the compile check covers."""
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
 
+        def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(size, dtype=dtype, device="meta")
 
-AOT_CASES = [_case(k, n) for n in ("bf16", "fp32") for k in (_forward_kernel, _backward_kernel)]
+        x, B, state = empty(1, 4096, 2048, dtype=dtype), empty(1, 4096, 16, dtype=dtype), (2048, 16)
+        tensors = (x, x, empty(*state), B, B, empty(2048), x, empty(2048), empty(1, *state))
+        call = Call(*tensors, None, True)
+
+        def run(call: Call = call) -> None:
+            y, state, edges = _forward(call)
+            _backward((y, state), (edges,), call)
+
+        yield f"{name}, 16 states", run

@@ -8,14 +8,16 @@ tensor cores compiles in silence: the first two are slow or fail at the launch, 
 Here they are errors. ptxas, cuobjdump and nvdisasm come with Triton's wheel; no GPU, driver or CUDA
 toolkit is needed. Triton keeps what it compiled in its own cache.
 
-The cases are the lists `AOT_CASES` of the modules `lowline.kernels.*.triton_*` (see `Case`).
-Numbers belong to the version of Triton in the table's heading: under another one `--check` tests
-the limits and leaves the comparison.
+The cases are recorded launches: each op's Triton module has `aot_calls`, the calls at the shapes
+that it promises to run well, which run on tensors without data while `launch` writes down what they
+launch. Numbers belong to the version of Triton in the table's heading: under another one `--check`
+tests the limits and leaves the comparison.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import os
 import pkgutil
@@ -23,19 +25,27 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import lowline.kernels
-from lowline.kernels.triton_tools.cases import Case
 from lowline.kernels.triton_tools.interpreter import interpreting
+from lowline.kernels.triton_tools.launch import (
+    Launch,
+    Options,
+    candidates,
+    kernel_name,
+    recording,
+)
 
 # Compute capability -> bytes of shared memory a block may ask for (CUDA C++ Programming Guide,
 # table of technical specifications: 164 KiB, 228 KiB and 228 KiB an SM, 1 KiB of it the system's).
@@ -43,6 +53,58 @@ SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 CHIPS = tuple(SHARED_MEMORY)
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _HEADING = f"Compiled by Triton {triton.__version__}"
+_TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    int: "i32",
+    float: "fp32",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One specialization of a kernel.
+
+    Args:
+        kernel: the `@triton.jit` function.
+        shape: what the table calls this case ("bf16, D 128, w 64").
+        types: the type of each argument that is no constant: "*bf16", "*fp32", "i32", "fp32".
+        constants: the value of each `tl.constexpr` argument, and of each argument launched as
+            None or 1, which Triton makes constant too.
+        div16: the integer arguments that are multiples of 16 in this case. Pointers always are.
+            A launch finds this out by itself; compiled without it, loads are scalar and spill.
+    """
+
+    kernel: Any
+    shape: str
+    types: Mapping[str, str]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    div16: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, launch: Launch, shape: str) -> Case:
+        """Return what Triton would compile for a recorded launch, by the rules of its launcher."""
+        kernel, types, constants, aligned = launch.kernel, {}, {}, []
+        for parameter in kernel.params:
+            name, value = parameter.name, launch.arguments[parameter.name]
+            fixed = parameter.do_not_specialize
+            if (
+                parameter.is_constexpr
+                or value is None
+                or (type(value) is int and value == 1 and not fixed)
+            ):
+                constants[name] = value
+                continue
+            types[name] = _TYPES[value.dtype if isinstance(value, torch.Tensor) else type(value)]
+            if types[name] == "i32" and value % 16 == 0 and not fixed:
+                aligned.append(name)
+        return cls(
+            kernel=kernel, shape=shape, types=types, constants=constants, div16=tuple(aligned)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +124,7 @@ class Compiled:
     tcgen05: int
     tma: int  # asynchronous copies, by kind
     cp_async: int
-    tensor_cores: bool  # asked for
+    tensor_cores: bool  # wanted: there is a product of 16-bit numbers
 
     @property
     def faults(self) -> list[str]:
@@ -78,25 +140,33 @@ class Compiled:
 
 
 def kernel_modules() -> list[ModuleType]:
-    """Every module `triton_*` under `lowline.kernels`."""
+    """Return the modules of Triton kernels and of their launches."""
     prefix = lowline.kernels.__name__ + "."
     found = pkgutil.walk_packages(lowline.kernels.__path__, prefix)
-    names = (module.name for module in found if not module.ispkg)
-    return [importlib.import_module(n) for n in names if n.rpartition(".")[2].startswith("triton_")]
+    return [
+        importlib.import_module(m.name)
+        for m in found
+        if re.search(r"\.triton\b|\.triton_k", m.name)
+    ]
 
 
+@functools.cache
 def find_cases() -> list[Case]:
-    """The cases of every module that has some."""
-    return [case for module in kernel_modules() for case in getattr(module, "AOT_CASES", ())]
+    """Return what every op's `aot_calls` launch; of launches of the same code, the first."""
+    cases: dict[Any, Case] = {}
+    for module in kernel_modules():
+        for shape, call in getattr(module, "aot_calls", tuple)():
+            with recording() as launches:
+                call()
+            for launch in launches:
+                case = Case.of(launch, shape)
+                code = (kernel_name(case.kernel), str((case.types, case.constants, case.div16)))
+                cases.setdefault(code, case)
+    return list(cases.values())
 
 
-def kernel_name(case: Case) -> str:
-    """The op's folder and the function ("window.forward_kernel")."""
-    return f"{case.kernel.__module__.split('.')[-2]}.{case.kernel.__name__}"
-
-
-def compile_case(case: Case, chip: int) -> Compiled:
-    """Compile one case for one compute capability (80, 90, 100).
+def compile_case(case: Case, chip: int, options: Options | None = None) -> Compiled:
+    """Compile one case for one compute capability (80, 90, 100), with the options it runs with.
 
     Raises:
         RuntimeError: under `TRITON_INTERPRET=1`, which leaves nothing to compile.
@@ -114,7 +184,7 @@ def compile_case(case: Case, chip: int) -> Compiled:
     made = triton.compile(
         ASTSource(case.kernel, signature, constants, aligned),
         target=GPUTarget("cuda", chip, 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+        options=(options or candidates(kernel_name(case.kernel), chip)[0])._asdict(),
     )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -124,7 +194,7 @@ def compile_case(case: Case, chip: int) -> Compiled:
     resources = dict(re.findall(r"\b(REG|STACK):(\d+)", usage))
     ptx = made.asm["ptx"]
     return Compiled(
-        kernel=kernel_name(case),
+        kernel=kernel_name(case.kernel),
         shape=case.shape,
         chip=chip,
         warps=made.metadata.num_warps,
@@ -137,13 +207,13 @@ def compile_case(case: Case, chip: int) -> Compiled:
         tcgen05=len(re.findall(r"\btcgen05\.mma", ptx)),
         tma=len(re.findall(r"\bcp\.async\.bulk\.tensor", ptx)),
         cp_async=len(re.findall(r"\bcp\.async\.c[ag]\.", ptx)),
-        tensor_cores=case.tensor_cores,
+        tensor_cores=bool(re.search(r"tt\.dot .*x(bf|f)16", made.asm["ttir"])),
     )
 
 
 def compile_all(chips: Sequence[int] = CHIPS, jobs: int = 1, only: str = "") -> Iterator[Compiled]:
     """Compile the cases (those with `only` in the kernel's name), `jobs` at a time."""
-    mine = [index for index, case in enumerate(find_cases()) if only in kernel_name(case)]
+    mine = [index for index, case in enumerate(find_cases()) if only in kernel_name(case.kernel)]
     work = [(index, chip) for chip in chips for index in mine]
     if jobs == 1:
         yield from map(_compile_one, work)

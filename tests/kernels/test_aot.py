@@ -4,10 +4,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 import triton
 import triton.language as tl
 
-from lowline.kernels.triton_tools import Case, aot
+from lowline.kernels.triton_tools import aot
+from lowline.kernels.triton_tools.aot import Case
+from lowline.kernels.triton_tools.launch import Options, candidates, launch, recording
 
 TABLE = Path(__file__).parents[2] / "docs" / "dev" / "triton_aot.md"
 
@@ -31,7 +34,7 @@ def _square(x_ptr, o_ptr, n: tl.constexpr):
 def _copy_case(times: int) -> Case:
     types = dict(x_ptr="*fp32", o_ptr="*fp32")
     constants = dict(n=128, TIMES=times)
-    return Case(kernel=_copy, shape="test", types=types, constants=constants, tensor_cores=False)
+    return Case(kernel=_copy, shape="test", types=types, constants=constants)
 
 
 def _square_case(n: int, dtype: str) -> Case:
@@ -44,7 +47,7 @@ def test_a_small_kernel_has_no_fault() -> None:
 
 
 def test_spills_are_found() -> None:
-    faults = aot.compile_case(_copy_case(256), 90).faults
+    faults = aot.compile_case(_copy_case(512), 90).faults
     assert len(faults) == 1 and "spill" in faults[0]
 
 
@@ -56,8 +59,9 @@ def test_tensor_cores_are_counted_for_each_chip() -> None:
 
 
 def test_a_product_without_tensor_cores_is_a_fault() -> None:
-    case = dataclasses.replace(_copy_case(4), tensor_cores=True)
-    faults = aot.compile_case(case, 90).faults
+    made = aot.compile_case(_square_case(64, "bf16"), 90)
+    assert made.tensor_cores and not aot.compile_case(_square_case(64, "fp32"), 90).tensor_cores
+    faults = dataclasses.replace(made, mma=0, wgmma=0).faults
     assert len(faults) == 1 and "no tensor-core" in faults[0]
 
 
@@ -68,12 +72,31 @@ def test_too_much_shared_memory_is_a_fault() -> None:
     assert "shared memory" in dataclasses.replace(made, shared=limit + 1).faults[0]
 
 
-def test_a_case_names_every_argument() -> None:
-    with pytest.raises(ValueError, match=r"no type or constant for \['o_ptr'\]"):
-        Case(kernel=_square, shape="test", types={"x_ptr": "*bf16"}, constants={"n": 64})
-    with pytest.raises(ValueError, match="div16"):
-        types = dict(x_ptr="*bf16", o_ptr="*bf16")
-        Case(kernel=_square, shape="t", types=types, constants={"n": 64}, div16=("m",))
+@triton.jit(do_not_specialize=["T"])
+def _recorded(x, bias, T, stride, one, scale, BLOCK: tl.constexpr):
+    tl.store(x + T * stride + one, scale)
+
+
+def test_a_case_is_what_the_launcher_would_compile() -> None:
+    """Constants, types, and divisibility by 16 where Triton looks for it, as Triton itself says."""
+    x = torch.empty(4, dtype=torch.bfloat16, device="meta")
+    with recording() as launches:
+        launch(_recorded, (1,), x=x, bias=None, T=64, stride=64, one=1, scale=0.5, BLOCK=16, more=3)
+    case = Case.of(launches[0], "test")
+    assert case.types == {"x": "*bf16", "T": "i32", "stride": "i32", "scale": "fp32"}
+    assert case.constants == {"bias": None, "one": 1, "BLOCK": 16}
+    assert case.div16 == ("stride",)
+
+
+def test_a_launch_across_devices_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\['cpu', 'meta'\]; use one device"):
+        launch(_recorded, (1,), x=torch.empty(4, device="meta"), bias=torch.empty(4))
+
+
+def test_hopper_has_options_of_its_own() -> None:
+    assert candidates("recurrence.states_kernel", 90)[0].num_warps in (2, 4)
+    assert candidates("recurrence.states_kernel", 80) == (Options(8, 2),)
+    assert candidates("conv._forward_kernel", 90) == (Options(8, 2),)
 
 
 def test_a_changed_row_is_a_difference() -> None:
@@ -81,7 +104,7 @@ def test_a_changed_row_is_a_difference() -> None:
     page = aot.table(made)
     assert aot.differences(page, made) == []
     assert aot.differences(page, made[:1]) == []
-    stale = page.replace("| 4 |", "| 8 |")
+    stale = page.replace("| 8 |", "| 4 |")
     assert len(aot.differences(stale, made)) == 4
     assert len(aot.differences(aot.table(made[:1]), made)) == 2
     assert aot.differences(stale.replace(triton.__version__, "0.0.0"), made) == []
@@ -96,12 +119,13 @@ def test_every_kernel_has_a_case() -> None:
         if isinstance(function, triton.JITFunction) and name.endswith("_kernel")
     }
     assert kernels == {case.kernel for case in aot.find_cases()}
+    assert len(kernels) >= 20
 
 
 def test_the_table_has_a_row_for_every_case_and_chip() -> None:
     rows = [line.split(" | ")[:3] for line in TABLE.read_text().splitlines() if " | sm_" in line]
     expected = [
-        [f"| {aot.kernel_name(case)}", case.shape, f"sm_{chip}"]
+        [f"| {aot.kernel_name(case.kernel)}", case.shape, f"sm_{chip}"]
         for case in aot.find_cases()
         for chip in aot.CHIPS
     ]

@@ -3,11 +3,11 @@
 Forward, chunks of 64 tokens: gates summed, states before each chunk one after the other, outputs
 of all chunks at once. Only the inputs are kept for the backward pass, which computes the states
 once more, walks their derivatives back, and takes every other derivative chunk by chunk. The delta
-rule first turns its values into those that the plain recurrence adds (`triton_delta`).
+rule first turns its values into those that the plain recurrence adds (`delta`).
 
 bf16 inputs are multiplied on tensor cores and the states of chunks stored in bf16; the state that
 is carried, gates and sums are fp32. fp32 inputs are fp32 throughout. Inputs that are not contiguous
-are copied. A value gate is a key gate of the transposed state (`triton_kernels`).
+are copied. A value gate is a key gate of the transposed state (`kernels`).
 
 Shapes: B batch, T time, Q query heads, H state heads, K key features, V value features, N
 sequences, C chunks.
@@ -15,23 +15,25 @@ sequences, C chunks.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
 from lowline.kernels.recurrence.triton.launch import (
     KEY,
     NONE,
     SCALAR,
+    VALUE,
     Chunks,
-    Run,
+    Roles,
     block,
     cumulate,
     keys_backward,
-    on_device,
     outputs,
-    scores,
+    scores_by_key,
     states,
     states_backward,
     transform,
@@ -39,248 +41,189 @@ from lowline.kernels.recurrence.triton.launch import (
     values_backward,
 )
 from lowline.kernels.recurrence.triton.step import step_kernel
+from lowline.kernels.triton_tools.custom_op import define
+from lowline.kernels.triton_tools.launch import launch
 
-AOT_CASES = ()  # triton_cases
-VALUE = 3
+
+class Call(NamedTuple):
+    """The arguments of the operator, those with a gradient first."""
+
+    q: Tensor  # (B, T, Q, K)
+    k: Tensor  # (B, T, H, K)
+    v: Tensor  # (B, T, H, V)
+    g: Tensor | None
+    beta: Tensor | None  # (B, T, H)
+    initial: Tensor | None  # (N, H, K, V)
+    cu_seqlens: Tensor | None
+    gate: str
+    scale: float
 
 
 def recurrence(
-    q_BTQK: torch.Tensor,
-    k_BTHK: torch.Tensor,
-    v_BTHV: torch.Tensor,
-    g: torch.Tensor | None,
-    beta_BTH: torch.Tensor | None,
-    initial_state_NHKV: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
+    q_BTQK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    g: Tensor | None,
+    beta_BTH: Tensor | None,
+    initial_state_NHKV: Tensor | None,
+    cu_seqlens: Tensor | None,
     gate: str,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """See `lowline.kernels.recurrence.gated_linear_recurrence`, which checks and documents."""
-    return _recurrence(
-        q_BTQK, k_BTHK, v_BTHV, g, beta_BTH, initial_state_NHKV, cu_seqlens, gate, scale
-    )
+    tensors = (q_BTQK, k_BTHK, v_BTHV, g, beta_BTH, initial_state_NHKV, cu_seqlens)
+    return OP(Call(*tensors, gate, scale))
 
 
 def step(
-    q_BQK: torch.Tensor,
-    k_BHK: torch.Tensor,
-    v_BHV: torch.Tensor,
-    g: torch.Tensor | None,
-    beta_BH: torch.Tensor | None,
-    state: torch.Tensor,
+    q_BQK: Tensor,
+    k_BHK: Tensor,
+    v_BHV: Tensor,
+    g: Tensor | None,
+    beta_BH: Tensor | None,
+    state: Tensor,
     gate: str,
     scale: float,
-    run: Run = on_device,
-) -> torch.Tensor:
+) -> Tensor:
     """One token; `state`, (B, H, K, V) in fp32, is changed in place. Returns o of (B, Q, V)."""
     B, H, K, V = state.shape
-    q, k, v = q_BQK.contiguous(), k_BHK.contiguous(), v_BHV.contiguous()
-    g = None if g is None else g.contiguous()
-    beta = None if beta_BH is None else beta_BH.contiguous()
-    o_BQV = q.new_empty(B, q.shape[1], V)
+    o_BQV = q_BQK.new_empty(B, q_BQK.shape[1], V)
     if o_BQV.numel():
         size = block(V, 32)
-        run(
-            step_kernel,
-            (B * H * triton.cdiv(V, size),),
-            (q, k, v, g, beta, state, o_BQV, scale, *state.stride()),
-            H=H,
-            GROUPS=q.shape[1] // H,
-            K=K,
-            V=V,
-            GATE=_kind(g, gate, scalar_dim=2),
-            DELTA=beta is not None,
-            BLOCK_K=block(K, 256),
-            BLOCK_V=size,
-        )
+        names = ("stride_b", "stride_h", "stride_k", "stride_v")
+        launch(
+            step_kernel, (B * H * triton.cdiv(V, size),),
+            q=q_BQK.contiguous(), k=k_BHK.contiguous(), v=v_BHV.contiguous(),
+            g=None if g is None else g.contiguous(),
+            beta=None if beta_BH is None else beta_BH.contiguous(), state=state, o=o_BQV,
+            scale=scale, **dict(zip(names, state.stride(), strict=True)), H=H,
+            GROUPS=q_BQK.shape[1] // H, K=K, V=V, GATE=_kind(g, gate, scalar_dim=2),
+            DELTA=beta_BH is not None, BLOCK_K=block(K, 256), BLOCK_V=size,
+        )  # fmt: skip
     return o_BQV
 
 
-# ------------------------------------------------------------------------------ operator, autograd
-
-
-@torch.library.custom_op("lowline::recurrence_triton", mutates_args=())
-def _recurrence(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    initial: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    gate: str,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return forward(q, k, v, g, beta, initial, cu_seqlens, gate, scale)
-
-
-@_recurrence.register_fake
-def _(q, k, v, g, beta, initial, cu_seqlens, gate, scale):  # noqa: ANN001, ANN202
-    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    state = q.new_empty(N, k.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
-    return q.new_empty(*q.shape[:3], v.shape[3]), state
-
-
-@torch.library.custom_op("lowline::recurrence_triton_backward", mutates_args=())
-def _recurrence_backward(
-    do: torch.Tensor,
-    dfinal: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    initial: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    gate: str,
-    scale: float,
-) -> list[torch.Tensor]:
-    return backward(do, dfinal, q, k, v, g, beta, initial, cu_seqlens, gate, scale)
-
-
-@_recurrence_backward.register_fake
-def _(do, dfinal, q, k, v, g, beta, initial, cu_seqlens, gate, scale):  # noqa: ANN001, ANN202
-    inputs = (q, k, v, g, beta, initial)
-    return [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs]
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.gate, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx: Any, do: torch.Tensor, dfinal: torch.Tensor) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors
-    grads = _recurrence_backward(do, dfinal, *tensors, ctx.gate, ctx.scale)
-    wanted = [None if x is None else d for d, x in zip(grads, tensors[:6], strict=True)]
-    return *wanted, None, None, None
-
-
-_recurrence.register_autograd(_differentiate, setup_context=_keep)
-
-
-# --------------------------------------------------------------------------------------- the passes
-
-
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    initial: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    gate: str,
-    scale: float,
-    run: Run = on_device,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _outputs(call: Call) -> tuple[Tensor, Tensor]:
     """o and the final state."""
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    kind = _kind(g, gate, scalar_dim=3)
-    chunks = Chunks.of(k, cu_seqlens, run)
-    final = k.new_empty(chunks.sequences, *k.shape[2:], v.shape[3], dtype=torch.float32)
-    initial = _fp32(initial)
-    if q.shape[1] == 0 or final.numel() == 0:
-        o = q.new_zeros(*q.shape[:3], v.shape[3])
-        return o, torch.zeros_like(final) if initial is None else initial.clone()
-    G = cumulate(chunks, g, k.dtype)
-    if kind == VALUE:
+    N = call.q.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    (H, K), V = call.k.shape[2:], call.v.shape[3]
+    final = call.q.new_empty(N, H, K, V, dtype=torch.float32)
+    return call.q.new_empty(*call.q.shape[:3], V), final
+
+
+def _forward(call: Call) -> tuple[Tensor, Tensor]:
+    o, final = _outputs(call)
+    initial = _fp32(call.initial)
+    if call.q.shape[1] == 0 or final.numel() == 0:
+        return o.zero_(), torch.zeros_like(final) if initial is None else initial.clone()
+    x, by_value = _roles(call, call.q), _by_value(call)
+    if by_value:
         initial = None if initial is None else initial.mT
-        S = states(chunks, v, k, G, KEY, initial, final.mT)
-        o, _, _ = keys_backward(chunks, None, v, k, q, G, KEY, scale, S, None)
-        return o, final
+        S = states(x, initial, final.mT)
+        # the o of the plain recurrence is the dq of the transposed one, from its do
+        return keys_backward(x, S, None)[0], final
     delta = None
-    if beta is not None:
-        delta = transform(chunks, k, v, G, kind, beta.contiguous(), errors=False)
-        v = delta.u
-    S = states(chunks, k, v, G, kind, initial, final, delta)
-    A = _scores_by_key(chunks, q, k, G, kind, scale)
-    return outputs(chunks, q, k, v, G, kind, scale, S, A), final
+    if call.beta is not None:
+        delta = transform(x, call.beta.contiguous(), errors=False)
+        x = x._replace(v=delta.u)
+    S = states(x, initial, final, delta)
+    return outputs(x, S, scores_by_key(x)), final
 
 
-def backward(
-    do: torch.Tensor,
-    dfinal: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    initial: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    gate: str,
-    scale: float,
-    run: Run = on_device,
-) -> list[torch.Tensor]:
-    """The derivatives of q, k, v, g, beta and initial; an empty tensor for what is None."""
-    kept = q, k, v, g, beta, initial
-    do, q, k, v = do.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
-    kind = _kind(g, gate, scalar_dim=3)
-    chunks = Chunks.of(k, cu_seqlens, run)
-    dfinal, initial = dfinal.to(torch.float32).contiguous(), _fp32(initial)
-    if q.shape[1] == 0 or dfinal.numel() == 0:
-        zeros = [None if x is None else torch.zeros_like(x) for x in kept[:5]]
-        return _as_inputs(kept, *zeros, dfinal.clone())
+def _backward(
+    grads: tuple[Tensor, ...], kept: tuple[Tensor, ...], call: Call
+) -> list[Tensor | None]:
+    """The derivatives of q, k, v, g, beta and initial."""
+    do, dfinal = grads[0], grads[1].to(torch.float32).contiguous()
+    if call.q.shape[1] == 0 or dfinal.numel() == 0:
+        zeros = [None if x is None else torch.zeros_like(x) for x in call[:5]]
+        return [*zeros, dfinal.clone()]
+    x, initial = _roles(call, do), _fp32(call.initial)
     dinitial, final = torch.empty_like(dfinal), torch.empty_like(dfinal)
-    G = cumulate(chunks, g, k.dtype)
-    dk: torch.Tensor | None
-    dv: torch.Tensor | None
-    if kind == VALUE:
+    A = scores_by_key(x)
+    if _by_value(call):
         initial = None if initial is None else initial.mT
-        S = states(chunks, v, k, G, KEY, initial, final.mT)
-        dS = states_backward(chunks, do, v, q, G, KEY, scale, dfinal.mT, dinitial.mT)
-        A = _scores_by_key(chunks, do, v, G, KEY, scale)
-        dq = outputs(chunks, do, v, k, G, KEY, scale, S, A)
-        dk = values_backward(chunks, do, v, q, G, KEY, scale, A, dS)
-        _, dv, dg = keys_backward(chunks, do, v, k, q, G, KEY, scale, S, dS)
-        return _as_inputs(kept, dq, dk, dv, dg, None, dinitial)
-    A = _scores_by_key(chunks, q, k, G, kind, scale)
-    if beta is None:
-        S = states(chunks, k, v, G, kind, initial, final)
-        dS = states_backward(chunks, q, k, do, G, kind, scale, dfinal, dinitial)
-        dv = values_backward(chunks, q, k, do, G, kind, scale, A, dS)
-        dq, dk, dg = keys_backward(chunks, q, k, v, do, G, kind, scale, S, dS)
-        return _as_inputs(kept, dq, dk, dv, dg, None, dinitial)
-    delta = transform(chunks, k, v, G, kind, beta.contiguous(), errors=True)
-    S = states(chunks, k, v, G, kind, initial, final, delta)
-    du = values_backward(chunks, q, k, do, G, kind, scale, A, None)
-    dS = states_backward(chunks, q, k, do, G, kind, scale, dfinal, dinitial, delta, du)
-    dv, dbeta = transform_backward(chunks, k, delta, du)
-    dq, dk, dg = keys_backward(chunks, q, k, delta.u, do, G, kind, scale, S, dS, dv)
-    return _as_inputs(kept, dq, dk, dv, dg, dbeta, dinitial)
+        S = states(x, initial, final.mT)
+        dS = states_backward(x, dfinal.mT, dinitial.mT)
+        dq, dk = outputs(x, S, A), values_backward(x, A, dS)
+        _, dv, dg = keys_backward(x, S, dS)
+        return [dq, dk, dv, dg, None, dinitial]
+    if call.beta is None:
+        S = states(x, initial, final)
+        dS = states_backward(x, dfinal, dinitial)
+        dv = values_backward(x, A, dS)
+        dq, dk, dg = keys_backward(x, S, dS)
+        return [dq, dk, dv, dg, None, dinitial]
+    delta = transform(x, call.beta.contiguous(), errors=True)
+    S = states(x, initial, final, delta)
+    du = values_backward(x, A, None)
+    dS = states_backward(x, dfinal, dinitial, delta, du)
+    dv, dbeta = transform_backward(x, delta, du)
+    dq, dk, dg = keys_backward(x._replace(v=delta.u), S, dS, dv)
+    return [dq, dk, dv, dg, dbeta, dinitial]
 
 
-def _kind(g: torch.Tensor | None, gate: str, scalar_dim: int) -> int:
+OP = define(
+    "lowline::recurrence_triton", Call, _forward, _outputs, _backward, gradients=6, returns=2
+)
+
+
+def _kind(g: Tensor | None, gate: str, scalar_dim: int) -> int:
     if g is None:
         return NONE
     return SCALAR if g.dim() == scalar_dim else KEY if gate == "key" else VALUE
 
 
-def _fp32(x: torch.Tensor | None) -> torch.Tensor | None:
+def _by_value(call: Call) -> bool:
+    return _kind(call.g, call.gate, scalar_dim=3) == VALUE
+
+
+def _roles(call: Call, do: Tensor) -> Roles:
+    """What the kernels take, transposed for a value gate: `kernels` explains."""
+    q, k, v, do = (x.contiguous() for x in (*call[:3], do))
+    chunks = Chunks.of(k, call.cu_seqlens)
+    G, kind = cumulate(chunks, call.g, k.dtype), _kind(call.g, call.gate, scalar_dim=3)
+    if kind == VALUE:
+        return Roles(chunks, do, v, k, q, G, KEY, call.scale)
+    return Roles(chunks, q, k, v, do, G, kind, call.scale)
+
+
+def _fp32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(torch.float32).contiguous()
 
 
-def _scores_by_key(
-    chunks: Chunks,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    G: torch.Tensor | None,
-    kind: int,
-    scale: float,
-) -> torch.Tensor | None:
-    """A, where the kernels that need it do not compute it on their way."""
-    if kind != KEY:
-        return None
-    return scores(chunks, q, k, G, kind, scale, strict=False, dtype=q.dtype)
+def aot_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The shapes that the compile check covers: (dtype, K, V, gate, delta, groups, packed)."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for dtype, K, V, gate, delta, groups, packed in (
+        (bf16, 64, 64, "none", False, 1, False),
+        (bf16, 64, 65, "none", False, 1, False),  # with a normaliser
+        (bf16, 128, 128, "scalar", False, 4, True),
+        (bf16, 128, 128, "key", False, 4, True),
+        (bf16, 128, 128, "value", False, 1, False),
+        (bf16, 128, 128, "scalar", True, 1, True),
+        (bf16, 128, 128, "key", True, 1, False),
+        (fp32, 64, 64, "scalar", False, 1, False),
+        (fp32, 64, 64, "key", True, 1, True),
+    ):
 
+        def empty(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(size, dtype=dtype, device="meta")
 
-def _as_inputs(
-    inputs: tuple[torch.Tensor | None, ...], *grads: torch.Tensor | None
-) -> list[torch.Tensor]:
-    """Derivatives in their inputs' types, empty for inputs that are None."""
-    like = inputs[0]
-    assert like is not None
-    return [
-        like.new_empty(0) if x is None or d is None else d.to(x.dtype)
-        for x, d in zip(inputs, grads, strict=True)
-    ]
+        T, H = 4096, 8
+        features = {"none": None, "scalar": (), "key": (K,), "value": (V,)}[gate]
+        call = Call(
+            empty(1, T, H * groups, K), empty(1, T, H, K), empty(1, T, H, V),
+            None if features is None else empty(1, T, H, *features),
+            empty(1, T, H) if delta else None, empty(1 + packed, H, K, V, dtype=fp32),
+            empty(3, dtype=torch.int64) if packed else None,
+            "value" if gate == "value" else "key", 0.5,
+        )  # fmt: skip
+
+        def run(call: Call = call) -> None:
+            _backward(_forward(call), (), call)
+            one = [None if x is None else x[:, 0] for x in call[:5]]
+            step(*one, call.initial[:1], call.gate, call.scale)  # type: ignore[index, arg-type]
+
+        shape = f"{'bf16' if dtype == bf16 else 'fp32'}, K {K}, V {V}, {gate} gate"
+        yield shape + ", delta" * delta + ", GQA" * (groups > 1) + ", packed" * packed, run

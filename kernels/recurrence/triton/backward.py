@@ -33,15 +33,15 @@ from lowline.kernels.recurrence.triton.kernels import (
     chunk_bounds,
     dot,
     fade,
+    load_chunk,
     load_gates,
     load_last_gate,
     load_rows,
-    load_tile,
     pair_decay,
     sequence_bounds,
     square,
     state_block,
-    store_tile,
+    store_chunk,
 )
 
 
@@ -88,13 +88,13 @@ def states_backward_kernel(
             g = load_gates(G, begin, r, rows, head, H, K, at_k)
             last = load_last_gate(G, begin, rows, head, H, K, at_k)
         if DELTA:
-            k_tile = load_tile(k, begin, rows, head, H, K, at_k)
+            k_tile = load_chunk(k, begin, rows, head, H, K, at_k)
             if GATE != NONE:
                 k_tile = k_tile * fade(last[None, :] - g)
-            du_tile = load_tile(du, begin, rows, head, H, V, at_v) + dot(k_tile, state, q)
-            store_tile(du, du_tile, begin, rows, head, H, V, at_v)
+            du_tile = load_chunk(du, begin, rows, head, H, V, at_v) + dot(k_tile, state, q)
+            store_chunk(du, du_tile, begin, rows, head, H, V, at_v)
             size = tl.load(beta + begin * H + head + r * H, mask=r < rows, other=0.0)
-            w_tile = load_tile(W, begin, rows, head, H, K, at_k)
+            w_tile = load_chunk(W, begin, rows, head, H, K, at_k)
             lost = dot(tl.trans(w_tile), size.to(tl.float32)[:, None] * du_tile, q)
         if GATE != NONE:
             state *= fade(last)[:, None]
@@ -102,8 +102,8 @@ def states_backward_kernel(
             state -= lost
         for group in range(GROUPS):
             query_head = head * GROUPS + group
-            q_tile = load_tile(q, begin, rows, query_head, H * GROUPS, K, at_k)
-            do_tile = load_tile(do, begin, rows, query_head, H * GROUPS, V, at_v)
+            q_tile = load_chunk(q, begin, rows, query_head, H * GROUPS, K, at_k)
+            do_tile = load_chunk(do, begin, rows, query_head, H * GROUPS, V, at_v)
             if GATE != NONE:
                 q_tile = q_tile * fade(g)
             state += scale * dot(tl.trans(q_tile), do_tile, q)
@@ -131,7 +131,7 @@ def values_backward_kernel(
     if not LOCAL:
         for begin in range(0, K, BLOCK_K):
             at_k = begin + tl.arange(0, BLOCK_K)
-            k_tile = load_tile(k, first, rows, head, H, K, at_k)
+            k_tile = load_chunk(k, first, rows, head, H, K, at_k)
             if GATE == KEY:
                 last = load_last_gate(G, first, rows, head, H, K, at_k)
                 g = load_gates(G, first, r, rows, head, H, K, at_k)
@@ -145,20 +145,22 @@ def values_backward_kernel(
     for group in range(GROUPS):
         query_head = head * GROUPS + group
         if GATE == KEY:
-            scores = tl.load(square(A, chunk, query_head, H * GROUPS))
+            scores = tl.trans(tl.load(square(A, chunk, query_head, H * GROUPS)))
         else:
+            # k qᵀ, not q kᵀ transposed: on Hopper some versions of Triton multiply wrongly by an
+            # accumulator that was transposed.
             scores = tl.zeros((CHUNK, CHUNK), tl.float32)
             for begin in range(0, K, BLOCK_K):
                 at_k = begin + tl.arange(0, BLOCK_K)
-                q_tile = load_tile(q, first, rows, query_head, H * GROUPS, K, at_k)
-                k_tile = load_tile(k, first, rows, head, H, K, at_k)
-                scores += dot(q_tile, tl.trans(k_tile), q)
+                q_tile = load_chunk(q, first, rows, query_head, H * GROUPS, K, at_k)
+                k_tile = load_chunk(k, first, rows, head, H, K, at_k)
+                scores += dot(k_tile, tl.trans(q_tile), q)
             if GATE == SCALAR:
-                scores *= pair_decay(G, first, rows, head, H)
-            scores = tl.where(below(False), scores * scale, 0.0).to(q.dtype.element_ty)
-        do_tile = load_tile(do, first, rows, query_head, H * GROUPS, V, at_v)
-        acc += dot(tl.trans(scores), do_tile, q)
-    store_tile(dv, acc, first, rows, head, H, V, at_v)
+                scores *= pair_decay(G, first, rows, head, H, True)
+            scores = tl.where(r[:, None] <= r[None, :], scores * scale, 0.0)
+        do_tile = load_chunk(do, first, rows, query_head, H * GROUPS, V, at_v)
+        acc += dot(scores, do_tile, q)
+    store_chunk(dv, acc, first, rows, head, H, V, at_v)
 
 
 @triton.jit
@@ -216,17 +218,17 @@ def query_head_backward(
     read = tl.zeros((CHUNK, BLOCK_K), tl.float32)
     for begin in range(0, V, BLOCK_V):
         at_v = begin + tl.arange(0, BLOCK_V)
-        do_tile = load_tile(do, first, rows, q_head, Q_HEADS, V, at_v)
+        do_tile = load_chunk(do, first, rows, q_head, Q_HEADS, V, at_v)
         pointers, mask = state_block(S, chunk.to(tl.int64) * H + head, K, V, at_k, at_v)
         read += dot(do_tile, tl.trans(tl.load(pointers, mask=mask, other=0.0)), k)
     if GATE == SCALAR:
         read *= fade(load_gates(G, first, r, rows, head, H, 1, tl.zeros((1,), tl.int32)))
     elif GATE == KEY:
         read *= fade(load_gates(G, first, r, rows, head, H, K, at_k))
-    k_tile = load_tile(k, first, rows, head, H, K, at_k)
+    k_tile = load_chunk(k, first, rows, head, H, K, at_k)
     q_tile = k_tile
     if KEYS:
-        q_tile = load_tile(q, first, rows, q_head, Q_HEADS, K, at_k)
+        q_tile = load_chunk(q, first, rows, q_head, Q_HEADS, K, at_k)
     weights = P + (chunk.to(tl.int64) * Q_HEADS + q_head) * (CHUNK * CHUNK)
     if GATE == KEY:
         to_queries, to_keys = mix_by_key(
@@ -289,7 +291,7 @@ def keys_backward_kernel(
             q, k, do, G, P, S, chunk, first, rows, scale, query_head, H * GROUPS, head, at_k,
             H, K, V, GATE, KEYS, False, BLOCK_K, BLOCK_V,
         )  # fmt: skip
-        store_tile(dq, to_queries, first, rows, query_head, H * GROUPS, K, at_k)
+        store_chunk(dq, to_queries, first, rows, query_head, H * GROUPS, K, at_k)
         acc += to_keys
         flow += moved
     if DELTA:
@@ -300,14 +302,14 @@ def keys_backward_kernel(
         acc += to_queries + to_keys
         flow += moved
     if KEYS:
-        k_tile = load_tile(k, first, rows, head, H, K, at_k)
+        k_tile = load_chunk(k, first, rows, head, H, K, at_k)
         to_state = tl.zeros((CHUNK, BLOCK_K), tl.float32)
         through = tl.zeros((BLOCK_K,), tl.float32)
         for begin in range(0, V, BLOCK_V):
             at_v = begin + tl.arange(0, BLOCK_V)
             pointers, mask = state_block(dS, chunk.to(tl.int64) * H + head, K, V, at_k, at_v)
             ds = tl.load(pointers, mask=mask, other=0.0)
-            v_tile = load_tile(v, first, rows, head, H, V, at_v)
+            v_tile = load_chunk(v, first, rows, head, H, V, at_v)
             to_state += dot(v_tile, tl.trans(ds), v)
             if GATE != NONE:
                 pointers, _ = state_block(S, chunk.to(tl.int64) * H + head, K, V, at_k, at_v)
@@ -328,10 +330,7 @@ def keys_backward_kernel(
         if GATE != NONE:
             total = tl.cumsum(flow, 0, reverse=True) + sum_before(kept) + over[None, :]
             if GATE == SCALAR:
-                store_tile(dg, total, first, rows, head * blocks_k + block, H * blocks_k, 1, zero)
+                store_chunk(dg, total, first, rows, head * blocks_k + block, H * blocks_k, 1, zero)
             else:
-                store_tile(dg, total, first, rows, head, H, K, at_k)
-        store_tile(dk, acc + to_state, first, rows, head, H, K, at_k)
-
-
-AOT_CASES = ()  # triton_cases
+                store_chunk(dg, total, first, rows, head, H, K, at_k)
+        store_chunk(dk, acc + to_state, first, rows, head, H, K, at_k)

@@ -28,6 +28,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lowline.kernels.triton_tools.tiles import load_tile, store_tile
+
 CHUNK = tl.constexpr(64)
 STRIP = tl.constexpr(16)
 NONE, SCALAR, KEY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -40,8 +42,8 @@ STRONGEST = tl.constexpr(-128.0)
 def chunk_bounds(chunk, T, chunks, PACKED: tl.constexpr):
     """First token (64-bit) and number of tokens of a chunk; the number may be 0 when packed."""
     if PACKED:
-        first = tl.load(chunks + 2 * chunk)
-        rows = tl.load(chunks + 2 * chunk + 1).to(tl.int32)
+        first = tl.load(chunks + 4 * chunk + 2)
+        rows = tl.load(chunks + 4 * chunk + 3).to(tl.int32)
     else:
         count = tl.cdiv(T, CHUNK)
         begin = chunk % count * CHUNK
@@ -67,28 +69,20 @@ def sequence_bounds(n, T, cu_seqlens, PACKED: tl.constexpr):
 @triton.jit
 def load_rows(x, first, at, there, head, H: tl.constexpr, D: tl.constexpr, columns):
     """Rows `at` of a chunk, zero where not `there`: (rows, columns) of (tokens, H, D)."""
-    return tl.load(
-        x + (first * H + head) * D + at[:, None] * (H * D) + columns[None, :],
-        mask=there[:, None] & (columns < D)[None, :],
-        other=0.0,
-    )
+    return load_tile(x + (first * H + head) * D, at, there, H * D, columns, D)
 
 
 @triton.jit
-def load_tile(x, first, rows, head, H: tl.constexpr, D: tl.constexpr, columns):
+def load_chunk(x, first, rows, head, H: tl.constexpr, D: tl.constexpr, columns):
     """A chunk of (tokens, H, D), zero after its end."""
     r = tl.arange(0, CHUNK)
     return load_rows(x, first, r, r < rows, head, H, D, columns)
 
 
 @triton.jit
-def store_tile(x, tile, first, rows, head, H: tl.constexpr, D: tl.constexpr, columns):
+def store_chunk(x, tile, first, rows, head, H: tl.constexpr, D: tl.constexpr, columns):
     r = tl.arange(0, CHUNK)
-    tl.store(
-        x + (first * H + head) * D + r[:, None] * (H * D) + columns[None, :],
-        tile.to(x.dtype.element_ty),
-        mask=(r < rows)[:, None] & (columns < D)[None, :],
-    )
+    store_tile(x + (first * H + head) * D, tile, r, r < rows, H * D, columns, D)
 
 
 @triton.jit
@@ -132,12 +126,16 @@ def below(STRICT: tl.constexpr):
 
 
 @triton.jit
-def pair_decay(G, first, rows, head, H: tl.constexpr):
-    """e^{G_i - G_j} for j ≤ i, else 0, of a decay without features: (64, 64)."""
+def pair_decay(G, first, rows, head, H: tl.constexpr, BY_KEY: tl.constexpr):
+    """e^{G_i - G_j} for j ≤ i, else 0, of a decay without features: (64, 64), (j, i) if BY_KEY."""
     r = tl.arange(0, CHUNK)
     inside = tl.minimum(r, rows - 1)
     g = tl.load(G + first * H + head + inside * H, mask=inside >= 0, other=0.0)
-    return fade(tl.where(below(False), g[:, None] - g[None, :], float("-inf")))
+    if BY_KEY:
+        difference = tl.where(r[:, None] <= r[None, :], g[None, :] - g[:, None], float("-inf"))
+    else:
+        difference = tl.where(below(False), g[:, None] - g[None, :], float("-inf"))
+    return fade(difference)
 
 
 @triton.jit
@@ -166,9 +164,9 @@ def cumulate_kernel(
     chunk = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     first, rows = chunk_bounds(chunk, T, chunks, PACKED)
-    x = load_tile(g, first, rows, 0, 1, WIDTH, columns).to(G.dtype.element_ty)
+    x = load_chunk(g, first, rows, 0, 1, WIDTH, columns).to(G.dtype.element_ty)
     x = tl.cumsum(tl.maximum(x, STRONGEST), 0)
-    store_tile(G, x, first, rows, 0, 1, WIDTH, columns)
+    store_chunk(G, x, first, rows, 0, 1, WIDTH, columns)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -190,8 +188,8 @@ def scores_kernel(
     acc = tl.zeros((CHUNK, CHUNK), tl.float32)
     for begin in range(0, K, BLOCK):
         columns = begin + tl.arange(0, BLOCK)
-        q_tile = load_tile(q, first, rows, query_head, H * GROUPS, K, columns)
-        k_tile = load_tile(k, first, rows, head, H, K, columns)
+        q_tile = load_chunk(q, first, rows, query_head, H * GROUPS, K, columns)
+        k_tile = load_chunk(k, first, rows, head, H, K, columns)
         if GATE == KEY:
             g = load_gates(G, first, r, rows, head, H, K, columns)
             start = load_gates(G, first, strip * STRIP - 1, rows, head, H, K, columns)
@@ -213,7 +211,7 @@ def scores_kernel(
         else:
             acc += dot(q_tile, tl.trans(k_tile), q)
     if GATE == SCALAR:
-        acc *= pair_decay(G, first, rows, head, H)
+        acc *= pair_decay(G, first, rows, head, H, False)
     acc = tl.where(below(STRICT), acc * scale, 0.0)
     tl.store(square(A, chunk, query_head, H * GROUPS), acc.to(A.dtype.element_ty))
 
@@ -256,16 +254,16 @@ def states_kernel(
         rows = tl.minimum(length - i * CHUNK, CHUNK)
         pointers, _ = state_block(S, (chunk + i) * H + head, K, V, at_k, at_v)
         tl.store(pointers, state.to(S.dtype.element_ty), mask=mask)
-        k_tile = load_tile(k, begin, rows, head, H, K, at_k)
-        v_tile = load_tile(v, begin, rows, head, H, V, at_v)
+        k_tile = load_chunk(k, begin, rows, head, H, K, at_k)
+        v_tile = load_chunk(v, begin, rows, head, H, V, at_v)
         if DELTA:
-            w_tile = load_tile(W, begin, rows, head, H, K, at_k)
+            w_tile = load_chunk(W, begin, rows, head, H, K, at_k)
             error = v_tile.to(tl.float32) - dot(w_tile, state, k)
             if ERRORS:
-                store_tile(e, error, begin, rows, head, H, V, at_v)
+                store_chunk(e, error, begin, rows, head, H, V, at_v)
             step = tl.load(beta + begin * H + head + r * H, mask=r < rows, other=0.0)
             v_tile = (step.to(tl.float32)[:, None] * error).to(k.dtype.element_ty)
-            store_tile(u, v_tile, begin, rows, head, H, V, at_v)
+            store_chunk(u, v_tile, begin, rows, head, H, V, at_v)
         if GATE == SCALAR:
             zero = tl.zeros((1,), tl.int32)
             g = load_gates(G, begin, r, rows, head, H, 1, zero)
@@ -302,9 +300,9 @@ def outputs_kernel(
     scores = tl.zeros((CHUNK, CHUNK), tl.float32)
     for begin in range(0, K, BLOCK_K):
         at_k = begin + tl.arange(0, BLOCK_K)
-        q_tile = load_tile(q, first, rows, query_head, H * GROUPS, K, at_k)
+        q_tile = load_chunk(q, first, rows, query_head, H * GROUPS, K, at_k)
         if GATE != KEY:
-            k_tile = load_tile(k, first, rows, head, H, K, at_k)
+            k_tile = load_chunk(k, first, rows, head, H, K, at_k)
             scores += dot(q_tile, tl.trans(k_tile), q)
         else:
             q_tile = q_tile * fade(load_gates(G, first, r, rows, head, H, K, at_k))
@@ -312,13 +310,10 @@ def outputs_kernel(
         acc += dot(q_tile, tl.load(pointers, mask=mask, other=0.0), q)
     if GATE == SCALAR:
         acc *= fade(load_gates(G, first, r, rows, head, H, 1, tl.zeros((1,), tl.int32)))
-        scores *= pair_decay(G, first, rows, head, H)
+        scores *= pair_decay(G, first, rows, head, H, False)
     if GATE == KEY:
         scores = tl.load(square(A, chunk, query_head, H * GROUPS))
     else:
         scores = tl.where(below(False), scores * scale, 0.0)
-    acc = acc * scale + dot(scores, load_tile(v, first, rows, head, H, V, at_v), q)
-    store_tile(o, acc, first, rows, query_head, H * GROUPS, V, at_v)
-
-
-AOT_CASES = ()  # triton_cases
+    acc = acc * scale + dot(scores, load_chunk(v, first, rows, head, H, V, at_v), q)
+    store_chunk(o, acc, first, rows, query_head, H * GROUPS, V, at_v)

@@ -1,19 +1,18 @@
 """Launches of the Triton kernels of the gated linear recurrence: blocks, grids, what they allocate.
 
-Every function takes the `Chunks` of a call first. Tensors are (B, T, heads, features), contiguous;
-S and dS (C, H, K, V), tiles of chunks (C, heads, 64, 64); C chunks, N sequences. `kind` is the gate
-of the kernels: NONE, SCALAR or KEY. What each kernel computes is in its own docstring.
+Tensors are (B, T, heads, features), contiguous; S and dS (C, H, K, V), tiles of chunks
+(C, heads, 64, 64); C chunks, N sequences. What each kernel computes is in its own docstring.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
+from lowline.kernels.packs import as_bounds, chunk_table
 from lowline.kernels.recurrence.triton.backward import (
     keys_backward_kernel,
     states_backward_kernel,
@@ -26,79 +25,63 @@ from lowline.kernels.recurrence.triton.kernels import (
     scores_kernel,
     states_kernel,
 )
+from lowline.kernels.triton_tools.launch import launch
 
-AOT_CASES = ()  # triton_cases
 CHUNK = 64
-NONE, SCALAR, KEY = range(3)  # as in triton_kernels
-
-# As the compile check has shown: with 4 warps Blackwell's compiler spills, and the gate per key
-# anywhere; every launch sets both, which keeps what is checked and what runs the same.
-OPTIONS = {"num_warps": 8, "num_stages": 2}
-
-Run = Callable[..., None]  # run(kernel, grid, arguments, **constants)
+NONE, SCALAR, KEY, VALUE = range(4)  # as in `kernels`, which know no value gate
 
 
-def on_device(
-    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **constants: Any
-) -> None:
-    """Run a kernel on the device of its first tensor."""
-    tensor = next(x for x in arguments if isinstance(x, torch.Tensor))
-    with torch.cuda.device_of(tensor):
-        kernel[grid](*arguments, **constants, **OPTIONS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chunks:
-    """How a call's tokens are cut into chunks.
-
-    Packed sequence n has its chunks from number ⌊start / 64⌋ + n on, which leaves room for all of
-    them and depends on no length: nothing waits for the device. Numbers in between are empty.
-    """
+class Chunks(NamedTuple):
+    """How a call's tokens are cut into chunks of 64."""
 
     T: int
     sequences: int
     count: int
-    table: torch.Tensor | None  # (count, 2): first token and number of tokens, when packed
-    cu_seqlens: torch.Tensor | None
-    run: Run
+    table: Tensor | None  # see `packs.chunk_table`; None where sequences are not packed
+    cu_seqlens: Tensor | None
 
     @classmethod
-    def of(cls, x_BTHD: torch.Tensor, cu_seqlens: torch.Tensor | None, run: Run) -> Chunks:
+    def of(cls, x_BTHD: Tensor, cu_seqlens: Tensor | None) -> Chunks:
         B, T = x_BTHD.shape[:2]
         if cu_seqlens is None:
-            return cls(
-                T=T, sequences=B, count=B * triton.cdiv(T, CHUNK),
-                table=None, cu_seqlens=None, run=run,
-            )  # fmt: skip
-        bounds = cu_seqlens.to(device=x_BTHD.device, dtype=torch.int64).contiguous()
-        sequences = bounds.numel() - 1
-        count = T // CHUNK + sequences
-        number = torch.arange(count, device=bounds.device)
-        begin = bounds[:-1] // CHUNK + number[:sequences]
-        n = torch.searchsorted(begin, number, right=True) - 1
-        first = bounds[n] + (number - begin[n]) * CHUNK
-        rows = (bounds[n + 1] - first).clamp(0, CHUNK)
-        return cls(
-            T=T, sequences=sequences, count=count,
-            table=torch.stack([first, rows], 1), cu_seqlens=bounds, run=run,
+            return cls(T, B, B * triton.cdiv(T, CHUNK), None, None)
+        cu_seqlens = as_bounds(cu_seqlens.to(x_BTHD.device))
+        table = chunk_table(cu_seqlens, T, CHUNK)
+        return cls(T, cu_seqlens.numel() - 1, table.count, table.rows, cu_seqlens)
+
+
+class Roles(NamedTuple):
+    """What the kernels call q, k, v and do; of a value gate these are do, v, k and q."""
+
+    chunks: Chunks
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    do: Tensor
+    G: Tensor | None
+    kind: int  # the gate: NONE, SCALAR or KEY
+    scale: float
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], **own: Any) -> None:
+        given = dict(
+            q=self.q, k=self.k, v=self.v, do=self.do, G=self.G, scale=self.scale, GATE=self.kind,
+            T=self.chunks.T, chunks=self.chunks.table, cu_seqlens=self.chunks.cu_seqlens,
+            PACKED=self.chunks.table is not None, H=self.k.shape[2],
+            GROUPS=self.q.shape[2] // self.k.shape[2], K=self.k.shape[3], V=self.v.shape[3],
         )  # fmt: skip
-
-    @property
-    def packed(self) -> bool:
-        return self.table is not None
+        launch(kernel, grid, **given | own)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Delta:
+class Delta(NamedTuple):
     """The delta rule's step sizes, and what `transform` makes of a call's keys and values."""
 
-    beta: torch.Tensor  # (B, T, H)
-    R: torch.Tensor
-    M: torch.Tensor
-    W: torch.Tensor  # (B, T, H, K)
-    e0: torch.Tensor  # (B, T, H, V), for an empty state
-    u: torch.Tensor  # from here on for the state there is
-    e: torch.Tensor | None  # where wanted
+    beta: Tensor  # (B, T, H)
+    R: Tensor
+    M: Tensor
+    W: Tensor  # (B, T, H, K)
+    e0: Tensor  # (B, T, H, V), for an empty state
+    u: Tensor  # from here on for the state there is
+    e: Tensor | None  # where wanted
 
 
 def block(width: int, most: int = 64) -> int:
@@ -106,297 +89,150 @@ def block(width: int, most: int = 64) -> int:
     return min(most, max(16, triton.next_power_of_2(width)))
 
 
-def columns(x: torch.Tensor) -> int:
+def columns(x: Tensor) -> int:
     """The most columns a program takes of tensors like x.
 
     64 are what fills Hopper's tensor cores; fp32 products do without and take more registers.
     """
-    return 64 if x.dtype == torch.bfloat16 else 16
+    return 64 if x.element_size() == 2 else 16
 
 
-def cumulate(chunks: Chunks, g: torch.Tensor | None, inputs: torch.dtype) -> torch.Tensor | None:
+def cumulate(chunks: Chunks, g: Tensor | None, inputs: torch.dtype) -> Tensor | None:
     """G, in fp64 when the `inputs` are fp32."""
     if g is None:
         return None
-    g = g.contiguous()
     exact = inputs == torch.float32
-    G = torch.empty_like(g, dtype=torch.float64 if exact else torch.float32)
+    G = torch.empty(g.shape, dtype=torch.float64 if exact else torch.float32, device=g.device)
     width = g.shape[2:].numel()
     size = block(width)
-    grid = (chunks.count, triton.cdiv(width, size))
-    arguments = (g, G, chunks.table, chunks.T)
-    chunks.run(cumulate_kernel, grid, arguments, WIDTH=width, BLOCK=size, PACKED=chunks.packed)
+    launch(
+        cumulate_kernel, (chunks.count, triton.cdiv(width, size)), g=g.contiguous(), G=G,
+        chunks=chunks.table, T=chunks.T, WIDTH=width, BLOCK=size, PACKED=chunks.table is not None,
+    )  # fmt: skip
     return G
 
 
-def scores(
-    chunks: Chunks,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    G: torch.Tensor | None,
-    kind: int,
-    scale: float,
-    *,
-    strict: bool,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    A = q.new_empty(chunks.count, q.shape[2], CHUNK, CHUNK, dtype=dtype)
-    sizes = _sizes(q, k)
-    most = columns(q)
-    chunks.run(
-        scores_kernel,
-        (chunks.count, q.shape[2]),
-        (q, k, G, A, chunks.table, chunks.T, scale),
-        **sizes,
-        GATE=kind,
-        STRICT=strict,
-        PACKED=chunks.packed,
-        BLOCK=block(sizes["K"], most),
-    )
+def scores(x: Roles, *, strict: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+    """A, (C, query heads, 64, 64), in q's type where no other is given."""
+    A = x.q.new_empty(x.chunks.count, x.q.shape[2], CHUNK, CHUNK, dtype=dtype or x.q.dtype)
+    size = block(x.k.shape[3], columns(x.q))
+    x.launch(scores_kernel, (x.chunks.count, x.q.shape[2]), A=A, STRICT=strict, BLOCK=size)
     return A
 
 
-def transform(
-    chunks: Chunks,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    G: torch.Tensor | None,
-    kind: int,
-    beta: torch.Tensor,
-    *,
-    errors: bool,
-) -> Delta:
+def scores_by_key(x: Roles) -> Tensor | None:
+    """A, where the kernels that need it do not compute it on their way."""
+    return scores(x) if x.kind == KEY else None
+
+
+def transform(x: Roles, beta: Tensor, *, errors: bool) -> Delta:
     """The delta rule's system of each chunk, solved; `errors`: whether e will be wanted."""
-    R = scores(chunks, k, k, G, kind, 1.0, strict=True, dtype=torch.float32)
+    k, v = x.k, x.v
+    R = scores(x._replace(q=k, scale=1.0), strict=True, dtype=torch.float32)
     M = torch.empty_like(R, dtype=k.dtype)
     W, e0, u = torch.empty_like(k), torch.empty_like(v), torch.empty_like(v)
-    H, K, V = *k.shape[2:], v.shape[3]
-    most = columns(k)
-    chunks.run(
-        transform_kernel,
-        (chunks.count, H),
-        (k, v, G, beta, R, M, W, e0, chunks.table, chunks.T),
-        H=H,
-        K=K,
-        V=V,
-        GATE=kind,
-        PACKED=chunks.packed,
-        PRECISION="ieee" if k.dtype == torch.float32 else "tf32",
-        BLOCK=block(max(K, V), most),
-    )
-    e = torch.empty_like(v) if errors else None
-    return Delta(beta=beta, R=R, M=M, W=W, e0=e0, e=e, u=u)
+    size = block(max(k.shape[3], v.shape[3]), columns(k))
+    own = dict(beta=beta, R=R, M=M, W=W, e=e0, BLOCK=size)
+    x.launch(transform_kernel, (x.chunks.count, k.shape[2]), **own)
+    return Delta(beta, R, M, W, e0, u, torch.empty_like(v) if errors else None)
 
 
 def states(
-    chunks: Chunks,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    G: torch.Tensor | None,
-    kind: int,
-    initial: torch.Tensor | None,
-    final: torch.Tensor,
-    delta: Delta | None = None,
-) -> torch.Tensor:
+    x: Roles, initial: Tensor | None, final: Tensor, delta: Delta | None = None
+) -> Tensor:  # fmt: skip
     """S before each chunk; `final` is written, and the u and e of `delta`."""
-    H, K, V = *k.shape[2:], v.shape[3]
-    S = k.new_empty(chunks.count, H, K, V)
-    W, beta, u, e = (None,) * 4
+    S = x.k.new_empty(x.chunks.count, x.k.shape[2], x.k.shape[3], x.v.shape[3])
+    own = dict(initial=initial, S=S, final=final, W=None, beta=None, u=None, e=None)
     if delta is not None:
-        v, W, beta, u, e = delta.e0, delta.W, delta.beta, delta.u, delta.e
-    blocks = _state_blocks(k, V, delta)
-    chunks.run(
-        states_kernel,
-        _state_grid(chunks, H, K, V, blocks),
-        (k, v, G, initial, S, final, W, beta, u, e, chunks.cu_seqlens, chunks.T, *final.stride()),
-        H=H,
-        K=K,
-        V=V,
-        GATE=kind,
-        DELTA=delta is not None,
-        INITIAL=initial is not None,
-        ERRORS=e is not None,
-        PACKED=chunks.packed,
-        **blocks,
-    )
+        own |= dict(v=delta.e0, W=delta.W, beta=delta.beta, u=delta.u, e=delta.e)
+    flags = dict(INITIAL=initial is not None, ERRORS=own["e"] is not None)
+    _launch_states(states_kernel, x, final, delta, **own, **flags)
     return S
 
 
 def states_backward(
-    chunks: Chunks,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    do: torch.Tensor,
-    G: torch.Tensor | None,
-    kind: int,
-    scale: float,
-    dfinal: torch.Tensor,
-    dinitial: torch.Tensor,
-    delta: Delta | None = None,
-    du: torch.Tensor | None = None,
-) -> torch.Tensor:
+    x: Roles, dfinal: Tensor, dinitial: Tensor, delta: Delta | None = None, du: Tensor | None = None
+) -> Tensor:
     """dS after each chunk; `dinitial` is written, and with `delta` `du` completed."""
-    sizes = _sizes(q, k, do)
-    H, K, V = sizes["H"], sizes["K"], sizes["V"]
-    dS = k.new_empty(chunks.count, H, K, V)
+    dS = x.k.new_empty(x.chunks.count, x.k.shape[2], x.k.shape[3], x.v.shape[3])
     W, beta = (None, None) if delta is None else (delta.W, delta.beta)
-    blocks = _state_blocks(k, V, delta)
-    arguments = (q, k, do, G, dfinal, dS, dinitial, W, beta, du, chunks.cu_seqlens, chunks.T)
-    chunks.run(
-        states_backward_kernel,
-        _state_grid(chunks, H, K, V, blocks),
-        (*arguments, scale, *dinitial.stride()),
-        **sizes,
-        GATE=kind,
-        DELTA=delta is not None,
-        PACKED=chunks.packed,
-        **blocks,
-    )
+    own = dict(final=dfinal, dS=dS, initial=dinitial, W=W, beta=beta, du=du)
+    _launch_states(states_backward_kernel, x, dinitial, delta, **own)
     return dS
 
 
-def outputs(
-    chunks: Chunks,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    G: torch.Tensor | None,
-    kind: int,
-    scale: float,
-    S: torch.Tensor,
-    A: torch.Tensor | None,
-) -> torch.Tensor:
-    """o, (B, T, Q, V)."""
-    sizes = _sizes(q, k, v)
-    K, V = sizes["K"], sizes["V"]
-    o = q.new_empty(*q.shape[:3], V)
-    most = columns(q)
-    chunks.run(
-        outputs_kernel,
-        (chunks.count * triton.cdiv(V, block(V, most)), q.shape[2]),
-        (q, k, v, G, S, A, o, chunks.table, chunks.T, scale),
-        **sizes,
-        GATE=kind,
-        PACKED=chunks.packed,
-        BLOCK_K=block(K, most),
-        BLOCK_V=block(V, most),
+def _launch_states(
+    kernel: Any, x: Roles, state: Tensor, delta: Delta | None, **own: Any
+) -> None:  # fmt: skip
+    (H, K), V = x.k.shape[2:], x.v.shape[3]
+    most = columns(x.k)
+    rows, size = block(K, most), block(V, most)
+    if delta is not None:  # which needs a state's columns complete
+        rows = block(K, 256)
+        size = block(V, min(most, most if rows < 128 else 32 if rows == 128 else 16))
+    grid = (x.chunks.sequences * H * triton.cdiv(K, rows) * triton.cdiv(V, size),)
+    strides = dict(
+        zip(("stride_n", "stride_h", "stride_k", "stride_v"), state.stride(), strict=True)
     )
+    own |= dict(DELTA=delta is not None, BLOCK_K=rows, BLOCK_V=size)
+    x.launch(kernel, grid, **own, **strides)
+
+
+def outputs(x: Roles, S: Tensor, A: Tensor | None) -> Tensor:
+    """o, (B, T, Q, V)."""
+    o = x.q.new_empty(*x.q.shape[:3], x.v.shape[3])
+    _launch_values(outputs_kernel, x, o, S=S, A=A, o=o)
     return o
 
 
-def values_backward(
-    chunks: Chunks,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    do: torch.Tensor,
-    G: torch.Tensor | None,
-    kind: int,
-    scale: float,
-    A: torch.Tensor | None,
-    dS: torch.Tensor | None,
-) -> torch.Tensor:
+def values_backward(x: Roles, A: Tensor | None, dS: Tensor | None) -> Tensor:
     """dv, (B, T, H, V); without what comes through dS when that is None."""
-    sizes = _sizes(q, k, do)
-    K, V = sizes["K"], sizes["V"]
-    dv = k.new_empty(*k.shape[:3], V)
-    most = columns(q)
-    chunks.run(
-        values_backward_kernel,
-        (chunks.count * triton.cdiv(V, block(V, most)), k.shape[2]),
-        (q, k, do, G, A, dS, dv, chunks.table, chunks.T, scale),
-        **sizes,
-        GATE=kind,
-        LOCAL=dS is None,
-        PACKED=chunks.packed,
-        BLOCK_K=block(K, most),
-        BLOCK_V=block(V, most),
-    )
+    dv = x.k.new_empty(*x.k.shape[:3], x.v.shape[3])
+    _launch_values(values_backward_kernel, x, dv, A=A, dS=dS, dv=dv, LOCAL=dS is None)
     return dv
 
 
+def _launch_values(kernel: Any, x: Roles, out: Tensor, **own: Any) -> None:
+    most = columns(x.q)
+    size = block(out.shape[3], most)
+    grid = (x.chunks.count * triton.cdiv(out.shape[3], size), out.shape[2])
+    x.launch(kernel, grid, **own, BLOCK_K=block(x.k.shape[3], most), BLOCK_V=size)
+
+
 def keys_backward(
-    chunks: Chunks,
-    q: torch.Tensor | None,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    do: torch.Tensor,
-    G: torch.Tensor | None,
-    kind: int,
-    scale: float,
-    S: torch.Tensor,
-    dS: torch.Tensor | None,
-    dv: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    x: Roles, S: Tensor, dS: Tensor | None, dv: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dq, dk and dg (fp32); dq alone when there is no dS. `dv` is given for the delta rule."""
-    sizes = _sizes(do, k, v)
-    H, K, V = sizes["H"], sizes["K"], sizes["V"]
-    most = min(columns(k), 32)  # with 64 some gate spills on sm_80 or sm_100
+    (H, K), V = x.k.shape[2:], x.v.shape[3]
+    most = min(columns(x.k), 32)  # with 64 some gate spills on sm_80 or sm_100
     size = block(K, most)
     # a decay with features is applied on the way
-    inner = (None, NONE) if kind == KEY else (G, kind)
-    P = scores(chunks, do, v, *inner, scale, strict=False, dtype=do.dtype)
-    P_delta = None
-    if dv is not None:
-        P_delta = scores(chunks, dv, v, *inner, -1.0, strict=True, dtype=do.dtype)
-    dq = do.new_empty(*do.shape[:3], K)
+    pairs = x._replace(q=x.do, k=x.v)
+    if x.kind == KEY:
+        pairs = pairs._replace(G=None, kind=NONE)
+    P = scores(pairs)
+    P_delta = None if dv is None else scores(pairs._replace(q=dv, scale=-1.0), strict=True)
+    dq = x.do.new_empty(*x.do.shape[:3], K)
     dk = dg = None
     if dS is not None:
-        dk = torch.empty_like(k)
-        if G is not None:
+        dk = torch.empty_like(x.k)
+        if x.G is not None:
             # of a gate without features a sum a block of K, added below
-            shape = G.shape if kind == KEY else (*G.shape, triton.cdiv(K, size))
-            dg = G.new_empty(shape, dtype=torch.float32)
-    chunks.run(
-        keys_backward_kernel,
-        (chunks.count * triton.cdiv(K, size), H),
-        (q, k, v, do, dv, G, P, P_delta, S, dS, dq, dk, dg, chunks.table, chunks.T, scale),
-        **sizes,
-        GATE=kind,
-        KEYS=dS is not None,
-        DELTA=dv is not None,
-        PACKED=chunks.packed,
-        BLOCK_K=size,
-        BLOCK_V=block(V, most),
-    )
-    return dq, dk, dg.sum(-1) if kind == SCALAR and dg is not None else dg
+            shape = x.G.shape if x.kind == KEY else (*x.G.shape, triton.cdiv(K, size))
+            dg = x.G.new_empty(shape, dtype=torch.float32)
+    x._replace(q=x.q if dS is not None else x.do).launch(
+        keys_backward_kernel, (x.chunks.count * triton.cdiv(K, size), H), dv=dv, P=P,
+        P_delta=P_delta, S=S, dS=dS, dq=dq, dk=dk, dg=dg, KEYS=dS is not None,
+        DELTA=dv is not None, BLOCK_K=size, BLOCK_V=block(V, most),
+    )  # fmt: skip
+    return dq, dk, dg.sum(-1) if x.kind == SCALAR and dg is not None else dg
 
 
-def transform_backward(
-    chunks: Chunks, k: torch.Tensor, delta: Delta, du: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def transform_backward(x: Roles, delta: Delta, du: Tensor) -> tuple[Tensor, Tensor]:
     """dv and dβ (fp32)."""
-    dv, dbeta = torch.empty_like(du), torch.empty_like(delta.beta, dtype=torch.float32)
-    H, V = du.shape[2:]
-    most = columns(k)
-    chunks.run(
-        transform_backward_kernel,
-        (chunks.count, H),
-        (k, delta.M, delta.R, delta.e, du, delta.beta, dv, dbeta, chunks.table, chunks.T),
-        H=H,
-        V=V,
-        PACKED=chunks.packed,
-        BLOCK=block(V, most),
-    )
+    dv = torch.empty_like(du)
+    dbeta = torch.empty(delta.beta.shape, dtype=torch.float32, device=du.device)
+    own = dict(M=delta.M, R=delta.R, e=delta.e, du=du, beta=delta.beta, dv=dv, dbeta=dbeta)
+    size = block(du.shape[3], columns(x.k))
+    x.launch(transform_backward_kernel, (x.chunks.count, du.shape[2]), **own, BLOCK=size)
     return dv, dbeta
-
-
-def _sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = None) -> dict[str, int]:
-    H = k.shape[2]
-    sizes = {"H": H, "GROUPS": q.shape[2] // H, "K": k.shape[3]}
-    return sizes if v is None else {**sizes, "V": v.shape[3]}
-
-
-def _state_blocks(k: torch.Tensor, V: int, delta: Delta | None) -> dict[str, int]:
-    """The delta rule needs a state's columns whole."""
-    K = k.shape[3]
-    most = columns(k)
-    if delta is None:
-        return {"BLOCK_K": block(K, most), "BLOCK_V": block(V, most)}
-    size = block(K, 256)
-    widest = most if size < 128 else 32 if size == 128 else 16
-    return {"BLOCK_K": size, "BLOCK_V": block(V, min(most, widest))}
-
-
-def _state_grid(chunks: Chunks, H: int, K: int, V: int, blocks: dict[str, int]) -> tuple[int]:
-    blocks_kv = triton.cdiv(K, blocks["BLOCK_K"]) * triton.cdiv(V, blocks["BLOCK_V"])
-    return (chunks.sequences * H * blocks_kv,)

@@ -50,6 +50,3 @@ def step_kernel(
         query = tl.load(q + head * K + at_k, mask=in_k, other=0.0).to(tl.float32)
         out = scale * tl.sum(query[:, None] * s, 0)
         tl.store(o + head * V + at_v, out.to(o.dtype.element_ty), mask=in_v)
-
-
-AOT_CASES = ()  # triton_cases

@@ -31,16 +31,16 @@ from lowline.kernels.window.triton.forward import (
     chunk_of,
     first_chunk,
     key_rows,
-    put,
+    load_rows,
     sequence,
     sink_scores,
     state_tile,
-    tile,
+    store_rows,
     window_scores,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "N", "per_sequence", "tokens"])
 def backward_map_kernel(
     v, phi_q, phi_k, lam_H, states, norms, length_N, cu, chunks, o, do, den, dphi_q, u, r, ell,
     v_b, v_t, v_h, pq_b, pq_t, pq_h, pk_b, pk_t, pk_h,
@@ -51,7 +51,7 @@ def backward_map_kernel(
 ):  # fmt: skip
     """u and r of a chunk of queries, and its dφq and ell."""
     pid = tl.program_id(0)
-    h = tl.program_id(1)
+    h = tl.program_id(1).to(tl.int64)
     n, c = chunk_of(pid, chunks, per_sequence, PACKED)
     if n >= N:
         return
@@ -62,42 +62,42 @@ def backward_map_kernel(
     ok = t < length
     stats = h * tokens + b * T + q_row + t
     head = (b * T + q_row) * H + h
-    grad = tile(do + head * V, t0, H * V, 0, length, V, C, BLOCK_V).to(tl.float32)
-    out = tile(o + head * V, t0, H * V, 0, length, V, C, BLOCK_V).to(tl.float32)
+    grad = load_rows(do + head * V, t0, H * V, 0, length, V, C, BLOCK_V).to(tl.float32)
+    out = load_rows(o + head * V, t0, H * V, 0, length, V, C, BLOCK_V).to(tl.float32)
     denominator = tl.load(den + stats, mask=ok, other=1.0)
     u_t = (grad / denominator[:, None]).to(v.dtype.element_ty)
     r_t = tl.sum(u_t.to(tl.float32) * out, 1)  # of the rounded u: the rounding then cancels in dW
-    put(u + head * V, u_t, t0, H * V, 0, length, V)
+    store_rows(u + head * V, u_t, t0, H * V, 0, length, V)
     tl.store(r + stats, r_t, mask=ok)
     if F > 0:
         p = h // GROUP_P
         row0 = PREFIX + t0 - WINDOW
         state = (pid.to(tl.int64) * (H // GROUP_P) + p) * F
         v += b * v_b + k_row * v_t + (h // GROUP) * v_h
-        values = tile(v, row0, v_t, summed, PREFIX + length, V, C, BLOCK_V)
+        values = load_rows(v, row0, v_t, summed, PREFIX + length, V, C, BLOCK_V)
         dw = tl.dot(u_t, tl.trans(values), input_precision="ieee") - r_t[:, None]
         row = tl.arange(0, C)
         older = (row[:, None] >= row[None, :]) & (row0 + row >= summed)[None, :]
         dw = tl.where(older, dw, 0.0)
         pk = phi_k + b * pk_b + k_row * pk_t + p * pk_h
-        keys = tile(pk, row0, pk_t, summed, PREFIX + length, F, C, BLOCK_F)
+        keys = load_rows(pk, row0, pk_t, summed, PREFIX + length, F, C, BLOCK_F)
         slope = tl.dot(dw.to(keys.dtype), keys, input_precision="ieee")
         HALF: tl.constexpr = BLOCK_V // 2 if BLOCK_V > 64 else BLOCK_V
         for v0 in range(0, BLOCK_V, HALF):
-            part = tile(do + head * V + v0, t0, H * V, 0, length, V - v0, C, HALF)
+            part = load_rows(do + head * V + v0, t0, H * V, 0, length, V - v0, C, HALF)
             part = (part.to(tl.float32) / denominator[:, None]).to(u_t.dtype)
-            S = tile(states + state * V + v0, n * 0, V, 0, F, V - v0, BLOCK_F, HALF)
+            S = load_rows(states + state * V + v0, n * 0, V, 0, F, V - v0, BLOCK_F, HALF)
             slope = tl.dot(part, tl.trans(S), slope, input_precision="ieee")
         f = tl.arange(0, BLOCK_F)
         z = tl.load(norms + state + f, mask=f < F, other=0.0)
         slope -= r_t[:, None] * z[None, :]
         pq = phi_q + b * pq_b + q_row * pq_t + h * pq_h
-        features = tile(pq, t0, pq_t, 0, length, F, C, BLOCK_F)
+        features = load_rows(pq, t0, pq_t, 0, length, F, C, BLOCK_F)
         tl.store(ell + stats, tl.sum(slope * features.to(tl.float32), 1), mask=ok)
-        put(dphi_q + head * F, slope * tl.load(lam_H + h), t0, H * F, 0, length, F)
+        store_rows(dphi_q + head * F, slope * tl.load(lam_H + h), t0, H * F, 0, length, F)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "N", "per_sequence", "tokens"])
 def backward_query_kernel(
     q, k, v, sink_k, sink_v, gamma_H, lam_H, length_N, cu, chunks,
     top_HT, row_HT, u, r, ell, dq, dsink_k, dsink_v,
@@ -110,7 +110,7 @@ def backward_query_kernel(
 ):  # fmt: skip
     """dq of a chunk of queries, and its part of the sinks' gradients."""
     pid = tl.program_id(0)
-    h = tl.program_id(1)
+    h = tl.program_id(1).to(tl.int64)
     n, c = chunk_of(pid, chunks, per_sequence, PACKED)
     if n >= N:
         return
@@ -126,7 +126,7 @@ def backward_query_kernel(
     ok = t < length
     stats = h * tokens + b * T + q_row + t
     head = (b * T + q_row) * H + h
-    u_t = tile(u + head * V, t0, H * V, 0, length, V, C, BLOCK_V)
+    u_t = load_rows(u + head * V, t0, H * V, 0, length, V, C, BLOCK_V)
     r_t = tl.load(r + stats, mask=ok, other=0.0)
     e = tl.zeros((C,), tl.float32)
     if F > 0:
@@ -134,41 +134,49 @@ def backward_query_kernel(
     gamma = tl.load(gamma_H + h)
     top = tl.load(top_HT + stats, mask=ok, other=0.0)
     top_row = tl.load(row_HT + stats, mask=ok, other=0)
-    queries = tile(q + b * q_b + q_row * q_t + h * q_h, t0, q_t, 0, length, D, C, BLOCK_D)
+    queries = load_rows(q + b * q_b + q_row * q_t + h * q_h, t0, q_t, 0, length, D, C, BLOCK_D)
     units = scale * 1.4426950408889634
     dq_t = tl.zeros((C, BLOCK_D), tl.float32)
     if SINKS > 0:
         number = tl.arange(0, BLOCK_S)
-        at = (n * (H // GROUP) * SINKS + g).to(tl.int64)
-        sk = tile(sink_k + at * D, n * 0, H // GROUP * D, 0, SINKS, D, BLOCK_S, BLOCK_D)
-        sv = tile(sink_v + at * V, n * 0, H // GROUP * V, 0, SINKS, V, BLOCK_S, BLOCK_V)
+        at = n.to(tl.int64) * (H // GROUP) * SINKS + g
+        sk = load_rows(sink_k + at * D, n * 0, H // GROUP * D, 0, SINKS, D, BLOCK_S, BLOCK_D)
+        sv = load_rows(sink_v + at * V, n * 0, H // GROUP * V, 0, SINKS, V, BLOCK_S, BLOCK_V)
         sink_s = sink_scores(queries, sk, number, t, seen, units, WINDOW, SINKS)
         sink_w = gamma * tl.exp2(sink_s - top[:, None])
         sink_dw = tl.dot(u_t, tl.trans(sv), input_precision="ieee") - r_t[:, None]
         top_sink = top_row[:, None] == -1 - number[None, :]
         sink_ds = (sink_w * sink_dw - tl.where(top_sink, e[:, None], 0.0)).to(sk.dtype)
         dq_t = tl.dot(sink_ds, sk, dq_t, input_precision="ieee")
+        # The same transposed, from a product of its own: on Hopper some versions of Triton multiply
+        # wrongly by an accumulator that was transposed.
+        s_SC = tl.dot(sk, tl.trans(queries), input_precision="ieee") * units
+        outside = (number[:, None] <= t[None, :] + (seen - WINDOW)) & (number < SINKS)[:, None]
+        w_SC = gamma * tl.exp2(tl.where(outside, s_SC, -float("inf")) - top[None, :])
+        dw_SC = tl.dot(sv, tl.trans(u_t), input_precision="ieee") - r_t[None, :]
+        at_top = top_row[None, :] == -1 - number[:, None]
+        ds_SC = (w_SC * dw_SC - tl.where(at_top, e[None, :], 0.0)).to(sk.dtype)
+        dsk = tl.dot(ds_SC, queries, input_precision="ieee") * scale
+        dsv = tl.dot(w_SC.to(u_t.dtype), u_t, input_precision="ieee")
         part = (pid.to(tl.int64) * H + h) * SINKS
-        dsk = tl.dot(tl.trans(sink_ds), queries, input_precision="ieee") * scale
-        dsv = tl.dot(tl.trans(sink_w.to(u_t.dtype)), u_t, input_precision="ieee")
-        put(dsink_k + part * D, dsk, n * 0, D, 0, SINKS, D)
-        put(dsink_v + part * V, dsv, n * 0, V, 0, SINKS, V)
+        store_rows(dsink_k + part * D, dsk, n * 0, D, 0, SINKS, D)
+        store_rows(dsink_v + part * V, dsv, n * 0, V, 0, SINKS, V)
     blocks: tl.constexpr = (WINDOW + C - 2) // C
     skipped = tl.maximum(blocks - (PREFIX + t0 - begin + C - 1) // C, 0)
     for block in range(skipped, blocks + 1):
         j0 = PREFIX + t0 - (blocks - block) * C
         row = j0 + tl.arange(0, C)
-        keys = tile(k, j0, k_t, begin, end, D, C, BLOCK_D)
-        values = tile(v, j0, v_t, begin, end, V, C, BLOCK_V)
+        keys = load_rows(k, j0, k_t, begin, end, D, C, BLOCK_D)
+        values = load_rows(v, j0, v_t, begin, end, V, C, BLOCK_V)
         s = window_scores(queries, keys, row, i, begin, end, units, WINDOW)
         w = gamma * tl.exp2(s - top[:, None])
         dw = tl.dot(u_t, tl.trans(values), input_precision="ieee") - r_t[:, None]
         ds = w * dw - tl.where(top_row[:, None] == row[None, :], e[:, None], 0.0)
         dq_t = tl.dot(ds.to(keys.dtype), keys, dq_t, input_precision="ieee")
-    put(dq + head * D, dq_t * scale, t0, H * D, 0, length, D)
+    store_rows(dq + head * D, dq_t * scale, t0, H * D, 0, length, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "per_sequence", "tokens"])
 def reverse_states_kernel(
     phi_q, u, r, lam_H, dS_out, dS_init, states, norms, cu, starts,
     pq_b, pq_t, pq_h, T, H, per_sequence, tokens, P,
@@ -200,11 +208,11 @@ def reverse_states_kernel(
             h = p * GROUP_P + member
             pq = phi_q + b * pq_b + q_row * pq_t + h * pq_h + tile_f * BLOCK_F
             width = F - tile_f * BLOCK_F
-            features = tile(pq, t0, pq_t, 0, length, width, C, BLOCK_F).to(tl.float32)
+            features = load_rows(pq, t0, pq_t, 0, length, width, C, BLOCK_F).to(tl.float32)
             features *= tl.load(lam_H + h)
             head = ((b * T + q_row) * H + h) * V + tile_v * BLOCK_V
             width = V - tile_v * BLOCK_V
-            u_t = tile(u + head, t0, H * V, 0, length, width, C, BLOCK_V)
+            u_t = load_rows(u + head, t0, H * V, 0, length, width, C, BLOCK_V)
             r_t = tl.load(r + h * tokens + b * T + q_row + t, mask=t < length, other=0.0)
             left = tl.trans(features.to(u_t.dtype))
             R = tl.dot(left, u_t, R, input_precision="ieee")
@@ -214,7 +222,7 @@ def reverse_states_kernel(
         tl.store(dS_init + whole + f * (V + 1) + V, z, mask=f < F)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "U", "N", "per_sequence", "q_per_sequence"])
 def backward_value_kernel(
     phi_k, phi_q, lam_H, states, length_N, cu, starts, chunks, u, dv_linear,
     pk_b, pk_t, pk_h, pq_b, pq_t, pq_h,
@@ -224,7 +232,7 @@ def backward_value_kernel(
     BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """What the linear part adds to dv of a block of keys, in fp32."""
-    g = tl.program_id(1)
+    g = tl.program_id(1).to(tl.int64)
     n, c = chunk_of(tl.program_id(0), chunks, per_sequence, PACKED)
     if n >= N:
         return
@@ -246,11 +254,11 @@ def backward_value_kernel(
             h = g * GROUP + member
             p = h // GROUP_P
             pk = phi_k + b * pk_b + k_row * pk_t + p * pk_h
-            phi = tile(pk, row0, pk_t, summed, last, F, C, BLOCK_F)
+            phi = load_rows(pk, row0, pk_t, summed, last, F, C, BLOCK_F)
             pq = phi_q + b * pq_b + q_row * pq_t + h * pq_h
-            features = tile(pq, c * C, pq_t, 0, length, F, C, BLOCK_F)
+            features = load_rows(pq, c * C, pq_t, 0, length, F, C, BLOCK_F)
             head = ((b * T + q_row) * H + h) * V
-            u_t = tile(u + head, c * C, H * V, 0, length, V, C, BLOCK_V)
+            u_t = load_rows(u + head, c * C, H * V, 0, length, V, C, BLOCK_V)
             a = tl.dot(phi, tl.trans(features), input_precision="ieee") * tl.load(lam_H + h)
             a = tl.where(local[None, :] >= local[:, None], a, 0.0).to(u_t.dtype)
             dv_t = tl.dot(a, u_t, dv_t, input_precision="ieee")
@@ -258,13 +266,13 @@ def backward_value_kernel(
             p = g * (GROUP // GROUP_P) + step // (BLOCK_F // HALF)
             f0 = step % (BLOCK_F // HALF) * HALF
             pk = phi_k + b * pk_b + k_row * pk_t + p * pk_h + f0
-            phi = tile(pk, row0, pk_t, summed, last, F - f0, C, HALF)
-            R = tile(states + (chunk * P + p) * F * V, f0, V, 0, F, V, HALF, BLOCK_V)
+            phi = load_rows(pk, row0, pk_t, summed, last, F - f0, C, HALF)
+            R = load_rows(states + (chunk * P + p) * F * V, f0, V, 0, F, V, HALF, BLOCK_V)
             dv_t = tl.dot(phi, R, dv_t, input_precision="ieee")
-    put(dv_linear + ((b * U + k_row) * G + g) * V, dv_t, row0, G * V, 0, end, V)
+    store_rows(dv_linear + ((b * U + k_row) * G + g) * V, dv_t, row0, G * V, 0, end, V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "U", "N", "per_sequence", "q_per_sequence", "tokens"])
 def backward_feature_kernel(
     v, phi_q, lam_H, states, norms, length_N, cu, starts, chunks, u, r, dphi_k,
     v_b, v_t, v_h, pq_b, pq_t, pq_h,
@@ -274,7 +282,7 @@ def backward_feature_kernel(
     BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dφk of a block of keys."""
-    p = tl.program_id(1)
+    p = tl.program_id(1).to(tl.int64)
     n, c = chunk_of(tl.program_id(0), chunks, per_sequence, PACKED)
     if n >= N:
         return
@@ -290,16 +298,16 @@ def backward_feature_kernel(
     dphi_t = tl.zeros((C, BLOCK_F), tl.float32)
     if row0 < last:
         v += b * v_b + k_row * v_t + (p * GROUP_P // GROUP) * v_h
-        values = tile(v, row0, v_t, summed, last, V, C, BLOCK_V)
+        values = load_rows(v, row0, v_t, summed, last, V, C, BLOCK_V)
         state = ((first_chunk(n, starts, q_per_sequence, PACKED) + c) * P + p) * F
         f = tl.arange(0, BLOCK_F)
         t = c * C + local
         for member in range(0, GROUP_P):
             h = p * GROUP_P + member
             pq = phi_q + b * pq_b + q_row * pq_t + h * pq_h
-            features = tile(pq, c * C, pq_t, 0, length, F, C, BLOCK_F)
+            features = load_rows(pq, c * C, pq_t, 0, length, F, C, BLOCK_F)
             head = ((b * T + q_row) * H + h) * V
-            u_t = tile(u + head, c * C, H * V, 0, length, V, C, BLOCK_V)
+            u_t = load_rows(u + head, c * C, H * V, 0, length, V, C, BLOCK_V)
             stats = h * tokens + b * T + q_row
             r_t = tl.load(r + stats + t, mask=t < length, other=0.0)
             dw = tl.dot(values, tl.trans(u_t), input_precision="ieee") - r_t[None, :]
@@ -308,17 +316,17 @@ def backward_feature_kernel(
             dphi_t = tl.dot(dw, features, dphi_t, input_precision="ieee")
         HALF: tl.constexpr = BLOCK_V // 2 if BLOCK_V > 64 else BLOCK_V
         for v0 in range(0, BLOCK_V, HALF):
-            part = tile(v + v0, row0, v_t, summed, last, V - v0, C, HALF)
-            R = tile(states + state * V + v0, n * 0, V, 0, F, V - v0, BLOCK_F, HALF)
+            part = load_rows(v + v0, row0, v_t, summed, last, V - v0, C, HALF)
+            R = load_rows(states + state * V + v0, n * 0, V, 0, F, V - v0, BLOCK_F, HALF)
             dphi_t = tl.dot(part, tl.trans(R), dphi_t, input_precision="ieee")
         z = tl.load(norms + state + f, mask=f < F, other=0.0)
         dphi_t += z[None, :]
         joins = (row0 + local >= summed) & (row0 + local < last)
         dphi_t = tl.where(joins[:, None], dphi_t, 0.0)
-    put(dphi_k + ((b * U + k_row) * P + p) * F, dphi_t, row0, P * F, 0, end, F)
+    store_rows(dphi_k + ((b * U + k_row) * P + p) * F, dphi_t, row0, P * F, 0, end, F)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "U", "N", "per_sequence", "tokens"])
 def backward_key_kernel(
     q, k, v, gamma_H, lam_H, length_N, cu, chunks,
     top_HT, row_HT, u, r, ell, dv_linear, dk, dv,
@@ -329,7 +337,7 @@ def backward_key_kernel(
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of keys."""
-    g = tl.program_id(1)
+    g = tl.program_id(1).to(tl.int64)
     n, c = chunk_of(tl.program_id(0), chunks, per_sequence, PACKED)
     if n >= N:
         return
@@ -341,14 +349,14 @@ def backward_key_kernel(
         return
     local = tl.arange(0, C)
     j = (row0 + local)[:, None]
-    keys = tile(k + b * k_b + k_row * k_t + g * k_h, row0, k_t, begin, end, D, C, BLOCK_D)
-    values = tile(v + b * v_b + k_row * v_t + g * v_h, row0, v_t, begin, end, V, C, BLOCK_V)
+    keys = load_rows(k + b * k_b + k_row * k_t + g * k_h, row0, k_t, begin, end, D, C, BLOCK_D)
+    values = load_rows(v + b * v_b + k_row * v_t + g * v_h, row0, v_t, begin, end, V, C, BLOCK_V)
     units = scale * 1.4426950408889634
     H = G * GROUP
     dk_t = tl.zeros((C, BLOCK_D), tl.float32)
     dv_at = ((b * U + k_row) * G + g) * V
     if F > 0:
-        dv_t = tile(dv_linear + dv_at, row0, G * V, 0, end, V, C, BLOCK_V)
+        dv_t = load_rows(dv_linear + dv_at, row0, G * V, 0, end, V, C, BLOCK_V)
     else:
         dv_t = tl.zeros((C, BLOCK_V), tl.float32)
     blocks: tl.constexpr = (WINDOW + 2 * C - 2) // C
@@ -358,8 +366,8 @@ def backward_key_kernel(
         t = t0 + local
         ok = (t >= 0) & (t < length)
         stats = h * tokens + b * T + q_row + t
-        queries = tile(q + b * q_b + q_row * q_t + h * q_h, t0, q_t, 0, length, D, C, BLOCK_D)
-        u_t = tile(u + ((b * T + q_row) * H + h) * V, t0, H * V, 0, length, V, C, BLOCK_V)
+        queries = load_rows(q + b * q_b + q_row * q_t + h * q_h, t0, q_t, 0, length, D, C, BLOCK_D)
+        u_t = load_rows(u + ((b * T + q_row) * H + h) * V, t0, H * V, 0, length, V, C, BLOCK_V)
         s = tl.dot(keys, tl.trans(queries), input_precision="ieee") * units
         top = tl.load(top_HT + stats, mask=ok, other=0.0)
         i = (PREFIX + t)[None, :]
@@ -373,5 +381,5 @@ def backward_key_kernel(
             top_row = tl.load(row_HT + stats, mask=ok, other=-1)
             ds -= tl.where(top_row[None, :] == j, e[None, :], 0.0)
         dk_t = tl.dot(ds.to(queries.dtype), queries, dk_t, input_precision="ieee")
-    put(dk + ((b * U + k_row) * G + g) * D, dk_t * scale, row0, G * D, 0, end, D)
-    put(dv + dv_at, dv_t, row0, G * V, 0, end, V)
+    store_rows(dk + ((b * U + k_row) * G + g) * D, dk_t * scale, row0, G * D, 0, end, D)
+    store_rows(dv + dv_at, dv_t, row0, G * V, 0, end, V)

@@ -25,28 +25,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lowline.kernels.triton_tools.tiles import load_tile, store_tile
+
 
 @triton.jit
-def tile(x, first, stride, low, high, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def load_rows(x, first, stride, low, high, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Rows `first` ... of x as far as they lie in [low, high); zeros elsewhere: (ROWS, BLOCK)."""
     row = tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    ok = (first + row >= low) & (first + row < high)
-    x += first.to(tl.int64) * stride
-    at = row[:, None] * stride + column[None, :]
-    return tl.load(x + at, mask=ok[:, None] & (column < width)[None, :], other=0.0)
+    inside = (first + row >= low) & (first + row < high)
+    return load_tile(
+        x + first.to(tl.int64) * stride, row, inside, stride, tl.arange(0, BLOCK), width
+    )
 
 
 @triton.jit
-def put(x, value, first, stride, low, high, width):
+def store_rows(x, value, first, stride, low, high, width):
     """Write the rows of a tile that lie in [low, high)."""
     row = tl.arange(0, value.shape[0])
     column = tl.arange(0, value.shape[1])
-    ok = (first + row >= low) & (first + row < high)
-    x += first.to(tl.int64) * stride
-    at = row[:, None] * stride + column[None, :]
-    ok = ok[:, None] & (column < width)[None, :]
-    tl.store(x + at, value.to(x.dtype.element_ty), mask=ok)
+    inside = (first + row >= low) & (first + row < high)
+    store_tile(x + first.to(tl.int64) * stride, value, row, inside, stride, column, width)
 
 
 @triton.jit
@@ -64,10 +62,10 @@ def sequence(n, cu, T, PREFIX: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def chunk_of(pid, chunks, per_sequence, PACKED: tl.constexpr):
-    """The sequence of a chunk and its number in it."""
+    """The sequence of a chunk (the number of sequences where it is empty) and its number in it."""
     if PACKED:
-        n = tl.load(chunks + 2 * pid)
-        c = tl.load(chunks + 2 * pid + 1)
+        n = tl.load(chunks + 4 * pid).to(tl.int32)
+        c = tl.load(chunks + 4 * pid + 1).to(tl.int32)
     else:
         n = pid // per_sequence
         c = pid % per_sequence
@@ -97,13 +95,13 @@ def state_tile(P, V: tl.constexpr, F: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK
     tiles_v: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     pid = tl.program_id(0)
     whole = pid // (tiles_f * tiles_v)
-    return whole // P, whole % P, pid % tiles_f, pid // tiles_f % tiles_v
+    return whole // P, (whole % P).to(tl.int64), pid % tiles_f, pid // tiles_f % tiles_v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "per_sequence"])
 def states_kernel(
-    k_phi, v, S_init, S_out, states, norms, length_N, cu, starts,
-    p_b, p_t, p_h, v_b, v_t, v_h, T, per_sequence, P,
+    phi_k, v, S_init, S_out, states, norms, length_N, cu, starts,
+    pk_b, pk_t, pk_h, v_b, v_t, v_h, T, per_sequence, P,
     WINDOW: tl.constexpr, PREFIX: tl.constexpr, SINKS: tl.constexpr, GROUP: tl.constexpr,
     V: tl.constexpr, F: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr,
     C: tl.constexpr, PACKED: tl.constexpr,
@@ -114,7 +112,7 @@ def states_kernel(
     column = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
     b, _, k_row, length = sequence(n, cu, T, PREFIX, PACKED)
     _, summed, _ = key_rows(n, length_N, PREFIX, SINKS)
-    k_phi += b * p_b + k_row * p_t + p * p_h + tile_f * BLOCK_F
+    phi_k += b * pk_b + k_row * pk_t + p * pk_h + tile_f * BLOCK_F
     v += b * v_b + k_row * v_t + (p // GROUP) * v_h + tile_v * BLOCK_V
     whole = (n.to(tl.int64) * P + p) * F * (V + 1)
     at = f[:, None] * (V + 1) + column[None, :]
@@ -130,8 +128,8 @@ def states_kernel(
         if tile_v == 0:
             tl.store(norms + block * F + f, z, mask=f < F)
         row = PREFIX - WINDOW + c * C
-        phi = tile(k_phi, row, p_t, summed, last, F - tile_f * BLOCK_F, C, BLOCK_F)
-        values = tile(v, row, v_t, summed, last, V - tile_v * BLOCK_V, C, BLOCK_V)
+        phi = load_rows(phi_k, row, pk_t, summed, last, F - tile_f * BLOCK_F, C, BLOCK_F)
+        values = load_rows(v, row, v_t, summed, last, V - tile_v * BLOCK_V, C, BLOCK_V)
         S = tl.dot(tl.trans(phi), values, S, input_precision="ieee")
         z += tl.sum(phi.to(tl.float32), 0)
     tl.store(S_out + whole + at, S, mask=ok)
@@ -171,7 +169,7 @@ def _absorb(s, values, numbers, top, top_row, total, acc):
     return new, top_row, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "N", "per_sequence", "tokens"])
 def forward_kernel(
     q, k, v, phi_q, phi_k, sink_k, sink_v, gamma_H, lam_H, states, norms, length_N, cu, chunks,
     o, den, top_HT, row_HT,
@@ -185,7 +183,7 @@ def forward_kernel(
 ):  # fmt: skip
     """o, its denominator, the largest score and where it was, of a chunk of queries."""
     pid = tl.program_id(0)
-    h = tl.program_id(1)
+    h = tl.program_id(1).to(tl.int64)
     n, c = chunk_of(pid, chunks, per_sequence, PACKED)
     if n >= N:
         return
@@ -198,7 +196,7 @@ def forward_kernel(
     t0 = c * C
     t = t0 + tl.arange(0, C)
     i = PREFIX + t
-    queries = tile(q + b * q_b + q_row * q_t + h * q_h, t0, q_t, 0, length, D, C, BLOCK_D)
+    queries = load_rows(q + b * q_b + q_row * q_t + h * q_h, t0, q_t, 0, length, D, C, BLOCK_D)
     scale *= 1.4426950408889634
 
     top = tl.full((C,), -float("inf"), tl.float32)
@@ -207,10 +205,10 @@ def forward_kernel(
     acc = tl.zeros((C, BLOCK_V), tl.float32)
     if SINKS > 0:
         number = tl.arange(0, BLOCK_S)
-        at = (n * (H // GROUP) * SINKS + g).to(tl.int64)
+        at = n.to(tl.int64) * (H // GROUP) * SINKS + g
         zero = n * 0
-        sk = tile(sink_k + at * D, zero, H // GROUP * D, 0, SINKS, D, BLOCK_S, BLOCK_D)
-        sv = tile(sink_v + at * V, zero, H // GROUP * V, 0, SINKS, V, BLOCK_S, BLOCK_V)
+        sk = load_rows(sink_k + at * D, zero, H // GROUP * D, 0, SINKS, D, BLOCK_S, BLOCK_D)
+        sv = load_rows(sink_v + at * V, zero, H // GROUP * V, 0, SINKS, V, BLOCK_S, BLOCK_V)
         sink_s = sink_scores(queries, sk, number, t, seen, scale, WINDOW, SINKS)
         top, top_row, total, acc = _absorb(sink_s, sv, -1 - number, top, top_row, total, acc)
     blocks: tl.constexpr = (WINDOW + C - 2) // C  # before the queries' own
@@ -219,8 +217,8 @@ def forward_kernel(
     for block in range(skipped, blocks + 1):
         j0 = PREFIX + t0 - (blocks - block) * C
         row = j0 + tl.arange(0, C)
-        keys = tile(k, j0, k_t, begin, end, D, C, BLOCK_D)
-        values = tile(v, j0, v_t, begin, end, V, C, BLOCK_V)
+        keys = load_rows(k, j0, k_t, begin, end, D, C, BLOCK_D)
+        values = load_rows(v, j0, v_t, begin, end, V, C, BLOCK_V)
         s = window_scores(queries, keys, row, i, begin, end, scale, WINDOW)
         top, top_row, total, acc = _absorb(s, values, row, top, top_row, total, acc)
 
@@ -236,16 +234,16 @@ def forward_kernel(
         state = (pid.to(tl.int64) * (H // GROUP_P) + p) * F
         HALF: tl.constexpr = BLOCK_F // 2 if BLOCK_F > 64 else BLOCK_F
         for f0 in range(0, BLOCK_F, HALF):
-            part = tile(pq + f0, t0, pq_t, 0, length, F - f0, C, HALF).to(tl.float32) * lam
-            S = tile(states + (state + f0) * V, n * 0, V, 0, F - f0, V, HALF, BLOCK_V)
+            part = load_rows(pq + f0, t0, pq_t, 0, length, F - f0, C, HALF).to(tl.float32) * lam
+            S = load_rows(states + (state + f0) * V, n * 0, V, 0, F - f0, V, HALF, BLOCK_V)
             acc = tl.dot(part.to(queries.dtype), S, acc, input_precision="ieee")
         f = tl.arange(0, BLOCK_F)
         z = tl.load(norms + state + f, mask=f < F, other=0.0)
-        features = tile(pq, t0, pq_t, 0, length, F, C, BLOCK_F)
+        features = load_rows(pq, t0, pq_t, 0, length, F, C, BLOCK_F)
         features = (features.to(tl.float32) * lam).to(queries.dtype)
         total += tl.sum(features.to(tl.float32) * z[None, :], 1)
-        keys = tile(pk, row0, pk_t, summed, end, F, C, BLOCK_F)
-        values = tile(v, row0, v_t, summed, end, V, C, BLOCK_V)
+        keys = load_rows(pk, row0, pk_t, summed, end, F, C, BLOCK_F)
+        values = load_rows(v, row0, v_t, summed, end, V, C, BLOCK_V)
         a = tl.dot(features, tl.trans(keys), input_precision="ieee")
         a = tl.where(tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :], a, 0.0)
         acc = tl.dot(a.to(values.dtype), values, acc, input_precision="ieee")
@@ -257,4 +255,4 @@ def forward_kernel(
     tl.store(den + stats, total, mask=ok)
     tl.store(top_HT + stats, top, mask=ok)
     tl.store(row_HT + stats, top_row, mask=ok)
-    put(o + ((b * T + q_row) * H + h) * V, acc / total[:, None], t0, H * V, 0, length, V)
+    store_rows(o + ((b * T + q_row) * H + h) * V, acc / total[:, None], t0, H * V, 0, length, V)

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from lowline.kernels.conv import triton_kernels as triton_conv
-from lowline.kernels.feature_map import triton_kernels as triton_hedgehog
-from lowline.kernels.low_rank import triton_kernels as triton_bottleneck
-from lowline.kernels.scan import triton_kernels as triton_scan
-from lowline.kernels.window.triton import launch as triton_window
+import lowline.kernels.conv.triton_kernels
+import lowline.kernels.feature_map.triton_kernels
+import lowline.kernels.low_rank.triton_kernels
+import lowline.kernels.scan.triton_kernels
+import lowline.kernels.window.triton.launch  # noqa: F401
 
 
 def _leaf(*shape: int) -> torch.Tensor:
@@ -32,31 +32,32 @@ def _window() -> tuple[Any, ...]:
 
 CALLS = {
     "bottleneck": (
-        triton_bottleneck._forward,
+        "activated_linear",
         lambda: (_leaf(5, 16), _leaf(20, 16), _leaf(20), "silu"),
     ),
-    "hedgehog": (triton_hedgehog._forward, lambda: (_leaf(1, 5, 2, 16), _leaf(2, 16, 16))),
+    "hedgehog": ("hedgehog", lambda: (_leaf(1, 5, 2, 16), _leaf(2, 16, 16))),
     "conv": (
-        triton_conv._forward,
+        "causal_conv_triton",
         lambda: (_leaf(1, 5, 8), _leaf(8, 3), _leaf(8), _leaf(1, 8, 2), None, True),
     ),
     "scan": (
-        triton_scan._forward,
+        "selective_scan_triton",
         lambda: (
             *(_leaf(1, 3, 2), _leaf(1, 3, 2), _leaf(2, 2), _leaf(1, 3, 2), _leaf(1, 3, 2)),
             *(_leaf(2), None, _leaf(2), _leaf(1, 2, 2), None, True),
         ),
     ),
-    "window": (triton_window._forward, _window),
+    "window": ("window_linear", _window),
 }
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_op(name: str, device: torch.device) -> None:
-    op, arguments = CALLS[name]
+    operator, arguments = CALLS[name]
     given = [
         x.detach().to(device).requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
         for x in arguments()
     ]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    op = getattr(torch.ops.lowline, operator).default
     torch.library.opcheck(op, tuple(given), test_utils=checks)

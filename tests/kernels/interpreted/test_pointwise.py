@@ -138,6 +138,16 @@ def test_the_cpus_operators_stand_beside_those_of_triton(op: Any, device: torch.
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_vectors_may_lie_apart_in_memory(device: torch.device) -> None:
+    """A bias is read by its stride: as a column, as every second element, as one repeated."""
+    x, weight = random(1, 5, 6).to(device, FP32), random(6, 4).to(device, FP32)
+    column = random(6, 2).to(device, FP32)[:, 0]
+    for bias in (column, random(12).to(device, FP32)[::2], column[:1].expand(6)):
+        got, _ = causal_conv(x, weight, bias, backend="triton")
+        want, _ = causal_conv(x, weight, bias.contiguous(), backend="reference")
+        torch.testing.assert_close(got, want)
+
+
 def test_conv_of_one_tap(device: torch.device) -> None:
     inputs = {"x_BTD": random(1, 5, 20), "weight_DW": random(20, 1)}
     check(causal_conv, inputs, device, FP32)

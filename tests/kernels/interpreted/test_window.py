@@ -150,6 +150,16 @@ def test_transposed_inputs(device: torch.device) -> None:
     assert torch.equal(o, want)
 
 
+def test_factors_may_lie_apart_in_memory(device: torch.device) -> None:
+    """γ and λ are read by their strides: repeated for every head, or every second element."""
+    given = {n: x.to(device, FP32) for n, x in inputs(20, H=3).items() if x is not None}
+    for factor in (torch.full((1,), 2.5).expand(3), torch.tensor([2.0, 9.0, 0.5, 9.0, 1.0])[::2]):
+        strided = {n: factor.to(device) if n.endswith("factor_H") else x for n, x in given.items()}
+        o, _ = window_linear_attention(**strided, window=4, backend="triton")  # type: ignore[arg-type]
+        want, _ = window_linear_attention(**strided, window=4, backend="reference")  # type: ignore[arg-type]
+        torch.testing.assert_close(o, want, rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_not_covered(device: torch.device) -> None:
     for tensors, dtype, words in (
         (inputs(2, V=256), BF16, "up to 128 dimensions"),

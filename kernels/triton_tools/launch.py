@@ -1,0 +1,129 @@
+"""The one place from which every Triton kernel is launched.
+
+`launch` puts the work on the device of the tensors (Triton itself takes the *current* device),
+makes vectors contiguous (kernels read them without strides), takes the numbers of warps and stages
+from the table below, and under `recording` writes launches down instead of running them: the
+compile check (`aot`) and the tests of grids read those records, so what is checked is what runs.
+
+No number in the table was measured on a GPU. They are the most promising among those that the
+compile check accepts (no spill, shared memory within the chip):
+
+- 8 warps everywhere but on Hopper: with 4, Blackwell's compiler spills in several kernels.
+- On Hopper (sm_90) tiles of 64 rows take 4 warps or 2. Other libraries found 8 warps to give wrong
+  results there, and a few kernels wrong with 4, which is what issues wgmma; with 2 warps products
+  are mma.sync. `tests/kernels/gpu_full_size.py` runs every candidate against plain torch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Options(NamedTuple):
+    """How a kernel is compiled: warps a program and stages of its loops' pipelines."""
+
+    num_warps: int
+    num_stages: int
+
+
+class Launch(NamedTuple):
+    """A launch that was written down instead of run."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+
+DEFAULT = (Options(8, 2),)
+HOPPER = (Options(4, 2), Options(2, 2))
+
+# kernel -> major compute capability (0: any other) -> candidates; the first one runs.
+TABLE: dict[str, dict[int, tuple[Options, ...]]] = {
+    f"recurrence.{name}_kernel": {9: HOPPER}
+    for name in (
+        *("scores", "states", "outputs", "transform", "transform_backward"),
+        *("states_backward", "values_backward", "keys_backward"),
+    )
+}
+TABLE |= {
+    f"window.{name}_kernel": {9: HOPPER}
+    for name in (
+        *("states", "forward", "reverse_states"),
+        *("backward_query", "backward_value", "backward_feature"),
+    )
+}
+TABLE |= {f"feature_map.{name}_kernel": {9: HOPPER} for name in ("_forward", "_backward")}
+# Accumulators and products leave these two no registers for copies on their way.
+TABLE |= {
+    f"window.{name}_kernel": {9: (Options(4, 1), Options(2, 1)), 0: (Options(8, 1),)}
+    for name in ("backward_key", "backward_map")
+}
+TABLE |= {f"scan.{name}_kernel": {0: (Options(8, 1),)} for name in ("_forward", "_backward")}
+TABLE |= {f"low_rank.{name}_kernel": {0: (Options(8, 3),)} for name in ("_forward", "_backward")}
+
+_records: list[list[Launch]] = []
+
+
+def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Run a kernel on the device of its tensors; arguments that it does not name are left out.
+
+    Raises:
+        ValueError: tensors on different devices.
+    """
+    given = {n: _dense(arguments[n]) for n in kernel.arg_names if n in arguments}
+    if _records:
+        _records[-1].append(Launch(kernel, grid, given))
+        return
+    devices = {x.device for x in given.values() if isinstance(x, torch.Tensor)}
+    if len(devices) != 1:
+        names = sorted(map(str, devices))
+        raise ValueError(f"{kernel_name(kernel)}: its tensors are on {names}; use one device")
+    device = devices.pop()
+    if device.type != "cuda":  # the interpreter
+        kernel[grid](**given)
+        return
+    with torch.cuda.device(device):
+        chosen = candidates(kernel_name(kernel), _capability(device.index))[0]
+        kernel[grid](**given, **chosen._asdict())
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Write launches into the list this gives, instead of running them. Tensors may be "meta"."""
+    _records.append([])
+    try:
+        yield _records[-1]
+    finally:
+        _records.pop()
+
+
+def candidates(kernel: str, capability: int) -> tuple[Options, ...]:
+    """The options a kernel may run with on a chip (80, 90, 100, ...); the first are used."""
+    chips = TABLE.get(kernel, {})
+    return chips.get(capability // 10) or chips.get(0) or DEFAULT
+
+
+def kernel_name(kernel: Any) -> str:
+    """Return the op's folder and the function: "window.forward_kernel"."""
+    module = kernel.fn.__module__.partition(".triton")[0]
+    return f"{module.rpartition('.')[2]}.{kernel.fn.__name__}"
+
+
+def rows_dense(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Return tensors whose last dimension has stride 1, copied where it has not."""
+    return [x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous() for x in tensors]
+
+
+def _dense(x: Any) -> Any:
+    return x.contiguous() if isinstance(x, torch.Tensor) and x.dim() == 1 else x
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
