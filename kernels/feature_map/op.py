@@ -58,7 +58,7 @@ def hedgehog(
     triton = reason
     if max(D, W_HDF.shape[-1]) > 128:
         triton = f"D = {D}, F = {W_HDF.shape[-1]}; it takes up to 128"
-    which = choose(NAME, backend, x_BTHD.device, cpu=reason, triton=triton, module="low_rank")
+    which = choose(NAME, backend, x_BTHD.device, cpu=reason, triton=triton, module="feature_map")
     if which == "reference":
         from lowline.kernels.feature_map import reference
 

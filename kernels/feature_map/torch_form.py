@@ -1,6 +1,6 @@
 """Hedgehog with a backward pass that computes x W and the softmaxes anew.
 
-The GEMMs are torch's. The softmaxes are torch's or, `fused`, those of `kernels/cpu/low_rank.cpp`,
+The GEMMs are torch's. The softmaxes are torch's or, `fused`, `kernels/cpu/feature_map.cpp`'s,
 which makes both in one pass; torch.compile fuses torch's by itself and is given those.
 """
 
@@ -29,7 +29,7 @@ class _Hedgehog(torch.autograd.Function):
         heads, rows, features = u_HMF.shape
         if fused:
             out_MHF = x.new_empty(rows, heads, 2 * features)
-            load("low_rank").hedgehog(u_HMF, out_MHF.transpose(0, 1), FLOOR)
+            load("feature_map").hedgehog(u_HMF, out_MHF.transpose(0, 1), FLOOR)
         else:
             pair = torch.cat([torch.softmax(u_HMF, -1), torch.softmax(-u_HMF, -1)], -1)
             out_MHF = pair.clamp_(min=FLOOR).transpose(0, 1).to(x.dtype).contiguous()
@@ -48,7 +48,7 @@ class _Hedgehog(torch.autograd.Function):
         if ctx.fused:
             if grad_HMF.stride(-1) != 1:
                 grad_HMF = grad_HMF.contiguous()
-            load("low_rank").hedgehog_backward(u_HMF, grad_HMF, FLOOR)
+            load("feature_map").hedgehog_backward(u_HMF, grad_HMF, FLOOR)
             du_HMF = u_HMF
         else:
             grad_HMF = grad_HMF.to(u_HMF.dtype)

@@ -64,7 +64,6 @@ TABLE |= {
     for name in ("backward_key", "backward_map")
 }
 TABLE |= {f"scan.{name}_kernel": {0: (Options(8, 1),)} for name in ("_forward", "_backward")}
-TABLE |= {f"low_rank.{name}_kernel": {0: (Options(8, 3),)} for name in ("_forward", "_backward")}
 
 _records: list[list[Launch]] = []
 

@@ -14,7 +14,6 @@ from lowline import kernels
 from lowline.kernels.conv import causal_conv
 from lowline.kernels.cpu import missing
 from lowline.kernels.feature_map import hedgehog
-from lowline.kernels.low_rank import low_rank_bottleneck, low_rank_mlp
 from lowline.kernels.recurrence import gated_linear_recurrence
 from lowline.kernels.scan import selective_scan
 from lowline.kernels.slots import slot_window_attention
@@ -57,15 +56,6 @@ def features(x: torch.Tensor, **options: Any) -> torch.Tensor:
     return hedgehog(x, rand(16, 16), **options)
 
 
-def bottleneck(x: torch.Tensor, **options: Any) -> torch.Tensor:
-    return low_rank_bottleneck(x, rand(8, 16), rand(20, 8), **options)
-
-
-def mlp(x: torch.Tensor, **options: Any) -> torch.Tensor:
-    pair = (rand(8, 16), rand(16, 8))
-    return low_rank_mlp(x, pair, pair, pair, **options)
-
-
 @pytest.mark.parametrize("backend", ["reference", "torch", "auto"])
 @pytest.mark.parametrize("op", [window, slots, recurrence, scan, conv])
 @pytest.mark.parametrize("bounds", [[0, 3, 99], [0, 4, 2, 6], [1, 6], [0, 5], [0, 0]])
@@ -94,7 +84,7 @@ def test_bounds_may_lie_apart_in_memory(op: Callable[..., Any], backend: str) ->
 
 
 @pytest.mark.parametrize("backend", ["torch", CPU])
-@pytest.mark.parametrize("op", [window, recurrence, scan, features, bottleneck, mlp])
+@pytest.mark.parametrize("op", [window, recurrence, scan, features])
 def test_a_second_derivative_is_refused(op: Callable[..., Any], backend: str) -> None:
     x = rand(1, 6, 1, 16).requires_grad_()
     (once,) = torch.autograd.grad(op(x, backend=backend).square().sum(), x, create_graph=True)

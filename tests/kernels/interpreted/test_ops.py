@@ -9,7 +9,6 @@ import torch
 
 import lowline.kernels.conv.triton_kernels
 import lowline.kernels.feature_map.triton_kernels
-import lowline.kernels.low_rank.triton_kernels
 import lowline.kernels.scan.triton_kernels
 import lowline.kernels.window.triton.launch  # noqa: F401
 
@@ -31,10 +30,6 @@ def _window() -> tuple[Any, ...]:
 
 
 CALLS = {
-    "bottleneck": (
-        "activated_linear",
-        lambda: (_leaf(5, 16), _leaf(20, 16), _leaf(20), "silu"),
-    ),
     "hedgehog": ("hedgehog", lambda: (_leaf(1, 5, 2, 16), _leaf(2, 16, 16))),
     "conv": (
         "causal_conv_triton",

@@ -1,4 +1,4 @@
-"""The Triton kernels of the bottleneck, Hedgehog, the short convolution and the scan."""
+"""The Triton kernels of Hedgehog, the short convolution and the scan."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from helpers.kernels import TOLERANCE, assert_matches
 from lowline.kernels.conv import causal_conv
 from lowline.kernels.cpu import missing
 from lowline.kernels.feature_map import hedgehog
-from lowline.kernels.low_rank import low_rank_bottleneck
 from lowline.kernels.scan import selective_scan
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -44,29 +43,6 @@ def check(
 
 
 SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize("dtype", [pytest.param(FP32, marks=SLOW), BF16])
-@pytest.mark.parametrize(
-    "activation", ["silu", *(pytest.param(a, marks=SLOW) for a in ("gelu", "relu", "identity"))]
-)
-def test_bottleneck(activation: str, dtype: torch.dtype, device: torch.device) -> None:
-    inputs = {
-        "x": random(3, 43, 24),
-        "A_RI": random(20, 24) / 5,
-        "B_OR": random(70, 20) / 4,
-        "a_bias_R": random(20),
-        "b_bias_O": random(70) if activation == "silu" else None,
-    }
-    check(low_rank_bottleneck, inputs, device, dtype, activation=activation)
-
-
-def test_bottleneck_of_nothing(device: torch.device) -> None:
-    x = torch.zeros(0, 24, device=device, requires_grad=True)
-    A, B = torch.zeros(20, 24, device=device), torch.zeros(70, 20, device=device)
-    y = low_rank_bottleneck(x, A, B, backend="triton")
-    y.sum().backward()
-    assert y.shape == (0, 70) and x.grad is not None
 
 
 @pytest.mark.parametrize("dtype", [FP32, pytest.param(BF16, marks=SLOW)])

@@ -23,7 +23,6 @@ def print_part(console: Console, part: str, report: dict[str, Any]) -> None:
         "recurrence": print_against_attention,
         "window": print_against_attention,
         "decode": print_decode,
-        "bottleneck": print_bottleneck,
         "scan": print_scan,
         "memory": print_memory,
     }
@@ -89,31 +88,6 @@ def print_decode(console: Console, title: str, result: dict[str, Any], clock: st
     short, long = result["speedup"]
     over = ", ".join(f"{name} {x[clock]:.2f}" for name, x in result["long_over_short"].items())
     console.print(f"time after {long} tokens over that after {short}: {over}")
-
-
-def print_bottleneck(console: Console, title: str, result: dict[str, Any], clock: str) -> None:
-    """Milliseconds, share of the GEMM rate, speed-up, elements saved."""
-    rows = {
-        name: [
-            milliseconds(result["seconds"][name][clock]),
-            f"{result['of_gemm'][name][clock]:.0%}",
-            f"{speedup[clock]:.2f}",
-            f"{speedup[clock] / result['flop_ratio']:.2f}" if name != "dense" else "",
-            f"{result['saved_a_token'][name]:.0f}",
-        ]
-        for name, speedup in result["speedup"].items()
-    }
-    dims = ", ".join(f"{name} {n}" for name, n in result["dims"].items())
-    columns = ["MLP", "ms", "of GEMM", "speed-up", "of FLOP ratio", "saved a token"]
-    what = f"{title.partition(':')[0]}: {result['tokens']} tokens, {dims}"
-    print_table(console, f"{what}; forward + backward", columns, rows)
-    console.print(f"FLOP ratio dense / CoLA {result['flop_ratio']:.2f} (18 n d f, 18 n r (d + f))")
-    more = result["cola_m_over_cola"]
-    over = ", ".join(f"{backend} {x[clock]:.2f}" for backend, x in more.items())
-    console.print(f"CoLA-M's time over CoLA's: {over}")
-    rate = result["gemm_flops_per_second"] / 1e9
-    console.print(f"limit in the same turns: {result['gemm']} {rate:.0f} GFLOP/s")
-    print_errors(console, result["gemm_errors"])
 
 
 def print_scan(console: Console, title: str, result: dict[str, Any], clock: str) -> None:

@@ -7,7 +7,6 @@ recurrence  forward + backward of the gated linear recurrence, every gate and th
             against torch's causal attention at the same length
 window      the same of window-plus-linear attention, 64 exact tokens
 decode      one token of both, against attention over a cache of 1k and 8k tokens
-bottleneck  forward + backward of an MLP: full rank, CoLA, CoLA-M
 scan        forward + backward of the selective scan, against a copy of the bytes it must move
 memory      peak bytes of the first two, forward + backward, inputs not counted
 
@@ -42,9 +41,6 @@ from lowline.tools.bench.kernels.cases import (
     SCAN,
     Shape,
     cache_case,
-    forward_backward,
-    mlp_calls,
-    saved_elements,
     scan_bytes,
     scan_case,
     step_case,
@@ -69,14 +65,13 @@ from lowline.tools.bench.timing import (
 )
 from lowline.tools.commands.inspect_rank import wide_console
 
-Part = Literal["recurrence", "window", "decode", "bottleneck", "scan", "memory"]
+Part = Literal["recurrence", "window", "decode", "scan", "memory"]
 Clock = Literal["wall", "cpu"]
-PARTS: tuple[Part, ...] = ("recurrence", "window", "decode", "bottleneck", "scan", "memory")
+PARTS: tuple[Part, ...] = ("recurrence", "window", "decode", "scan", "memory")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 65536)
 
 CHUNK = 64  # of the FLOP count
 CACHES = (1024, 8192)  # context lengths of a decode step
-MLP = (512, 1376, 128)  # CoLA's 60M: width, inner width, rank
 GEMM = {"cpu": 1024, "cuda": 8192}  # side of the limit's product
 SDPA_SECONDS = 60.0  # attention at one length takes no more turns than fit
 SDPA_MEMORY = 16384  # longest length at which attention's memory is looked at
@@ -110,7 +105,6 @@ def bench_kernels(
     lengths: tuple[int, ...] = LENGTHS,
     heads: int = 8,
     head_dim: int = 64,
-    tokens: int = 4096,
     backends: tuple[str, ...] = (),
     device: Literal["auto", "cpu", "cuda"] = "auto",
     repeats: int = 5,
@@ -127,7 +121,6 @@ def bench_kernels(
             turns where it is slow, one at least: at 65536 tokens that is minutes on a CPU.
         heads: Number of heads.
         head_dim: Features of a head, keys and values alike; a multiple of 16.
-        tokens: Tokens of the MLP.
         backends: Which to time; default: torch and cpu, on a CUDA device torch and triton.
         device: Where; auto takes a CUDA device where there is one.
         repeats: Turns; medians are over these.
@@ -145,7 +138,7 @@ def bench_kernels(
     """
     import torch
 
-    at_least_one(heads=heads, tokens=tokens, repeats=repeats, threads=threads)
+    at_least_one(heads=heads, repeats=repeats, threads=threads)
     if not part:
         raise LowlineError(f"part is empty; choose from {', '.join(PARTS)}")
     if not lengths or min(lengths) < 1:
@@ -184,7 +177,6 @@ def bench_kernels(
             "recurrence": lambda: against_attention(setup, "recurrence", GATES, lengths),
             "window": lambda: against_attention(setup, "window", ("window",), lengths),
             "decode": lambda: bench_decode(setup),
-            "bottleneck": lambda: bench_bottleneck(setup, tokens),
             "scan": lambda: bench_scan(setup, lengths),
             "memory": lambda: bench_memory(setup, lengths),
         }
@@ -302,7 +294,7 @@ def time_a_token(
     }
 
 
-# ----------------------------------------------------------------- decode, bottleneck, scan, memory
+# ----------------------------------------------------------------------------- decode, scan, memory
 
 
 def bench_decode(setup: Setup) -> dict[str, Any]:
@@ -331,42 +323,6 @@ def bench_decode(setup: Setup) -> dict[str, Any]:
         },
         "long_over_short": {
             op: ratio(timings[f"{op}, {long}"], timings[f"{op}, {short}"]) for op in ops
-        },
-    }
-
-
-def bench_bottleneck(setup: Setup, tokens: int) -> dict[str, Any]:
-    """An MLP as full rank, CoLA and CoLA-M: time against FLOPs, elements saved a token."""
-    dim, ffn, rank = MLP
-    size = GEMM[setup.shape.device]
-    gemms, errors = gemm_cases(size, setup.shape.device)
-    x, grad = setup.shape.randn(tokens, dim), setup.shape.randn(tokens, dim)
-    calls = mlp_calls(setup.shape, MLP, setup.backends)
-    cases = {name: forward_backward(call, grad, x, *w) for name, (call, w) in calls.items()}
-    timings = setup.run("bottleneck", cases | gemms)
-    fastest, rate = gemm_limit(timings, gemms, size, setup.clock)
-    dense, cola = 18 * tokens * dim * ffn, 18 * tokens * rank * (dim + ffn)
-    flops = {name: dense if name == "dense" else cola for name in cases}
-    return {
-        "tokens": tokens,
-        "dims": {"dim": dim, "ffn": ffn, "rank": rank},
-        "flops": flops,
-        "flop_ratio": dense / cola,
-        "seconds": {name: asdict(t) for name, t in timings.items()},
-        "gemm": fastest,
-        "gemm_errors": errors,
-        "gemm_flops_per_second": rate,
-        "of_gemm": {
-            name: ratio(timings[fastest], timings[name], flops[name] / (2 * size**3))
-            for name in cases
-        },
-        "speedup": {name: ratio(timings["dense"], timings[name]) for name in cases},
-        "cola_m_over_cola": {
-            backend: ratio(timings[f"{backend} cola-m"], timings[f"{backend} cola"])
-            for backend in setup.backends
-        },
-        "saved_a_token": {
-            name: saved_elements(call, x, *w) / tokens for name, (call, w) in calls.items()
         },
     }
 

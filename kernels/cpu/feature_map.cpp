@@ -1,5 +1,5 @@
-// Elementwise parts of the low-rank MLP and of the Hedgehog feature map on a CPU, each in one pass
-// over rows that a GEMM has just left in the cache.
+// The softmaxes of the Hedgehog feature map on a CPU, in one pass over rows that a GEMM has just left
+// in the cache.
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
 
@@ -13,38 +13,6 @@ using namespace lowline;
 using at::Tensor;
 
 constexpr int64_t GRAIN = 32768;  // elements that are worth a thread
-
-// inner = act(g) ⊙ u
-template <class T> void gated(const T* g, const T* u, T* inner, int64_t size, bool silu) {
-  at::parallel_for(0, (size + W - 1) / W, GRAIN / W, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * W; i < std::min(end * W, size); i += W) {
-      const int lanes = std::min<int64_t>(W, size - i);
-      vec a = load(g + i, lanes);
-      if (silu) a *= sigmoid(a);
-      store(inner + i, a * load(u + i, lanes), lanes);
-    }
-  });
-}
-
-// d, the gradient of inner, is overwritten by inner; dg and du may be g and u.
-template <class T>
-void gated_backward(const T* g, const T* u, T* d, T* dg, T* du, int64_t size, bool silu) {
-  at::parallel_for(0, (size + W - 1) / W, GRAIN / W, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * W; i < std::min(end * W, size); i += W) {
-      const int lanes = std::min<int64_t>(W, size - i);
-      const vec gate = load(g + i, lanes), up = load(u + i, lanes), grad = load(d + i, lanes);
-      vec a = gate, slope = fill(1.0f);
-      if (silu) {
-        const vec s = sigmoid(gate);
-        a = gate * s;
-        slope = silu_slope(gate, s);
-      }
-      store(dg + i, grad * up * slope, lanes);
-      store(du + i, grad * a, lanes);
-      store(d + i, a * up, lanes);
-    }
-  });
-}
 
 // softmax(u) and softmax(-u) of a row, in whole vectors; lanes behind the row's end are zero.
 void softmaxes(const float* u, int64_t features, float* positive, float* negative) {
@@ -138,20 +106,6 @@ template <class F> void with_type(const Tensor& x, F f) {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("gated", [](const Tensor& g, const Tensor& u, const Tensor& inner, bool silu) {
-    with_type(g, [&](auto* p) {
-      using P = decltype(p);
-      gated((P)g.data_ptr(), (P)u.data_ptr(), (P)inner.data_ptr(), g.numel(), silu);
-    });
-  });
-  m.def("gated_backward", [](const Tensor& g, const Tensor& u, const Tensor& d, const Tensor& dg,
-                             const Tensor& du, bool silu) {
-    with_type(g, [&](auto* p) {
-      using P = decltype(p);
-      gated_backward((P)g.data_ptr(), (P)u.data_ptr(), (P)d.data_ptr(), (P)dg.data_ptr(),
-                     (P)du.data_ptr(), g.numel(), silu);
-    });
-  });
   m.def("hedgehog", [](const Tensor& u, const Tensor& out, float floor) {
     with_type(out, [&](auto* p) { hedgehog<std::remove_pointer_t<decltype(p)>>(u, out, floor); });
   });
