@@ -141,22 +141,18 @@ def recomputed_flops_per_token(
 ) -> int:
     """FLOPs a token that the backward pass spends on the forward pass once more."""
     attention = 4 * shape.query_width * seq_len
-    per_layer = []
-    for layer in range(shape.n_layers):
-        products = _products(shape)
-        if policy == "all":
-            redone = 0
-        elif policy == "full":
-            redone = 2 * sum(product.size for product in products) + attention
-        elif policy == "selective":
-            redone = 2 * sum(product.size for product in products[1::2])
-            redone += attention if device == "cpu" else 0
-        else:
-            again = ["q", "k", "gate", "up"] + ([] if _keeps_v(layer) else ["v"])
-            shapes = shape.projections
-            redone = 2 * sum(shape.ranks[name] * shapes[name][1] for name in again) + attention
-        per_layer.append(redone)
-    return sum(per_layer)
+    products = _products(shape)
+    if policy == "all":
+        redone = 0
+    elif policy == "full":
+        redone = 2 * sum(product.size for product in products) + attention
+    elif policy == "selective":
+        redone = 2 * sum(product.size for product in products[1::2])
+        redone += attention if device == "cpu" else 0
+    else:
+        again, shapes = ("q", "k", "v", "gate", "up"), shape.projections
+        redone = 2 * sum(shape.ranks[name] * shapes[name][1] for name in again) + attention
+    return shape.n_layers * redone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +181,6 @@ def saved_by_block(
     shape: Shape,
     policy: Policy,
     *,
-    layer: int = 0,
     device: Device = "cuda",
     positions: bool = True,
     tp: int = 1,
@@ -193,7 +188,6 @@ def saved_by_block(
     """What one block keeps, a token.
 
     Args:
-        layer: its index; under CoLA-M every second block also keeps v.
         device: a CPU has no fused RMSNorm and keeps the normalized input twice.
         positions: rows of several documents gather their own rows of the rotary table.
         tp: degree of tensor parallelism.
@@ -207,7 +201,7 @@ def saved_by_block(
         ranks = shape.ranks
         inside = sum(ranks[name] for name in (*QKV, *MLP_IN))  # gathered: whole
         ends = ranks["o"] + ranks["down"] + 2 * d
-        return Saved(elements=inside + (ends + (k if _keeps_v(layer) else 0)) / tp)
+        return Saved(elements=inside + ends / tp)
     saved = _saved_by_norm(d, device, tp) + _saved_by_norm(d, device, tp)
     for names in (QKV, MLP_IN):
         saved += Saved(elements=_normed_input(shape, names, tp))
@@ -244,10 +238,8 @@ def saved_by_model(
 ) -> Saved:
     """What the whole model keeps, a token, without the loss and the mask of masked attention."""
     saved = saved_by_head(shape, device=device, tp=tp)
-    for layer in range(shape.n_layers):
-        saved += saved_by_block(
-            shape, policy, layer=layer, device=device, positions=positions, tp=tp
-        )
+    for _ in range(shape.n_layers):
+        saved += saved_by_block(shape, policy, device=device, positions=positions, tp=tp)
     return saved
 
 
@@ -306,10 +298,6 @@ def _block_matrices(shape: Shape) -> dict[str, int]:
         name: shape.ranks[name] * (fan_in + fan_out) or fan_in * fan_out
         for name, (fan_in, fan_out) in shape.projections.items()
     }
-
-
-def _keeps_v(layer: int) -> bool:
-    return layer % 2 == 1
 
 
 def _saved_by_norm(width: int, device: Device, tp: int = 1) -> Saved:

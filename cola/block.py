@@ -21,12 +21,11 @@ recomputation at the last tensor the backward pass needs, which is the input of 
 and where several A's close a piece their outputs, which are kept anyway, stand in for the earlier.
 
 For n tokens that keeps 2nd + 7nr elements a layer and recomputes 6nrd + 4nr·ffn FLOPs beside the
-attention; every second layer keeps v too, which trades 2nrd FLOPs for nd elements. At r = d/4 and
-ffn = 2.69d, the average over two layers (tests/cola/test_cola_memory.py counts them):
+attention. At r = d/4 and ffn = 2.69d (tests/cola/test_cola_memory.py counts them):
 
                                 kept between the passes     recomputed
     CoLA                        24.3nd on a CPU             nothing
-    CoLA-M                      4.25nd                      15.75ndr + attention
+    CoLA-M                      3.75nd                      16.75ndr + attention
     a checkpoint a block        1nd                         38.1ndr + attention
 """
 
@@ -133,7 +132,6 @@ class ColaBlock(Llama3TransformerBlock):
     class Config(Llama3TransformerBlock.Config):
         mlp_activation: str = "silu"
         memory: Memory = "cola"
-        keep_v: bool = False
         qkv_entry: GroupedEntry.Config | None = None
         mlp_entry: GroupedEntry.Config | None = None
 
@@ -141,7 +139,6 @@ class ColaBlock(Llama3TransformerBlock):
         super().__init__(config)
         self.mlp_activation = ACTIVATIONS[config.mlp_activation]
         self.memory = config.memory
-        self.keep_v = config.keep_v
         self.qkv_entry = config.qkv_entry.build() if config.qkv_entry else None
         self.mlp_entry = config.mlp_entry.build() if config.mlp_entry else None
 
@@ -152,10 +149,8 @@ class ColaBlock(Llama3TransformerBlock):
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         run = _recomputed if self.memory == "cola-m" and torch.is_grad_enabled() else _plain
-        z_q, z_k, v = run(self._enter_attention, x_BLD, keep_gemms=self.qkv_entry is None)
-        if self.keep_v:
-            v = run(self._expand_v, v)
-        z_o = run(partial(self._attend, attention_masks, positions), z_q, z_k, v)
+        z_qkv = run(self._enter_attention, x_BLD, keep_gemms=self.qkv_entry is None)
+        z_o = run(partial(self._attend, attention_masks, positions), *z_qkv)
         h_BLD = run(self._leave_attention, x_BLD, z_o)
         z_gate, z_up = run(self._enter_mlp, h_BLD, keep_gemms=self.mlp_entry is None)
         z_down = run(self._mlp, z_gate, z_up)
@@ -165,23 +160,19 @@ class ColaBlock(Llama3TransformerBlock):
         qkv = self.attention.qkv_linear
         return _enter((qkv.wq, qkv.wk, qkv.wv), self.attention_norm(x_BLD), self.qkv_entry)
 
-    def _expand_v(self, z_v: torch.Tensor) -> torch.Tensor:
-        return _expand(self.attention.qkv_linear.wv, z_v)
-
     def _attend(
         self,
         attention_masks: Any,
         positions: torch.Tensor | None,
         z_q: torch.Tensor,
         z_k: torch.Tensor,
-        v: torch.Tensor,
+        z_v: torch.Tensor,
     ) -> torch.Tensor:
-        """z_q, z_k, and v (or z_v where it is not kept) -> z_o."""
         a, qkv = self.attention, self.attention.qkv_linear
-        v = v if self.keep_v else self._expand_v(v)
+        # v, q, k: the order in which lowline.cola.accounting counts selective checkpoints.
+        v_BLNH = local_head_split(_expand(qkv.wv, z_v), qkv.head_dim)
         q_BLNH = local_head_split(_expand(qkv.wq, z_q), qkv.head_dim)
         k_BLNH = local_head_split(_expand(qkv.wk, z_k), qkv.head_dim)
-        v_BLNH = local_head_split(v, qkv.head_dim)
         if a.q_norm is not None and a.k_norm is not None:
             q_BLNH, k_BLNH = a.q_norm(q_BLNH), a.k_norm(k_BLNH)
         out_BLNH = self._mix(attention_masks, positions, q_BLNH, k_BLNH, v_BLNH)
@@ -269,10 +260,10 @@ class ColaConverter(ModelConfigConverter):
     def convert(self, model_config: Module.Config) -> Module.Config:
         """Replace every block in place and return the same root."""
         layers = model_config.layers  # type: ignore[attr-defined]
-        layers[:] = [self._convert_block(block, i) for i, block in enumerate(layers)]
+        layers[:] = [self._convert_block(block) for block in layers]
         return model_config
 
-    def _convert_block(self, block: Llama3TransformerBlock.Config, layer: int) -> ColaBlock.Config:
+    def _convert_block(self, block: Llama3TransformerBlock.Config) -> ColaBlock.Config:
         c = self.config
         attention, mlp = block.attention, block.feed_forward
         assert isinstance(attention, GQAttention.Config) and isinstance(mlp, FeedForward.Config)
@@ -298,7 +289,6 @@ class ColaConverter(ModelConfigConverter):
             feed_forward=FeedForward.Config(w1=new["gate"], w3=new["up"], w2=new["down"]),
             mlp_activation=c.mlp_activation,
             memory=c.memory,
-            keep_v=layer % 2 == 1,
             qkv_entry=self._group(*QKV),
             mlp_entry=self._group(*MLP_IN),
         )

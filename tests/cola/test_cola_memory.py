@@ -1,4 +1,4 @@
-"""CoLA-M is CoLA to the last bit, keeps 4.25nd elements a layer and recomputes 15.7ndr FLOPs.
+"""CoLA-M is CoLA to the last bit, keeps 3.75nd elements a layer and recomputes 16.7ndr FLOPs.
 
 Units: n tokens, d model dimension, r rank; "kept" counts elements alive between the forward and the
 backward pass, the layer's input included, in nd a layer; recomputation counts the GEMMs that the
@@ -250,17 +250,21 @@ def measure(
 @pytest.mark.parametrize("grouped", [False, True], ids=["separate", "grouped"])
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_cola_m_at_the_published_shapes(size: str, grouped: bool) -> None:
-    """Kept <= 4.3nd, recomputed <= 16ndr: exactly what the docstring of the block derives."""
+    """Kept <= 3.75nd, recomputed <= 17ndr: exactly what the docstring of the block derives.
+
+    Keeping v in every second layer would recompute 1ndr less and keep 0.5nd more; it took 2 % off
+    a step's time, within the machine's noise (docs/dev/log.md), so v is recomputed as q and k are.
+    """
     dim, ffn, rank, _ = PUBLISHED[size]
     length = 64
     tokens = 2 * length
     run = run_config(PUBLISHED[size], "cola-m", grouped, length)
     plain = measure(replace(run, cola=replace(run.cola, memory="cola")), "meta")
     lean = measure(run, "meta")
-    assert lean["alive"] == lean["hooked"] == 2 + 7 * rank / dim + 0.5 <= 4.3
+    assert lean["alive"] == lean["hooked"] == 2 + 7 * rank / dim <= 3.75
     recomputed = (lean["gemm"] - plain["gemm"]) / (tokens * dim * rank)
-    # B of q and k, of v in every second layer, of gate and up; 2 FLOPs a multiply-add.
-    assert recomputed == pytest.approx(2 * (2.5 + 2 * ffn / dim)) and recomputed <= 16
+    # B of q, k and v, of gate and up; 2 FLOPs a multiply-add.
+    assert recomputed == pytest.approx(2 * (3 + 2 * ffn / dim)) and recomputed <= 17
     # The two products of attention, once more (the meta device's kernel computes both triangles).
     assert lean["attention"] - plain["attention"] == 4 * tokens * length * dim
 
@@ -268,7 +272,7 @@ def test_cola_m_at_the_published_shapes(size: str, grouped: bool) -> None:
 def test_the_counts_hold_on_a_real_device() -> None:
     run = run_config(PUBLISHED["60m"], "cola-m", True, 64)
     real, meta = measure(run, "cpu"), measure(run, "meta")
-    assert real["alive"] == meta["alive"] == 4.25
+    assert real["alive"] == meta["alive"] == 3.75
     assert real["gemm"] == meta["gemm"]
 
 

@@ -27,7 +27,6 @@ from lowline.cola.accounting import (
     Device,
     Policy,
     Saved,
-    Shape,
     recomputed_at_once,
     saved_by_block,
     saved_by_head,
@@ -111,8 +110,8 @@ def stage_memory(run: RunConfig, world_size: int, device: Device, pp_rank: int) 
     tables = len(layers) * seq_len * 2 * shape.head_dim * FP32
 
     tokens = rows * seq_len
-    blocks = sum((_saved(shape, policy, layer, device, tp) for layer in layers), Saved())
-    one_block = _saved(shape, policy, max(layers), device, tp) if layers else Saved()
+    blocks = sum((saved_by_block(shape, policy, device=device, tp=tp) for _ in layers), Saved())
+    one_block = saved_by_block(shape, policy, device=device, tp=tp) if layers else Saved()
     last = saved_by_head(shape, device=device, tp=tp) if "lm_head" in names else Saved()
     working = recomputed_at_once(shape, policy, device=device, tp=tp)
     working += Saved(elements=2 * shape.ffn_dim / tp)  # gradients inside the MLP
@@ -218,10 +217,6 @@ def _optimizer_elements(
     """AdamW keeps two moments; Muon one momentum of the blocks' matrices."""
     muon = run.optimizer.name == "muon" and name.startswith("layers.")
     return sum((1 if muon and len(t.shape) == 2 else 2) * t.sharded(tp, shard) for t in tensors)
-
-
-def _saved(shape: Shape, policy: Policy, layer: int, device: Device, tp: int) -> Saved:
-    return saved_by_block(shape, policy, layer=layer, device=device, tp=tp)
 
 
 def itemsize_of(run: RunConfig) -> int:
