@@ -10,7 +10,7 @@ Everything is counted for one token; n tokens cost n times as much. Conventions:
   and belongs to no utilization figure.
 - An activation is saved when a tensor is alive from the forward pass to the backward pass. A block
   counts its input and not its output, which is the next block's input.
-- `tp` ranks of tensor parallelism share a block as `lowline.cola.block.set_cola_sharding` does.
+- `tp` ranks of tensor parallelism share a block as `lowline.cola.parallel` does.
 
 Left out: elementwise work, and what `torch.compile` saves by recomputing elementwise operators.
 The formulas for saved activations hold for eager execution, so they are upper bounds when compiled.

@@ -36,30 +36,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-import spmd_types as spmd
 import torch
 import torch.nn as nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torchtitan.models.common import Linear
 from torchtitan.models.common.attention import BaseQKVLinear, GQAttention, local_head_split
-from torchtitan.models.common.decoder_sharding import (
-    colwise_config,
-    dense_activation_placement,
-    dense_param_placement,
-    dense_sequence_parallel_placement,
-    norm_config,
-    rowwise_config,
-    set_gqa_inner_attention_local_map,
-)
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.llama3.model import Llama3TransformerBlock
 from torchtitan.protocols.model import ModelConfigConverter
 from torchtitan.protocols.module import Module
-from torchtitan.protocols.sharding import ShardingConfig
 
 from lowline.cola.low_rank import ACTIVATIONS, LowRankLinear, init_std
 from lowline.cola.projections import MLP_IN, PROJECTIONS, QKV
+from lowline.cola.sharded import init_unsharded
 from lowline.kernels.low_rank import grouped_linear
 
 Memory = Literal["cola", "cola-m"]
@@ -303,7 +292,7 @@ class ColaConverter(ModelConfigConverter):
             return linear
         c = self.config
         std = init_std(linear.in_features, linear.out_features, rank)
-        init = {"weight": drawn_whole(partial(nn.init.normal_, std=std)), "bias": nn.init.zeros_}
+        init = {"weight": init_unsharded(partial(nn.init.normal_, std=std)), "bias": nn.init.zeros_}
         return TitanLowRankLinear.Config(
             A=Linear.Config(
                 in_features=linear.in_features, out_features=rank, bias=c.bias, param_init=init
@@ -313,78 +302,3 @@ class ColaConverter(ModelConfigConverter):
             ),
             activation=c.activation,
         )
-
-
-def drawn_whole(init: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], None]:
-    """An initializer that gives a sharded parameter the values it would have unsharded.
-
-    Every rank draws the whole tensor from the seed that all share and keeps its part. Drawn shard
-    by shard on a CPU mesh, whose generators are not coordinated, all shards would be alike.
-    """
-
-    def initialize(parameter: torch.Tensor) -> None:
-        if isinstance(parameter, DTensor):
-            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-            init(whole)
-            parameter.copy_(
-                distribute_tensor(
-                    whole, parameter.device_mesh, parameter.placements, src_data_rank=None
-                )
-            )
-        else:
-            init(parameter)
-
-    return initialize
-
-
-def give_whole(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    """Give a parameter, sharded or not, the values of a whole tensor that every rank has."""
-    drawn_whole(lambda whole: whole.copy_(value))(parameter)
-
-
-def set_cola_sharding(block: ColaBlock.Config) -> None:
-    """Tensor parallelism along the bottleneck, with sequence parallelism between the pieces.
-
-    Outside the pieces a rank holds a part of the sequence, and what the block keeps, x, h and every
-    z, is that part. A of q, k, v, gate, up and σ run on it; σ(z) is gathered to the whole sequence
-    and B is split by output feature. A of o and down is split by input feature; its partial sums
-    are reduced to a part of the sequence *before* σ, and B runs on that part. So everything sent is
-    r wide, 7r elements a token and direction where the dense block sends 4d (BOOST, 2512.12131);
-    CoLA-M gathers 5r once more in the backward pass.
-    """
-    part, whole = dense_sequence_parallel_placement(), dense_activation_placement(tp=spmd.R)
-    gathered = replace(
-        colwise_config(), in_src_shardings={"input": part}, in_dst_shardings={"input": whole}
-    )
-    on_part = ShardingConfig(in_src_shardings={"input": part}, out_src_shardings=part)
-    replicated = {n: dense_param_placement(tp=spmd.R) for n in ("weight", "bias")}
-    norm = norm_config(enable_sp=True)
-    block.attention_norm.sharding_config = norm
-    block.ffn_norm.sharding_config = norm
-    attention, mlp = block.attention, block.feed_forward
-    assert mlp is not None
-    qkv = attention.qkv_linear
-    for linear in (qkv.wq, qkv.wk, qkv.wv, mlp.w1, mlp.w3):
-        if isinstance(linear, TitanLowRankLinear.Config):
-            linear.A.sharding_config = replace(on_part, state_shardings=replicated)
-            linear.B.sharding_config = gathered
-        else:
-            linear.sharding_config = gathered
-    for linear in (attention.wo, mlp.w2):
-        if isinstance(linear, TitanLowRankLinear.Config):
-            linear.A.sharding_config = rowwise_config(output_sp=True)
-            linear.B.sharding_config = replace(on_part, state_shardings=replicated)
-        else:
-            linear.sharding_config = rowwise_config(output_sp=True)
-    for entry in (block.qkv_entry, block.mlp_entry):
-        if entry is not None:
-            entry.sharding_config = on_part
-    attention.rope.sharding_config = ShardingConfig(
-        state_shardings={"cache": dense_param_placement(tp=spmd.R)}
-    )
-    if attention.qk_norm is not None:
-        heads = dense_activation_placement(tp=spmd.S(2))
-        attention.qk_norm.sharding_config = ShardingConfig(
-            state_shardings=replicated, in_src_shardings={"input": heads}, out_src_shardings=heads
-        )
-    set_gqa_inner_attention_local_map(attention.inner_attention)

@@ -29,7 +29,8 @@ from torchtitan.models.common.attention import GQAttention
 from torchtitan.protocols.model import ModelConfigConverter
 from torchtitan.protocols.module import Module
 
-from lowline.cola.block import ColaBlock, give_whole
+from lowline.cola.block import ColaBlock
+from lowline.cola.sharded import set_full_tensor
 from lowline.linearize.losses import transfer_loss, weight_loss
 from lowline.linearize.mixers import HeadShape, build_mixer
 
@@ -106,7 +107,7 @@ class MixerAttention(GQAttention):
             torch.default_generator.manual_seed(torch.initial_seed() + self.config.layer)
             new = self._new_mixer().state_dict()
         for name, weight in self.mixer.state_dict().items():
-            give_whole(weight, new[name])
+            set_full_tensor(weight, new[name])
 
     def forward(
         self,

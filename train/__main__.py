@@ -36,16 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             world_size = int(gpus or os.environ.get("WORLD_SIZE", "1"))
             print_dry_run(run, world_size, "cuda" if gpus else None)
             return 0
+        from lowline.train.blockwise.loader import inputs_of
         from lowline.train.engine.preflight import check_run
 
-        check_run(run, int(os.environ.get("WORLD_SIZE", 1)))
+        inputs = inputs_of(run)
+        check_run(run, int(os.environ.get("WORLD_SIZE", 1)), inputs)
     except (ConfigError, ValueError, OSError) as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"lowline.train: {error}", file=sys.stderr)
         return 2
     from lowline.train.engine.run import train
 
-    return train(run)
+    return train(run, inputs)
 
 
 def _split(arguments: Sequence[str]) -> tuple[str | None, set[str], list[str]]:

@@ -20,8 +20,9 @@ from lowline.train.config.run import (
     RunConfig,
     TrainingConfig,
 )
-from lowline.train.engine.device import prepare
-from lowline.train.hf.weights import config_to_hf, to_hf_names
+from lowline.train.engine.titan_compat import prepare
+from lowline.train.hf.config import config_to_hf
+from lowline.train.hf.weights import to_hf_names
 from lowline.train.model.build import build_model_config
 
 prepare()
@@ -277,13 +278,14 @@ TWO_PROCESSES = """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
     from lowline.cola.analysis import ActivationRanks, _whole_rows
-    from lowline.train.engine.device import prepare
+    from lowline.train.engine.titan_compat import prepare
     prepare()
     from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
     from torchtitan.distributed import ParallelDims
     from torchtitan.distributed.utils import set_spmd_backend
     from torchtitan.trainer import Trainer
-    from lowline.train.model.build import build_model_config, parallelize
+    from lowline.train.model.build import build_model_config
+    from lowline.train.model.parallelize import parallelize
     from test_analysis import build, measured, run_config
 
     dist.init_process_group("gloo")

@@ -26,7 +26,7 @@ from lowline.train.config.run import (
     RunConfig,
     TrainingConfig,
 )
-from lowline.train.engine.device import prepare
+from lowline.train.engine.titan_compat import prepare
 
 prepare()
 

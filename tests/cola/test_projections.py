@@ -12,7 +12,7 @@ from helpers import training
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lowline.cola.projections import ATTENTION, MLP_IN, PROJECTIONS, QKV, ProjectionName
-from lowline.train.engine.device import prepare
+from lowline.train.engine.titan_compat import prepare
 
 prepare()
 

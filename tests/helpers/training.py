@@ -68,7 +68,7 @@ def save_teacher(folder: Path) -> Path:
     """A dense `MODEL` as it begins, but for sharper predictions; its attention is near uniform."""
     from transformers import AutoModelForCausalLM
 
-    from lowline.train.hf.weights import config_to_hf
+    from lowline.train.hf.config import config_to_hf
 
     torch.manual_seed(0)
     body = AutoModelForCausalLM.from_config(config_to_hf(MODEL, ColaConfig(), max_seq_len=64))

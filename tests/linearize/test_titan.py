@@ -9,10 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from lowline.linearize.mixers import MIXERS
 from lowline.train.config.run import OptimizerConfig, RunConfig, TrainingConfig
-from lowline.train.engine.device import prepare
+from lowline.train.engine.titan_compat import prepare
 
 prepare()
 
+from lowline.train.hf import config as hf_config  # noqa: E402
 from lowline.train.hf import weights as train_hf  # noqa: E402
 from lowline.train.model.build import build_model_config  # noqa: E402
 from lowline.train.model.names import from_hf_names, to_hf_names  # noqa: E402
@@ -24,11 +25,11 @@ ARCHITECTURES += ["mistral, head_dim 24", "cola, QK-norm, mixed"]
 
 
 def run_of(config, **sections) -> RunConfig:
-    model, cola = train_hf.config_from_hf(config)
+    model, cola = hf_config.config_from_hf(config)
     return RunConfig(
         model=model,
         cola=cola,
-        mixer=train_hf.mixer_from_hf(config),
+        mixer=hf_config.mixer_from_hf(config),
         training=TrainingConfig(steps=1, seq_len=LENGTH, global_batch_size=1),
         optimizer=OptimizerConfig(lr=1e-3),
         **sections,
@@ -73,7 +74,7 @@ def test_every_architecture_has_equal_logits_in_both_bodies(name, mixer):
     body = training_body(theirs)
     assert_equal_logits(body, theirs)
     run = run_of(theirs.config)
-    back = train_hf.config_to_hf(run.model, run.cola, run.mixer, max_seq_len=256)
+    back = hf_config.config_to_hf(run.model, run.cola, run.mixer, max_seq_len=256)
     again = AutoModelForCausalLM.from_config(back).eval()
     weights = to_hf_names(body.state_dict(), tied=run.model.tie_embeddings)
     missing, unexpected = again.load_state_dict(weights, strict=False)

@@ -123,7 +123,7 @@ def test_blocks(tmp_path, capsys):
 
 
 def test_every_way_of_a_block_computes_the_same_gradients():
-    from lowline.train.engine.device import prepare
+    from lowline.train.engine.titan_compat import prepare
 
     prepare()
     x = torch.randn(1, 256, 512)

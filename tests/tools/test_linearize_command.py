@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lowline.tools.cli import main
 from lowline.tools.commands.linearize import _teacher
+from lowline.train.config.folder import saved_steps
 from lowline.train.config.load import ConfigError
 from lowline.train.data.tokenizer import load_tokenizer
-from lowline.train.engine.checkpoint import saved_steps
 from lowline.train.engine.lock import alone
 from lowline.train.engine.metrics import read_metrics
 

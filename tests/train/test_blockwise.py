@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lowline.files import fingerprint
 from lowline.train.blockwise.store import Manifest, Series, ShardError, blocks_of
+from lowline.train.config.folder import saved_steps
 from lowline.train.config.stages import load_stages
 from lowline.train.data.tokenizer import load_tokenizer
-from lowline.train.engine.checkpoint import saved_steps
 from lowline.train.engine.metrics import read_metrics
 
 STAGES = """

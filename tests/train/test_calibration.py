@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lowline.linearize.mixers.slots import Slots, centres
 from lowline.train.config.load import ConfigError, load_config
-from lowline.train.engine.device import prepare
+from lowline.train.engine.titan_compat import prepare
 
 prepare()
 

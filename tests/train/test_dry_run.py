@@ -24,15 +24,9 @@ from torchtitan.components.loss import cross_entropy_loss
 
 from lowline.train.config.load import load_config
 from lowline.train.config.run import RunConfig
-from lowline.train.cost.dry_run import (
-    build_parts,
-    check_by_building,
-    dry_run,
-    fake_process_group,
-    human_bytes,
-    print_dry_run,
-)
+from lowline.train.cost.dry_run import dry_run, human_bytes, print_dry_run
 from lowline.train.cost.memory import stage_memory
+from lowline.train.engine.built import build_parts, check_by_building, fake_process_group
 
 LOW_RANK = ["--cola.rank=32"]
 COLA_M = [*LOW_RANK, "--cola.memory=cola-m"]

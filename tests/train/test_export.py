@@ -12,6 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lowline.tools.commands import hf_commands
+from lowline.train.config.folder import is_step_folder
 from lowline.train.config.load import load_config, to_toml
 from lowline.train.config.run import (
     ColaConfig,
@@ -20,8 +21,7 @@ from lowline.train.config.run import (
     RunConfig,
     TrainingConfig,
 )
-from lowline.train.engine.checkpoint import is_step_folder
-from lowline.train.engine.device import prepare
+from lowline.train.engine.titan_compat import prepare
 from lowline.train.hf import export as tools_export
 from lowline.train.hf import weights as train_hf
 

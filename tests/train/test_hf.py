@@ -28,10 +28,11 @@ from lowline.train.config.run import (
     TrainingConfig,
 )
 from lowline.train.data.tokenizer import load_tokenizer
-from lowline.train.engine.device import prepare
+from lowline.train.engine.titan_compat import prepare
 
 prepare()
 
+from lowline.train.hf import config as hf_config  # noqa: E402
 from lowline.train.hf import weights as train_hf  # noqa: E402
 from lowline.train.model import names as hf_names  # noqa: E402
 from lowline.train.model.build import build_model_config  # noqa: E402
@@ -145,13 +146,13 @@ def test_trained_model_has_equal_logits_in_transformers(name):
     shape, low_rank = TRAINING_MODELS[name]
     model, cola = ModelConfig(**SHAPE | shape), ColaConfig(**low_rank)
     body = training_body(model, cola)
-    config = train_hf.config_to_hf(model, cola, max_seq_len=64)
+    config = hf_config.config_to_hf(model, cola, max_seq_len=64)
     theirs = AutoModelForCausalLM.from_config(config).eval()
     weights = hf_names.to_hf_names(body.state_dict(), tied=model.tie_embeddings)
     missing, unexpected = theirs.load_state_dict(weights, strict=False)
     assert missing == (["lm_head.weight"] if model.tie_embeddings else []) and not unexpected
     assert relative_error(body, theirs) <= 1e-5
-    back = make_run(*train_hf.config_from_hf(config))
+    back = make_run(*hf_config.config_from_hf(config))
     assert back.ranks() == make_run(model, cola).ranks()
     assert back.model.projection_shapes() == model.projection_shapes()
 
@@ -161,7 +162,7 @@ def test_hugging_face_model_has_equal_logits_in_training(name, tmp_path):
     theirs = scrambled(AutoModelForCausalLM.from_config(HF_MODELS[name]))
     theirs.save_pretrained(tmp_path, max_shard_size="10KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
-    model, cola = train_hf.config_from_hf(tmp_path)
+    model, cola = hf_config.config_from_hf(tmp_path)
     body = build_model_config(make_run(model, cola)).build()
     body.init_states()
     body.load_state_dict(train_hf.load_hf_state_dict(tmp_path), strict=True)
@@ -177,15 +178,15 @@ def test_rope_scaling_is_felt_at_this_length():
 
 @pytest.mark.parametrize("name", HF_MODELS)
 def test_config_goes_there_and_back(name):
-    model, cola = train_hf.config_from_hf(HF_MODELS[name])
-    back = train_hf.config_from_hf(train_hf.config_to_hf(model, cola, max_seq_len=1))
+    model, cola = hf_config.config_from_hf(HF_MODELS[name])
+    back = hf_config.config_from_hf(hf_config.config_to_hf(model, cola, max_seq_len=1))
     assert back == (model, cola)
 
 
 def test_dense_models_need_no_lowline():
     def model_type(**shape):
         model = ModelConfig(**SHAPE | shape)
-        return train_hf.config_to_hf(model, ColaConfig(), max_seq_len=64).model_type
+        return hf_config.config_to_hf(model, ColaConfig(), max_seq_len=64).model_type
 
     assert model_type() == "llama"
     assert model_type(qk_norm=True, head_dim=16) == "qwen3"
@@ -195,8 +196,8 @@ def test_dense_models_need_no_lowline():
 
 def test_sliding_window_bounds_the_context():
     narrow = MistralConfig(**HF_SHAPE, sliding_window=48)
-    assert train_hf.config_from_hf(narrow)[0].max_seq_len == 48
-    assert train_hf.config_from_hf(HF_MODELS["mistral"])[0].max_seq_len == 64
+    assert hf_config.config_from_hf(narrow)[0].max_seq_len == 48
+    assert hf_config.config_from_hf(HF_MODELS["mistral"])[0].max_seq_len == 64
 
 
 def test_every_name_goes_there_and_back():
@@ -403,15 +404,15 @@ def test_impossible_configurations_are_refused(wrong, words):
 )
 def test_models_that_do_not_train_here_are_refused(config, words):
     with pytest.raises(ValueError, match=words):
-        train_hf.config_from_hf(config)
+        hf_config.config_from_hf(config)
 
 
 def test_other_architectures_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ValueError, match="model_type = 'gpt2'.*mistral, qwen2, qwen3, cola_llama"):
-        train_hf.config_from_hf(tmp_path)
+        hf_config.config_from_hf(tmp_path)
     with pytest.raises(ValueError, match="nowhere: neither a directory"):
-        train_hf.config_from_hf(tmp_path / "nowhere")
+        hf_config.config_from_hf(tmp_path / "nowhere")
 
 
 def test_weights_that_do_not_fit_are_named_with_both_shapes(tmp_path):
@@ -451,7 +452,7 @@ def test_only_safetensors_beside_the_index_are_read(tmp_path):
 
 def test_another_model_than_the_runs_is_refused_key_by_key(tmp_path):
     AutoModelForCausalLM.from_config(HF_MODELS["cola"]).save_pretrained(tmp_path)
-    model, cola = train_hf.config_from_hf(tmp_path)
+    model, cola = hf_config.config_from_hf(tmp_path)
     elsewhere = dataclasses.replace(model, max_seq_len=17, attention="sdpa")
     train_hf.check_same_model(tmp_path, elsewhere, dataclasses.replace(cola, memory="cola-m"))
     with pytest.raises(ValueError, match=r"model.ffn_dim = 64 \(run\), 48 \(checkpoint\)"):

@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowline.train.config.run import OptimizerConfig, RunConfig, TrainingConfig
-from lowline.train.engine.device import prepare
+from lowline.train.engine.titan_compat import prepare
+from lowline.train.hf.config import config_from_hf
 from lowline.train.hf.export import import_weights
-from lowline.train.hf.weights import check_same_model, config_from_hf, load_hf_state_dict
+from lowline.train.hf.weights import check_same_model, load_hf_state_dict
 
 prepare()
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from helpers import training
 
 from lowline.linearize.losses import distillation_loss, top_k_distillation_loss
-from lowline.train.engine.device import prepare
+from lowline.train.engine.titan_compat import prepare
 
 prepare()
 

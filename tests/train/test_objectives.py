@@ -25,8 +25,8 @@ from lowline.train.config.run import (
     TrainingConfig,
 )
 from lowline.train.data.tokenizer import load_tokenizer
-from lowline.train.engine.device import prepare
 from lowline.train.engine.metrics import read_metrics
+from lowline.train.engine.titan_compat import prepare
 
 prepare()
 

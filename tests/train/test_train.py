@@ -13,8 +13,8 @@ import pytest
 import torch
 from helpers import training
 
+from lowline.train.config.folder import saved_steps
 from lowline.train.config.load import load_config
-from lowline.train.engine.checkpoint import saved_steps
 from lowline.train.engine.metrics import read_metrics
 
 
@@ -94,8 +94,8 @@ def test_microbatches_do_not_change_the_losses(cola, tmp_path):
 
 
 def test_evaluation_does_not_depend_on_its_batch_size():
-    from lowline.train.engine.device import prepare
     from lowline.train.engine.run import single_process_defaults
+    from lowline.train.engine.titan_compat import prepare
 
     with training.one_process():
         single_process_defaults()

@@ -17,7 +17,7 @@ import pytest
 from helpers import training
 from safetensors.torch import load_file
 
-from lowline.train.engine.checkpoint import saved_steps
+from lowline.train.config.folder import saved_steps
 from lowline.train.engine.lock import alone
 from lowline.train.engine.metrics import read_metrics
 from lowline.train.hf.export import export

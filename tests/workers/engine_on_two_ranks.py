@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from lowline.train.config.load import load_config
-from lowline.train.engine.device import prepare
+from lowline.train.engine.titan_compat import prepare
 
 STEPS = 3
 

@@ -10,8 +10,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lowline.train.config.run import OptimizerConfig, RunConfig, TrainingConfig
-from lowline.train.engine.device import prepare
-from lowline.train.hf.weights import LlamaStateDictAdapter, config_from_hf
+from lowline.train.engine.titan_compat import prepare
+from lowline.train.hf.config import config_from_hf
+from lowline.train.hf.weights import LlamaStateDictAdapter
 
 prepare()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from lowline.train.engine.device import prepare
+from lowline.train.engine.titan_compat import prepare
 
 prepare()
 
@@ -37,7 +37,8 @@ from lowline.train.config.run import (  # noqa: E402
     RunConfig,
 )
 from lowline.train.config.run import TrainingConfig as Training  # noqa: E402
-from lowline.train.model.build import build_model_config, parallelize  # noqa: E402
+from lowline.train.model.build import build_model_config  # noqa: E402
+from lowline.train.model.parallelize import parallelize  # noqa: E402
 
 DIM, FFN, VOCAB, LENGTH, BATCH = 32, 88, 96, 16, 2
 MIX = {"q": 8, "k": 4, "o": 12, "up": 8, "down": 6}  # v and gate dense

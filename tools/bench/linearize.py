@@ -94,7 +94,7 @@ def save_random(run: RunConfig, folder: Path) -> None:
     """Write the dense model of a run with random weights, as a Hugging Face directory."""
     from transformers import AutoModelForCausalLM
 
-    from lowline.train.hf.weights import config_to_hf
+    from lowline.train.hf.config import config_to_hf
 
     config = config_to_hf(run.model, run.cola, max_seq_len=run.training.seq_len)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

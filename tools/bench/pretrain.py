@@ -142,7 +142,7 @@ def block_step(run: RunConfig, x_BLD: Any) -> Callable[[], None]:
     """
     import torch
 
-    from lowline.train.engine.device import prepare
+    from lowline.train.engine.titan_compat import prepare
 
     prepare()
     from lowline.train.model.build import build_model_config
@@ -206,8 +206,8 @@ def trainer_step(run: RunConfig, stack: ExitStack) -> tuple[Callable[[], None], 
     """
     import torch.distributed as dist
 
-    from lowline.train.engine.device import prepare
     from lowline.train.engine.run import single_process_defaults
+    from lowline.train.engine.titan_compat import prepare
 
     environment = dict(os.environ)
     stack.callback(os.environ.update, environment)  # called last: after clear

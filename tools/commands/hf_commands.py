@@ -62,7 +62,7 @@ def import_tables(
     """
     import tomli_w
 
-    from lowline.train.hf.weights import config_from_hf
+    from lowline.train.hf.config import config_from_hf
 
     if source.endswith(".gguf") and gguf_file is None:
         source, gguf_file = str(Path(source).parent), Path(source).name

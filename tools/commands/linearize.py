@@ -159,8 +159,8 @@ def _check_blocks(runs: Sequence[RunConfig], blocks: Blocks | None) -> None:
 
 def _convert(stages: Stages, given: Arguments) -> int:
     from lowline.tools.launch import lowline
+    from lowline.train.hf.config import config_from_hf
     from lowline.train.hf.export import export
-    from lowline.train.hf.weights import config_from_hf
 
     source = given.source or stages.source
     if source is None:

@@ -21,11 +21,12 @@ import torch
 from lowline.errors import LowlineError
 from lowline.linearize.convert import parse_layers
 from lowline.tools.once import begin, end, is_done
+from lowline.train.blockwise.job import block_run, inputs_folder, stored_inputs
 from lowline.train.blockwise.store import DTYPES, blocks_of
+from lowline.train.config.folder import saved_steps
 from lowline.train.config.load import ConfigError, to_toml
 from lowline.train.config.run import RunConfig
-from lowline.train.config.stages import block_run, inputs_folder, stored_inputs
-from lowline.train.engine.checkpoint import save_weights, saved_steps
+from lowline.train.engine.checkpoint import save_weights
 from lowline.train.engine.lock import alone
 
 
@@ -110,8 +111,8 @@ def train_blocks(run: RunConfig, blocks: Blocks, processes: int) -> int | None:
 
 
 def _write_inputs(run: RunConfig, blocks: Blocks, processes: int) -> None:
-    from lowline.train.engine.device import prepare
     from lowline.train.engine.preflight import check_run
+    from lowline.train.engine.titan_compat import prepare
 
     if not (inputs_folder(run) / "manifest.json").is_file():  # which is written after this
         check_run(replace(run, evaluation=replace(run.evaluation, enable=False)), processes)
@@ -158,8 +159,9 @@ def stitch(run: RunConfig, runs: dict[int, RunConfig]) -> Path:
 
 def _initial_weights(run: RunConfig) -> dict[str, torch.Tensor]:
     """All weights that a stage began with, by the training body's names."""
+    from lowline.train.hf.config import config_to_hf
     from lowline.train.hf.export import find_checkpoint, read_weights
-    from lowline.train.hf.weights import config_to_hf, load_hf_state_dict
+    from lowline.train.hf.weights import load_hf_state_dict
     from lowline.train.model.names import from_hf_names
 
     assert run.checkpoint.initial_weights is not None

@@ -84,7 +84,7 @@ def _shape(model: str) -> Shape:
     from lowline.train.config.stages import model_of
     from lowline.train.config.tables import read_layers
     from lowline.train.cost.memory import shape_of_model
-    from lowline.train.hf.weights import config_from_hf
+    from lowline.train.hf.config import config_from_hf
 
     known = files("lowline.configs") / "linearize" / f"lowline_{model}.toml"
     if known.is_file():

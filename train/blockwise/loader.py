@@ -21,6 +21,7 @@ from torchtitan.config import TORCH_DTYPE_MAP
 
 from lowline.train.blockwise.store import TOKENS, Manifest, Series, ShardError
 from lowline.train.data.packing import IGNORE_INDEX
+from lowline.train.engine.inputs import DOCUMENTS, Inputs
 
 if TYPE_CHECKING:
     from lowline.train.config.run import RunConfig
@@ -116,6 +117,11 @@ def stored_config(run: RunConfig) -> StoredLoader.Config:
     )
 
 
+def inputs_of(run: RunConfig) -> Inputs:
+    """Return where a run's batches come from: stored hidden states where it has [block]."""
+    return DOCUMENTS if run.block is None else STORED
+
+
 def check_stored(run: RunConfig) -> None:
     """That the inputs of a run with [block] are there and made for it; files are not read.
 
@@ -158,3 +164,7 @@ def _number(run: RunConfig) -> int:
     """Which block the run's is."""
     assert run.block is not None
     return run.block.first // Manifest.load(Path(run.block.inputs)).block_size
+
+
+STORED = Inputs(check=check_stored, loader=stored_config)
+"""The hidden states that were stored for a run's [block]."""

@@ -38,6 +38,7 @@ from safetensors import safe_open
 from lowline.errors import LowlineError
 from lowline.files import write_tensors, write_text
 from lowline.train.blockwise.plan import stored_bytes
+from lowline.train.engine.errors import RunError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHARD_BYTES = 2**29  # of hidden states, at most, unless one step alone has more
@@ -45,7 +46,7 @@ TOKEN_BYTES = 3 * 4  # input, label and position
 TOKENS = "tokens"
 
 
-class ShardError(LowlineError):
+class ShardError(RunError, LowlineError):
     """A stored file is not what was written; the message names it and says the mend."""
 
 

@@ -2,7 +2,7 @@
 
 `write_inputs` makes what `lowline.train.blockwise.store` describes of a stage: the tokens of
 exactly the steps that a run of the whole model would take, in its order, and then block after block
-the hidden states, one block's weights in memory at a time. `lowline.train.config.stages.block_run`
+the hidden states, one block's weights in memory at a time. `lowline.train.blockwise.job.block_run`
 is the run that trains a block with them.
 
 Block b's loss is its layers' part of the whole mean (`lowline.train.objectives.build`), its mixers
@@ -35,6 +35,7 @@ from torchtitan.tools import utils
 from lowline.errors import LowlineError
 from lowline.files import fingerprint
 from lowline.linearize.titan import document_bounds
+from lowline.train.blockwise.job import inputs_folder, stored_inputs
 from lowline.train.blockwise.store import (
     DTYPES,
     TOKENS,
@@ -45,7 +46,6 @@ from lowline.train.blockwise.store import (
 from lowline.train.config.load import changes
 from lowline.train.config.objective import ObjectiveConfig
 from lowline.train.config.run import RunConfig
-from lowline.train.config.stages import inputs_folder, stored_inputs
 from lowline.train.config.tables import leaves
 from lowline.train.data import lane_config
 from lowline.train.data.tokenizer import TextTokenizer, load_tokenizer

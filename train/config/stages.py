@@ -17,8 +17,9 @@
 
 Stage N of name X is the run OUTPUT/stages/N-X. It begins with the weights that the stage before it
 ended with, the first with the source's, and gets [model], [cola], the tokenizer and the teacher
-from the source. A transfer may also run block by block (`block_run`). A [model] in the file must be
-that of the source: by it the stages can be checked where the source is not at hand.
+from the source. A transfer may also run block by block (`lowline.train.blockwise`). A [model] in
+the file must be that of the source: by it the stages can be checked where the source is not at
+hand.
 """
 
 from __future__ import annotations
@@ -34,12 +35,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from lowline.train.blockwise.store import DTYPES, SHARD_BYTES, Manifest
+from lowline.train.config.folder import saved_steps
 from lowline.train.config.load import COMMAND_LINE, parse_override, validate
-from lowline.train.config.objective import BlockConfig
 from lowline.train.config.run import ColaConfig, ModelConfig, RunConfig
 from lowline.train.config.tables import ConfigError, assign, leaves, merged, read_layers, stages_of
-from lowline.train.engine.checkpoint import saved_steps
 
 DERIVED = {  # keys that a stage gets from its place, and from what is converted
     "output": "it is the whole conversion's folder",
@@ -190,46 +189,6 @@ def check_model(stages: Stages, model: dict[str, Any]) -> None:
             f"{stages.path}: it is written for another model than the source: {', '.join(wrong)}. "
             "Mend [model], or leave it out: it follows from the source"
         )
-
-
-def inputs_folder(run: RunConfig) -> Path:
-    """Where the hidden states are with which a stage's blocks train."""
-    return Path(run.output) / "inputs"
-
-
-def stored_inputs(run: RunConfig, block_size: int, dtype: str, **origin: Any) -> Manifest:
-    """What is in that folder, for blocks of so many layers and hidden states in a key of `DTYPES`.
-
-    Raises:
-        ValueError: a block size that cannot be.
-    """
-    rows, seq_len, dim = run.training.global_batch_size, run.training.seq_len, run.model.dim
-    return Manifest(
-        n_layers=run.model.n_layers,
-        block_size=block_size,
-        rows=rows,
-        seq_len=seq_len,
-        dim=dim,
-        dtype=dtype,
-        steps_per_shard=max(1, SHARD_BYTES // (rows * seq_len * dim * DTYPES[dtype].itemsize)),
-        asked_steps=run.training.steps,
-        origin=origin,
-    )
-
-
-def block_run(run: RunConfig, number: int, layers: range) -> RunConfig:
-    """The run that trains one block of a stage, which is a transfer.
-
-    Args:
-        number: of the block, counted from 0.
-        layers: its layers, of which one at least has a mixer.
-    """
-    return dataclasses.replace(
-        run,
-        output=str(Path(run.output) / "blocks" / f"{number:02d}"),
-        block=BlockConfig(first=layers[0], last=layers[-1], inputs=str(inputs_folder(run))),
-        evaluation=dataclasses.replace(run.evaluation, enable=False),
-    )
 
 
 def _same(theirs: Any, ours: Any) -> bool:

@@ -176,7 +176,7 @@ def _window(run: RunConfig) -> int:
 
 def teacher_shape(run: RunConfig) -> Shape:
     """The sizes of a distillation's teacher; those of the run's model where it cannot be read."""
-    from lowline.train.hf.weights import config_from_hf
+    from lowline.train.hf.config import config_from_hf
 
     source = Path(run.objective.teacher or "")
     if not (source / "config.json").is_file():

@@ -15,7 +15,6 @@ in as safetensors (`checkpoint.initial_weights` of a Hugging Face directory).
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,21 +31,15 @@ from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
 from lowline.errors import LowlineError
 from lowline.files import OLD, put_in_place, write_text
+from lowline.train.config.folder import is_step_folder, saved_steps
+from lowline.train.engine.errors import RunError
 from lowline.train.model.lora import is_lora, merge_stored_lora
 
 SAVING, DELETING = ".saving", ".deleting"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError, RuntimeError):
     """A checkpoint could not be written or read; the message says what is safe and the mend."""
-
-
-def saved_steps(folder: str | Path) -> list[int]:
-    """Steps of the whole checkpoints in a `checkpoint` folder, ascending."""
-    folder = Path(folder)
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    found = (re.fullmatch(r"step-(\d+)", name) for name in names)
-    return sorted(int(match[1]) for match in found if match)
 
 
 class Checkpointer(CheckpointManager):
@@ -162,14 +155,6 @@ class Checkpointer(CheckpointManager):
 
     def __del__(self) -> None:
         """Nothing: `close` is called where its errors are heard."""
-
-
-def is_step_folder(folder: Path) -> bool:
-    """Whether it is a run's step folder, whose `.metadata` is a pickle that torch will execute.
-
-    A Hugging Face directory, which can come from anywhere, is none, whatever else lies in it.
-    """
-    return (folder / ".metadata").is_file() and not (folder / "config.json").exists()
 
 
 def load_initial(

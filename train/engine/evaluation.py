@@ -22,6 +22,7 @@ from torchtitan.tools import utils
 
 from lowline.train.data import EvaluationBatches, SourceConfig, evaluation_rows, open_source
 from lowline.train.engine.metrics import Metrics
+from lowline.train.engine.titan_compat import forward_only
 from lowline.train.objectives.build import NextToken
 
 
@@ -139,18 +140,13 @@ class Evaluator(BaseValidator):
             self._extra(model_parts[0], {"positions": p}) for p in inputs["positions"].chunk(count)
         ]
         losses: list[torch.Tensor] | None = [] if self.last_stage else None
-        # What schedule.eval does, but for microbatches, which it does not take on torch 2.13.
-        trains, self.schedule._has_backward = self.schedule._has_backward, False
-        try:
-            with self.context():
-                self.schedule.step(
-                    arg_mbs=tokens if self.first_stage else None,
-                    kwarg_mbs=extra,
-                    target_mbs=list(labels.chunk(count)) if self.last_stage else None,
-                    losses=losses,
-                )
-        finally:
-            self.schedule._has_backward = trains
+        with self.context(), forward_only(self.schedule):
+            self.schedule.step(
+                arg_mbs=tokens if self.first_stage else None,
+                kwarg_mbs=extra,
+                target_mbs=list(labels.chunk(count)) if self.last_stage else None,
+                losses=losses,
+            )
         return torch.stack(losses).sum() if losses else torch.zeros((), device=labels.device)
 
     @staticmethod

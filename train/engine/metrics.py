@@ -28,6 +28,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchtitan.components.metrics import BaseLogger, MetricsProcessor
 
 from lowline.files import write_text
+from lowline.train.engine.errors import RunError
 
 logger = logging.getLogger("lowline")
 
@@ -80,7 +81,7 @@ class Recorder(BaseLogger):
             self.writer.close()
 
 
-class DivergedError(RuntimeError):
+class DivergedError(RunError, RuntimeError):
     """Training diverged: a loss or a gradient is inf or nan."""
 
 

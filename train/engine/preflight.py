@@ -8,17 +8,25 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lowline.train.config.folder import is_step_folder, saved_steps
 from lowline.train.config.load import ConfigError, load_config
 from lowline.train.config.run import MixerConfig, RunConfig
-from lowline.train.engine.checkpoint import is_step_folder, saved_steps
+
+if TYPE_CHECKING:
+    from lowline.train.engine.inputs import Inputs
 
 
-def check_run(run: RunConfig, world_size: int) -> None:
-    """Make the output folder, or raise ConfigError, ValueError or OSError if `run` cannot work."""
+def check_run(run: RunConfig, world_size: int, inputs: Inputs | None = None) -> None:
+    """Make the output folder, or raise ConfigError, ValueError or OSError if `run` cannot work.
+
+    Args:
+        inputs: where its batches come from; default: the documents of [data].
+    """
     from lowline.train.data import check_saved_lanes, open_source
     from lowline.train.data.tokenizer import load_tokenizer
+    from lowline.train.engine.inputs import DOCUMENTS
 
     run.local_batch_size(world_size)
     _check_rank_measurement(run)
@@ -32,12 +40,7 @@ def check_run(run: RunConfig, world_size: int) -> None:
         )
     if run.objective.kind == "distill":
         _check_teacher(run)
-    if run.block is not None:
-        from lowline.train.blockwise.loader import check_stored
-
-        check_stored(run)
-    else:
-        open_source(run.data)
+    (inputs or DOCUMENTS).check(run)
     if run.evaluation.enable:
         open_source(run.held_out())
     folder = Path(run.output) / "checkpoint"
@@ -77,7 +80,7 @@ def check_same_parts(run: RunConfig, checkpoint: Path) -> None:
 
     Beside the model: its mixers but for how they are computed, its adapters, its objective.
     """
-    from lowline.train.hf.weights import resolved_mixers
+    from lowline.train.hf.config import resolved_mixers
 
     saved = load_config(checkpoint / "config.toml")
     before, now = (resolved_mixers(r.mixer, r.model.n_layers) for r in (saved, run))
@@ -99,7 +102,7 @@ def check_same_parts(run: RunConfig, checkpoint: Path) -> None:
 
 def initial_mixer(run: RunConfig) -> MixerConfig | None:
     """The mixer that comes with `checkpoint.initial_weights`, if one does."""
-    from lowline.train.hf.weights import mixer_from_hf, read_config
+    from lowline.train.hf.config import mixer_from_hf, read_config
 
     if run.checkpoint.initial_weights is None:
         return None
@@ -115,7 +118,7 @@ def check_initial_weights(run: RunConfig) -> None:
     assert path is not None
     folder = Path(path)
     if is_step_folder(folder):
-        from lowline.train.hf.weights import check_mixers
+        from lowline.train.hf.config import check_mixers
 
         check_same_model(run, folder)
         check_mixers(initial_mixer(run), run.mixer, run.model.n_layers, path)

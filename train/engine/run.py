@@ -24,10 +24,12 @@ from lowline.files import write_text
 from lowline.train.config.load import ConfigError, to_toml
 from lowline.train.config.run import RunConfig
 from lowline.train.cost.parameters import count, model_parameters, shape_of, training_flops_of
-from lowline.train.engine.device import prepare
+from lowline.train.engine.errors import RunError
 from lowline.train.engine.lock import PATIENCE, alone
+from lowline.train.engine.titan_compat import prepare
 
 if TYPE_CHECKING:
+    from lowline.train.engine.inputs import Inputs
     from lowline.train.engine.trainer import Trainer
 
 logger = logging.getLogger("lowline")
@@ -35,22 +37,19 @@ logger = logging.getLogger("lowline")
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
-def train(run: RunConfig) -> int:
+def train(run: RunConfig, inputs: Inputs | None = None) -> int:
     """Train as `run` says; returns the exit code, with the reason on standard error."""
     single_process_defaults()
     try:
         with alone(Path(run.output), patience=PATIENCE) if _is_first() else nullcontext():
-            return _train(run)
+            return _train(run, inputs)
     except ConfigError as error:
         _complain(str(error))
         return 2
 
 
-def _train(run: RunConfig) -> int:
+def _train(run: RunConfig, inputs: Inputs | None) -> int:
     prepare()
-    from lowline.train.blockwise.store import ShardError
-    from lowline.train.engine.checkpoint import CheckpointError
-    from lowline.train.engine.metrics import DivergedError
     from lowline.train.engine.trainer import trainer_config
 
     _set_up_logging(run)
@@ -58,7 +57,7 @@ def _train(run: RunConfig) -> int:
     try:
         if _is_first():
             _write_config(run)
-        trainer = trainer_config(run, int(os.environ["WORLD_SIZE"])).build()
+        trainer = trainer_config(run, int(os.environ["WORLD_SIZE"]), inputs).build()
         trainer.metrics_processor.say(_summary(run, trainer))
         with _signals_to(trainer):
             trainer.train()
@@ -70,7 +69,7 @@ def _train(run: RunConfig) -> int:
             )
             return 128 + trainer.stopped_by
         return 0
-    except (CheckpointError, DivergedError, ShardError) as error:  # raised on every rank
+    except RunError as error:  # raised on every rank
         if _is_first():
             _complain(str(error))
         return 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,24 @@ from torchtitan.config.configs import (
     TrainingConfig,
 )
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer as TitanTrainer
 
-from lowline.train.blockwise.loader import StoredLoader, stored_config
+from lowline.train.config.folder import is_step_folder
 from lowline.train.config.load import to_toml
 from lowline.train.config.run import RunConfig
 from lowline.train.cost.parameters import training_flops_of
-from lowline.train.data import LaneDataLoader, lane_config
 from lowline.train.data.tokenizer import TextTokenizer
-from lowline.train.engine.checkpoint import Checkpointer, is_step_folder
+from lowline.train.engine.checkpoint import Checkpointer
 from lowline.train.engine.evaluation import Evaluator
+from lowline.train.engine.inputs import DOCUMENTS, BatchLoader, Inputs
 from lowline.train.engine.metrics import DivergedError, Metrics
 from lowline.train.engine.optim import optimizer_config, schedule_config
 from lowline.train.engine.preflight import initial_mixer
-from lowline.train.model.build import build_model_spec
+from lowline.train.engine.titan_compat import pipeline, without_assets
+from lowline.train.hf.weights import LlamaStateDictAdapter
+from lowline.train.model.build import build_model_config
+from lowline.train.model.parallelize import parallelize
 from lowline.train.objectives.build import build_objective, loss_config
 from lowline.train.objectives.calibration import calibrate
 from lowline.train.objectives.window_dropout import WindowDropout
@@ -77,7 +82,7 @@ class Trainer(TitanTrainer):
         run: RunConfig
 
     config: Config
-    dataloader: LaneDataLoader | StoredLoader
+    dataloader: BatchLoader
     checkpointer: Checkpointer
     metrics_processor: Metrics
     validator: Evaluator
@@ -260,25 +265,34 @@ class Trainer(TitanTrainer):
                 self.validator.validate(self.model_parts, self.step)
 
 
-def trainer_config(run: RunConfig, world_size: int) -> Trainer.Config:
+def model_spec(run: RunConfig) -> ModelSpec:
+    """Return the run's model with the functions by which torchtitan lays it out and loads it."""
+    kind = "cola" if any(run.ranks().values()) else "dense"
+    return ModelSpec(
+        name="lowline",
+        flavor=f"{kind}-d{run.model.dim}-l{run.model.n_layers}",
+        model=build_model_config(run),
+        parallelize_fn=partial(parallelize, mixers_apart=run.objective.kind == "transfer"),
+        pipelining_fn=pipeline,
+        post_optimizer_build_fn=None,
+        state_dict_adapter=without_assets(LlamaStateDictAdapter),  # type: ignore[arg-type]
+    )
+
+
+def trainer_config(run: RunConfig, world_size: int, inputs: Inputs | None = None) -> Trainer.Config:
     """torchtitan's configuration of a run on `world_size` processes."""
     t, p, c, e = run.training, run.parallelism, run.checkpoint, run.evaluation
     recompute = {"none": None, "full": FullAC.Config(), "selective": SelectiveAC.Config()}
     weights = _initial_weights(c.initial_weights)
-    spec = build_model_spec(run)
-    adapter = spec.state_dict_adapter
-    assert adapter is not None
-    # No assets: torchtitan would look for weights in the tokenizer's folder.
-    spec.state_dict_adapter = lambda config, assets: adapter(config, None)  # type: ignore
     return Trainer.Config(
-        model_spec=spec,
+        model_spec=model_spec(run),
         hf_assets_path=run.tokenizer,
         tokenizer=TextTokenizer.Config(),
         dump_folder=run.output,
         loss=loss_config(run, run.local_batch_size(world_size)),
         optimizer=optimizer_config(run.optimizer),
         lr_scheduler=schedule_config(run.schedule),
-        dataloader=lane_config(run) if run.block is None else stored_config(run),
+        dataloader=(inputs or DOCUMENTS).loader(run),
         training=TrainingConfig(
             local_batch_size=run.local_batch_size(world_size),
             global_batch_size=t.global_batch_size,

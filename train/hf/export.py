@@ -27,17 +27,12 @@ from lowline.cola.hf import CoLAConfig
 from lowline.errors import LowlineError
 from lowline.files import write_folder
 from lowline.linearize.body.hf import LinearizedConfig
+from lowline.train.config.folder import is_step_folder, saved_steps
 from lowline.train.config.load import load_config, to_toml
 from lowline.train.config.run import RunConfig
 from lowline.train.data.tokenizer import load_tokenizer
-from lowline.train.engine.checkpoint import is_step_folder, saved_steps
-from lowline.train.hf.weights import (
-    check_shapes,
-    config_to_hf,
-    hf_shapes,
-    load_hf_state_dict,
-    read_config,
-)
+from lowline.train.hf.config import config_to_hf, read_config
+from lowline.train.hf.weights import check_shapes, hf_shapes, load_hf_state_dict
 from lowline.train.model.lora import is_lora, merge_stored_lora, save_adapter, stored_factors
 from lowline.train.model.names import from_hf_name, to_hf_names
 

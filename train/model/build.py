@@ -8,19 +8,12 @@ output start at N(0, 0.02).
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn as nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torchtitan.config import TORCH_DTYPE_MAP
-from torchtitan.config.configs import CompileConfig, TrainingConfig
-from torchtitan.distributed import ParallelDims
-from torchtitan.distributed.compile import apply_compile
-from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.models.common import Embedding, Linear, RMSNorm
 from torchtitan.models.common.attention import (
     FlexAttention,
@@ -33,12 +26,12 @@ from torchtitan.models.common.decoder_sharding import set_decoder_sharding_confi
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.rope import CosSinRoPE
 from torchtitan.models.llama3.model import Llama3Model, Llama3TransformerBlock
-from torchtitan.models.llama3.parallelize import parallelize_llama
-from torchtitan.protocols.model_spec import ModelSpec
 
 from lowline.cola.accounting import training_flops
-from lowline.cola.block import ColaBlock, ColaConverter, drawn_whole, set_cola_sharding
+from lowline.cola.block import ColaBlock, ColaConverter
+from lowline.cola.parallel import set_cola_sharding
 from lowline.cola.projections import ATTENTION, PROJECTIONS
+from lowline.cola.sharded import init_unsharded
 from lowline.errors import LowlineError
 from lowline.linearize.mixers.base import Mixer
 from lowline.linearize.titan import (
@@ -50,7 +43,7 @@ from lowline.linearize.titan import (
 )
 from lowline.train.config.run import ModelConfig, RopeScaling, RunConfig
 from lowline.train.model.attention import Bounds, DocumentSDPA, document_mask
-from lowline.train.model.lora import add_lora, draw_factors_whole
+from lowline.train.model.lora import add_lora, init_factors_unsharded
 
 INIT_STD = 0.02
 Trainable = Literal["all", "mixers", "attention"]
@@ -119,7 +112,7 @@ class Llama(Llama3Model):
         if config.kept is not None:
             self._keep(*config.kept)
         freeze(self, config.trainable)
-        draw_factors_whole(self)
+        init_factors_unsharded(self)
 
     def _keep(self, first: int, last: int) -> None:
         for name in list(self.layers):
@@ -175,7 +168,10 @@ def freeze(model: nn.Module, trainable: Trainable) -> None:
 
 
 def _normal() -> dict[str, Any]:
-    return {"weight": drawn_whole(partial(nn.init.normal_, std=INIT_STD)), "bias": nn.init.zeros_}
+    return {
+        "weight": init_unsharded(partial(nn.init.normal_, std=INIT_STD)),
+        "bias": nn.init.zeros_,
+    }
 
 
 def _rope(model: ModelConfig, max_seq_len: int) -> RoPE.Config:
@@ -287,105 +283,3 @@ def build_model_config(run: RunConfig) -> Llama.Config:
 def keep_layers(config: Llama.Config, layers: range) -> None:
     """Let a model have these layers alone, under their names, without embeddings and output."""
     config.kept, config.enable_weight_tying = (layers[0], layers[-1]), False
-
-
-def build_model_spec(run: RunConfig) -> ModelSpec:
-    """The model with the functions by which torchtitan lays it out over devices."""
-    from lowline.train.hf.weights import LlamaStateDictAdapter
-
-    kind = "cola" if any(run.ranks().values()) else "dense"
-    return ModelSpec(
-        name="lowline",
-        flavor=f"{kind}-d{run.model.dim}-l{run.model.n_layers}",
-        model=build_model_config(run),
-        parallelize_fn=partial(parallelize, mixers_apart=run.objective.kind == "transfer"),
-        pipelining_fn=pipeline,
-        post_optimizer_build_fn=None,
-        state_dict_adapter=LlamaStateDictAdapter,
-    )
-
-
-def parallelize(
-    model: nn.Module,
-    *,
-    parallel_dims: ParallelDims,
-    training: TrainingConfig,
-    compile_config: CompileConfig,
-    ac_config: Any,
-    dump_folder: str,
-    mixers_apart: bool = False,
-    **kwargs: Any,
-) -> nn.Module:
-    """torchtitan's layout, with a reduction that gloo knows (it has no pre-multiplied sum).
-
-    With `mixers_apart` FSDP gathers a mixer on its own, not with its block: where nothing else has
-    a backward pass, the blocks' weights are gathered for the forward pass only. One process in one
-    precision has nothing to shard or cast: it goes without FSDP, which would copy every parameter
-    and gradient all the same.
-    """
-    if parallel_dims.world_size == 1 and training.mixed_precision_param == "float32":
-        if ac_config is not None:
-            ac_config.build(dump_folder=dump_folder).apply(model)
-        if compile_config.enable:
-            apply_compile(model, compile_config=compile_config, parallel_dims=parallel_dims)
-        return model
-    if mixers_apart:
-        _shard_mixers(model, parallel_dims, training)
-    model = parallelize_llama(
-        model,
-        parallel_dims=parallel_dims,
-        training=training,
-        compile_config=compile_config,
-        ac_config=ac_config,
-        dump_folder=dump_folder,
-        **kwargs,
-    )
-    if not torch.accelerator.is_available():
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_force_sum_reduction_for_comms(True)
-    return model
-
-
-def _shard_mixers(model: nn.Module, parallel_dims: ParallelDims, training: TrainingConfig) -> None:
-    names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
-    precision = MixedPrecisionPolicy(
-        param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
-        reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
-        cast_forward_inputs=False,
-    )
-    for module in model.modules():
-        if isinstance(module, Mixer):
-            fully_shard(module, mesh=parallel_dims.get_mesh(names), mp_policy=precision)
-
-
-def pipeline(model: nn.Module, **kwargs: Any) -> Any:
-    """torchtitan's pipeline, with the step() that it expects added to torch 2.13's schedule."""
-    schedule, parts, first, last = pipeline_llm(model, **kwargs)
-    if "arg_mbs" not in inspect.signature(type(schedule).step).parameters:
-        schedule.step = partial(_step_microbatches, schedule)
-    return schedule, parts, first, last
-
-
-def _step_microbatches(
-    schedule: Any,
-    *,
-    arg_mbs: Any = None,
-    kwarg_mbs: Any = None,
-    target_mbs: Any = None,
-    losses: Any = None,
-    return_outputs: bool = False,
-    loss_kwargs: Any = None,
-) -> None:
-    for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
-        stage.has_backward = schedule._has_backward
-        stage.clear_runtime_states()
-    n = schedule._n_microbatches
-    schedule._step_microbatches(
-        arg_mbs or [()] * n,
-        kwarg_mbs or [{}] * n,
-        target_mbs,
-        losses,
-        return_outputs,
-        loss_kwargs=loss_kwargs,
-    )

@@ -25,8 +25,9 @@ from torchtitan.components.lora import LoRAConverter
 from torchtitan.models.common.attention import QKVLinear
 from torchtitan.protocols.module import Module
 
-from lowline.cola.block import ColaQKVLinear, drawn_whole
+from lowline.cola.block import ColaQKVLinear
 from lowline.cola.projections import PROJECTIONS
+from lowline.cola.sharded import init_unsharded
 from lowline.train.config.load import load_config
 from lowline.train.config.run import LoraConfig
 from lowline.train.model.names import to_hf_name
@@ -54,12 +55,12 @@ def _copy(config: Module.Config) -> Module.Config:
     return type(config)(**{f.name: getattr(config, f.name) for f in fields(config) if f.init})
 
 
-def draw_factors_whole(model: nn.Module) -> None:
+def init_factors_unsharded(model: nn.Module) -> None:
     """Let A begin alike however it is sharded; torchtitan draws it shard by shard."""
     for name, module in model.named_modules():
         if name.endswith(".lora_a"):
             assert isinstance(module, Module) and module._param_init is not None
-            module._param_init = {"weight": drawn_whole(module._param_init["weight"])}
+            module._param_init = {"weight": init_unsharded(module._param_init["weight"])}
 
 
 def is_lora(name: str) -> bool:

@@ -42,7 +42,8 @@ from lowline.linearize.losses import distillation_loss, top_k_distillation_loss
 from lowline.linearize.titan import Transfer
 from lowline.train.config.run import ObjectiveConfig, RunConfig
 from lowline.train.cost.memory import logit_chunks
-from lowline.train.model.build import build_model_spec
+from lowline.train.model.build import build_model_config
+from lowline.train.model.parallelize import parallelize
 from lowline.train.objectives.logit_cache import LogitCache, likeliest_of
 
 if TYPE_CHECKING:
@@ -321,7 +322,7 @@ def teacher_run(run: RunConfig) -> RunConfig:
     Raises:
         ValueError: the teacher cannot be read, or cannot teach this run's model.
     """
-    from lowline.train.hf.weights import config_from_hf, mixer_from_hf, read_config
+    from lowline.train.hf.config import config_from_hf, mixer_from_hf, read_config
 
     source = run.objective.teacher
     assert source is not None
@@ -355,13 +356,13 @@ def build_teacher(run: RunConfig, trainer: Trainer) -> nn.Module:
     from lowline.train.hf.weights import LlamaStateDictAdapter
 
     config = trainer.config
-    spec = build_model_spec(teacher_run(run))
-    spec.model.update_from_config(config=config)
+    model_config = build_model_config(teacher_run(run))
+    model_config.update_from_config(config=config)
     precision = TORCH_DTYPE_MAP[config.training.mixed_precision_param]
     with torch.device("meta"), utils.set_default_dtype(precision):
-        model = spec.model.build()
+        model = model_config.build()
     model.requires_grad_(False)
-    model = spec.parallelize_fn(
+    model = parallelize(
         model,
         parallel_dims=trainer.parallel_dims,
         training=config.training,
@@ -373,7 +374,7 @@ def build_teacher(run: RunConfig, trainer: Trainer) -> nn.Module:
     model.to_empty(device=trainer.device)
     with torch.no_grad(), torch.random.fork_rng():  # the student's numbers stay as they are
         model.init_weights()
-    adapter = LlamaStateDictAdapter(spec.model, None)
+    adapter = LlamaStateDictAdapter(model_config, None)
     weights = adapter.to_hf(model.state_dict())
     dcp.load(weights, storage_reader=adapter.get_hf_storage_reader(str(run.objective.teacher)))
     model.load_state_dict(adapter.from_hf(weights))

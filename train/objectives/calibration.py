@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torchtitan.components.loss import IGNORE_INDEX
 
-from lowline.cola.block import give_whole
+from lowline.cola.sharded import set_full_tensor
 from lowline.linearize.mixers.base import Mixer
 from lowline.linearize.titan import Transfer
 
@@ -64,7 +64,7 @@ def calibrate(trainer: Trainer, steps: int) -> None:
             by_step = [part.unflatten(0, (steps, -1)) for part in everywhere]
             keys = torch.cat(by_step, 1).flatten(0, 1)  # in the order that one rank has
         for parameter, value in mixer.calibrate(keys).items():
-            give_whole(mixer.get_parameter(parameter), value)
+            set_full_tensor(mixer.get_parameter(parameter), value)
     trainer.metrics_processor.say(f"calibrated {len(mixers)} mixers on {len(keys):,} keys each")
 
 

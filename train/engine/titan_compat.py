@@ -1,22 +1,37 @@
-"""torchtitan 0.3.0 on whatever device there is: call `prepare()` before its Trainer is imported.
+"""What torchtitan 0.3.0 needs to run on torch 2.13 and on machines without an accelerator.
 
-torchtitan picks its device when `torchtitan.tools.utils` is imported, falls back to "cuda", and
-other modules copy the choice by value. On a machine without an accelerator `prepare` points all of
-them at the CPU. It also supplies what torch 2.13 lacks of the interface that torchtitan expects.
+Every shim, and when it goes:
+
+    prepare         torchtitan picks its device when `torchtitan.tools.utils` is imported, falls
+                    back to "cuda", and other modules copy the choice by value; here all are
+                    pointed at the CPU. Until torchtitan has a CPU device type.
+    set_timeout     torchtitan calls `dist.set_timeout`; torch 2.13 has it under a private name.
+                    Until torch >= 2.14.
+    pipeline        torchtitan calls `schedule.step` with lists of microbatches (arg_mbs=...).
+                    Until torch >= 2.14; checked by the signature.
+    forward_only    `schedule.eval` does not take microbatches. Until torch >= 2.14.
+    without_assets  torchtitan looks for weights in the tokenizer's folder. Until its adapters
+                    take no path.
+
+Call `prepare()` before torchtitan's Trainer is imported.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import os
 import resource
 import sys
 import time
 import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 
 _COPIES = (
     "torchtitan.components.metrics",
@@ -93,3 +108,52 @@ def prepare() -> None:
         from torch.distributed.distributed_c10d import _set_pg_timeout
 
         dist.set_timeout = _set_pg_timeout  # type: ignore[attr-defined]
+
+
+def pipeline(model: nn.Module, **kwargs: Any) -> Any:
+    """Return torchtitan's pipeline, with the step() it expects added to torch 2.13's schedule."""
+    from torchtitan.distributed.pipeline_parallel import pipeline_llm
+
+    schedule, parts, first, last = pipeline_llm(model, **kwargs)
+    if "arg_mbs" not in inspect.signature(type(schedule).step).parameters:
+        schedule.step = functools.partial(_step_microbatches, schedule)
+    return schedule, parts, first, last
+
+
+def _step_microbatches(
+    schedule: Any,
+    *,
+    arg_mbs: Any = None,
+    kwarg_mbs: Any = None,
+    target_mbs: Any = None,
+    losses: Any = None,
+    return_outputs: bool = False,
+    loss_kwargs: Any = None,
+) -> None:
+    for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
+        stage.has_backward = schedule._has_backward
+        stage.clear_runtime_states()
+    n = schedule._n_microbatches
+    schedule._step_microbatches(
+        arg_mbs or [()] * n,
+        kwarg_mbs or [{}] * n,
+        target_mbs,
+        losses,
+        return_outputs,
+        loss_kwargs=loss_kwargs,
+    )
+
+
+@contextlib.contextmanager
+def forward_only(schedule: Any) -> Iterator[None]:
+    """Let a pipeline's schedule run without a backward pass, as `schedule.eval` does."""
+    trains, schedule._has_backward = schedule._has_backward, False
+    try:
+        yield
+    finally:
+        schedule._has_backward = trains
+
+
+def without_assets(adapter: Callable[[Any, str | None], Any]) -> Callable[[Any, str | None], Any]:
+    """Return a state dict adapter that ignores the tokenizer's folder, which holds no weights."""
+    return lambda config, assets: adapter(config, None)

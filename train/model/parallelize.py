@@ -1,0 +1,72 @@
+"""How a run's model lies on its devices: torchtitan's FSDP and tensor parallelism, mixers apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.config.configs import CompileConfig, TrainingConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.compile import apply_compile
+from torchtitan.models.llama3.parallelize import parallelize_llama
+
+from lowline.linearize.mixers.base import Mixer
+
+
+def parallelize(
+    model: nn.Module,
+    *,
+    parallel_dims: ParallelDims,
+    training: TrainingConfig,
+    compile_config: CompileConfig,
+    ac_config: Any,
+    dump_folder: str,
+    mixers_apart: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """Lay a model out as torchtitan does, with a reduction that gloo knows.
+
+    Gloo has no pre-multiplied sum.
+
+    With `mixers_apart` FSDP gathers a mixer on its own, not with its block: where nothing else has
+    a backward pass, the blocks' weights are gathered for the forward pass only. One process in one
+    precision has nothing to shard or cast: it goes without FSDP, which would copy every parameter
+    and gradient all the same.
+    """
+    if parallel_dims.world_size == 1 and training.mixed_precision_param == "float32":
+        if ac_config is not None:
+            ac_config.build(dump_folder=dump_folder).apply(model)
+        if compile_config.enable:
+            apply_compile(model, compile_config=compile_config, parallel_dims=parallel_dims)
+        return model
+    if mixers_apart:
+        _shard_mixers(model, parallel_dims, training)
+    model = parallelize_llama(
+        model,
+        parallel_dims=parallel_dims,
+        training=training,
+        compile_config=compile_config,
+        ac_config=ac_config,
+        dump_folder=dump_folder,
+        **kwargs,
+    )
+    if not torch.accelerator.is_available():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def _shard_mixers(model: nn.Module, parallel_dims: ParallelDims, training: TrainingConfig) -> None:
+    names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
+    precision = MixedPrecisionPolicy(
+        param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
+        reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
+        cast_forward_inputs=False,
+    )
+    for module in model.modules():
+        if isinstance(module, Mixer):
+            fully_shard(module, mesh=parallel_dims.get_mesh(names), mp_policy=precision)
