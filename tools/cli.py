@@ -1,69 +1,93 @@
-"""The `lowline` command: one word a task, each a plain function, imported when it is called."""
+"""The `lowline` command: one table, in which every command is a function.
+
+The function of a command is imported when its command is given, and its module imports nothing slow
+at the top, so that help and mistakes are answered at once.
+"""
 
 from __future__ import annotations
 
+import difflib
 import importlib
-import re
 import sys
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-# words of the command -> (function, one line about it)
+import lowline
+from lowline import command_line
+
+
+@dataclass(frozen=True)
+class Command:
+    """A function of a module of lowline, and one line about it.
+
+    `keys` says that the command also takes the keys of a configuration.
+    """
+
+    target: str
+    about: str
+    keys: bool = False
+
+    def function(self) -> Callable[..., Any]:
+        module, _, name = self.target.partition(":")
+        function: Callable[..., Any] = getattr(importlib.import_module(f"lowline.{module}"), name)
+        return function
+
+
 COMMANDS = {
-    "train": ("lowline.train.__main__:main", "train a model from a TOML file (one process)"),
-    "configs": (
-        "lowline.tools.commands.configs:configs",
-        "list the configurations that come with lowline",
+    "train": Command("tools.commands.train:train", "train a model from a TOML file", keys=True),
+    "configs": Command(
+        "tools.commands.configs:configs", "list or print the configurations that come with lowline"
     ),
-    "export": ("lowline.tools.commands.hf_commands:export", "checkpoint -> Hugging Face directory"),
-    "import": (
-        "lowline.tools.commands.hf_commands:import_tables",
-        "print the TOML under which a Hugging Face checkpoint trains",
+    "export": Command(
+        "tools.commands.export:export", "write a checkpoint as a Hugging Face directory"
     ),
-    "linearize": (
-        "lowline.tools.commands.linearize:linearize",
-        "a pretrained Transformer becomes a linear-attention model, in stages",
+    "import": Command(
+        "tools.commands.import_:import_tables",
+        "print the configuration under which a Hugging Face model trains",
     ),
-    "plan blockwise": (
-        "lowline.tools.commands.plan:plan_blockwise",
-        "disk, time and GPUs of blockwise attention transfer",
+    "linearize": Command(
+        "tools.commands.linearize:linearize",
+        "convert a pretrained Transformer to linear attention, in stages",
+        keys=True,
     ),
-    "generate": ("lowline.tools.commands.hf_commands:generate", "continue a prompt"),
-    "evaluate": (
-        "lowline.tools.commands.evaluate:evaluate",
-        "score converted models beside their teacher and windows without training",
+    "plan blockwise": Command(
+        "tools.commands.plan:plan_blockwise", "show disk, time and GPUs of blockwise transfer"
     ),
-    "inspect cost": (
-        "lowline.tools.commands.inspect_cost:inspect_cost",
-        "parameters, FLOPs and memory: dense, CoLA, CoLA-M, checkpointing",
+    "generate": Command("tools.commands.generate:generate", "continue a prompt, or answer a chat"),
+    "evaluate": Command(
+        "tools.commands.evaluate:evaluate",
+        "score converted models beside their teacher and untrained windows",
     ),
-    "inspect rank": (
-        "lowline.tools.commands.inspect_rank:inspect_rank",
-        "effective rank of a model's activations, with a plot",
+    "inspect cost": Command(
+        "tools.commands.inspect_cost:inspect_cost",
+        "show parameters, FLOPs and memory: dense, CoLA, CoLA-M, checkpointing",
+        keys=True,
     ),
-    "bench pretrain": (
-        "lowline.tools.bench.pretrain:bench_pretrain",
-        "time CoLA's blocks and the trainer against their limits",
+    "inspect rank": Command(
+        "tools.commands.inspect_rank:inspect_rank",
+        "measure the effective rank of a model's activations",
     ),
-    "bench decode": (
-        "lowline.tools.bench.decode:bench_decode",
-        "tokens/s, memory and prefill of a converted model beside its teacher",
+    "bench pretrain": Command(
+        "tools.bench.pretrain:bench_pretrain", "time CoLA's blocks and the trainer"
     ),
-    "bench linearize": (
-        "lowline.tools.bench.linearize:bench_linearize",
+    "bench decode": Command(
+        "tools.bench.decode:bench_decode", "time a converted model's decoding beside its teacher's"
+    ),
+    "bench linearize": Command(
+        "tools.bench.linearize:bench_linearize",
         "time a step of each stage against the teacher's forward pass",
+        keys=True,
     ),
-    "bench kernels": (
-        "lowline.tools.bench.kernels.run:bench_kernels",
-        "time and memory of the kernels against attention and their limits",
+    "bench kernels": Command(
+        "tools.bench.kernels.run:bench_kernels", "time the kernels and measure their memory"
     ),
-    "demo": (
-        "lowline.tools.commands.demo:demo",
-        "pretrain dense, CoLA and CoLA-M and compare them",
+    "demo": Command(
+        "tools.commands.demo:demo", "pretrain dense, CoLA and CoLA-M models and compare them"
     ),
-    "demo linearize": (
-        "lowline.tools.commands.demo_linearize:demo_linearize",
-        "convert SmolLM2-135M, evaluate it, decode beside its teacher",
+    "demo linearize": Command(
+        "tools.commands.demo_linearize:demo_linearize",
+        "convert SmolLM2-135M, evaluate it, and time its decoding",
     ),
 }
 
@@ -74,34 +98,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     for words in (" ".join(arguments[:2]), " ".join(arguments[:1])):
         if words in COMMANDS:
             return _call(words, arguments[len(words.split()) :])
-    print("usage: lowline COMMAND [options]; `lowline COMMAND --help` for a command's options\n")
-    for words, (_, about) in COMMANDS.items():
-        print(f"  {words:16} {about}")
-    return 0 if not arguments or arguments[0] in ("-h", "--help") else 2
+    if arguments[:1] == ["--version"]:
+        print(f"lowline {lowline.__version__}")
+        return 0
+    first, *rest = arguments or ["--help"]
+    group = [words for words in COMMANDS if words.startswith(f"{first} ")]
+    asked = {"-h", "--help"}.intersection(rest or [first])
+    if group and (asked or not rest):
+        print(f"usage: lowline {first} COMMAND [options]\n\n{_listed(group)}")
+        return 0 if asked else 2
+    if first in ("-h", "--help"):
+        print(overview())
+        return 0
+    given = " ".join(arguments[: 2 if group else 1])
+    near = difflib.get_close_matches(given, COMMANDS, n=1)
+    hint = f"did you mean `lowline {near[0]}`? " if near else ""
+    listing = f"lowline {first} --help" if group else "lowline --help"
+    print(f"lowline: {given!r} is no command; {hint}`{listing}` lists them", file=sys.stderr)
+    return 2
+
+
+def overview() -> str:
+    """Return the text of `lowline --help`."""
+    return (
+        "usage: lowline COMMAND [options]\n\n"
+        f"{_listed(COMMANDS)}\n\n"
+        "`lowline COMMAND --help` explains a command, `lowline --version` prints the version.\n"
+        "With --debug a mistake is shown with its traceback."
+    )
+
+
+def _listed(commands: Sequence[str] | dict[str, Command]) -> str:
+    return "\n".join(f"  {words:16} {COMMANDS[words].about}" for words in commands)
 
 
 def _call(words: str, arguments: list[str]) -> int:
-    module, _, name = COMMANDS[words][0].partition(":")
-    function = getattr(importlib.import_module(module), name)
-    if words in ("train", "linearize"):  # their options are the keys of the configuration
-        return function(arguments)
-    import tyro
-
-    if words in ("inspect cost", "bench linearize"):  # keys of the configuration beside options
-        keys = [a for a in arguments if re.match(r"--[\w.-]+\.[\w.-]+=", a)]
-        arguments = [a for a in arguments if a not in keys]
-        function = partial(function, overrides=tuple(keys))
-    try:
-        result = tyro.cli(
-            function,
-            prog=f"lowline {words}",
-            args=arguments,
-            config=(tyro.conf.PositionalRequiredArgs,),
-        )
-    except (ValueError, OSError) as error:
-        print(f"lowline {words}: {error}", file=sys.stderr)
-        return 2
-    return result if isinstance(result, int) else 0
+    command = COMMANDS[words]
+    help_keys = None
+    if command.keys:
+        from lowline.train.__main__ import help_keys
+    return command_line.run(
+        command.function(), arguments, prog=f"lowline {words}", help_keys=help_keys
+    )
 
 
 if __name__ == "__main__":

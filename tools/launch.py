@@ -20,7 +20,7 @@ def train(*arguments: str, processes: int) -> int:
         *("torch.distributed.run", "--nproc_per_node", str(processes)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m"),
     )
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    threads = max(1, _cores() // processes)
     command = (*(torchrun if processes > 1 else ()), "lowline.train", *arguments)
     return _run([sys.executable, "-m", *command], threads)
 
@@ -51,6 +51,13 @@ def _run(command: list[str], threads: int | None = None) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _cores() -> int:
+    """Return the number of cores that this process may use; macOS only knows all there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _end_with_parent() -> None:

@@ -1,10 +1,8 @@
 """Train a model: one TOML file, one process or many.
 
-    torchrun --nproc_per_node=N -m lowline.train --config configs/cola_60m.toml [--table.key=value]
+    torchrun --nproc_per_node=N -m lowline.train --config FILE [--table.key=value ...]
 
---dry-run prints sizes, FLOPs and memory for the layout and exits, --dry-run=64 those on 64 GPUs;
---help lists every key. A run
-goes on from the newest checkpoint of its output folder. Started without torchrun it is one process.
+is what `lowline train FILE --processes N` starts. Without torchrun it is one process.
 """
 
 from __future__ import annotations
@@ -12,68 +10,96 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
-USAGE = "usage: torchrun --nproc_per_node=N -m lowline.train --config FILE [--table.key=value ...]"
+from lowline import command_line
+from lowline.command_line import Keys, Mark, Positional
+from lowline.errors import LowlineError
+
+DryRun = Annotated[int | None, Mark("bare", 0)]  # 0: without a number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (2: the configuration cannot run)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    from lowline.train.config.load import ConfigError, load_config
+    return command_line.run(train, arguments, prog="lowline train", help_keys=help_keys)
 
-    try:
-        config, flags, overrides = _split(arguments)
-        if flags & {"-h", "--help"}:
-            _print_help()
-            return 0
-        run = load_config(config, overrides)
-        if dry := [flag for flag in flags if flag.startswith("--dry-run")]:
-            from lowline.train.cost.dry_run import print_dry_run
 
-            gpus = dry[0].partition("=")[2]
-            if gpus and not (gpus.isdigit() and int(gpus)):
-                raise ConfigError(f"{dry[0]}: write --dry-run, or --dry-run=N for N GPUs")
-            world_size = int(gpus or os.environ.get("WORLD_SIZE", "1"))
-            print_dry_run(run, world_size, "cuda" if gpus else None)
-            return 0
-        from lowline.train.blockwise.loader import inputs_of
-        from lowline.train.engine.preflight import check_run
+def train(
+    file: Positional = None,
+    *,
+    config: str | None = None,
+    dry_run: DryRun = None,
+    overrides: Keys = (),
+) -> int:
+    """Train a model from a TOML file, in this process or as one of torchrun's.
 
-        inputs = inputs_of(run)
-        check_run(run, int(os.environ.get("WORLD_SIZE", 1)), inputs)
-    except (ConfigError, ValueError, OSError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"lowline.train: {error}", file=sys.stderr)
-        return 2
+    A run resumes from the newest checkpoint of its output folder.
+
+    Args:
+        file: A TOML file, or the name of one that `lowline configs` lists.
+        config: The same, as an option.
+        dry_run: Print sizes, FLOPs and memory and stop; with a number, those on so many GPUs.
+        overrides: Keys of the configuration.
+
+    Raises:
+        LowlineError: a configuration that cannot run.
+    """
+    from lowline.train.config.shipped import find_config
+
+    path = find_config(one_file(file, config))
+    from lowline.train.config.load import load_config
+
+    run, world_size = load_config(path, overrides), int(os.environ.get("WORLD_SIZE", 1))
+    if dry_run is not None:
+        from lowline.train.cost.dry_run import print_dry_run
+
+        if dry_run < 0:
+            raise LowlineError(f"--dry-run={dry_run}: write --dry-run, or --dry-run=N for N GPUs")
+        print_dry_run(run, dry_run or world_size, "cuda" if dry_run else None)
+        return 0
+    from lowline.train.blockwise.loader import inputs_of
+    from lowline.train.engine.preflight import check_run
+
+    inputs = inputs_of(run)
+    check_run(run, world_size, inputs)
     from lowline.train.engine.run import train
 
     return train(run, inputs)
 
 
-def _split(arguments: Sequence[str]) -> tuple[str | None, set[str], list[str]]:
-    """(--config's value, flags, --section.key=value) of a command line."""
-    config, flags, overrides = None, set(), []
-    rest = iter(arguments)
-    for argument in rest:
-        if argument == "--config":
-            config = next(rest, None)
-        elif argument.startswith("--config="):
-            config = argument.partition("=")[2]
-        elif argument in ("-h", "--help") or argument.partition("=")[0] == "--dry-run":
-            flags.add(argument)
-        elif argument.startswith("--") and "=" not in argument and "." in argument:
-            overrides.append(f"{argument}={next(rest, '')}")
-        else:
-            overrides.append(argument)
-    return config, flags, overrides
+def one_file(file: str | None, config: str | None) -> str:
+    """Return the configuration that was given as FILE or as `--config FILE`.
+
+    Raises:
+        LowlineError: none was given, or both.
+    """
+    if file is not None and config is not None:
+        raise LowlineError(
+            f"command line: {file!r} is not understood: --config {config} names the file already; "
+            "write keys as --section.key=value, for example --training.steps=100"
+        )
+    if file is None and config is None:
+        raise LowlineError("give a TOML file, or the name of one that `lowline configs` lists")
+    return str(file or config)
 
 
-def _print_help() -> None:
+def help_keys(section: str | None) -> str:
+    """Return the text about the keys of one section of a configuration, or of all.
+
+    Raises:
+        LowlineError: there is no such section.
+    """
     from lowline.train.config.load import known_keys
 
-    print(f"{__doc__}\n{USAGE}\n\nkeys:")
-    for key, kind in known_keys().items():
-        print(f"  --{key}=  {kind}")
+    keys = known_keys()
+    sections = list(dict.fromkeys(key.partition(".")[0] for key in keys if "." in key))
+    if section is not None:
+        keys = {key: kind for key, kind in keys.items() if key.startswith(f"{section}.")}
+    if not keys:
+        raise LowlineError(f"--help {section}: the sections are {', '.join(sections)}")
+    width = max(map(len, keys)) + 3
+    return "keys:\n" + "".join(f"  --{f'{key}=':{width}} {kind}\n" for key, kind in keys.items())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from lowline.linearize.body.cache import LinearizedCache, MixerLayer, break_even
 from lowline.linearize.convert import linearized_config, save
 from lowline.linearize.mixers import MIXERS
 from lowline.linearize.mixers.base import Mixer
-from lowline.tools.commands import hf_commands
+from lowline.tools.commands.generate import generate as generate_command
 from lowline.train.data.tokenizer import load_tokenizer
 
 ANY = "lolcats"
@@ -117,7 +117,7 @@ def test_pipeline(saved):
 def test_the_command_streams_what_the_model_generates(saved, capsys):
     folder, model, tokenizer = saved
     capsys.readouterr()
-    said = hf_commands.generate(str(folder), prompt="A list is", max_new_tokens=NEW)
+    said = generate_command(str(folder), prompt="A list is", max_new_tokens=NEW)
     ids = model.generate(**tokenizer("A list is", return_tensors="pt"), max_new_tokens=NEW,
                          do_sample=False)[0]  # fmt: skip
     assert said == tokenizer.decode(ids, skip_special_tokens=True) != "A list is"
@@ -128,20 +128,20 @@ def test_the_command_streams_what_the_model_generates(saved, capsys):
 def test_the_command_answers_through_the_chat_template(saved, capsys):
     folder, model, tokenizer = saved
     capsys.readouterr()
-    said = hf_commands.generate(str(folder), prompt="Why?", chat=True, max_new_tokens=NEW)
-    whole = hf_commands.generate(str(folder), prompt="Ask: Why?\nSay:", max_new_tokens=NEW)
+    said = generate_command(str(folder), prompt="Why?", chat=True, max_new_tokens=NEW)
+    whole = generate_command(str(folder), prompt="Ask: Why?\nSay:", max_new_tokens=NEW)
     assert whole == "Ask: Why?\nSay:" + said and said
     assert capsys.readouterr().out.startswith(said)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = None
     plain = save(model, tokenizer, folder.with_name("plain"))
     with pytest.raises(ValueError, match="has no chat template"):
-        hf_commands.generate(str(plain), prompt="Why?", chat=True)
+        generate_command(str(plain), prompt="Why?", chat=True)
 
 
 def test_the_command_says_what_the_model_holds(saved, capsys):
     folder, model, tokenizer = saved
-    hf_commands.generate(str(folder), prompt="A list is", max_new_tokens=NEW, stats=True)
+    generate_command(str(folder), prompt="A list is", max_new_tokens=NEW, stats=True)
     said = capsys.readouterr().err
     seen = len(tokenizer("A list is")["input_ids"]) + NEW - 1  # the last one was not fed in
     held = state_bytes(model.config, context=seen)

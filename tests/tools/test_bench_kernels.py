@@ -196,8 +196,7 @@ def test_time_a_token_is_of_equally_many_tokens(monkeypatch):
 def test_refusals(arguments, message, capsys):
     from lowline.tools.cli import main
 
-    with pytest.raises(SystemExit) if message == "mamba" else open(os.devnull):
-        assert main(["bench", "kernels", "--device", "cpu", *arguments]) == 2
+    assert main(["bench", "kernels", "--device", "cpu", *arguments]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
 
 

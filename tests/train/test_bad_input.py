@@ -33,7 +33,7 @@ def _refused(capsys, output: Path, *arguments: str) -> str:
     before = _state(output) if output.exists() else None
     assert training.train_here(output, *arguments) == 2
     said = capsys.readouterr().err
-    assert said.startswith("lowline.train: ") and "Traceback" not in said
+    assert said.startswith("lowline train: ") and "Traceback" not in said
     assert not dist.is_initialized()
     assert (_state(output) if output.exists() else None) == before
     return said
@@ -143,4 +143,4 @@ def test_the_exit_code_of_the_real_command():
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     result = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
-    assert result.stderr.startswith("lowline.train: no.toml: no such file")
+    assert result.stderr.startswith("lowline train: no.toml: no such file")

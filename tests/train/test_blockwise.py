@@ -110,13 +110,13 @@ def trained_here(monkeypatch) -> list[str]:
 
 
 def linearize(teacher: Path, output: Path, *more: str, text: str = STAGES) -> int:
-    from lowline.tools.commands.linearize import linearize
+    from lowline.tools.cli import main
 
     output.mkdir(parents=True, exist_ok=True)
     file = output / "stages.toml"
     file.write_text(text)
     given = [str(teacher), f"--config={file}", f"--output={output}", "--processes=1"]
-    return linearize([*given, "--evaluation=none", *more])
+    return main(["linearize", *given, "--evaluation=none", *more])
 
 
 def by_blocks(teacher: Path, output: Path, size: int, *more: str, text: str = STAGES) -> int:
@@ -497,14 +497,14 @@ def test_fingerprint_sees_a_changed_row(tmp_path):
 @pytest.mark.parametrize("name", ["lolcats_llama3_70b", "lowline_llama3_70b",
                                   "lolcats_llama3_405b", "lowline_llama3_405b"])  # fmt: skip
 def test_large_models_run_dry(name, capsys):
-    from lowline.tools.commands.linearize import linearize
+    from lowline.tools.cli import main
 
     config = files("lowline.configs") / "linearize" / f"{name}.toml"
     text = config.read_text()
     n_layers, dim = (80, 8192) if "70b" in name else (126, 16_384)
     line = f"--config {name}.toml --block-size 9"
     assert line in text.replace("configs/linearize/", "")  # the header says the command
-    assert linearize(["--config", str(config), "--dry-run", "--block-size=9"]) == 0
+    assert main(["linearize", "--config", str(config), "--dry-run", "--block-size=9"]) == 0
     said = capsys.readouterr().out
     assert f"blocks: {-(-n_layers // 9)} of 9 layers\n" in said
     steps = load_stages(config).run(0, teacher="teacher").training.steps

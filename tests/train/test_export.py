@@ -11,7 +11,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lowline.tools.commands import hf_commands
+from lowline.tools.commands.generate import generate
+from lowline.tools.commands.import_ import import_tables
 from lowline.train.config.folder import is_step_folder
 from lowline.train.config.load import load_config, to_toml
 from lowline.train.config.run import (
@@ -182,27 +183,24 @@ def test_shards_of_two_ranks_go_in_and_out(tmp_path):
 def test_generate_streams_what_it_returns(output, tmp_path, capsys):
     out = str(tools_export.export(output, tmp_path / "out"))
     capsys.readouterr()
-    greedy = hf_commands.generate(out, prompt="A list", max_new_tokens=8)
+    greedy = generate(out, prompt="A list", max_new_tokens=8)
     assert greedy.startswith("A list") and len(greedy) > len("A list")
     assert capsys.readouterr().out.rstrip("\n") == greedy.rstrip("\n")
     sample = dict(prompt="A list", max_new_tokens=8, temperature=1.0, top_p=0.95)
-    first, again, other = (hf_commands.generate(out, seed=s, **sample) for s in (1, 1, 2))
+    first, again, other = (generate(out, seed=s, **sample) for s in (1, 1, 2))
     assert first == again != other
     for wrong in ({"temperature": -1.0}, {"top_p": 0.0}, {"max_new_tokens": 0}, {"prompt": ""}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            hf_commands.generate(out, **{"prompt": "A"} | wrong)
+            generate(out, **{"prompt": "A"} | wrong)
     with pytest.raises(ValueError, match="lowline export"):
-        hf_commands.generate(str(output), prompt="A")
+        generate(str(output), prompt="A")
 
 
 def test_import_prints_tables_that_train_from_the_weights(output, tmp_path, capsys):
     source = tools_export.export(output, tmp_path / "source")
     capsys.readouterr()
-    hf_commands.import_tables(str(source), output=tmp_path / "copy")
-    toml = (
-        capsys.readouterr().out + "\n[training]\nsteps = 1\nseq_len = 32\nglobal_batch_size = 1\n"
-    )
-    (tmp_path / "run.toml").write_text(toml + "[optimizer]\nlr = 1e-3\n")
+    import_tables(str(source), output=tmp_path / "copy")
+    (tmp_path / "run.toml").write_text(capsys.readouterr().out)
     run = load_config(tmp_path / "run.toml")
     assert run.checkpoint.initial_weights == str(tmp_path / "copy")
     train_hf.check_same_model(tmp_path / "copy", run.model, run.cola)
@@ -212,4 +210,4 @@ def test_import_prints_tables_that_train_from_the_weights(output, tmp_path, caps
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     with pytest.raises(ValueError, match="--output"):
-        hf_commands.import_tables(str(output))
+        import_tables(str(output))

@@ -31,7 +31,7 @@ from lowline.train.engine.titan_compat import prepare
 prepare()
 
 from lowline.linearize.titan import Transfer  # noqa: E402
-from lowline.tools.commands.hf_commands import export  # noqa: E402
+from lowline.tools.commands.export import export  # noqa: E402
 from lowline.train.engine.optim import optimizer_config  # noqa: E402
 from lowline.train.model.build import build_model_config  # noqa: E402
 from lowline.train.model.lora import is_lora  # noqa: E402

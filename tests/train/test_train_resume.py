@@ -276,7 +276,7 @@ def test_a_failure_on_one_rank_stops_all(tmp_path, asynchronous):
         line, env=training.ENVIRONMENT, capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 1
-    said = [line for line in result.stderr.splitlines() if line.startswith("lowline.train: ")]
+    said = [line for line in result.stderr.splitlines() if line.startswith("lowline train: ")]
     assert len(said) == 1 and "could not be saved: rank 1: OSError" in said[0], result.stderr
     assert saved_steps(tmp_path / "run" / "checkpoint") == []
 

@@ -12,13 +12,14 @@ turns, and their ratio is the median of the turns' own (`lowline.tools.bench.tim
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowline.command_line import Keys
 from lowline.files import write_text
 from lowline.tools.bench.pretrain import trainer_step
 from lowline.tools.bench.timing import (
@@ -35,21 +36,21 @@ if TYPE_CHECKING:
 
 
 def bench_linearize(
-    config: Path,
+    config: str,
     *,
     repeats: int = 5,
     threads: int = 1,
     json: Path | None = None,
-    overrides: Sequence[str] = (),
+    overrides: Keys = (),
 ) -> dict[str, Any]:
-    """Measure a step of every stage of a file on this CPU; also takes --key=value of its keys.
+    """Measure a step of every stage of a conversion on this CPU.
 
     Args:
-        config: A file of stages, as `lowline linearize` takes it.
+        config: A file of stages, or the name of one that `lowline configs` lists.
         repeats: Turns; medians are over these.
         threads: Threads of an operator.
         json: A file for the numbers.
-        overrides: Keys to change, as `lowline linearize` takes them.
+        overrides: Keys of the configuration.
 
     Returns:
         What `json` holds: "machine", and of each stage the tokens of a step, the timings in seconds
@@ -58,11 +59,12 @@ def bench_linearize(
     Raises:
         ValueError: a number that is not positive, or a file or key that is not right.
     """
+    from lowline.train.config.shipped import find_config
     from lowline.train.config.stages import load_stages
 
     at_least_one(repeats=repeats, threads=threads)
-    stages = load_stages(config, overrides)
-    report: dict[str, Any] = {"config": str(config), "machine": machine(threads), "stages": {}}
+    stages = load_stages(find_config(config), overrides)
+    report: dict[str, Any] = {"config": config, "machine": machine(threads), "stages": {}}
     with threads_of_operators(threads), tempfile.TemporaryDirectory() as folder:
         teacher = Path(folder) / "teacher"
         for number, name in enumerate(stages.names):

@@ -13,17 +13,14 @@ import statistics
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
-from lowline.cola.accounting import flops_per_token, parameters, saved_by_model
 from lowline.tools.launch import lowline, train
-from lowline.train.config.load import load_config
-from lowline.train.config.run import RunConfig
-from lowline.train.cost.memory import policy_of, shape_of
-from lowline.train.engine.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lowline.train.config.run import RunConfig
 
 MODELS = ("dense", "cola", "colam")
 PROMPT = "Return a new list containing"
@@ -42,6 +39,9 @@ class Result:
 
     def row(self) -> dict[str, Any]:
         """The table's columns."""
+        from lowline.cola.accounting import flops_per_token, parameters, saved_by_model
+        from lowline.train.cost.memory import policy_of, shape_of
+
         shape, policy = shape_of(self.run), policy_of(self.run)
         return {
             "model": self.name,
@@ -64,6 +64,8 @@ def demo(
         processes: Number of processes a run is sharded over.
         steps: Steps a run; default: as its configuration says.
     """
+    from rich.console import Console
+
     console = Console()
     for name in MODELS:
         console.rule(f"demo_{name}")
@@ -106,6 +108,9 @@ def _check(code: int, what: str) -> None:
 
 
 def _read(name: str, output: Path) -> Result:
+    from lowline.train.config.load import load_config
+    from lowline.train.engine.metrics import read_metrics
+
     records = read_metrics(output)
     steps = [r for r in records if "loss" in r]
     return Result(
@@ -119,6 +124,8 @@ def _read(name: str, output: Path) -> Result:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
     table = Table(title="the same data, the same steps, fp32")
     for column in (
         "model",

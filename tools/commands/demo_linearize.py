@@ -11,8 +11,6 @@ import importlib.util
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from rich.console import Console
-
 from lowline.errors import LowlineError
 from lowline.tools.launch import lowline
 
@@ -32,6 +30,8 @@ def demo_linearize(
     Raises:
         ValueError: the package with the model is not installed.
     """
+    from rich.console import Console
+
     source = source or str(packaged_model())
     console, model = Console(), str(output / "model")
     with as_file(files("lowline.configs") / "linearize" / "demo_smollm2.toml") as config:

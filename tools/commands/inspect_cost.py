@@ -10,22 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import tyro
-
-from lowline.cola.accounting import (
-    Policy,
-    Shape,
-    flops_per_token,
-    parameters,
-    recomputed_flops_per_token,
-    saved_by_model,
-)
-from lowline.cola.projections import PROJECTIONS
+from lowline.command_line import Keys
 from lowline.files import write_text
 from lowline.tools.commands.inspect_rank import wide_console
-from lowline.train.config.load import load_config
-from lowline.train.cost.memory import FP32, itemsize_of, shape_of
+
+if TYPE_CHECKING:
+    from lowline.cola.accounting import Policy, Shape
 
 DEFAULT_RANK = 0.25  # of dim, for a configuration that has no rank of its own: the published ratio
 
@@ -49,6 +41,16 @@ def costs(config: str, overrides: Sequence[str] = ()) -> list[Cost]:
     Raises:
         ConfigError: an unreadable file, or a key or value that is not allowed.
     """
+    from lowline.cola.accounting import (
+        flops_per_token,
+        parameters,
+        recomputed_flops_per_token,
+        saved_by_model,
+    )
+    from lowline.cola.projections import PROJECTIONS
+    from lowline.train.config.load import load_config
+    from lowline.train.cost.memory import FP32, itemsize_of, shape_of
+
     run = load_config(config, overrides)
     shape, seq_len = shape_of(run), run.training.seq_len
     dense = dataclasses.replace(
@@ -82,10 +84,10 @@ def costs(config: str, overrides: Sequence[str] = ()) -> list[Cost]:
 
 
 def inspect_cost(
-    config: Path,
-    overrides: tyro.conf.Suppress[tuple[str, ...]] = (),
+    config: str,
     *,
     json: Path | None = None,
+    overrides: Keys = (),
 ) -> None:
     """Print parameters, FLOPs and memory of a configuration's shape in every variant.
 
@@ -93,20 +95,22 @@ def inspect_cost(
     change its keys.
 
     Args:
-        config: A TOML file.
-        overrides: `--section.key=value`, as for training.
+        config: A TOML file, or the name of one that `lowline configs` lists.
         json: A file for the numbers.
+        overrides: Keys of the configuration.
 
     Raises:
         ConfigError: an unreadable file, or a key or value that is not allowed.
     """
-    found = costs(str(config), overrides)
+    from lowline.train.config.shipped import find_config
+
+    found = costs(str(find_config(config)), overrides)
     if json is not None:
         text = dumps([dataclasses.asdict(cost) for cost in found], indent=2) + "\n"
         write_text(json, text)
     from rich.table import Table
 
-    table = Table(title=str(config))
+    table = Table(title=config)
     for heading in (
         "",
         "parameters",

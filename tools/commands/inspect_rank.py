@@ -17,9 +17,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from lowline.cola.analysis import ActivationRanks, Which, projections
 from lowline.errors import LowlineError
 from lowline.files import write_file, write_text
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
+Which = Literal["bottleneck", "input", "output"]  # as lowline.cola.analysis has them
 GRAM_BYTES = 2 << 30  # what the sums XᵀX of one pass over the text may take
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.(?:.*\.)?([^.]+)$")
@@ -171,6 +171,8 @@ def measure(
     """Run the rows through the model, in as many passes as the d x d sums need memory for."""
     import torch
 
+    from lowline.cola.analysis import ActivationRanks
+
     ranks: dict[str, int] = {}
     widths: dict[str, int] = {}
     device = next(model.parameters()).device
@@ -192,6 +194,8 @@ def passes(model: torch.nn.Module, which: Which) -> Iterator[list[str] | None]:
     if which == "bottleneck":  # r wide: small, and only low-rank layers have them
         yield None
         return
+    from lowline.cola.analysis import projections
+
     names: list[str] = []
     used = 0
     for name, module in projections(model).items():

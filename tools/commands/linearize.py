@@ -24,102 +24,90 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from lowline.command_line import Keys, Positional
 from lowline.files import fingerprint, write_text
-from lowline.tools.commands.linearize_blocks import Blocks, print_blocks, train_blocks
-from lowline.tools.once import DONE, begin, end, is_done
-from lowline.train.config.load import ConfigError
-from lowline.train.config.run import RunConfig
-from lowline.train.config.stages import Stages, check_model, load_stages, table
+from lowline.tools.commands.export import next_step
+from lowline.train.config.tables import ConfigError
 
-USAGE = (
-    "usage: lowline linearize [SOURCE] --config FILE [--processes N] [--dry-run] "
-    "[--block-size K [--blocks LIST] [--inputs-dtype bfloat16|float32]] "
-    "[--evaluation quick|full|none] [--key=value ...] [--stage.NAME.key=value ...]"
-)
-EVALUATIONS = ("quick", "full", "none")
-VALUES = ("config", "processes", "evaluation", "block-size", "blocks", "inputs-dtype")
+if TYPE_CHECKING:
+    from lowline.tools.commands.linearize_blocks import Blocks
+    from lowline.train.config.run import RunConfig
+    from lowline.train.config.stages import Stages
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What the command line says."""
+    """What the command line says beside the keys."""
 
     source: str | None
-    config: str
     processes: int
-    dry_run: bool
     evaluation: str
     blocks: Blocks | None
-    overrides: tuple[str, ...]
 
 
-def linearize(arguments: Sequence[str]) -> int:
-    """Run the command line; returns the exit code (2: nothing was started)."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(f"{__doc__}\n{USAGE}\n\nKeys are those of `lowline train --help`.")
-        return 0
-    try:
-        given = _parse(arguments)
-        stages = load_stages(given.config, given.overrides)
-        if given.dry_run:
-            return _dry_run(stages, given)
-        return _convert(stages, given)
-    except (ConfigError, ValueError, OSError) as error:
-        print(f"lowline linearize: {error}", file=sys.stderr)
-        return 2
+def linearize(
+    source: Positional = None,
+    *,
+    config: str | None = None,
+    processes: int | None = None,
+    dry_run: bool = False,
+    block_size: int | None = None,
+    blocks: str | None = None,
+    inputs_dtype: Literal["bfloat16", "float32"] | None = None,
+    evaluation: Literal["quick", "full", "none"] = "quick",
+    overrides: Keys = (),
+) -> int:
+    """Convert a pretrained Transformer to a linear-attention model, in stages.
 
+    The stages of the configuration run one after another. The result is written to OUTPUT/model as
+    a Hugging Face directory, and evaluated beside the model it was made of into OUTPUT/report. The
+    same command, given again, resumes where it was stopped. A key is that of every stage; as
+    --stage.NAME.KEY=VALUE it is that of one.
 
-def _parse(arguments: Sequence[str]) -> Arguments:
-    source, dry_run, overrides = None, False, []
-    values: dict[str, str] = {}
-    rest = iter(arguments)
-    for argument in rest:
-        name, equals, value = argument.partition("=")
-        if name.removeprefix("--") in VALUES and name.startswith("--"):
-            values[name[2:]] = value if equals else next(rest, "")
-        elif argument == "--dry-run":
-            dry_run = True
-        elif argument.startswith("--"):
-            overrides.append(argument if equals else f"{argument}={next(rest, '')}")
-        elif source is None:
-            source = argument
-        else:
-            raise ConfigError(f"{argument!r}: one SOURCE, and {source!r} was given already")
-    if "config" not in values:
-        raise ConfigError(f"--config is missing; {USAGE}")
-    evaluation = values.get("evaluation", "quick")
-    if evaluation not in EVALUATIONS:
-        raise ConfigError(f"--evaluation {evaluation}: choose from {', '.join(EVALUATIONS)}")
-    return Arguments(
-        source=source,
-        config=values["config"],
-        processes=_positive(values, "processes", "of processes") or _gpus() or 1,
-        dry_run=dry_run,
-        evaluation=evaluation,
-        blocks=_blocks(values),
-        overrides=tuple(overrides),
-    )
+    Args:
+        source: A hub id, a directory or a GGUF file; default: the configuration's.
+        config: A TOML file with stages, or the name of one that `lowline configs` lists.
+        processes: Processes on this machine; default: one a GPU, or one.
+        dry_run: Print sizes, FLOPs and memory of every stage and stop.
+        block_size: Run transfer stages in blocks of so many layers, for models that are too large
+            to train whole: the inputs of every block are written to disk first.
+        blocks: Train these blocks only and stop, such as 0,3 or 0-3, so that machines can share
+            them; none writes the inputs alone.
+        inputs_dtype: Of the stored inputs; default: bfloat16.
+        evaluation: How much to evaluate at the end.
+        overrides: Keys of the configuration.
 
+    Raises:
+        ConfigError: a configuration or a source that cannot run.
+    """
+    from lowline.train.config.shipped import find_config
+    from lowline.train.config.stages import load_stages
 
-def _positive(values: dict[str, str], name: str, of: str) -> int | None:
-    if (value := values.get(name)) is None:
-        return None
-    if not value.isdigit() or int(value) < 1:
-        raise ConfigError(f"--{name} {value}: give the number {of}, 1 or more")
-    return int(value)
+    if config is None:
+        raise ConfigError(
+            "--config is missing; give a TOML file with stages, or the name of one that "
+            "`lowline configs` lists"
+        )
+    for name, value, of in (
+        ("processes", processes, "of processes"),
+        ("block-size", block_size, "of layers a block"),
+    ):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} {value}: give the number {of}, 1 or more")
+    for name, text in (("blocks", blocks), ("inputs-dtype", inputs_dtype)):
+        if text is not None and block_size is None:
+            raise ConfigError(f"--{name} {text} without --block-size, which makes blocks")
+    stages = load_stages(find_config(config), overrides)
+    chosen = None
+    if block_size is not None:
+        from lowline.tools.commands.linearize_blocks import Blocks
 
-
-def _blocks(values: dict[str, str]) -> Blocks | None:
-    size = _positive(values, "block-size", "of layers a block")
-    if size is not None:
-        dtype = values.get("inputs-dtype", "bfloat16")
-        return Blocks(size=size, chosen=values.get("blocks"), dtype=dtype)
-    for name in ("blocks", "inputs-dtype"):
-        if name in values:
-            raise ConfigError(f"--{name} {values[name]} without --block-size, which makes blocks")
-    return None
+        chosen = Blocks(size=block_size, chosen=blocks, dtype=inputs_dtype or "bfloat16")
+    given = Arguments(source=source, processes=processes or _gpus() or 1, evaluation=evaluation,
+                      blocks=chosen)  # fmt: skip
+    return _dry_run(stages, given) if dry_run else _convert(stages, given)
 
 
 def _gpus() -> int:
@@ -129,9 +117,14 @@ def _gpus() -> int:
 
 
 def _dry_run(stages: Stages, given: Arguments) -> int:
+    from lowline.tools.commands.linearize_blocks import print_blocks
     from lowline.train.cost.dry_run import print_dry_run
 
-    runs = [stages.run(n, teacher=stages.source or "SOURCE") for n in range(len(stages.names))]
+    source = given.source or stages.source
+    tables: dict[str, Any] = {"teacher": source or "SOURCE"}
+    if source is not None and (Path(source) / "config.json").is_file():
+        tables |= _tables_of(stages, Path(source))
+    runs = [stages.run(n, **tables) for n in range(len(stages.names))]
     _check_blocks(runs, given.blocks)
     for name, run in zip(stages.names, runs, strict=True):
         print(f"stage {name}")
@@ -159,16 +152,14 @@ def _check_blocks(runs: Sequence[RunConfig], blocks: Blocks | None) -> None:
 
 def _convert(stages: Stages, given: Arguments) -> int:
     from lowline.tools.launch import lowline
-    from lowline.train.hf.config import config_from_hf
+    from lowline.tools.once import DONE
     from lowline.train.hf.export import export
 
     source = given.source or stages.source
     if source is None:
         raise ConfigError(f"what to convert? Give SOURCE, or set source in {stages.path}")
     teacher = _teacher(source, stages.output / "teacher")
-    model, cola = config_from_hf(teacher)
-    check_model(stages, table(model))
-    tables: dict[str, Any] = {"teacher": teacher, "model": table(model), "cola": table(cola)}
+    tables = {"teacher": teacher, **_tables_of(stages, teacher)}
     runs = [stages.run(number, **tables) for number in range(len(stages.names))]
     for run in runs:  # all of them before the first is started
         run.local_batch_size(given.processes)
@@ -190,12 +181,24 @@ def _convert(stages: Stages, given: Arguments) -> int:
     converted, last = stages.output / "model", stages.folder(len(stages.names) - 1)
     if not _is_newer(converted / "config.json", last / DONE):
         export(last, converted, overwrite=True)
-    print(f"model    {converted}")
     if given.evaluation == "none":
+        print(f"model    {converted}\n{next_step(converted)}")
         return 0
     quick = ["--quick"] if given.evaluation == "quick" else []
     report = ["--teacher", str(teacher), "--output", str(stages.output / "report")]
-    return lowline("evaluate", str(converted), *report, *quick)
+    code = lowline("evaluate", str(converted), *report, *quick)
+    print(f"model    {converted}\n{next_step(converted)}")
+    return code
+
+
+def _tables_of(stages: Stages, teacher: Path) -> dict[str, Any]:
+    """Return the [model] and [cola] of what is converted, which the stages must not contradict."""
+    from lowline.train.config.stages import check_model, table
+    from lowline.train.hf.config import config_from_hf
+
+    model, cola = config_from_hf(teacher)
+    check_model(stages, table(model))
+    return {"model": table(model), "cola": table(cola)}
 
 
 def _teacher(source: str, folder: Path) -> Path:
@@ -234,7 +237,9 @@ def _run_stage(stages: Stages, number: int, tables: dict[str, Any], given: Argum
     Returns:
         The exit code, or None where only some of its blocks were asked for.
     """
+    from lowline.tools.commands.linearize_blocks import train_blocks
     from lowline.tools.launch import train
+    from lowline.tools.once import begin, end, is_done
 
     run, folder = stages.run(number, **tables), stages.folder(number)
     if is_done(run):

@@ -6,26 +6,26 @@ lowline plan blockwise meta-llama/Llama-3.1-8B --tokens 20e6 --device a100
 
 from __future__ import annotations
 
-import json
+import difflib
 from dataclasses import asdict
-from importlib.resources import files
+from json import dumps
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-from rich.table import Table
-
 from lowline.cola.accounting import Shape
+from lowline.errors import LowlineError
+from lowline.files import write_text
 
 
 def plan_blockwise(
     model: str,
     *,
-    block_size: tuple[int, ...] = (1, 9),
+    block_size: tuple[int, ...] | None = None,
     tokens: float = 50e6,
     epochs: int = 1,
     device: Literal["a100", "h100", "h200", "b200"] = "h100",
     utilization: float = 0.4,
+    json: Path | None = None,
     json_file: Path | None = None,
 ) -> None:
     """Print what blockwise transfer of a model costs.
@@ -33,19 +33,25 @@ def plan_blockwise(
     Args:
         model: a model of the conversions that come with lowline (llama3_8b, llama3_70b,
             llama3_405b, ...), a TOML file with a [model] table, a Hugging Face directory or hub id.
-        block_size: Layers a block; a row for each.
+        block_size: Layers a block; a row for each. Default: 1 and 9, or all where there are fewer.
         tokens: Tokens whose hidden states are stored.
         epochs: Passes over them.
         device: What trains.
         utilization: Part of its peak that is reached: an assumption, time follows from it.
-        json_file: A file for the numbers.
+        json: A file for the numbers.
+        json_file: The earlier name of --json.
 
     Raises:
         ValueError: no such model, or a number out of its range.
     """
+    from rich.console import Console
+    from rich.table import Table
+
     from lowline.train.blockwise import plan
 
     shape = _shape(model)
+    if block_size is None:
+        block_size = tuple(dict.fromkeys((1, min(9, shape.n_layers))))
     plans = [
         plan.plan_blockwise(
             shape,
@@ -76,19 +82,33 @@ def plan_blockwise(
         "writing: the teacher's forward pass that writes every block's inputs; then all blocks can "
         f"train at once.\nhours: on {device}, at {utilization:.0%} of its bf16 peak: an assumption"
     )
-    if json_file is not None:
-        json_file.write_text(json.dumps([asdict(row) for row in plans], indent=2) + "\n")
+    if (path := json or json_file) is not None:
+        write_text(path, dumps([asdict(row) for row in plans], indent=2) + "\n")
 
 
 def _shape(model: str) -> Shape:
+    from lowline.train.config.shipped import find_config, shipped_configs
     from lowline.train.config.stages import model_of
     from lowline.train.config.tables import read_layers
-    from lowline.train.cost.memory import shape_of_model
+    from lowline.train.cost.parameters import shape_of_model
+
+    known = {
+        name.removeprefix("lowline_"): path
+        for name, path in shipped_configs().items()
+        if name.startswith("lowline_")
+    }
+    path = known.get(model) or shipped_configs().get(model)
+    if path is None and model.endswith(".toml"):
+        path = find_config(model)
+    if path is not None:
+        return shape_of_model(*model_of(path, read_layers(path)[0]))
+    if not Path(model).exists() and "/" not in model:
+        near = difflib.get_close_matches(model, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise LowlineError(
+            f"{model}: no such model; {hint}The names are {', '.join(known)}; a TOML file, a "
+            "Hugging Face directory or a hub id OWNER/NAME will do, too"
+        )
     from lowline.train.hf.config import config_from_hf
 
-    known = files("lowline.configs") / "linearize" / f"lowline_{model}.toml"
-    if known.is_file():
-        return shape_of_model(*model_of(Path(str(known)), read_layers(Path(str(known)))[0]))
-    if model.endswith(".toml"):
-        return shape_of_model(*model_of(Path(model), read_layers(Path(model))[0]))
     return shape_of_model(*config_from_hf(model))

@@ -92,7 +92,7 @@ def _is_first() -> bool:
 
 
 def _complain(text: str) -> None:
-    print(f"lowline.train: {text}", file=sys.stderr)
+    print(f"lowline train: {text}", file=sys.stderr)
 
 
 @contextmanager

@@ -1,95 +1,21 @@
-"""`lowline export`, `lowline import` and `lowline generate`.
+"""`lowline generate`: a model continues a prompt.
 
-lowline export outputs/demo_cola exported/
 lowline generate exported/ "A list is" --max-new-tokens 64
 lowline generate converted/ "What is a list?" --chat --stats
-lowline import HuggingFaceTB/SmolLM2-135M --output smollm2/ > model.toml
 """
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
-from pathlib import Path
-from typing import Any, Literal
-
-from transformers import TextStreamer
+from typing import TYPE_CHECKING, Any, Literal
 
 from lowline.errors import LowlineError
 
+if TYPE_CHECKING:
+    from transformers import TextStreamer
+
 DType = Literal["float32", "bfloat16", "float16"]
-
-
-def export(
-    checkpoint: Path,
-    output: Path,
-    *,
-    dtype: DType = "float32",
-    adapter: bool = False,
-    overwrite: bool = False,
-) -> None:
-    """Write a training checkpoint as a Hugging Face directory.
-
-    Args:
-        checkpoint: A run's output folder (its latest step is taken), or one step folder.
-        output: The directory to make.
-        dtype: Of the weights.
-        adapter: Leave LoRA's factors out of them; OUTPUT/adapter has those, in PEFT's format.
-        overwrite: Replace an earlier export.
-    """
-    from lowline.train.hf.export import export
-
-    folder = export(checkpoint, output, dtype=dtype, adapter=adapter, overwrite=overwrite)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    print(f"{folder}: {size / 1e6:.1f} MB")
-
-
-def import_tables(
-    source: str,
-    *,
-    output: Path | None = None,
-    gguf_file: str | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Print the [model], [cola] and [checkpoint] tables under which a Hugging Face model trains.
-
-    Args:
-        source: A directory, a GGUF file, or a hub id.
-        output: Copy the weights to this directory, which a hub model or a GGUF file needs.
-        gguf_file: The GGUF file to read of a directory or hub id that holds several.
-        overwrite: Replace OUTPUT if it is a Hugging Face directory.
-    """
-    import tomli_w
-
-    from lowline.train.hf.config import config_from_hf
-
-    if source.endswith(".gguf") and gguf_file is None:
-        source, gguf_file = str(Path(source).parent), Path(source).name
-    if output is None and not (Path(source) / "config.json").is_file():
-        raise LowlineError(f"{source} is no directory of safetensors: give --output to make one")
-    model, cola = config_from_hf(source, gguf_file=gguf_file)
-    if output is not None:
-        from lowline.train.hf.export import import_weights
-
-        import_weights(source, output, gguf_file=gguf_file, overwrite=overwrite)
-    weights = str(output or source)
-    tables = {
-        "tokenizer": weights,
-        "model": _set_fields(model),
-        "cola": _set_fields(cola),
-        "checkpoint": {"initial_weights": weights},
-    }
-    print(tomli_w.dumps({name: table for name, table in tables.items() if table}), end="")
-
-
-def _set_fields(section: Any) -> dict[str, Any]:
-    """A section's fields that differ from their defaults."""
-    return {
-        f.name: value if not dataclasses.is_dataclass(value) else _set_fields(value)
-        for f in dataclasses.fields(section)
-        if (value := getattr(section, f.name)) != f.default
-    }
 
 
 def generate(
@@ -124,6 +50,7 @@ def generate(
         ValueError: no such model, an empty prompt, no chat template, or a number out of its range.
     """
     import torch
+    from transformers import TextStreamer
 
     from lowline.linearize.convert import load_teacher, load_tokenizer
 
@@ -151,7 +78,7 @@ def generate(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     torch.manual_seed(seed)
-    streamer = _Clocked(tokenizer, skip_prompt=chat, skip_special_tokens=True)
+    streamer = _Clocked(TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True))
     made = body.generate(
         **inputs.to(body.device),
         **sampling,
@@ -176,16 +103,19 @@ def _asked(tokenizer: Any, message: str, model: str) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-class _Clocked(TextStreamer):
-    """Prints the text, and keeps when the prompt and each token came."""
+class _Clocked:
+    """A streamer that notes when the prompt and each token came, before another prints them."""
 
-    def __init__(self, *args: Any, **how: Any) -> None:
-        super().__init__(*args, **how)
+    def __init__(self, streamer: TextStreamer) -> None:
+        self.streamer = streamer
         self.times: list[float] = []
 
     def put(self, value: Any) -> None:
         self.times.append(time.perf_counter())
-        super().put(value)
+        self.streamer.put(value)
+
+    def end(self) -> None:
+        self.streamer.end()
 
 
 def _stats(config: Any, cache: Any, times: list[float]) -> str:

@@ -1,0 +1,270 @@
+"""The command line itself: words, options, keys, help, mistakes, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from lowline import LowlineError, command_line
+from lowline.command_line import Keys, Mark, Positional
+from lowline.tools.cli import COMMANDS, main
+from lowline.train.config.shipped import find_config, shipped_configs
+
+ROOT = Path(__file__).parents[2]
+
+
+# -------------------------------------------------------------------------------- the parser
+
+
+def sample(
+    source: Path,
+    *,
+    rate: float = 0.5,
+    sizes: tuple[int, ...] = (1, 2),
+    kind: Literal["one", "two"] = "one",
+    quick: bool = False,
+    plots: bool = True,
+    limit: int | None = None,
+) -> int:
+    """Do something.
+
+    More about it.
+
+    Args:
+        source: Where from, 100% of
+            it.
+        rate: How fast.
+
+    Returns:
+        Nothing.
+    """
+    raise AssertionError
+
+
+def with_keys(
+    file: Positional = None,
+    *,
+    dry: command_line.Annotated[int | None, Mark("bare", 0)] = None,
+    quick: bool = False,
+    keys: Keys = (),
+) -> int:
+    """Do something with keys."""
+    raise AssertionError
+
+
+def parse(function, line: str) -> dict:
+    return command_line.parse(function, line.split(), "lowline sample")
+
+
+def test_values_have_the_types_of_the_signature() -> None:
+    assert parse(sample, "a/b") == dict(
+        source=Path("a/b"), rate=0.5, sizes=(1, 2), kind="one", quick=False, plots=True, limit=None
+    )
+    line = "--rate=2 a --kind two --sizes 3 4 --quick --no-plots --limit 7"
+    assert parse(sample, line) == dict(
+        source=Path("a"), rate=2.0, sizes=(3, 4), kind="two", quick=True, plots=False, limit=7
+    )
+    assert parse(sample, "a --no-quick")["quick"] is False
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "missing: SOURCE"),
+        ("a b", "unrecognized arguments: b"),
+        ("a --rate", "--rate: expected one argument"),
+        ("a --rate x", "--rate: invalid float value: 'x'"),
+        ("a --kind three", "--kind: 'three': choose from one, two"),
+        ("a --size 3", "--size: no such option; did you mean --sizes?"),
+        ("a --model.dim=3", "--model.dim: no such option"),
+    ],
+)
+def test_what_a_command_refuses(line: str, message: str) -> None:
+    with pytest.raises(command_line.UsageError) as error:
+        parse(sample, line)
+    assert message in str(error.value) and "`lowline sample --help`" in str(error.value)
+
+
+def test_keys_are_written_with_a_space_or_an_equals_sign() -> None:
+    line = "f.toml --a.b=c --quick --a.b_c d --output X --stage.one-two.x -1 --empty="
+    assert parse(with_keys, line) == dict(
+        file="f.toml", dry=None, quick=True,
+        keys=("--a.b=c", "--a.b_c=d", "--output=X", "--stage.one-two.x=-1", "--empty="),
+    )  # fmt: skip
+    assert parse(with_keys, "--dry f.toml") == dict(file="f.toml", dry=0, quick=False, keys=())
+    assert parse(with_keys, "--dry=64")["dry"] == 64
+    for line in ("--a.b", "--a.b --quick"):
+        with pytest.raises(command_line.UsageError, match="--a.b: a value is missing"):
+            parse(with_keys, line)
+
+
+def test_help_names_arguments_and_shows_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    text = command_line.parser_of(sample, "lowline sample").format_help()
+    assert text.startswith("usage: lowline sample [OPTIONS] SOURCE\n\nDo something.\n\nMore about")
+    words = " ".join(text.split())
+    assert "SOURCE Where from, 100% of it." in words
+    assert "--rate X How fast. (default: 0.5)" in words
+    assert "--kind {one,two}" in text and "--sizes [N ...]" in text and "--no-plots" in text
+    assert "--no-quick" not in text and "Returns" not in text and "Nothing" not in text
+
+
+# ----------------------------------------------------------------- mistakes and exit codes
+
+
+def raising(error: BaseException):
+    def command() -> None:
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (LowlineError("key = 3; at most 2"), "lowline x: key = 3; at most 2\n"),
+        (FileNotFoundError(2, "No such file or directory", "a"),
+         "lowline x: [Errno 2] No such file or directory: 'a'\n"),
+        (ImportError("Please install torch and gguf>=0.10.0 to load a GGUF checkpoint"),
+         "lowline x: gguf is not installed, which this needs: pip install 'lowline[gguf]'\n"),
+        (ModuleNotFoundError("No module named 'lm_eval'", name="lm_eval"),
+         "lowline x: lm_eval is not installed, which this needs: pip install 'lowline[eval]'\n"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line(error, message, capsys) -> None:
+    assert command_line.run(raising(error), [], prog="lowline x") == 2
+    assert capsys.readouterr().err == message
+    assert command_line.run(raising(error), ["--debug"], prog="lowline x") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and said.endswith(message)
+
+
+@pytest.mark.parametrize("error", [ValueError("of torch"), ImportError("cannot import name")])
+def test_what_is_no_mistake_of_the_user_is_not_swallowed(error) -> None:
+    with pytest.raises(type(error)):
+        command_line.run(raising(error), [], prog="lowline x")
+
+
+def test_ctrl_c_is_130_without_a_traceback(capsys) -> None:
+    assert command_line.run(raising(KeyboardInterrupt()), [], prog="lowline x") == 130
+    assert capsys.readouterr().err == "\n"
+
+
+def test_extras_are_those_of_the_package() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for package, extra in command_line.EXTRAS.items():
+        names = [line.partition(">")[0] for line in extras["optional-dependencies"][extra]]
+        assert package.replace("_", "-") in names
+
+
+# ------------------------------------------------------------------------------------ words
+
+
+def test_version(capsys) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lowline {version('lowline')}\n"
+
+
+def test_the_overview_lists_every_command(capsys) -> None:
+    assert main([]) == main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for words, command in COMMANDS.items():
+        assert f"  {words:16} {command.about}\n" in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("group", ["bench", "inspect", "plan"])
+def test_a_group_lists_its_commands(group: str, capsys) -> None:
+    assert main([group, "--help"]) == 0 and main([group]) == 2
+    listed = [line.split("  ")[1] for line in capsys.readouterr().out.splitlines() if "  " in line]
+    assert listed == 2 * [words for words in COMMANDS if words.startswith(f"{group} ")]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "'trian' is no command; did you mean `lowline train`? `lowline --help`"),
+        (["bench", "deocde"], "did you mean `lowline bench decode`? `lowline bench --help`"),
+        (["xyzzy"], "lowline: 'xyzzy' is no command; `lowline --help` lists them"),
+    ],
+)
+def test_an_unknown_command(words: list[str], message: str, capsys) -> None:
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert message in err and not out
+
+
+LIGHT = """
+import contextlib, io, json, sys
+from lowline.tools.cli import main
+heavy = {}
+for line in json.loads(sys.argv[1]):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        code = main(line)
+    names = [name for name in ("torch", "transformers", "torchtitan") if name in sys.modules]
+    heavy[" ".join(line)] = [code, names, out.getvalue()]
+    assert not names, (line, names)
+print(json.dumps(heavy))
+"""
+
+
+def answers(*lines: list[str]) -> dict[str, list]:
+    """What commands say, in one process that has imported nothing slow by its end."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", LIGHT, json.dumps(lines)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_help_imports_nothing_slow() -> None:
+    lines = [[*words.split(), "--help"] for words, command in COMMANDS.items() if not command.keys]
+    for line, (code, _, said) in answers(*lines).items():
+        assert code == 0, line
+        assert said.startswith(f"usage: lowline {line.removesuffix(' --help')} [OPTIONS]"), line
+
+
+def test_mistakes_import_nothing_slow() -> None:
+    said = answers(["train"], ["train", "no/where.toml"], ["export", "a"], ["configs", "cola_60n"],
+                   ["generate", "a", "b", "--max-tokens=3"])  # fmt: skip
+    assert {code for code, _, _ in said.values()} == {2}
+    texts = [text for _, _, text in said.values()]
+    assert "give a TOML file, or the name of one that `lowline configs` lists" in texts[0]
+    assert texts[1].startswith("lowline train: no/where.toml: no such file")
+    assert "did you mean cola_60m" in texts[3]
+    assert "did you mean --max-new-tokens?" in texts[4]
+
+
+# --------------------------------------------------------------------------- configurations
+
+
+def test_shipped_configurations_are_found_by_name() -> None:
+    known = shipped_configs()
+    assert {"cola_60m", "demo_smollm2"} <= known.keys()
+    folder = ROOT / "configs"
+    for name in ("cola_60m", "cola_60m.toml", "configs/cola_60m.toml", f"{folder}/cola_60m.toml"):
+        assert find_config(name).samefile(folder / "cola_60m.toml")
+    for name in ("demo_smollm2", "configs/linearize/demo_smollm2.toml", "linearize/demo_smollm2"):
+        assert find_config(name).samefile(folder / "linearize" / "demo_smollm2.toml")
+    for name in ("other/cola_60m", "cola_60n"):
+        with pytest.raises(LowlineError, match="no such file"):
+            find_config(name)
+
+
+def test_a_file_of_the_user_comes_first(tmp_path, monkeypatch) -> None:
+    (tmp_path / "cola_60m").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert find_config("cola_60m") == Path("cola_60m")
+
+
+def test_two_files_are_refused(capsys) -> None:
+    assert main(["train", "one.toml", "--config", "cola_60m"]) == 2
+    assert "'one.toml' is not understood: --config cola_60m names" in capsys.readouterr().err
