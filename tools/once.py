@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lowline.files import write_text
 from lowline.train.config.load import changes, to_toml
+from lowline.train.config.objective import without_other_kinds
 from lowline.train.config.run import RunConfig
 from lowline.train.config.tables import ConfigError, leaves, read_toml
 
@@ -27,7 +28,8 @@ def is_done(run: RunConfig) -> bool:
     done = Path(run.output) / DONE
     if not done.is_file():
         return False
-    before, now = (dict(leaves(t)) for t in (read_toml(done), tomllib.loads(to_toml(run))))
+    saved = without_other_kinds(read_toml(done))
+    before, now = (dict(leaves(t)) for t in (saved, tomllib.loads(to_toml(run))))
     if changed := changes(before, now):
         raise ConfigError(
             f"{done.parent} was finished with {'; '.join(changed)}. Set it back, give another "

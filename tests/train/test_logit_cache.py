@@ -1,4 +1,4 @@
-"""A teacher's likeliest tokens on disk: the loss they give, and runs that write and find them."""
+"""A teacher's top-k tokens on disk: the loss they give, and runs that write and find them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lowline.train.engine.titan_compat import prepare
 prepare()
 
 from lowline.train.config.load import load_config  # noqa: E402
-from lowline.train.objectives import build as objectives  # noqa: E402
-from lowline.train.objectives.logit_cache import LogitCache, cache_bytes, likeliest_of  # noqa: E402
+from lowline.train.objectives import distill as objectives  # noqa: E402
+from lowline.train.objectives.logit_cache import LogitCache, top_k_of  # noqa: E402
 
 V = 50
 
@@ -38,7 +38,7 @@ def labels() -> torch.Tensor:
 def test_loss_and_gradient(k, temperature):
     """Against the divergence of the merged distributions in fp64; all of it where k = V - 1."""
     teacher, student = logits(0), logits(1).requires_grad_()
-    log_p, ids = likeliest_of(teacher, torch.nn.Identity(), k, temperature, chunks=3)
+    log_p, ids = top_k_of(teacher, torch.nn.Identity(), k, temperature, chunks=3)
     assert log_p.dtype == torch.float16 and log_p.shape == (2, 7, k + 1) and ids.shape == (2, 7, k)
     loss = top_k_distillation_loss(student, log_p, ids, labels(), temperature)
 
@@ -95,7 +95,8 @@ def test_a_second_run_needs_no_teacher(teacher, first, tmp_path, monkeypatch):
     run, cache = first
     files = sorted(cache.glob("??/*.safetensors"))
     assert len(files) >= 12 * 8  # a row of each step, and the held-out ones
-    predicted = cache_bytes(load_config(run / "config.toml")) / (12 * 8 + 4096 // 64)
+    saved = load_config(run / "config.toml")
+    predicted = saved.objective.disk_bytes(saved) / (12 * 8 + 4096 // 64)
     assert all(predicted < path.stat().st_size < predicted + 512 for path in files)
     without_teacher(monkeypatch)
     given = arguments(teacher, cache)
@@ -144,7 +145,7 @@ def test_a_damaged_file(teacher, first, tmp_path):
     held = LogitCache(tmp_path / "cache", teacher, 16, 1.0)
     ids, positions = torch.arange(64)[None], torch.arange(64)[None]
     assert held.read(ids, positions) is None
-    made = likeliest_of(torch.randn(1, 64, V), torch.nn.Identity(), 16, 1.0, 1)
+    made = top_k_of(torch.randn(1, 64, V), torch.nn.Identity(), 16, 1.0, 1)
     held.write(ids, positions, made)
     found = held.read(ids, positions)
     assert all(torch.equal(a, b) for a, b in zip(found, made, strict=True))
@@ -185,7 +186,7 @@ def test_refusals(teacher, first, tmp_path, capsys, monkeypatch):
 def test_rest_of_the_vocabulary_is_one():
     """A student that moves mass among tokens outside the k learns nothing from it."""
     teacher, student = logits(0), logits(1)
-    log_p, ids = likeliest_of(teacher, torch.nn.Identity(), 5, 1.0, 1)
+    log_p, ids = top_k_of(teacher, torch.nn.Identity(), 5, 1.0, 1)
     outside = torch.ones_like(student).scatter(-1, ids, 0.0).bool()
     order = torch.rand_like(student).masked_fill(~outside, 2).argsort(-1)
     moved = student.clone()

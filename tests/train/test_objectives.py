@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +17,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lowline.linearize.losses import distillation_loss, transfer_loss
-from lowline.train.config.load import ConfigError, load_config
+from lowline.train.config.load import ConfigError, known_keys, load_config, to_toml
 from lowline.train.config.run import (
     LoraConfig,
     MixerConfig,
-    ObjectiveConfig,
     OptimizerConfig,
     RunConfig,
     TrainingConfig,
@@ -35,11 +36,11 @@ from lowline.tools.commands.export import export  # noqa: E402
 from lowline.train.engine.optim import optimizer_config  # noqa: E402
 from lowline.train.model.build import build_model_config  # noqa: E402
 from lowline.train.model.lora import is_lora  # noqa: E402
-from lowline.train.objectives.build import (  # noqa: E402
-    DistillLoss,
-    TransferObjective,
-    loss_config,
-)
+from lowline.train.objectives.distill import DistillSection  # noqa: E402
+from lowline.train.objectives.losses import TeacherLoss  # noqa: E402
+from lowline.train.objectives.next_token import NextTokenSection  # noqa: E402
+from lowline.train.objectives.reverse_distill import ReverseDistillSection  # noqa: E402
+from lowline.train.objectives.transfer import TransferObjective, TransferSection  # noqa: E402
 from lowline.train.objectives.window_dropout import WindowDropout  # noqa: E402
 
 TRANSFER = (*training.MIXER, '--objective.kind="transfer"', "--optimizer.lr=0.1")
@@ -115,11 +116,33 @@ def test_distillation_loss_is_its_formula(temperature):
     assert float(distillation_loss(teacher, teacher, labels, temperature)) == 0
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_reverse_distillation_is_its_formula(temperature):
+    """τ² Σ_t Σ_v p log(p / q), p the student's; and its gradient, τ p (log(p / q) - KL)."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 5, 11, generator=generator).double() for _ in range(2))
+    labels = torch.tensor([[1, -100, 3, 0, 2], [-100, -100, 4, 4, -100]])
+    counted = (labels != -100)[..., None]
+    p, q = (x.div(temperature).softmax(-1) for x in (student, teacher))
+    ratio = (p / q).log()
+    kl = (p * ratio).sum(-1, keepdim=True)
+    section = ReverseDistillSection(teacher="t", temperature=temperature)
+    logits = student.float().requires_grad_()
+    found = section.divergence(logits, teacher.float(), labels, temperature)
+    found.backward()
+    found = found.detach()
+    assert float(found) == pytest.approx(float(temperature**2 * (kl * counted).sum()), rel=1e-6)
+    wanted = temperature * p * (ratio - kl) * counted
+    torch.testing.assert_close(logits.grad.double(), wanted, rtol=1e-5, atol=1e-6)
+    assert float(section.divergence(teacher, teacher, labels, temperature)) == 0
+    assert found > 0 and found != distillation_loss(student, teacher, labels, temperature)
+
+
 def test_transfer_objective_compares_the_mixer_with_softmax_of_the_same_layer():
     """By hand: the dense model's attention outputs, and the mixer on the dense model's q, k, v."""
-    run = tiny_run(objective=ObjectiveConfig(kind="transfer"))
+    run = tiny_run(objective=TransferSection())
     student = body_of(run)
-    dense = body_of(replace(run, mixer=None, objective=ObjectiveConfig()))
+    dense = body_of(replace(run, mixer=None, objective=NextTokenSection()))
     dense.load_state_dict(student.state_dict(), strict=False)
     ids, labels, positions = batch()
     targets, inputs = [], []
@@ -150,7 +173,7 @@ def test_transfer_objective_compares_the_mixer_with_softmax_of_the_same_layer():
 
 
 def test_rows_and_microbatches_add_up():
-    run = tiny_run(objective=ObjectiveConfig(kind="transfer"))
+    run = tiny_run(objective=TransferSection())
     student, (ids, labels, positions) = body_of(run), batch()
     objective = TransferObjective(None, [0, 1])
     parts = [slice(0, 2)], [slice(0, 1), slice(1, 2)]
@@ -176,18 +199,14 @@ def test_rows_and_microbatches_add_up():
 def test_distill_loss_in_chunks_is_that_of_all_logits(chunks):
     student, teacher = body_of(tiny_run()), body_of(tiny_run(None), seed=3)
     ids, labels, positions = batch()
-    run = tiny_run(
-        objective=ObjectiveConfig(
-            kind="distill", teacher="t", temperature=2.0, next_token_weight=0.3
-        )
-    )
+    run = tiny_run(objective=DistillSection(teacher="t", temperature=2.0, next_token_weight=0.3))
     logits, wanted = student(ids, positions=positions), teacher(ids, positions=positions).detach()
     loss = distillation_loss(logits, wanted, labels, 2.0) / 22
     loss = loss + 0.3 * F.cross_entropy(logits.flatten(0, 1), labels.flatten()) / 1
     loss.backward()
     expected = {n: p.grad.clone() for n, p in student.named_parameters()}
     student.zero_grad()
-    fn = replace(loss_config(run, 2), num_chunks=chunks).build()
+    fn = replace(run.objective.loss_config(run, 2), num_chunks=chunks).build()
     fn.set_lm_head(student.lm_head)
     fn.loss_fn.teacher_head = teacher.lm_head
     student._skip_lm_head = teacher._skip_lm_head = True
@@ -200,15 +219,15 @@ def test_distill_loss_in_chunks_is_that_of_all_logits(chunks):
 
 
 def test_logits_at_once_are_bounded():
-    run = tiny_run(objective=ObjectiveConfig(kind="distill", teacher="t"))
+    run = tiny_run(objective=DistillSection(teacher="t"))
     wide = replace(
         run,
         model=replace(training.MODEL, vocab_size=49152),
         training=TrainingConfig(steps=1, seq_len=1024, global_batch_size=8),
     )
-    assert loss_config(run, 2).num_chunks == 1
-    assert loss_config(wide, 8).num_chunks == 32  # 8 x 32 tokens x 49152 logits
-    assert isinstance(loss_config(wide, 8).loss_fn, DistillLoss.Config)
+    assert run.objective.loss_config(run, 2).num_chunks == 1
+    assert wide.objective.loss_config(wide, 8).num_chunks == 32  # 8 x 32 tokens x 49152 logits
+    assert isinstance(wide.objective.loss_config(wide, 8).loss_fn, TeacherLoss.Config)
 
 
 @pytest.mark.parametrize("mixer", ["hedgehog", "lolcats"])
@@ -258,7 +277,7 @@ def test_attention_weights_are_those_of_the_formula(mixer):
 
 @pytest.mark.parametrize("trainable", ["all", "mixers", "attention"])
 def test_what_trains(trainable):
-    body = body_of(tiny_run(objective=ObjectiveConfig(trainable=trainable)))
+    body = body_of(tiny_run(objective=NextTokenSection(trainable=trainable)))
     ids, labels, positions = batch()
     F.cross_entropy(body(ids, positions=positions).flatten(0, 1), labels.flatten()).backward()
     for name, parameter in body.named_parameters():
@@ -271,7 +290,7 @@ def test_what_trains(trainable):
 
 
 def test_window_dropout_falls_to_nought_and_depends_on_seed_and_step():
-    run = tiny_run(objective=ObjectiveConfig(window_dropout=0.8, window_dropout_until=0.5))
+    run = tiny_run(objective=NextTokenSection(window_dropout=0.8, window_dropout_until=0.5))
     many = replace(run, model=replace(run.model, n_layers=64))
     body = build_model_config(many).build()
     dropout = WindowDropout(body, run.objective, steps=40, seed=0)
@@ -403,11 +422,19 @@ def test_a_step_without_labels(teacher, tmp_path):
     assert all(weight.isfinite().all() for weight in weights.values())
 
 
-def test_a_student_that_is_its_teacher_has_nothing_to_learn(teacher, tmp_path):
-    arguments = training.distilled(teacher, '--mixer.layers="none"', "--training.steps=2")
+@pytest.mark.parametrize(
+    ("kind", "measure"), [("distill", "kl"), ("reverse-distill", "reverse_kl")]
+)
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(teacher, tmp_path, kind, measure):
+    still = ("--optimizer.lr=1e-12", "--optimizer.weight_decay=0", "--training.steps=2")
+    arguments = training.distilled(
+        teacher, '--mixer.layers="none"', f"--objective.kind={kind}", *still
+    )
     assert training.train_here(tmp_path / "run", *arguments) == 0
     first = next(r for r in read_metrics(tmp_path / "run") if "loss" in r)
     assert abs(first["loss"]) < 1e-6 and first["grad_norm"] < 1e-4
+    assert abs(final(tmp_path / "run", f"eval_{measure}")) < 1e-5
+    assert final(tmp_path / "run", "eval_loss") > 1
 
 
 @pytest.mark.slow
@@ -541,6 +568,56 @@ def test_mixers_have_their_own_learning_rate():
     assert all(rate == (1e-2 if ".mixer." in name else 1e-3) for name, rate in rates.items())
 
 
+# ------------------------------------------------------------------------- files and the registry
+
+SAVED = """
+kind = "{kind}"
+temperature = {temperature}
+next_token_weight = 0.0
+top_k = 256
+attention_weight = 0.0
+window_dropout = 0.0
+window_dropout_until = 0.5
+calibration_steps = 0
+{more}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "temperature", "more"),
+    [("next-token", 1.0, ""), ("transfer", 1.0, ""), ("distill", 2.0, 'teacher = "t"')],
+)
+def test_a_file_saved_before_objectives_had_keys_of_their_own(kind, temperature, more, tmp_path):
+    """It lists the keys of all objectives; those of others hold their defaults."""
+    run = tiny_run(activation_checkpoint="none")
+    tables = to_toml(run).split("[objective]")
+    rest = tables[1][tables[1].index("\n[") :]
+    objective = SAVED.format(kind=kind, temperature=temperature, more=more)
+    path = tmp_path / "config.toml"
+    path.write_text(f"{tables[0]}[objective]\n{objective}{rest}")
+    section = load_config(path).objective
+    assert section.kind == kind and getattr(section, "temperature", 1.0) == temperature
+    assert to_toml(load_config(path)).count("attention_weight") == (kind == "transfer")
+    path.write_text(path.read_text().replace("top_k = 256", "top_k = 8"))
+    with pytest.raises(ConfigError, match="top_k = 8"):
+        load_config(path)
+
+
+def test_sections_need_no_torch_and_have_keys_of_their_own():
+    code = (
+        "import sys\n"
+        "from lowline.train.config.objective import KIND, OBJECTIVES\n"
+        "for kind in OBJECTIVES: assert KIND.section(kind).kind == kind\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+    keys = known_keys()
+    assert keys["objective.attention_weight"] == "number >= 0 (kind transfer)"
+    assert "(kind distill, reverse-distill)" in keys["objective.temperature"]
+    assert "(kind" not in keys["objective.window_dropout"]
+
+
 # -------------------------------------------------------------------------------------- messages
 
 BAD = {
@@ -549,7 +626,15 @@ BAD = {
     "--mixer.options={window = -1}": "[mixer]: mixer 'lolcats': window = -1",
     '--mixer.layers="1-9"': "[mixer]: layers = '1-9' names [2, 3, 4, 5, 6, 7, 8, 9]",
     '--objective.kind="distill"': 'objective: kind = "distill" without a teacher',
-    "--objective.temperature=2": 'temperature = 2.0 with kind = "next-token": only "distill"',
+    "--objective.temperature=2": (
+        'objective.temperature = 2: unknown key with kind = "next-token"; "distill" and '
+        '"reverse-distill" have it'
+    ),
+    '--objective.kind="transfer" --objective.attention_wieght=1': (
+        'unknown key with kind = "transfer". Did you mean objective.attention_weight?'
+    ),
+    '--objective.kind="distil"': "objective.kind = 'distil': Input should be 'next-token', "
+    "'transfer', 'distill' or 'reverse-distill'. Did you mean 'distill'?",
     '--lora.projections=["qkv"]': "lora.projections = 'qkv': Input should be 'q', 'k'",
     "--lora.projections=[]": "projections = []: name at least one",
     "--lora.rank=4 --cola.rank={q = 8}": "lora.projections names 'q', which is low-rank here",

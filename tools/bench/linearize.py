@@ -69,7 +69,7 @@ def bench_linearize(
         teacher = Path(folder) / "teacher"
         for number, name in enumerate(stages.names):
             run = _alone(stages.run(number, teacher=teacher), Path(folder) / name)
-            if run.objective.kind == "distill" and not teacher.exists():
+            if run.objective.needs_teacher and not teacher.exists():
                 save_random(run, teacher)
             report["stages"][name] = bench_stage(run, repeats)
     _print(report, repeats)
@@ -119,11 +119,11 @@ def teacher_forward(run: RunConfig, batch: dict[str, Any]) -> Callable[[], None]
     """A function that runs what a run converts over the tokens of a step, given a local batch."""
     import torch
 
-    from lowline.train.config.run import ObjectiveConfig
+    from lowline.train.config.run import default_objective
     from lowline.train.model.build import build_model_config
 
     optimizer = replace(run.optimizer, mixer_lr=None)
-    plain = replace(run, mixer=None, lora=None, objective=ObjectiveConfig(), optimizer=optimizer)
+    plain = replace(run, mixer=None, lora=None, objective=default_objective(), optimizer=optimizer)
     model = build_model_config(plain).build()
     with torch.no_grad():
         model.init_states()

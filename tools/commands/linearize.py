@@ -128,7 +128,7 @@ def _dry_run(stages: Stages, given: Arguments) -> int:
     _check_blocks(runs, given.blocks)
     for name, run in zip(stages.names, runs, strict=True):
         print(f"stage {name}")
-        if given.blocks is not None and run.objective.kind == "transfer":
+        if given.blocks is not None and run.objective.blockwise:
             print_blocks(run, given.blocks, given.processes)
         else:
             print_dry_run(run, given.processes)
@@ -139,7 +139,7 @@ def _check_blocks(runs: Sequence[RunConfig], blocks: Blocks | None) -> None:
     """Raise ConfigError where the stages have no such blocks."""
     if blocks is None:
         return
-    transfers = [run for run in runs if run.objective.kind == "transfer"]
+    transfers = [run for run in runs if run.objective.blockwise]
     if not transfers:
         raise ConfigError(
             f'--block-size {blocks.size} without a stage of objective.kind = "transfer": only '
@@ -245,7 +245,7 @@ def _run_stage(stages: Stages, number: int, tables: dict[str, Any], given: Argum
     if is_done(run):
         print(f"stage {stages.names[number]}: done, {stages.newest_step(number)}")
         return 0
-    transfer = run.objective.kind == "transfer"
+    transfer = run.objective.blockwise
     if given.blocks is not None and given.blocks.chosen is not None and not transfer:
         raise ConfigError(
             f"--blocks {given.blocks.chosen}: stage {stages.names[number]!r} is next, and trains "

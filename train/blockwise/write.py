@@ -5,11 +5,11 @@ exactly the steps that a run of the whole model would take, in its order, and th
 the hidden states, one block's weights in memory at a time. `lowline.train.blockwise.job.block_run`
 is the run that trains a block with them.
 
-Block b's loss is its layers' part of the whole mean (`lowline.train.objectives.build`), its mixers
-begin as they would there, so each parameter gets the gradient it would get in a run of the whole
-model. Two things differ: gradients are clipped by a block's norm instead of the whole model's, and
-hidden states are rounded to what is stored, which in bf16 changes nothing where
-`training.precision` is bfloat16.
+Block b's loss is its layers' part of the mean over all layers
+(`lowline.train.objectives.transfer`), its mixers begin as they would there, so each parameter gets
+the gradient it would get in a run of the whole model. Two things differ: gradients are clipped by a
+block's norm instead of the whole model's, and hidden states are rounded to what is stored, which in
+bf16 changes nothing where `training.precision` is bfloat16.
 
 Left out: writing inputs on several devices; held-out text, for which a block has no logits.
 
@@ -44,7 +44,7 @@ from lowline.train.blockwise.store import (
     check_space,
 )
 from lowline.train.config.load import changes
-from lowline.train.config.objective import ObjectiveConfig
+from lowline.train.config.objective import default_objective
 from lowline.train.config.run import RunConfig
 from lowline.train.config.tables import leaves
 from lowline.train.data import lane_config
@@ -196,7 +196,7 @@ def _layers(run: RunConfig, layers: range, rows: int) -> Step:
         run,
         model=replace(run.model, max_seq_len=None),  # as far as the sequences go
         mixer=None,
-        objective=ObjectiveConfig(),
+        objective=default_objective(),
         optimizer=replace(run.optimizer, mixer_lr=None),
         evaluation=replace(run.evaluation, enable=False),
     )

@@ -2,12 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Union
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Discriminator, Field, GetCoreSchemaHandler, Tag
+from pydantic_core import CoreSchema
 
 # Field names the section it annotates; pydantic checks the bounds.
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Strict = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Variants:
+    """A table of which one key decides what the others are; annotates the table's field.
+
+    Args:
+        key: the key that decides, such as "kind".
+        default: its value where a table has none.
+        sections: "module:class" by value. A class is imported when it is needed, so that the
+            modules of `config` import none that stand above them.
+    """
+
+    key: str
+    default: str
+    sections: Mapping[str, str]
+
+    def section(self, value: str) -> type:
+        """Return the class of a table with this value."""
+        module, _, name = self.sections[value].partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    def value_of(self, table: Any) -> str:
+        """Return the value that a table, or a section made of one, has."""
+        if isinstance(table, Mapping):
+            return str(table.get(self.key, self.default))
+        return str(getattr(table, self.key, self.default))
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        tagged = tuple(Annotated[self.section(value), Tag(value)] for value in self.sections)
+        union = Annotated[Union[tagged], Discriminator(self.value_of)]  # noqa: UP007
+        return handler.generate_schema(union)

@@ -23,6 +23,8 @@ from typing import Any
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
+from lowline.train.config.fields import Variants
+from lowline.train.config.objective import without_other_kinds
 from lowline.train.config.run import RunConfig
 from lowline.train.config.tables import (
     ONE_OF,
@@ -121,7 +123,7 @@ def validate(tree: dict[str, Any], origin: dict[str, str], default_origin: str) 
                 f"{where}: {section}.{key} = {table[key]!r} and {section}.{ONE_OF[key]} = "
                 f"{table[ONE_OF[key]]!r} say the same thing twice; keep one of them"
             )
-    text = json.dumps(tree)
+    text = json.dumps(without_other_kinds(tree))
     try:
         return TypeAdapter(RunConfig).validate_json(text)
     except ValidationError as error:
@@ -150,6 +152,10 @@ def _join_alternatives(lines: list[str]) -> list[str]:
 def _explain(error: Any, origin: dict[str, str], default_origin: str) -> str:
     keys = list(known_keys())
     parts = [str(p) for p in error["loc"]]
+    parts, table, variants, chosen = _without_tag(parts)
+    if variants is not None and chosen is not None:
+        keys = [k for k in keys if not k.startswith(table + ".")]
+        keys += dict(_fields(variants.section(chosen), table + "."))
     # Keep the path up to the last name of a key; what follows are the alternatives of a union.
     key = ".".join(parts)
     while parts and key not in keys and not any(k.startswith(key + ".") for k in keys):
@@ -161,6 +167,15 @@ def _explain(error: Any, origin: dict[str, str], default_origin: str) -> str:
     inside = {o for k, o in origin.items() if not key or k.startswith(key + ".")}
     where = origin.get(key) or " and ".join(sorted(inside)) or default_origin
     given = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"
+    if error["type"] == "union_tag_invalid" and variants is not None:
+        value, wanted = variants.value_of(error["input"]), [repr(v) for v in variants.sections]
+        near = difflib.get_close_matches(value, variants.sections, n=1, cutoff=0.5)
+        hint = f". Did you mean {near[0]!r}?" if near else ""
+        where = origin.get(f"{table}.{variants.key}", where)
+        return (
+            f"{where}: {table}.{variants.key} = {value!r}{_WANTED}{', '.join(wanted[:-1])} or "
+            f"{wanted[-1]}{hint}"
+        )
     if error["type"] == "unexpected_keyword_argument":
         section = key.rpartition(".")[0]
         prefix = f"{section}." if section else ""
@@ -168,8 +183,15 @@ def _explain(error: Any, origin: dict[str, str], default_origin: str) -> str:
         near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]}?" if near else ""
         names = ", ".join(dict.fromkeys(known))
+        variant = ""
+        if variants is not None and chosen is not None:
+            owners = [
+                f'"{v}"' for v in variants.sections if parts[-1] in _names(variants.section(v))
+            ]
+            variant = f' with {variants.key} = "{chosen}"'
+            variant += f"; {' and '.join(owners)} have it" if owners else ""
         return (
-            f"{where}: {key}{given}: unknown key.{hint} "
+            f"{where}: {key}{given}: unknown key{variant}.{hint} "
             f"Known in {f'[{section}]' if section else 'the top level'}: {names}"
         )
     if error["type"] == "missing":
@@ -190,16 +212,54 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _fields(cls: Any, prefix: str) -> Iterator[tuple[str, str]]:
     from typing import get_type_hints
 
-    hints = get_type_hints(cls)
+    hints, extras = get_type_hints(cls), get_type_hints(cls, include_extras=True)
     for f in dataclasses.fields(cls):
         kind = hints[f.name]
         inner = next(
             (t for t in (kind, *getattr(kind, "__args__", ())) if dataclasses.is_dataclass(t)), None
         )
-        if inner is not None:
+        if (variants := _variants_of(extras[f.name])) is not None:
+            yield from _fields_of_variants(variants, f"{prefix}{f.name}.")
+        elif inner is not None:
             yield from _fields(inner, f"{prefix}{f.name}.")
         else:
             yield prefix + f.name, _describe(_type_text(f.type))
+
+
+def _fields_of_variants(variants: Variants, prefix: str) -> Iterator[tuple[str, str]]:
+    """Yield every variant's keys once; those that not all have with the variants that do."""
+    words: dict[str, str] = {}
+    owners: dict[str, list[str]] = {}
+    for value in variants.sections:
+        for key, kind in _fields(variants.section(value), prefix):
+            words.setdefault(key, kind)
+            owners.setdefault(key, []).append(value)
+    words[prefix + variants.key] = "one of " + ", ".join(f'"{v}"' for v in variants.sections)
+    for key, kind in words.items():
+        some = len(owners[key]) < len(variants.sections)
+        yield key, kind + (f" ({variants.key} {', '.join(owners[key])})" if some else "")
+
+
+def _variants_of(annotation: Any) -> Variants | None:
+    found = (m for m in getattr(annotation, "__metadata__", ()) if isinstance(m, Variants))
+    return next(found, None)
+
+
+def _without_tag(parts: list[str]) -> tuple[list[str], str, Variants | None, str | None]:
+    """Return an error's path without the variant in it, and its table, variants and variant."""
+    from typing import get_type_hints
+
+    for name, annotation in get_type_hints(RunConfig, include_extras=True).items():
+        variants = _variants_of(annotation)
+        if variants is not None and parts[:1] == [name]:
+            if len(parts) > 1 and parts[1] in variants.sections:
+                return [name, *parts[2:]], name, variants, parts[1]
+            return parts, name, variants, None
+    return parts, "", None, None
+
+
+def _names(section: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(section)]
 
 
 def _type_text(annotation: Any) -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from lowline.cola.projections import ATTENTION, PROJECTIONS, ProjectionName
-from lowline.train.config.fields import Fraction, NonNegative, Positive, Strict
+from lowline.train.config.fields import Fraction, NonNegative, Positive, Strict, Variants
 
 if TYPE_CHECKING:
-    from lowline.train.config.run import RunConfig
+    from torchtitan.components.loss import BaseLoss
+    from torchtitan.trainer import Trainer
 
-SHORT = 1024  # tokens of a sequence whose attention weights may be written out
+    from lowline.train.config.run import RunConfig
+    from lowline.train.objectives.next_token import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,24 +45,27 @@ class LoraConfig:
             )
 
 
+OBJECTIVES = {
+    "next-token": "lowline.train.objectives.next_token:NextTokenSection",
+    "transfer": "lowline.train.objectives.transfer:TransferSection",
+    "distill": "lowline.train.objectives.distill:DistillSection",
+    "reverse-distill": "lowline.train.objectives.reverse_distill:ReverseDistillSection",
+}
+"""Every objective, one line each: its `kind` and the section of its file."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    """[objective]: what a run minimizes, and which parameters it trains for that."""
+class ObjectiveSection:
+    """[objective]: what a run minimizes, and which parameters it trains for that.
+
+    An objective is a file of `lowline.train.objectives` with a subclass of this, which adds its
+    keys, states the facts below where they differ, and makes what runs; and a line of `OBJECTIVES`.
+    """
 
     __pydantic_config__ = Strict
-    # "next-token": cross-entropy. "transfer": each mixer's output towards softmax attention's of
-    # the same weights (LoLCATs' first stage). "distill": logits towards a teacher's.
-    kind: Literal["next-token", "transfer", "distill"] = "next-token"
-    teacher: str | None = None  # distill: a Hugging Face directory with the same vocabulary
-    temperature: Annotated[float, Field(gt=0)] = 1.0  # distill
-    next_token_weight: Annotated[float, Field(ge=0)] = 0.0  # distill: cross-entropy added
-    # distill: a folder that keeps the teacher's top_k likeliest tokens, for runs on the same text;
-    # all others count as one. Default: the whole vocabulary, by the teacher in every step.
-    logit_cache: str | None = None
-    top_k: Positive = 256
-    # transfer: how much the divergence of attention weights is added, for short sequences.
-    attention_weight: Annotated[float, Field(ge=0)] = 0.0
-    # "mixers"; "attention": they and q, k, v, o. Default: "mixers" for transfer and beside [lora].
+    kind: str
+    # "mixers"; "attention": they and q, k, v, o. Default: "mixers" where nothing else can train and
+    # beside [lora].
     trainable: Literal["all", "mixers", "attention"] | None = None
     window_dropout: Fraction = 0.0  # how often a mixer goes without its window at first
     # The part of the steps after which none does any more.
@@ -68,27 +73,73 @@ class ObjectiveConfig:
     # How many steps' text mixers that can ("slots") are set up on before the first step.
     calibration_steps: NonNegative = 0
 
-    def __post_init__(self) -> None:
-        if self.kind == "distill" and self.teacher is None:
-            raise ValueError('kind = "distill" without a teacher; name its Hugging Face directory')
-        of_others = {
-            "distill": ("teacher", "temperature", "next_token_weight", "logit_cache", "top_k"),
-            "transfer": ("attention_weight",),
-        }
-        for kind, names in of_others.items():
-            for name in names if kind != self.kind else ():
-                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                    raise ValueError(
-                        f'{name} = {getattr(self, name)!r} with kind = "{self.kind}": only '
-                        f'"{kind}" has it; leave it out'
-                    )
-        if self.logit_cache is None and self.top_k != ObjectiveConfig.top_k:
-            raise ValueError(f"top_k = {self.top_k} without a logit_cache; name its folder")
-        if self.kind == "transfer" and self.trainable not in (None, "mixers"):
-            raise ValueError(
-                f'trainable = "{self.trainable}" with kind = "transfer", in which nothing but '
-                "mixers can train; leave it out"
-            )
+    teacher: ClassVar[str | None] = None  # the Hugging Face directory of a model to learn from
+    needs_teacher: ClassVar[bool] = False
+    perplexity: ClassVar[bool] = False  # e to the loss is one
+    mixers_only: ClassVar[bool] = False  # nothing but mixers trains or has a backward pass
+    fsdp_only: ClassVar[bool] = True  # neither tensor nor pipeline parallelism
+    blockwise: ClassVar[bool] = False  # layers can train on their own, from stored inputs
+    logit_tensors: ClassVar[int] = 3  # fp32 tensors as large as the logits, alive at once
+
+    def check(self, run: RunConfig) -> None:
+        """Raise ValueError where another key of the run does not fit; no file is read."""
+
+    def check_files(self, run: RunConfig) -> None:
+        """Raise ConfigError, ValueError or OSError where a file that is needed does not fit."""
+
+    def disk_bytes(self, run: RunConfig) -> int:
+        """Return what the objective itself keeps on disk."""
+        return 0
+
+    def logit_chunks(self, run: RunConfig, rows: int) -> int:
+        """Return into how many pieces the logits of so many sequences are cut."""
+        return 1
+
+    def loss_config(self, run: RunConfig, rows: int) -> BaseLoss.Config:
+        """Return torchtitan's configuration of the loss function on logits.
+
+        Args:
+            rows: sequences of a forward pass.
+        """
+        from torchtitan.components.loss import CrossEntropyLoss
+
+        return CrossEntropyLoss.Config(global_vocab_size=run.model.vocab_size)
+
+    def build(self, run: RunConfig, trainer: Trainer) -> Objective:
+        """Return the objective of a run whose trainer, model included, has been built."""
+        raise NotImplementedError
+
+
+KIND = Variants(key="kind", default="next-token", sections=OBJECTIVES)
+ObjectiveConfig = Annotated[ObjectiveSection, KIND]
+
+# Until version 0.1 a saved configuration had the keys of every objective, with these defaults.
+_OF_OTHER_KINDS = {
+    "temperature": 1.0,
+    "next_token_weight": 0.0,
+    "top_k": 256,
+    "attention_weight": 0.0,
+}
+
+
+def default_objective() -> ObjectiveSection:
+    """Return what a run without [objective] minimizes."""
+    return KIND.section(KIND.default)()
+
+
+def without_other_kinds(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the tables of a saved configuration without the keys of other objectives.
+
+    A file that lists all of them was saved by an earlier version; its values for objectives it
+    does not have are the defaults. Other files come back as they are.
+    """
+    table = tree.get("objective")
+    if not isinstance(table, dict) or not _OF_OTHER_KINDS.keys() <= table.keys():
+        return tree
+    kind = KIND.value_of(table)
+    known = {f.name for f in fields(KIND.section(kind))} if kind in OBJECTIVES else table.keys()
+    kept = {k: v for k, v in table.items() if k in known or _OF_OTHER_KINDS.get(k) != v}
+    return tree | {"objective": kept}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,40 +170,17 @@ def check_stage(run: RunConfig) -> None:
     layers, trainable = run.mixer_layers(), run.trainable()
     learned = bool(layers) and any(p.numel() for p in run.mixer_on_meta().parameters())
     objective = run.objective
-    if objective.kind == "transfer":
-        if not layers:
-            raise ValueError(
-                'objective.kind = "transfer" without a mixer in any layer; set [mixer] name '
-                "and layers"
-            )
-        if run.activation_checkpoint != "none":
-            raise ValueError(
-                f'activation_checkpoint = "{run.activation_checkpoint}" with objective.kind = '
-                '"transfer", in which no block has a backward pass; set it to "none"'
-            )
-        if objective.attention_weight and not run.mixer_on_meta().is_average:
-            assert run.mixer is not None
-            raise ValueError(
-                f"objective.attention_weight = {objective.attention_weight} with mixer "
-                f"{run.mixer.name!r}, whose output is no average of values: it has no "
-                "attention weights; set it to 0"
-            )
-        if objective.attention_weight and run.training.seq_len > SHORT:
-            raise ValueError(
-                f"objective.attention_weight = {objective.attention_weight} with "
-                f"training.seq_len = {run.training.seq_len}: weights are as many as the "
-                f"sequence's length squared, so at most {SHORT}; set either lower"
-            )
+    objective.check(run)
     if run.compile and layers:
         raise ValueError(
             "compile = true with [mixer]: mixers choose their kernels as they run, which "
             "torch.compile cannot follow; set it to false"
         )
     if run.lora is not None:
-        if objective.kind == "transfer":
+        if objective.mixers_only:
             raise ValueError(
-                '[lora] with objective.kind = "transfer", in which nothing but mixers can '
-                "train; leave [lora] out"
+                f'[lora] with objective.kind = "{objective.kind}", in which nothing but mixers '
+                "can train; leave [lora] out"
             )
         if trainable != "mixers":
             raise ValueError(
@@ -189,7 +217,7 @@ def check_stage(run: RunConfig) -> None:
                 "window and a linear part; set it to 0 or choose such a mixer"
             )
     special = [name for name in ("mixer", "lora") if getattr(run, name) is not None]
-    if objective.kind != "next-token":
+    if objective.fsdp_only:
         special.append(f'objective.kind = "{objective.kind}"')
     for name in ("tensor_parallel", "pipeline_parallel"):
         if special and getattr(run.parallelism, name) > 1:
@@ -205,7 +233,7 @@ def _check_block(run: RunConfig) -> None:
         raise ValueError(
             f"block.last = {run.block.last}: the model's layers are 0 to {run.model.n_layers - 1}"
         )
-    if run.objective.kind != "transfer":
+    if not run.objective.blockwise:
         raise ValueError(
             f'[block] with objective.kind = "{run.objective.kind}", which needs the whole model; '
             'set it to "transfer" or leave [block] out'

@@ -22,6 +22,7 @@ from lowline.train.config.objective import (
     MixerConfig,
     ObjectiveConfig,
     check_stage,
+    default_objective,
 )
 from lowline.train.data.sources import SourceConfig
 
@@ -249,7 +250,7 @@ class RunConfig:
     mixer: MixerConfig | None = None
     lora: LoraConfig | None = None
     block: BlockConfig | None = None
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig = field(default_factory=default_objective)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -310,7 +311,7 @@ class RunConfig:
 
     def trainable(self) -> Literal["all", "mixers", "attention"]:
         """Which parameters train; beside [lora] its adapters are among them."""
-        mixers_only = self.objective.kind == "transfer" or self.lora is not None
+        mixers_only = self.objective.mixers_only or self.lora is not None
         return self.objective.trainable or ("mixers" if mixers_only else "all")
 
     def layers(self) -> range:

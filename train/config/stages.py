@@ -37,6 +37,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lowline.train.config.folder import saved_steps
 from lowline.train.config.load import COMMAND_LINE, parse_override, validate
+from lowline.train.config.objective import KIND, OBJECTIVES
 from lowline.train.config.run import ColaConfig, ModelConfig, RunConfig
 from lowline.train.config.tables import ConfigError, assign, leaves, merged, read_layers, stages_of
 
@@ -99,7 +100,7 @@ class Stages:
             initial = str(newest or self.folder(stage - 1) / "checkpoint" / "step-0")
         tree["output"], tree["tokenizer"] = str(self.folder(stage)), str(teacher)
         assign(tree, "checkpoint.initial_weights", initial)
-        if tree.get("objective", {}).get("kind") == "distill":
+        if _needs_teacher(tree):
             assign(tree, "objective.teacher", str(teacher))
         own = f"stage.{self.names[stage]}."
         origin = {k: place for k, place in self.origin.items() if not k.startswith("stage.")}
@@ -189,6 +190,11 @@ def check_model(stages: Stages, model: dict[str, Any]) -> None:
             f"{stages.path}: it is written for another model than the source: {', '.join(wrong)}. "
             "Mend [model], or leave it out: it follows from the source"
         )
+
+
+def _needs_teacher(tree: dict[str, Any]) -> bool:
+    kind = KIND.value_of(tree.get("objective", {}))
+    return kind in OBJECTIVES and KIND.section(kind).needs_teacher
 
 
 def _same(theirs: Any, ours: Any) -> bool:

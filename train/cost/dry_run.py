@@ -30,7 +30,6 @@ from lowline.train.cost.memory import (
     predict_memory,
 )
 from lowline.train.cost.parameters import count, model_parameters, shape_of, training_flops_of
-from lowline.train.objectives.logit_cache import cache_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +65,7 @@ def dry_run(run: RunConfig, world_size: int, device: Device | None = None) -> Re
     shape, policy, seq_len = shape_of(run), policy_of(run), run.training.seq_len
     saved = saved_by_model(shape, policy, device=device, tp=run.parallelism.tensor_parallel)
     recomputed = recomputed_flops_per_token(shape, seq_len, policy, device)
-    if run.objective.kind == "transfer":  # in which no block has a backward pass
+    if run.objective.mixers_only:  # no block has a backward pass
         saved, recomputed = Saved(), 0
     return Report(
         world_size=world_size,
@@ -81,7 +80,7 @@ def dry_run(run: RunConfig, world_size: int, device: Device | None = None) -> Re
         tokens_per_step=run.training.global_batch_size * seq_len,
         microbatches=microbatches_of(run, world_size)[0],
         memory=memory,
-        logit_cache=cache_bytes(run) if run.objective.logit_cache is not None else 0,
+        logit_cache=run.objective.disk_bytes(run),
     )
 
 

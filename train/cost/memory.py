@@ -44,7 +44,6 @@ from lowline.train.cost.parameters import (
 __all__ = ["Memory", "predict_memory", "shape_of", "shape_of_model", "stage_memory"]
 
 FP32 = 4
-LOGITS_AT_ONCE = 2**24  # of a distillation, elements: 64 MiB of fp32, of which a few tensors exist
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,14 +117,17 @@ def stage_memory(run: RunConfig, world_size: int, device: Device, pp_rank: int) 
     held = math.ceil(tokens * in_flight * (blocks + last).bytes(itemsize))
     mask = tokens * in_flight * seq_len * itemsize if _masked(run, device) else 0
     work = math.ceil(tokens * working.bytes(itemsize))
-    logits = 3 * FP32 * tokens * math.ceil(shape.vocab_size / tp) if "lm_head" in names else 0
+    logits = 0
+    if "lm_head" in names:
+        width = math.ceil(shape.vocab_size / tp)
+        chunks = run.objective.logit_chunks(run, rows)
+        logits = run.objective.logit_tensors * FP32 * tokens * width // chunks
     teacher = 0
-    if run.objective.kind == "transfer":
-        held, mask, logits = _held_in_transfer(run, tokens), 0, 0
+    if run.objective.mixers_only:
+        held, mask = _held_in_transfer(run, tokens), 0
         work = math.ceil(tokens * one_block.bytes(itemsize))  # no more than with a graph
         one_block = Saved()
-    elif run.objective.kind == "distill":
-        logits = 2 * logits // logit_chunks(run, rows)
+    if run.objective.needs_teacher:
         of_teacher = teacher_shape(run)
         teacher = itemsize * math.ceil(teacher_count(run) / shard)
         tables += of_teacher.n_layers * seq_len * 2 * of_teacher.head_dim * FP32
@@ -169,13 +171,6 @@ def _held_in_transfer(run: RunConfig, tokens: int) -> int:
     heads = 2 * m.n_heads + 2 * m.kv_heads
     elements = m.per_head * (heads * itemsize + 2 * m.n_heads * FP32)
     return len(run.mixer_layers()) * tokens * elements
-
-
-def logit_chunks(run: RunConfig, rows: int) -> int:
-    """Into how many pieces a distillation cuts sequences so that their logits stay few."""
-    L = run.training.seq_len
-    wanted = rows * L * run.model.vocab_size / LOGITS_AT_ONCE
-    return next(n for n in range(1, L + 1) if L % n == 0 and (n >= wanted or n == L))
 
 
 def _names_on(run: RunConfig, pp_rank: int) -> list[str]:

@@ -155,13 +155,13 @@ def training_flops_of(run: RunConfig) -> int:
     layers = [group for name, group in parameters_of(run).items() if name.startswith("layers.")]
     matrices = [p for group in layers for p in group if len(p.shape) > 1]
     of_mixers = 2 * sum(p.numel for p in matrices if p.part == "mixer")
-    if run.objective.kind == "transfer":
+    if run.objective.mixers_only:
         return softmax - head + 3 * (mixed * of_window + of_mixers)
     attention = (shape.n_layers - mixed) * of_attention + mixed * of_window
     trained = 2 * sum(p.numel for p in matrices if p.trains)
     trained += head if run.trainable() == "all" else 0
     flops = 2 * (2 * sum(p.numel for p in matrices) + head) + 3 * attention + trained
-    if run.objective.kind == "distill":
+    if run.objective.needs_teacher:
         flops += flops_per_token(teacher_shape(run), seq_len) // 3
     return flops
 
@@ -175,7 +175,7 @@ def _window(run: RunConfig) -> int:
 
 
 def teacher_shape(run: RunConfig) -> Shape:
-    """The sizes of a distillation's teacher; those of the run's model where it cannot be read."""
+    """The sizes of a run's teacher; those of the run's model where it cannot be read."""
     from lowline.train.hf.config import config_from_hf
 
     source = Path(run.objective.teacher or "")

@@ -23,7 +23,7 @@ from torchtitan.tools import utils
 from lowline.train.data import EvaluationBatches, SourceConfig, evaluation_rows, open_source
 from lowline.train.engine.metrics import Metrics
 from lowline.train.engine.titan_compat import forward_only
-from lowline.train.objectives.build import NextToken
+from lowline.train.objectives.next_token import Objective
 
 
 class Evaluator(BaseValidator):
@@ -67,7 +67,7 @@ class Evaluator(BaseValidator):
         self.schedule = pp_schedule
         self.first_stage, self.last_stage = pp_has_first_stage, pp_has_last_stage
         self.batches: EvaluationBatches | None = None
-        self.objective = NextToken(loss_fn)  # the trainer sets its own
+        self.objective = Objective(loss_fn)  # the trainer sets its own
 
     def should_validate(self, step: int) -> bool:
         """On the schedule; the trainer itself evaluates after the last step."""

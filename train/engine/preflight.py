@@ -38,8 +38,7 @@ def check_run(run: RunConfig, world_size: int, inputs: Inputs | None = None) -> 
             f"tokenizer {run.tokenizer!r} makes ids up to {needed - 1}, but model.vocab_size = "
             f"{run.model.vocab_size}; set it to at least {needed}, or choose another tokenizer"
         )
-    if run.objective.kind == "distill":
-        _check_teacher(run)
+    run.objective.check_files(run)
     (inputs or DOCUMENTS).check(run)
     if run.evaluation.enable:
         open_source(run.held_out())
@@ -132,29 +131,6 @@ def check_initial_weights(run: RunConfig) -> None:
             "(config.json) nor a checkpoint/step-N folder of a run; `lowline export` makes the "
             "former of the latter"
         )
-
-
-def _check_teacher(run: RunConfig) -> None:
-    from lowline.train.hf.weights import check_same_model as check_same_hf_model
-    from lowline.train.objectives.build import teacher_run
-
-    source = str(run.objective.teacher)
-    if not (Path(source) / "config.json").is_file():
-        raise ConfigError(
-            f"objective.teacher = {source!r} is no Hugging Face directory (config.json; working "
-            f"directory {Path.cwd()}); `lowline import` makes one of a hub id or a GGUF file"
-        )
-    teacher = teacher_run(run)
-    check_same_hf_model(source, teacher.model, teacher.cola, teacher.mixer)
-    if run.objective.logit_cache is not None:
-        from lowline.train.objectives.logit_cache import check_cache
-
-        if run.objective.top_k >= run.model.vocab_size:
-            raise ConfigError(
-                f"objective.top_k = {run.objective.top_k} of a vocabulary of "
-                f"{run.model.vocab_size}; set it below, or leave out logit_cache"
-            )
-        check_cache(run)
 
 
 def _compare(checkpoint: Path, key: str, saved: RunConfig, run: RunConfig) -> None:

@@ -1,7 +1,7 @@
 """torchtitan's Trainer with what is added to it here.
 
 One all-reduce a step however many microbatches it has, agreement between ranks on when to stop (the
-end of finite data, a signal, a save that failed), objectives (`lowline.train.objectives.build`), an
+end of finite data, a signal, a save that failed), objectives (`lowline.train.objectives`), an
 evaluation after the last step, and effective ranks of the bottlenecks on a schedule. Everything
 else is torchtitan's.
 """
@@ -44,7 +44,6 @@ from lowline.train.engine.titan_compat import pipeline, without_assets
 from lowline.train.hf.weights import LlamaStateDictAdapter
 from lowline.train.model.build import build_model_config
 from lowline.train.model.parallelize import parallelize
-from lowline.train.objectives.build import build_objective, loss_config
 from lowline.train.objectives.calibration import calibrate
 from lowline.train.objectives.window_dropout import WindowDropout
 
@@ -93,7 +92,7 @@ class Trainer(TitanTrainer):
         self._agreement = Agreement()
         run = config.run
         self.metrics_processor.num_flops_per_token = training_flops_of(run)
-        self.objective = build_objective(run, self)
+        self.objective = run.objective.build(run, self)
         if config.validator.enable:
             self.validator.objective = self.objective
         self._window_dropout = None
@@ -272,7 +271,7 @@ def model_spec(run: RunConfig) -> ModelSpec:
         name="lowline",
         flavor=f"{kind}-d{run.model.dim}-l{run.model.n_layers}",
         model=build_model_config(run),
-        parallelize_fn=partial(parallelize, mixers_apart=run.objective.kind == "transfer"),
+        parallelize_fn=partial(parallelize, mixers_apart=run.objective.mixers_only),
         pipelining_fn=pipeline,
         post_optimizer_build_fn=None,
         state_dict_adapter=without_assets(LlamaStateDictAdapter),  # type: ignore[arg-type]
@@ -289,7 +288,7 @@ def trainer_config(run: RunConfig, world_size: int, inputs: Inputs | None = None
         hf_assets_path=run.tokenizer,
         tokenizer=TextTokenizer.Config(),
         dump_folder=run.output,
-        loss=loss_config(run, run.local_batch_size(world_size)),
+        loss=run.objective.loss_config(run, run.local_batch_size(world_size)),
         optimizer=optimizer_config(run.optimizer),
         lr_scheduler=schedule_config(run.schedule),
         dataloader=(inputs or DOCUMENTS).loader(run),
@@ -332,7 +331,7 @@ def trainer_config(run: RunConfig, world_size: int, inputs: Inputs | None = None
             enable_tensorboard=run.metrics.tensorboard,
             total_steps=t.steps,
             progress=run.metrics.progress,
-            perplexity=run.objective.kind == "next-token",
+            perplexity=run.objective.perplexity,
             log_also=(
                 c.every if c.enable else 0,
                 e.every if e.enable else 0,

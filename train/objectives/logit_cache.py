@@ -1,6 +1,6 @@
-"""A teacher's likeliest tokens on disk, from which a model learns again without the teacher.
+"""A teacher's top-k tokens on disk, from which a model learns again without the teacher.
 
-Of every token the log-probabilities of the k likeliest next ones are kept, and that of all others
+Of every token the log-probabilities of the k most likely next ones are kept, and that of all others
 together: 6k + 2 bytes. A file is a row of a batch, named after its tokens and their positions, so
 that order, batch size and the number of ranks are free. Losses are always of what the file holds: a
 run that writes it has the same as one that finds it.
@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from lowline.errors import LowlineError
 from lowline.files import fingerprint, write_tensors, write_text
 from lowline.train.config.run import RunConfig
+from lowline.train.objectives.distill import DistillSection
 
-Likeliest = tuple[torch.Tensor, torch.Tensor]
+TopK = tuple[torch.Tensor, torch.Tensor]
 """Log-probabilities (B, T, k + 1) in fp16, the last of all other tokens, and k ids (B, T, k)."""
 
 
@@ -55,7 +56,7 @@ class LogitCache:
         else:
             write_text(manifest, json.dumps(mine, indent=1) + "\n")
 
-    def read(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor | None) -> Likeliest | None:
+    def read(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor | None) -> TopK | None:
         """What is kept of a batch; None unless all of its rows are there.
 
         Raises:
@@ -67,15 +68,13 @@ class LogitCache:
         log_p, ids = zip(*map(self._read, paths), strict=True)
         return torch.stack(log_p).to(ids_BT.device), torch.stack(ids).to(ids_BT.device)
 
-    def write(
-        self, ids_BT: torch.Tensor, positions_BT: torch.Tensor | None, likeliest: Likeliest
-    ) -> None:
-        """Keep what `likeliest_of` found, a file for each row.
+    def write(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor | None, top_k: TopK) -> None:
+        """Keep what `top_k_of` found, a file for each row.
 
         Raises:
             OSError: the disk is full or cannot be written; nothing is left half-written.
         """
-        log_p, ids = (x.cpu() for x in likeliest)
+        log_p, ids = (x.cpu() for x in top_k)
         for row, path in enumerate(self._paths(ids_BT, positions_BT)):
             tensors = {"log_p": log_p[row].clone(), "ids": ids[row].int()}
             write_tensors(path, tensors, metadata={"sha256": _digest(*tensors.values())})
@@ -85,7 +84,7 @@ class LogitCache:
         names = [hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in seen.long().cpu()]
         return [self.folder / name[:2] / f"{name[2:32]}.safetensors" for name in names]
 
-    def _read(self, path: Path) -> Likeliest:
+    def _read(self, path: Path) -> TopK:
         try:
             with safe_open(path, framework="pt") as file:
                 log_p, ids = file.get_tensor("log_p"), file.get_tensor("ids")
@@ -105,14 +104,14 @@ def _digest(*tensors: torch.Tensor) -> str:
 
 
 @torch.no_grad()
-def likeliest_of(
+def top_k_of(
     hidden_BTD: torch.Tensor,
     head: Callable[[torch.Tensor], torch.Tensor],
     k: int,
     temperature: float,
     chunks: int,
-) -> Likeliest:
-    """The teacher's k likeliest tokens; its logits exist for T/chunks tokens of each row at a time.
+) -> TopK:
+    """Return the teacher's top-k tokens; logits exist for T/chunks tokens of each row at a time.
 
     Args:
         hidden_BTD: its last hidden states.
@@ -128,14 +127,6 @@ def likeliest_of(
     return torch.cat(log_p, 1), torch.cat(ids, 1)
 
 
-def cache_bytes(run: RunConfig) -> int:
-    """What the logits of a run's tokens take at most, held-out ones included, but for headers."""
-    tokens = run.training.steps * run.training.global_batch_size * run.training.seq_len
-    if run.evaluation.enable:
-        tokens += run.evaluation.max_tokens
-    return tokens * (6 * run.objective.top_k + 2)
-
-
 def check_cache(run: RunConfig) -> None:
     """Raise ValueError or OSError where a run's logits cannot be kept, or are of another teacher.
 
@@ -143,11 +134,12 @@ def check_cache(run: RunConfig) -> None:
         ValueError: also where the disk is too small for them; both numbers and the mend.
     """
     o = run.objective
+    assert isinstance(o, DistillSection)
     assert o.logit_cache is not None and o.teacher is not None
     folder = Path(o.logit_cache)
     LogitCache(folder, Path(o.teacher), o.top_k, o.temperature)
     held = sum(path.stat().st_size for path in folder.glob("??/*.safetensors"))
-    missing, free = max(0, cache_bytes(run) - held), shutil.disk_usage(folder).free
+    missing, free = max(0, o.disk_bytes(run) - held), shutil.disk_usage(folder).free
     if missing > free:
         raise LowlineError(
             f"objective.logit_cache = {str(folder)!r}: the logits take up to {missing / 1e9:,.3f} "

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 from lowline.linearize.mixers.base import Mixer
-from lowline.train.config.run import ObjectiveConfig
+from lowline.train.config.objective import ObjectiveSection
 
 
 class WindowDropout:
@@ -21,7 +21,7 @@ class WindowDropout:
     """
 
     def __init__(
-        self, model: nn.Module, c: ObjectiveConfig, steps: int, seed: int, before: int = 0
+        self, model: nn.Module, c: ObjectiveSection, steps: int, seed: int, before: int = 0
     ) -> None:
         self.mixers = [module for module in model.modules() if isinstance(module, Mixer)]
         self.before = before

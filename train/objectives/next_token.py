@@ -1,0 +1,84 @@
+"""Next-token prediction, and what every objective has in common.
+
+    Σ_t -log p(x_{t+1}) / N
+
+with N the labels of the step on all ranks, so that microbatches and ranks add up to the loss of the
+whole batch. Torch is imported where it is used: a configuration is checked without it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from lowline.train.config.objective import ObjectiveSection
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn as nn
+    from torchtitan.components.loss import BaseLoss
+    from torchtitan.trainer import Trainer
+
+    from lowline.train.config.run import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextTokenSection(ObjectiveSection):
+    """[objective] kind = "next-token": cross-entropy of the next token."""
+
+    kind: Literal["next-token"] = "next-token"
+    perplexity = True
+    fsdp_only = False
+
+    def build(self, run: RunConfig, trainer: Trainer) -> Objective:
+        """Return the objective of a run whose trainer, model included, has been built."""
+        return Objective(trainer.loss_fn)
+
+
+class Objective:
+    """Cross-entropy of the next token, and the base of every other objective.
+
+    Args:
+        loss_fn: torchtitan's loss function, of `ObjectiveSection.loss_config`.
+    """
+
+    def __init__(self, loss_fn: BaseLoss) -> None:
+        self.loss_fn = loss_fn
+
+    def begin_step(self, step: int) -> None:
+        """Note that a step starts, with its first microbatch."""
+
+    def loss(
+        self,
+        model: nn.Module,
+        inputs_BL: torch.Tensor,
+        labels_BL: torch.Tensor,
+        valid_tokens: torch.Tensor,
+        extra: dict[str, Any],
+    ) -> torch.Tensor:
+        """Return a microbatch's part of the step's loss, a number with a graph.
+
+        Args:
+            valid_tokens: N.
+            extra: positions and masks, for the model.
+        """
+        loss, _ = self.loss_fn(model(inputs_BL, **extra), labels_BL, valid_tokens)
+        return loss
+
+    def held_out(
+        self,
+        model: nn.Module,
+        inputs_BL: torch.Tensor,
+        labels_BL: torch.Tensor,
+        extra: dict[str, Any],
+    ) -> dict[str, torch.Tensor]:
+        """Return sums over a batch's labels.
+
+        "loss" is next-token's, of the model as it will be used.
+        """
+        loss, _ = self.loss_fn(model(inputs_BL, **extra), labels_BL)
+        return {"loss": loss}
+
+    def numbers(self) -> dict[str, torch.Tensor]:
+        """Return this rank's part of further numbers of the step, which add up over ranks."""
+        return {}
