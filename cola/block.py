@@ -77,7 +77,8 @@ class TitanLowRankLinear(LowRankLinear, Module):
             return self.B.out_features
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config.A.build(), config.B.build(), config.activation)
+        super(LowRankLinear, self).__init__()
+        self._set_factors(config.A.build(), config.B.build(), config.activation)
 
 
 class ColaQKVLinear(BaseQKVLinear):

@@ -12,7 +12,8 @@ Both published MLPs are one field: `hidden_act="silu"` keeps SwiGLU's non-linear
 `hidden_act="linear"` leaves only the bottleneck's, `down(gate(x) * up(x))`.
 
 Importing this module registers the model with transformers' `Auto*` classes; `import lowline` sees
-to that (`lowline._register`).
+to that (`lowline._register`), and a saved model brings a file that does
+(`lowline.cola.remote_code`).
 
 Left out: tensor and pipeline parallel plans (train with `lowline.train`, which has them), and
 ranks that differ from layer to layer.
@@ -38,6 +39,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from lowline.cola.low_rank import ACTIVATIONS, LowRankLinear, init_std
 from lowline.cola.projections import PROJECTIONS
+from lowline.cola.remote_code import SavesRemoteCode
 from lowline.errors import LowlineError
 
 
@@ -104,16 +106,17 @@ class CoLADecoderLayer(LlamaDecoderLayer):
             if rank := config.ranks[name]:
                 dense = self.get_submodule(projection.hf)
                 assert isinstance(dense, nn.Linear)
-                bias = config.bottleneck_bias
                 low_rank = LowRankLinear(
-                    nn.Linear(dense.in_features, rank, bias=bias),
-                    nn.Linear(rank, dense.out_features, bias=bias),
-                    config.bottleneck_activation,
+                    dense.in_features,
+                    dense.out_features,
+                    rank,
+                    activation=config.bottleneck_activation,
+                    bias=config.bottleneck_bias,
                 )
                 self.set_submodule(projection.hf, low_rank)
 
 
-class CoLAPreTrainedModel(LlamaPreTrainedModel):
+class CoLAPreTrainedModel(SavesRemoteCode, LlamaPreTrainedModel):
     """What transformers' machinery must know of both models below."""
 
     config: CoLAConfig

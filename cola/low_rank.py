@@ -8,6 +8,7 @@ plain torch, shared by the training body (`lowline.cola.block`) and the Hugging 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -37,19 +38,60 @@ def init_std(in_features: int, out_features: int, rank: int) -> float:
 
 
 class LowRankLinear(nn.Module):
-    """y = B·σ(A·x).
+    """y = B·σ(A·x): a linear layer's shape, with a bottleneck of `rank` features.
 
     Args:
-        A: the map (..., in) -> (..., r); any module with `in_features`, `out_features`.
-        B: the map (..., r) -> (..., out).
+        in_features: width of x.
+        out_features: width of y.
+        rank: width of the bottleneck.
         activation: σ, a name from `ACTIVATIONS`.
+        bias: whether A and B each have a bias.
+        device, dtype: of the weights, as in `nn.Linear`.
 
     Raises:
-        ValueError: an unknown activation, or factors whose widths differ.
+        ValueError: a rank below 1, or an unknown activation.
     """
 
-    def __init__(self, A: nn.Linear, B: nn.Linear, activation: str = "silu") -> None:
+    A: nn.Linear
+    B: nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        activation: str = "silu",
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        if rank < 1:
+            raise LowlineError(f"rank = {rank}; a low-rank layer has a rank of at least 1")
+        how: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        A, B = nn.Linear(in_features, rank, **how), nn.Linear(rank, out_features, **how)
+        self._set_factors(A, B, activation)
+        self.reset_parameters()
+
+    @classmethod
+    def from_factors(cls, A: nn.Linear, B: nn.Linear, activation: str = "silu") -> LowRankLinear:
+        """Make a layer of two ready modules, which keep their weights.
+
+        Args:
+            A: the map (..., in) -> (..., r); any module with `in_features`, `out_features`.
+            B: the map (..., r) -> (..., out).
+            activation: σ, a name from `ACTIVATIONS`.
+
+        Raises:
+            ValueError: an unknown activation, or factors whose widths differ.
+        """
+        layer = LowRankLinear.__new__(LowRankLinear)
+        nn.Module.__init__(layer)
+        layer._set_factors(A, B, activation)
+        return layer
+
+    def _set_factors(self, A: nn.Linear, B: nn.Linear, activation: str) -> None:
         if activation not in ACTIVATIONS:
             raise LowlineError(f"activation = {activation!r}; choose from {sorted(ACTIVATIONS)}")
         if A.out_features != B.in_features:
@@ -57,6 +99,15 @@ class LowRankLinear(nn.Module):
         self.A = A
         self.B = B
         self.activation = activation
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw both factors from N(0, `init_std`²), as published, and set biases to 0."""
+        std = init_std(self.in_features, self.out_features, self.rank)
+        for factor in (self.A, self.B):
+            nn.init.normal_(factor.weight, std=std)
+            if factor.bias is not None:
+                nn.init.zeros_(factor.bias)
 
     @property
     def in_features(self) -> int:

@@ -41,6 +41,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lowline._lazy import make_callable
 from lowline.errors import LowlineError
 from lowline.files import write_folder
 from lowline.linearize.body.hf import FAMILIES, PREFIX, SOFTMAX, LinearizedConfig
@@ -303,3 +304,6 @@ def locate(source: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
             raise LowlineError(f"{source} holds {', '.join(files)}; say which as gguf_file")
         return str(source), files[0] if files else None
     return str(source), None
+
+
+make_callable(__name__, "convert")  # `from lowline.linearize import convert` may give the module

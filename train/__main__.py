@@ -63,9 +63,9 @@ def train(
 
     inputs = inputs_of(run)
     check_run(run, world_size, inputs)
-    from lowline.train.engine.run import train
+    from lowline.train.engine.run import train_and_report
 
-    return train(run, inputs)
+    return train_and_report(run, inputs)
 
 
 def one_file(file: str | None, config: str | None) -> str:

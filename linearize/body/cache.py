@@ -6,7 +6,8 @@
 
 A layer with a mixer keeps a state whose size does not depend on the tokens seen; a softmax layer
 keeps what transformers' `DynamicCache` keeps there (all keys and values, or a sliding window of
-them). `generate` makes such a cache by itself.
+them). transformers' own `DynamicCache(config=model.config)` is the same cache, because
+`config.layer_types` names `LAYER_TYPE` where a mixer is; `generate` makes one by itself.
 
 Left out: a state cannot be taken back, so `crop` is refused, and with it assisted generation and
 prompt look-up. States are not offloaded to another device, nor quantized.
@@ -28,6 +29,10 @@ from lowline.errors import LowlineError
 if TYPE_CHECKING:
     from lowline.linearize.body.hf import LinearizedConfig
 
+LAYER_TYPE = "lowline_mixer"
+"""The type of a layer with a mixer in `config.layer_types`. It is not "linear_attention", whose
+cache layer other models in the same process need."""
+
 NO_WAY_BACK = (
     "a linearized layer keeps a state, from which no token can be taken back: generate without "
     "assistant_model, prompt_lookup_num_tokens and crop(), or copy.deepcopy the cache beforehand"
@@ -39,14 +44,17 @@ class MixerLayer(CacheLayerMixin):
 
     `state` is what the mixer returned: a tensor, or a nest of them, each leading with the
     sequences of the batch; None before the first token. `length` counts positions, padding too.
+    Whoever runs the model sets `padded`, from which generation knows that it needs no mask.
     """
 
     supports_early_init = False
+    _layer_type = LAYER_TYPE  # by which transformers' caches make this layer
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.state: Any = None
         self.length = 0
+        self.padded = False  # whether any token seen was padding
 
     def update(self, state: Any, n_tokens: int) -> None:  # type: ignore[override]
         """Keep the state after `n_tokens` more positions."""
@@ -66,7 +74,7 @@ class MixerLayer(CacheLayerMixin):
         return -1  # none
 
     def reset(self) -> None:
-        self.state, self.length = None, 0
+        self.state, self.length, self.padded = None, 0, False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -93,7 +101,7 @@ class MixerLayer(CacheLayerMixin):
         self.offload()
 
 
-class LinearizedCache(Cache):
+class LinearizedCache(DynamicCache):
     """The cache of a converted model: one layer of state, or of keys and values, per layer.
 
     Args:
@@ -101,10 +109,7 @@ class LinearizedCache(Cache):
     """
 
     def __init__(self, config: LinearizedConfig) -> None:
-        layers = DynamicCache(config=config).layers
-        for layer in config.converted_layers():
-            layers[layer] = MixerLayer()
-        super().__init__(layers=layers)
+        super().__init__(config=config)
 
 
 def state_bytes(
@@ -177,9 +182,8 @@ def _mixer_bytes(config: LinearizedConfig, dtype: torch.dtype) -> int:
 def _kv_bytes(
     config: LinearizedConfig, layers: Iterable[int], context: int, dtype: torch.dtype
 ) -> int:
-    """Of the keys and values that softmax attention in these layers would hold."""
-    cached = DynamicCache(config=config).layers
-    windows = (getattr(cached[layer], "sliding_window", None) for layer in layers)
+    """Return the bytes of keys and values that softmax attention in these layers would hold."""
+    windows = [config.softmax_window(layer) for layer in layers]
     tokens = sum(context if window is None else min(context, window - 1) for window in windows)
     return tokens * _token_bytes(config, dtype)
 

@@ -18,7 +18,7 @@ Left out: tensor and pipeline parallel plans; attention weights (`output_attenti
 dropout in converted layers, where there are none.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +30,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     Cache,
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
@@ -45,17 +46,21 @@ from transformers import (
     Qwen3Model,
 )
 from transformers import initialization as init
+from transformers.generation import GenerationMixin, GenerationMode
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 
 from lowline.cola.hf import CoLAConfig, CoLAForCausalLM, CoLAModel
+from lowline.cola.remote_code import SavesRemoteCode
 from lowline.errors import LowlineError
 from lowline.linearize.body.attention import LinearizedAttention
-from lowline.linearize.body.cache import LinearizedCache
+from lowline.linearize.body.cache import LAYER_TYPE, NO_WAY_BACK, MixerLayer
 from lowline.linearize.body.packing import plan_packing
 from lowline.linearize.mixers import MIXERS, build_mixer
 from lowline.linearize.mixers.base import HeadShape, Mixer
 
+FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of layer types
 SOFTMAX = "softmax"  # the mixer of a layer that is left as it was
 PREFIX = "linearized_"  # of `model_type`
 
@@ -77,6 +82,11 @@ class LinearizedConfig(_Architecture):
             `lowline.linearize.mixers.MIXERS` with that mixer's options, or "softmax". Options left
             out get their defaults, which are then written to config.json. Empty: softmax in all.
         teacher: the hub id, directory or GGUF file that was converted, if it is known.
+        softmax_layer_types: for each layer, the type that the architecture gives its softmax
+            attention: "full_attention" or "sliding_attention". None, as in directories of older
+            versions: that of `layer_types`, or what the architecture's own fields say.
+        layer_types: for each layer, what transformers' caches hold for it: `softmax_layer_types`,
+            but `lowline.linearize.body.cache.LAYER_TYPE` where a mixer is. It is always derived.
 
     Raises:
         ValueError: another number of layers, an unknown mixer or option.
@@ -84,6 +94,8 @@ class LinearizedConfig(_Architecture):
 
     mixers: list[dict[str, Any]] = field(default_factory=list)
     teacher: str | None = None
+    softmax_layer_types: list[str] | None = None
+    layer_types: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -96,6 +108,21 @@ class LinearizedConfig(_Architecture):
         kinds = {str(mixer): mixer for mixer in mixers}
         resolved = {kind: self._resolved(**mixer) for kind, mixer in kinds.items()}
         self.mixers = [dict(resolved[str(mixer)]) for mixer in mixers]
+        if self.softmax_layer_types is None:
+            kind = FULL if getattr(self, "sliding_window", None) is None else SLIDING
+            self.softmax_layer_types = self.layer_types or [kind] * self.num_hidden_layers
+        types = self.softmax_layer_types
+        if len(types) != self.num_hidden_layers or not {FULL, SLIDING}.issuperset(types):
+            raise LowlineError(
+                f"softmax_layer_types = {types}: give {FULL!r} or {SLIDING!r} for each of the "
+                f"{self.num_hidden_layers} layers, or leave it out"
+            )
+        self.layer_types = list(types)
+        for layer in self.converted_layers():
+            self.layer_types[layer] = LAYER_TYPE
+
+    def validate_layer_type(self) -> None:
+        """Replace transformers' rule, which does not know the type of a layer with a mixer."""
 
     def _resolved(self, name: str, **options: Any) -> dict[str, Any]:
         """A mixer with all its options."""
@@ -108,6 +135,12 @@ class LinearizedConfig(_Architecture):
     def converted_layers(self) -> list[int]:
         """The layers that have a mixer."""
         return [layer for layer, m in enumerate(self.mixers) if m["name"] != SOFTMAX]
+
+    def softmax_window(self, layer: int) -> int | None:
+        """Return the window of softmax attention in a layer, converted or not, or None."""
+        assert self.softmax_layer_types is not None
+        sliding = self.softmax_layer_types[layer] == SLIDING
+        return getattr(self, "sliding_window", None) if sliding else None
 
     def head_shape(self, layer: int) -> HeadShape:
         return HeadShape(
@@ -128,8 +161,20 @@ class LinearizedConfig(_Architecture):
 # -------------------------------------------------------------------------------------- models
 
 
-class _Initialized(PreTrainedModel):
-    """Mixers begin as their constructors leave them, also where transformers builds on "meta"."""
+class _Linearized(SavesRemoteCode):
+    """What transformers must know of both models below: initial weights, and what they cannot do.
+
+    Mixers begin as their constructors leave them, also where transformers builds on "meta".
+    """
+
+    config: LinearizedConfig
+    _can_compile_fullgraph = False  # masks and documents decide in Python how tokens are packed
+    _supports_attention_backend = False  # a backend that keeps keys and values would keep no states
+    _supports_context_parallel = False
+
+    @property
+    def _is_stateful(self) -> bool:
+        return bool(self.config.converted_layers())
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # Outside transformers' tree it passes over modules without weights of their own, which is
@@ -146,11 +191,11 @@ class _Initialized(PreTrainedModel):
                 init.copy_(weight, value)
 
 
-class _Body(_Initialized):
+class _Body(_Linearized):
     """The decoder without a head: token ids [B, T] to hidden states [B, T, hidden_size]."""
 
-    config: LinearizedConfig
     layers: nn.ModuleList
+    masks_by_type: bool  # whether the architecture's forward pass looks masks up by layer type
 
     def __init__(self, config: LinearizedConfig) -> None:
         super().__init__(config)
@@ -158,7 +203,6 @@ class _Body(_Initialized):
             attention = self.layers[index].get_submodule("self_attn")
             mixed = LinearizedAttention(attention, config.build_mixer(index))
             self.layers[index].add_module("self_attn", mixed)
-        self.softmax_stays = len(config.converted_layers()) < config.num_hidden_layers
         self.post_init()
 
     @merge_with_config_defaults
@@ -170,32 +214,38 @@ class _Body(_Initialized):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        all_tokens_real: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        if past_key_values is not None and not isinstance(past_key_values, LinearizedCache):
-            raise LowlineError(
-                f"past_key_values is a {type(past_key_values).__name__}; a linearized model needs "
-                "lowline.linearize.body.cache.LinearizedCache(model.config), or None for a new one"
-            )
+        """Run the decoder; arguments are the architecture's.
+
+        Args:
+            all_tokens_real: whether it is known that no token of this call is padding, whatever
+                came before. Otherwise an `attention_mask` is looked at, which waits for the device.
+        """
+        converted = self.config.converted_layers()
+        if past_key_values is not None:
+            _check_cache(past_key_values, converted)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         packing = None
-        if tokens is not None and self.config.converted_layers():
+        if tokens is not None and converted:
             packing, position_ids = plan_packing(
                 (tokens.shape[0], tokens.shape[1]),
                 attention_mask,
                 position_ids,
                 kwargs.get("cu_seq_lens_q"),
                 past_key_values,
+                all_real=all_tokens_real,
             )
         documents = packing is not None and attention_mask is None
         if use_cache and past_key_values is None and not documents:
-            past_key_values = LinearizedCache(self.config)
-        if not self.softmax_stays:
-            # transformers hands on a mask of four dimensions as it is, and here nobody looks at it
-            attention_mask = torch.empty(1, 1, 0, 0)
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None and packing is not None:
+            for layer in converted:
+                past_key_values.layers[layer].padded = True  # type: ignore[attr-defined]
         return super().forward(
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            attention_mask=self._masks(tokens, attention_mask, position_ids, past_key_values),
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
@@ -204,11 +254,46 @@ class _Body(_Initialized):
             **kwargs,
         )
 
+    def _masks(
+        self,
+        tokens: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> Any:
+        """Return what the architecture takes as a mask: one, or one for each type of layer."""
+        softmax = set(self.config.layer_types or ()) - {LAYER_TYPE}
+        if not self.masks_by_type:
+            # A mask of four dimensions is handed on as it is, and here no layer looks at it.
+            return attention_mask if softmax else torch.empty(1, 1, 0, 0)
+        makers = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
+        masks = dict.fromkeys(self.config.layer_types or ())
+        if tokens is not None:  # of which the shape, type and device matter here
+            shaped = torch.empty(*tokens.shape[:2], 0, dtype=self.dtype, device=tokens.device)
+            for kind in softmax:
+                masks[kind] = makers[kind](
+                    config=self.config,
+                    inputs_embeds=shaped,
+                    attention_mask=attention_mask,
+                    past_key_values=cache,
+                    position_ids=position_ids,
+                )
+        return masks
 
-class _CausalLM(_Initialized):
+
+def _check_cache(cache: Cache, converted: list[int]) -> None:
+    layers = cache.layers
+    if any(n >= len(layers) or not isinstance(layers[n], MixerLayer) for n in converted):
+        raise LowlineError(
+            f"past_key_values is a {type(cache).__name__} without states for the layers that have "
+            "mixers; give lowline.linearize.body.cache.LinearizedCache(model.config), "
+            "DynamicCache(config=model.config), or None for a new one"
+        )
+
+
+class _CausalLM(_Linearized, GenerationMixin):
     """The language model: token ids [B, T] to logits [B, T, vocab_size], and `generate`."""
 
-    config: LinearizedConfig
     body_class: type[_Body]
 
     def __init__(self, config: LinearizedConfig) -> None:
@@ -218,21 +303,48 @@ class _CausalLM(_Initialized):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
-    ) -> None:
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
-            theirs: Any = super()
-            return theirs._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Say that decoded tokens are no padding, so that nothing waits to look at their mask."""
+        decodes = next_sequence_length == 1 and not is_first_iteration
+        converted = self.config.converted_layers()
+        known = decodes and past_key_values is not None and bool(converted)
+        if known and not past_key_values.layers[converted[0]].padded:  # type: ignore[union-attr]
+            attention_mask = None  # nor was any token of the prompt
+        theirs: Any = super()
+        inputs = theirs.prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        return inputs | {"all_tokens_real": True} if known else inputs
+
+    def _validate_generation_mode(self, mode: Any, *args: Any) -> None:
+        if self._is_stateful and mode == GenerationMode.ASSISTED_GENERATION:
+            raise LowlineError(NO_WAY_BACK)
+        theirs: Any = super()
+        theirs._validate_generation_mode(mode, *args)
+
+    def _prepare_cache_for_generation(self, generation_config: Any, *args: Any) -> None:
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise LowlineError(
                 f"cache_implementation = {generation_config.cache_implementation!r}; a linearized "
                 "model has a cache of its own: leave it out"
             )
-        model_kwargs["past_key_values"] = cache = LinearizedCache(self.config)
-        if generation_config.is_assistant:
-            cache.activate_past_recording()
-        return None
+        theirs: Any = super()
+        theirs._prepare_cache_for_generation(generation_config, *args)
 
 
 class Family(NamedTuple):
@@ -257,7 +369,8 @@ def _family(config: Any, body: Any, causal_lm: Any) -> Family:
             base_model_pp_plan={},
         )
     )
-    new_body = derived(_Body, body, config_class=new_config)
+    by_type = "layer_types" in {f.name for f in fields(config)}
+    new_body = derived(_Body, body, config_class=new_config, masks_by_type=by_type)
     new_causal_lm = derived(_CausalLM, causal_lm, config_class=new_config, body_class=new_body)
     return Family(new_config, new_body, new_causal_lm)
 

@@ -65,11 +65,14 @@ def plan_packing(
     position_ids: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     cache: Cache | None,
+    *,
+    all_real: bool = False,
 ) -> tuple[Packing | None, torch.Tensor | None]:
-    """The packing that a batch needs (None: every row is one sequence), and its positions.
+    """Return the packing that a batch needs (None: every row is one sequence), and its positions.
 
     Positions are given back as they came, or made where padding or documents ask for others than
-    one after the other.
+    one after the other. Looking at a mask, or at the positions of more than one token, waits for
+    the device; a token that is decoded without a mask, or with `all_real`, does not.
 
     Args:
         shape: (B, T).
@@ -77,6 +80,7 @@ def plan_packing(
         position_ids: (B, T) or (1, T).
         cu_seqlens: (N + 1,) bounds of documents in a batch of one.
         cache: what came before.
+        all_real: whether no token of this batch is padding, which the mask is then not asked for.
 
     Raises:
         ValueError: a mask of another shape, or packed documents with a mask or a cache.
@@ -92,12 +96,12 @@ def plan_packing(
         if cu_seqlens is not None:
             raise LowlineError("give cu_seq_lens_q or an attention_mask, not both")
         real_BS = attention_mask.bool()
-        if real_BS.all():
+        if not all_real and real_BS.all():
             return None, position_ids
         if position_ids is None:
             position_ids = (real_BS.cumsum(1) - 1).clamp(min=0)[:, -T:]
         real_BT = real_BS[:, -T:]
-        return (None if real_BT.all() else Packing.of_padding(real_BT)), position_ids
+        return (None if all_real or real_BT.all() else Packing.of_padding(real_BT)), position_ids
     if cu_seqlens is not None:
         if B != 1:
             raise LowlineError(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any, TypeVar
 
 from lowline.errors import LowlineError
 from lowline.linearize.mixers.base import HeadShape, Mixer
@@ -20,7 +20,7 @@ from lowline.linearize.mixers.sink_window import SinkWindow, SinkWindowOptions
 from lowline.linearize.mixers.slots import Slots, SlotsOptions
 from lowline.linearize.mixers.t2r import T2R, T2ROptions
 
-__all__ = ["MIXERS", "HeadShape", "Mixer", "build_mixer", "recorded_shares"]
+__all__ = ["MIXERS", "HeadShape", "Mixer", "build_mixer", "recorded_shares", "register_mixer"]
 
 MIXERS: dict[str, tuple[type, type[Mixer]]] = {
     "gated_deltanet": (DeltaOptions, GatedDeltaNet),
@@ -36,6 +36,52 @@ MIXERS: dict[str, tuple[type, type[Mixer]]] = {
     "t2r": (T2ROptions, T2R),
 }
 """The options and the mixer of each name."""
+
+
+_Class = TypeVar("_Class", bound=type[Mixer])
+
+
+def register_mixer(name: str, options: type) -> Callable[[_Class], _Class]:
+    """Give a mixer of your own a name, by which `convert`, [mixer] tables and saved models know it.
+
+        @dataclass(frozen=True, kw_only=True)
+        class DecayOptions:
+            rate: float = 0.9
+
+        @register_mixer("decay", DecayOptions)
+        class Decay(Mixer):
+            def __init__(self, shape, options): ...
+            def forward(self, q_BTHD, k_BTGD, v_BTGD, *, rope, x_BTE, state, cu_seqlens): ...
+
+    A process that loads a saved model imports the module that registers its mixer first.
+
+    Args:
+        name: of the mixer; one that is not taken.
+        options: a frozen dataclass whose fields all have defaults; its instance is the second
+            argument of the mixer's constructor.
+
+    Raises:
+        LowlineError: a name that is taken, or options that are no such dataclass.
+    """
+
+    def register(mixer: _Class) -> _Class:
+        known = MIXERS.get(name)
+        same = known is not None and known[1].__qualname__ == mixer.__qualname__
+        if name == "softmax" or known is not None and not same:
+            raise LowlineError(f"mixer name {name!r} is taken; register yours by another name")
+        if not is_dataclass(options):
+            raise LowlineError(f"options of mixer {name!r}: {options!r} is not a dataclass")
+        required = [f.name for f in fields(options) if _has_no_default(f)]
+        if required:
+            raise LowlineError(f"options of mixer {name!r}: give {', '.join(required)} a default")
+        MIXERS[name] = (options, mixer)
+        return mixer
+
+    return register
+
+
+def _has_no_default(field: Field) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def build_mixer(name: str, options: Mapping[str, Any], shape: HeadShape) -> Mixer:

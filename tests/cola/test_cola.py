@@ -68,7 +68,9 @@ def build(run: RunConfig, seed: int = 0) -> nn.Module:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_layer_is_the_formula(activation: str, bias: bool) -> None:
     torch.manual_seed(0)
-    layer = LowRankLinear(nn.Linear(24, 6, bias=bias), nn.Linear(6, 40, bias=bias), activation)
+    layer = LowRankLinear.from_factors(
+        nn.Linear(24, 6, bias=bias), nn.Linear(6, 40, bias=bias), activation
+    )
     layer.double()
     x = torch.randn(3, 5, 24, dtype=torch.float64)
     a, b = layer.A.weight, layer.B.weight
@@ -83,9 +85,9 @@ def test_layer_is_the_formula(activation: str, bias: bool) -> None:
 
 def test_layer_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="activation = 'tanh'; choose from"):
-        LowRankLinear(nn.Linear(4, 2), nn.Linear(2, 4), "tanh")
+        LowRankLinear.from_factors(nn.Linear(4, 2), nn.Linear(2, 4), "tanh")
     with pytest.raises(ValueError, match="A makes 2 features, B takes 3"):
-        LowRankLinear(nn.Linear(4, 2), nn.Linear(3, 4))
+        LowRankLinear.from_factors(nn.Linear(4, 2), nn.Linear(3, 4))
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])

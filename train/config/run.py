@@ -65,8 +65,9 @@ class ModelConfig:
     qkv_bias: bool = False  # biases of q, k and v (Qwen2)
     # The SwiGLU's own non-linearity. CoLA at 350M and up drops it ("identity"), see cola.md.
     mlp_activation: Literal["silu", "identity"] = "silu"
-    # Softmax attention: "sdpa" everywhere; "flex" and "varlen" on GPUs; "auto" = flex on a GPU.
-    attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
+    # Softmax attention: "sdpa" everywhere; on GPUs "flex", "varlen", and "flash" by the flash-attn
+    # package (`lowline[flash]`); "auto" = flex on a GPU, sdpa elsewhere.
+    attention: Literal["auto", "sdpa", "flex", "varlen", "flash"] = "auto"
 
     def __post_init__(self) -> None:
         if self.head_dim is None and self.dim % self.n_heads:

@@ -1,7 +1,7 @@
-"""One process of a training run, from its start to its exit code.
+"""One process of a training run, from its start to its result or its exit code.
 
-Exit codes: 0 trained, 1 failed, 2 nothing was started, 128 + n stopped by signal n (with a
-checkpoint of that moment).
+Exit codes of the command: 0 trained, 1 failed, 2 nothing was started, 128 + n stopped by signal n
+(with a checkpoint of that moment).
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -37,19 +38,45 @@ logger = logging.getLogger("lowline")
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
-def train(run: RunConfig, inputs: Inputs | None = None) -> int:
-    """Train as `run` says; returns the exit code, with the reason on standard error."""
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        output: the folder of the run.
+        steps: the last step that is done.
+        checkpoint: the newest complete checkpoint, which `lowline export` takes; None without one.
+        losses: the training loss of each logged step, in order.
+        metrics: the records of OUTPUT/metrics.jsonl: a dictionary for each logged step.
+        stopped_by: the signal that stopped the run early, 0 if none did.
+    """
+
+    output: Path
+    steps: int
+    checkpoint: Path | None
+    losses: list[float]
+    metrics: list[dict[str, Any]]
+    stopped_by: int = 0
+
+
+def train(run: RunConfig, inputs: Inputs | None = None) -> Result:
+    """Train as `run` says, from the newest checkpoint of its output folder if there is one.
+
+    SIGTERM and Ctrl-C stop it after the step under way, with a checkpoint; `stopped_by` says so.
+
+    Raises:
+        ConfigError: the output folder is in use, or the configuration cannot run.
+        RunError: training diverged, or something could not be read or written.
+        KeyboardInterrupt: a second Ctrl-C.
+    """
     single_process_defaults()
-    try:
-        with alone(Path(run.output), patience=PATIENCE) if _is_first() else nullcontext():
-            return _train(run, inputs)
-    except ConfigError as error:
-        _complain(str(error))
-        return 2
+    with alone(Path(run.output), patience=PATIENCE) if _is_first() else nullcontext():
+        return _train(run, inputs)
 
 
-def _train(run: RunConfig, inputs: Inputs | None) -> int:
+def _train(run: RunConfig, inputs: Inputs | None) -> Result:
     prepare()
+    from lowline.train.engine.metrics import read_metrics
     from lowline.train.engine.trainer import trainer_config
 
     _set_up_logging(run)
@@ -67,24 +94,41 @@ def _train(run: RunConfig, inputs: Inputs | None) -> int:
                 f"stopped by {signal.Signals(trainer.stopped_by).name} after step {trainer.step}, "
                 f"saved {trainer.checkpointer.newest_saved()}; the same command goes on from there"
             )
-            return 128 + trainer.stopped_by
-        return 0
+    finally:
+        if trainer is not None:
+            trainer.metrics_processor.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    metrics = read_metrics(run.output)
+    newest = trainer.checkpointer.newest_saved()
+    return Result(
+        output=Path(run.output),
+        steps=trainer.step,
+        checkpoint=None if newest == "none" else Path(newest),
+        losses=[record["loss"] for record in metrics if "loss" in record],
+        metrics=metrics,
+        stopped_by=trainer.stopped_by,
+    )
+
+
+def train_and_report(run: RunConfig, inputs: Inputs | None = None) -> int:
+    """Train for the command line; return the exit code, with the reason on standard error."""
+    try:
+        result = train(run, inputs)
+        return 128 + result.stopped_by if result.stopped_by else 0
+    except ConfigError as error:
+        _complain(str(error))
+        return 2
     except RunError as error:  # raised on every rank
         if _is_first():
             _complain(str(error))
-        return 1
     except KeyboardInterrupt:
         if _is_first():
             _complain("interrupted")
         return 128 + signal.SIGINT
     except Exception:
         traceback.print_exc()
-        return 1
-    finally:
-        if trainer is not None:
-            trainer.metrics_processor.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    return 1
 
 
 def _is_first() -> bool:

@@ -234,9 +234,10 @@ def _refusal(source: str, field: str, value: Any, allowed: str) -> LowlineError:
 
 
 def _sliding_window(hf: PreTrainedConfig, name: str) -> int | None:
-    layer_types = set(getattr(hf, "layer_types", None) or ["full_attention"])
-    if layer_types != {"full_attention"}:
-        raise _refusal(name, "layer_types", sorted(layer_types), "full_attention in every layer")
+    key = "softmax_layer_types" if isinstance(hf, LinearizedConfig) else "layer_types"
+    layer_types = set(getattr(hf, key, None) or ["full_attention"])
+    if layer_types != {"full_attention"} and not isinstance(hf, MistralConfig):
+        raise _refusal(name, key, sorted(layer_types), "full_attention in every layer")
     return getattr(hf, "sliding_window", None)
 
 

@@ -8,6 +8,7 @@ output start at N(0, 0.02).
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -15,12 +16,7 @@ from typing import Any, Literal
 import torch
 import torch.nn as nn
 from torchtitan.models.common import Embedding, Linear, RMSNorm
-from torchtitan.models.common.attention import (
-    FlexAttention,
-    GQAttention,
-    QKVLinear,
-    VarlenAttention,
-)
+from torchtitan.models.common.attention import GQAttention, QKVLinear
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.decoder_sharding import set_decoder_sharding_config
 from torchtitan.models.common.feed_forward import FeedForward
@@ -32,7 +28,6 @@ from lowline.cola.block import ColaBlock, ColaConverter
 from lowline.cola.parallel import set_cola_sharding
 from lowline.cola.projections import ATTENTION, PROJECTIONS
 from lowline.cola.sharded import init_unsharded
-from lowline.errors import LowlineError
 from lowline.linearize.mixers.base import Mixer
 from lowline.linearize.titan import (
     MixerAttention,
@@ -42,7 +37,7 @@ from lowline.linearize.titan import (
     document_bounds,
 )
 from lowline.train.config.run import ModelConfig, RopeScaling, RunConfig
-from lowline.train.model.attention import Bounds, DocumentSDPA, document_mask
+from lowline.train.model.attention import Bounds, DocumentSDPA, document_mask, inner_attention
 from lowline.train.model.lora import add_lora, init_factors_unsharded
 
 INIT_STD = 0.02
@@ -197,12 +192,7 @@ def _rope(model: ModelConfig, max_seq_len: int) -> RoPE.Config:
 def build_model_config(run: RunConfig) -> Llama.Config:
     """torchtitan's configuration of the model that a run trains."""
     m = run.model
-    inner = {"sdpa": DocumentSDPA, "flex": FlexAttention, "varlen": VarlenAttention}
-    backend = m.attention
-    if backend == "auto":
-        backend = "flex" if torch.cuda.is_available() else "sdpa"
-    elif backend != "sdpa" and not torch.cuda.is_available():
-        raise LowlineError(f'model.attention = "{backend}" needs a GPU; "sdpa" or "auto" runs here')
+    attention = inner_attention(m.attention, gpu=torch.cuda.is_available())
 
     def linear(in_features: int, out_features: int, bias: bool = False) -> Linear.Config:
         return Linear.Config(
@@ -233,7 +223,7 @@ def build_model_config(run: RunConfig) -> Llama.Config:
                 ),
                 wo=linear(query, m.dim),
                 qk_norm=norm(m.per_head) if m.qk_norm else None,
-                inner_attention=inner[backend].Config(),
+                inner_attention=copy.copy(attention),
                 rope=_rope(m, max_seq_len),
             ),
             feed_forward=FeedForward.Config(
