@@ -49,6 +49,12 @@ BUILT = {
     "tied, one process": ("demo_cola", 1, ["--model.tie_embeddings=true", "--cola.bias=true"]),
     "transfer on 2": ("demo_dense", 2, [*MIXER, '--objective.kind="transfer"']),
     "LoRA beside mixers on 2": ("demo_dense", 2, [*MIXER, "--lora.rank=6"]),
+    "transfer in bf16 on 2": (
+        "demo_dense",
+        2,
+        [*MIXER, '--objective.kind="transfer"', '--training.precision="bfloat16"'],
+    ),
+    "LoRA in bf16 on 2": ("demo_dense", 2, ["--lora.rank=6", '--training.precision="bfloat16"']),
     "attention trains, biases": (
         "demo_dense",
         2,
@@ -112,7 +118,12 @@ def run_as_script(
     arguments = json.dumps([build, overrides, measure])
     done = subprocess.run(
         [sys.executable, "-P", __file__, arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONSAFEPATH": "1",
+            "PYTHONPATH": str(Path(__file__).parents[1]),  # for helpers
+        },
         capture_output=True,
         text=True,
         timeout=600,

@@ -16,7 +16,7 @@ def export(
     checkpoint: Path,
     output: Path,
     *,
-    dtype: DType = "float32",
+    dtype: DType | None = None,
     adapter: bool = False,
     overwrite: bool = False,
 ) -> None:
@@ -25,7 +25,8 @@ def export(
     Args:
         checkpoint: A run's output folder (its latest step is taken), or one step folder.
         output: The directory to make.
-        dtype: Of the weights.
+        dtype: Of the weights. Default: that of the checkpoint's weights, or of the model that was
+            converted where the checkpoint stores what was not trained in another.
         adapter: Leave LoRA's factors out of them; OUTPUT/adapter has those, in PEFT's format.
         overwrite: Replace an earlier export.
     """

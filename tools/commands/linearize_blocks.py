@@ -16,8 +16,6 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from lowline.errors import LowlineError
 from lowline.linearize.convert import parse_layers
 from lowline.tools.once import begin, end, is_done
@@ -28,6 +26,7 @@ from lowline.train.config.load import ConfigError, to_toml
 from lowline.train.config.run import RunConfig
 from lowline.train.engine.checkpoint import save_weights
 from lowline.train.engine.lock import alone
+from lowline.train.hf.stream import Kind, Read, StepWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,48 +142,46 @@ def stitch(run: RunConfig, runs: dict[int, RunConfig]) -> Path:
     if len(set(steps.values())) > 1:
         raise LowlineError(f"{run.output}/blocks ended after different steps: {steps}")
     step = f"step-{min(steps.values())}"
-    weights = _initial_weights(run)
+    initial, read = _initial_weights(run)
+    kinds, blocks = dict(initial), dict[str, StepWeights]()
     for of_block in runs.values():
         folder = Path(of_block.output) / "checkpoint" / step
-        mixers = _stored_mixers(folder)
+        weights = StepWeights(folder)
+        mixers = {n: kind for n, kind in weights.kinds.items() if ".mixer." in n}
         for layer in of_block.mixer_layers():
             if not any(name.startswith(f"layers.{layer}.") for name in mixers):
                 raise LowlineError(f"{folder} has no mixer of layer {layer}")
-        weights |= mixers
+        kinds |= mixers
+        blocks |= dict.fromkeys(mixers, weights)
     folder = Path(run.output) / "checkpoint" / step
     folder.parent.mkdir(parents=True, exist_ok=True)
-    save_weights(weights, folder, to_toml(run))
+    save_weights(
+        kinds,
+        lambda name: blocks[name].read(name) if name in blocks else read(name),
+        folder,
+        to_toml(run),
+    )
     return folder
 
 
-def _initial_weights(run: RunConfig) -> dict[str, torch.Tensor]:
-    """All weights that a stage began with, by the training body's names."""
+def _initial_weights(run: RunConfig) -> tuple[dict[str, Kind], Read]:
+    """Return all weights that a stage began with, by the training body's names: kinds and values.
+
+    Those of a Hugging Face directory are mapped, those of a step folder are read one by one.
+    """
     from lowline.train.hf.config import config_to_hf
-    from lowline.train.hf.export import find_checkpoint, read_weights
+    from lowline.train.hf.export import find_checkpoint, open_weights
     from lowline.train.hf.weights import load_hf_state_dict
-    from lowline.train.model.names import from_hf_names
 
     assert run.checkpoint.initial_weights is not None
     source = Path(run.checkpoint.initial_weights)
     if (source / "config.json").is_file():
-        return load_hf_state_dict(source)
+        mapped = load_hf_state_dict(source)
+        return {n: (tuple(w.shape), w.dtype) for n, w in mapped.items()}, mapped.__getitem__
     folder, before = find_checkpoint(source)
     hf = config_to_hf(before.model, before.cola, before.mixer, max_seq_len=before.training.seq_len)
-    return from_hf_names(read_weights(folder, hf, torch.float32), tied=run.model.tie_embeddings)
-
-
-def _stored_mixers(folder: Path) -> dict[str, torch.Tensor]:
-    """The mixers in a run's step folder."""
-    import torch.distributed.checkpoint as dcp
-
-    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    names = [name for name in stored if name.startswith("layers.") and ".mixer." in name]
-    mixers = {
-        name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype)  # type: ignore[union-attr]
-        for name in names
-    }
-    dcp.load(mixers, checkpoint_id=folder, no_dist=True)
-    return mixers
+    weights, _ = open_weights(folder, hf)
+    return weights.kinds, weights.read
 
 
 def print_blocks(run: RunConfig, blocks: Blocks, processes: int) -> None:

@@ -134,7 +134,8 @@ class TrainingConfig:
         None  # sequences a forward pass of a rank; default: its share
     )
     max_norm: Annotated[float, Field(gt=0)] = 1.0  # gradient clipping
-    # Parameters and activations of the forward pass; the master copy and the reduction are fp32.
+    # Parameters and activations of the forward pass. What trains has its master copy and its
+    # reduction in fp32; what does not is stored in this precision.
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     seed: NonNegative = 0
     deterministic: bool = False

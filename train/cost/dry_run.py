@@ -110,6 +110,7 @@ def print_dry_run(
 def _rows(report: Report) -> list[tuple[str, str]]:
     p, m = report.parameters, report.memory
     frozen = report.trained < p.total + report.mixers + report.adapters
+    weights = "fp32; the frozen in the precision of the run" if frozen else "fp32"
     return [
         ("parameters", f"{p.total:,}"),
         ("  low-rank", f"{p.low_rank:,}"),
@@ -124,7 +125,7 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         ("microbatches a step and data-parallel rank", f"{report.microbatches}"),
         ("saved for the backward pass, bytes a token", f"{report.saved_bytes:,.0f}"),
         ("memory of the fullest device", ""),
-        ("  weights (fp32)", human_bytes(m.weights)),
+        (f"  weights ({weights})", human_bytes(m.weights)),
         ("  gradients (fp32)", human_bytes(m.gradients)),
         ("  optimizer state", human_bytes(m.optimizer)),
         ("  gathered parameters", human_bytes(m.gathered)),

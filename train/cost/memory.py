@@ -1,8 +1,9 @@
 """Memory of one device of a run, predicted from its configuration.
 
-A device holds its shards of weights, gradients and optimizer state (fp32), the parameters that FSDP
-has gathered in the compute type, what the forward pass saved, and the buffers of the loss. These do
-not all peak together, so the peak is that of the three moments which can be the highest:
+A device holds its shards of weights, gradients and optimizer state (fp32, but weights that do not
+train in the compute type), the parameters that FSDP has gathered in the compute type, what the
+forward pass saved, and the buffers of the loss. These do not all peak together, so the peak is that
+of the three moments which can be the highest:
 
     loss         everything saved, and three fp32 tensors as large as the logits
     last block   everything saved, one block's gathered parameters and gradients on their way out
@@ -98,7 +99,8 @@ def stage_memory(run: RunConfig, world_size: int, device: Device, pp_rank: int) 
     trained = {name: [t for t in tensors[name] if t.trains] for name in names}
     trained_units = {name: sum(t.unsharded(tp) for t in trained[name]) for name in names}
     trained_local = {name: sum(t.sharded(tp, shard) for t in trained[name]) for name in names}
-    weights = FP32 * sum(local.values())
+    frozen = sum(t.sharded(tp, shard) for name in names for t in tensors[name] if t.is_rounded)
+    weights = FP32 * sum(local.values()) - (FP32 - itemsize) * frozen
     gradients = FP32 * sum((trained_units if accumulates else trained_local).values())
     head_gradients = FP32 * (trained_local.get("norm", 0) + trained_local.get("lm_head", 0))
     optimizer = FP32 * sum(

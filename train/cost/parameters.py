@@ -34,6 +34,11 @@ class Parameter:
     trains: bool = True
 
     @property
+    def is_rounded(self) -> bool:
+        """Whether it is stored in the compute precision (`lowline.train.model.parallelize`)."""
+        return not self.trains and self.part != "mixer"
+
+    @property
     def numel(self) -> int:
         return math.prod(self.shape)
 

@@ -16,7 +16,7 @@ in as safetensors (`checkpoint.initial_weights` of a Hugging Face directory).
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    DefaultSavePlanner,
+    FileSystemWriter,
+)
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torchtitan.components.checkpointer import AsyncMode, CheckpointManager
 from torchtitan.components.checkpointer.base import MODEL
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
@@ -183,24 +188,56 @@ def load_initial(
     return weights | adapter.from_hf(found)
 
 
-def save_weights(weights: dict[str, torch.Tensor], folder: Path, run_config: str) -> None:
+def save_weights(
+    kinds: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    read: Callable[[str], torch.Tensor],
+    folder: Path,
+    run_config: str,
+) -> None:
     """Write weights as the step folder of a run that ended with them; one process, all or nothing.
+
+    Args:
+        kinds: shape and dtype of each weight, by name.
+        read: returns one; each is read when it is written and not held after.
 
     Raises:
         OSError: the disk is full or cannot be written.
     """
     shutil.rmtree(folder.with_name(folder.name + SAVING), ignore_errors=True)
     try:
-        dcp.save(weights, storage_writer=_WholeFolderWriter(folder, run_config), no_dist=True)
+        dcp.save(
+            {n: torch.empty(shape, dtype=d, device="meta") for n, (shape, d) in kinds.items()},
+            storage_writer=_WholeFolderWriter(folder, run_config, a_file_each=True),
+            planner=_ReadingPlanner(read),
+            no_dist=True,
+        )
     except CheckpointException as error:
         raise OSError(f"{folder} could not be written: {_root_cause(error)}") from error
 
 
-class _WholeFolderWriter(FileSystemWriter):
-    """DCP's writer, which gives the folder its name when all ranks have written into it."""
+class _ReadingPlanner(DefaultSavePlanner):
+    """DCP's plan of what is saved, made of shapes alone; values are read as they are written."""
 
-    def __init__(self, final: Path, run_config: str) -> None:
-        super().__init__(final.with_name(final.name + SAVING))
+    def __init__(self, read: Callable[[str], torch.Tensor]) -> None:
+        super().__init__()
+        self._read = read
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        return self._read(index.fqn)
+
+
+class _WholeFolderWriter(FileSystemWriter):
+    """DCP's writer, which gives the folder its name when all ranks have written into it.
+
+    Args:
+        final: the folder.
+        run_config: the text of its config.toml.
+        a_file_each: write a file for each tensor; DCP holds all tensors of a file until its end.
+    """
+
+    def __init__(self, final: Path, run_config: str, *, a_file_each: bool = False) -> None:
+        temporary = final.with_name(final.name + SAVING)
+        super().__init__(temporary, single_file_per_rank=not a_file_each)
         self._final, self._run_config = final, run_config
 
     def write_data(self, plan: Any, planner: Any) -> Any:

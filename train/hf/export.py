@@ -6,22 +6,22 @@ loads, after `import lowline` if the model is low-rank or has mixers; LoRA's fac
 stand beside it in PEFT's format. `import_weights` makes such a directory of a hub model or a GGUF
 file, for training to start from.
 
-One process reads the shards of however many ranks wrote them, model weights only, straight into
-the dtype asked for. The directory appears whole or not at all.
+One process reads the shards of however many ranks wrote them, model weights only, tensor by tensor,
+and writes the directory file by file (`lowline.train.hf.stream`): a model of any size passes
+through the memory of one file. The directory appears complete or not at all.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from lowline.cola.hf import CoLAConfig
 from lowline.errors import LowlineError
@@ -32,8 +32,9 @@ from lowline.train.config.load import load_config, to_toml
 from lowline.train.config.run import RunConfig
 from lowline.train.data.tokenizer import load_tokenizer
 from lowline.train.hf.config import config_to_hf, read_config
+from lowline.train.hf.stream import StepWeights, save_directory
 from lowline.train.hf.weights import check_shapes, hf_shapes, load_hf_state_dict
-from lowline.train.model.lora import is_lora, merge_stored_lora, save_adapter, stored_factors
+from lowline.train.model.lora import save_adapter, stored_factors
 from lowline.train.model.names import from_hf_name, to_hf_names
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,7 +44,7 @@ def export(
     checkpoint: str | Path,
     output: str | Path,
     *,
-    dtype: str = "float32",
+    dtype: str | None = None,
     adapter: bool = False,
     overwrite: bool = False,
 ) -> Path:
@@ -52,7 +53,9 @@ def export(
     Args:
         checkpoint: a run's output folder (its latest complete step is taken) or a step folder.
         output: the directory to make.
-        dtype: of the weights: "float32" (as trained), "bfloat16" or "float16".
+        dtype: of the weights: "float32", "bfloat16" or "float16". Default: the one in which the
+            checkpoint stores all of them; where it stores some in another (those that were not
+            trained), the dtype of the model that was converted, float32 if that is gone.
         adapter: do not merge LoRA's factors: `output`/adapter has them, in PEFT's format and fp32,
             and `output` the weights that they adapt, mixers included.
         overwrite: replace `output` if it is an earlier export.
@@ -64,7 +67,7 @@ def export(
         FileNotFoundError: the run's tokenizer is gone.
         OSError: the disk is full or cannot be written; `output` is then as it was.
     """
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise LowlineError(f"dtype = {dtype!r}; choose from {sorted(DTYPES)}")
     step_folder, run = find_checkpoint(checkpoint)
     if adapter and run.lora is None:
@@ -81,17 +84,32 @@ def export(
     )
     if isinstance(hf, LinearizedConfig):
         hf.teacher = _origin(run)
+    weights, names = open_weights(step_folder, hf, merge=not adapter)
+    kind = DTYPES[dtype] if dtype is not None else _dtype(run, weights)
+    shapes = {name: weights.kinds[ours][0] for name, ours in names.items()}
     with _replaced_whole(Path(output), overwrite) as folder:
-        weights = read_weights(step_folder, hf, DTYPES[dtype], merge=not adapter)
-        _save(folder, hf, weights, DTYPES[dtype])
+        save_directory(folder, hf, shapes, kind, lambda name: weights.read(names[name], kind))
         if adapter:
             assert run.lora is not None
             save_adapter(folder / "adapter", stored_factors(step_folder), run.lora, str(output))
         tokenizer.save_pretrained(folder)
-        parameters = sum(weight.numel() for weight in weights.values())
+        parameters = sum(map(math.prod, shapes.values()))
         card = model_card(Path(output).resolve().name, run, hf, parameters, step_folder.name)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return Path(output)
+
+
+def _dtype(run: RunConfig, weights: StepWeights) -> torch.dtype:
+    """Return the dtype of an export for which none was asked (see `export`)."""
+    stored = {dtype for _, dtype in weights.kinds.values()}
+    if len(stored) == 1:
+        return stored.pop()
+    origin = _origin(run)
+    if origin is not None and (Path(origin) / "config.json").is_file():
+        dtype = read_config(origin).dtype
+        if dtype in DTYPES.values():
+            return dtype
+    return torch.float32
 
 
 def _origin(run: RunConfig) -> str | None:
@@ -132,19 +150,11 @@ def import_weights(
     weights = to_hf_names(weights, tied=hf.tie_word_embeddings)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
     with _replaced_whole(Path(output), overwrite) as folder:
-        _save(folder, hf, weights, next(iter(weights.values())).dtype)
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        dtype = next(iter(weights.values())).dtype
+        save_directory(folder, hf, shapes, dtype, lambda name: weights[name].clone())
         tokenizer.save_pretrained(folder)
     return Path(output)
-
-
-def _save(
-    folder: Path, hf: PreTrainedConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype
-) -> None:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf, dtype=dtype)
-    model.load_state_dict(weights, strict=not hf.tie_word_embeddings, assign=True)
-    model.tie_weights()
-    model.save_pretrained(folder)
 
 
 def find_checkpoint(path: str | Path) -> tuple[Path, RunConfig]:
@@ -171,10 +181,10 @@ def find_checkpoint(path: str | Path) -> tuple[Path, RunConfig]:
     return folder, run
 
 
-def read_weights(
-    step_folder: Path, hf: PreTrainedConfig, dtype: torch.dtype, *, merge: bool = True
-) -> dict[str, torch.Tensor]:
-    """The weights of a step under their Hugging Face names, on the CPU.
+def open_weights(
+    step_folder: Path, hf: PreTrainedConfig, *, merge: bool = True
+) -> tuple[StepWeights, dict[str, str]]:
+    """Return the weights of a step, and their names there by their Hugging Face names.
 
     Args:
         merge: add LoRA's factors.
@@ -182,27 +192,15 @@ def read_weights(
     Raises:
         ValueError: a weight is missing, unexpected or of another shape than `hf` says.
     """
-    shapes = hf_shapes(hf)
-    training_names = {from_hf_name(name): name for name in shapes}
-    stored = dcp.FileSystemReader(step_folder).read_metadata().state_dict_metadata
-    found = {
-        training_names.get(name, name): tuple(entry.size)
-        for name, entry in stored.items()
-        if isinstance(entry, TensorStorageMetadata) and _is_weight(name) and not is_lora(name)
-    }
+    expected = hf_shapes(hf)
+    names = {name: from_hf_name(name) for name in expected}
+    ours = {ours: name for name, ours in names.items()}
+    weights = StepWeights(step_folder, merge=merge)
+    found = {ours.get(name, name): shape for name, (shape, _) in weights.kinds.items()}
     if hf.tie_word_embeddings:
         found.pop("lm_head.weight", None)
-    check_shapes(found, shapes, str(step_folder))
-    weights = {name: torch.empty(shapes[hf_name], dtype=dtype)
-               for name, hf_name in training_names.items()}  # fmt: skip
-    dcp.load(weights, checkpoint_id=step_folder, no_dist=True)
-    if merge:
-        merge_stored_lora(weights, step_folder)
-    return {training_names[name]: weight for name, weight in weights.items()}
-
-
-def _is_weight(name: str) -> bool:
-    return name.startswith(("layers.", "tok_embeddings.", "norm.", "lm_head."))
+    check_shapes(found, expected, str(step_folder))
+    return weights, names
 
 
 def model_card(name: str, run: RunConfig, hf: PreTrainedConfig, parameters: int, step: str) -> str:

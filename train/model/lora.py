@@ -68,6 +68,23 @@ def is_lora(name: str) -> bool:
     return name.endswith((_A, _B))
 
 
+def factor_names(name: str) -> tuple[str, str]:
+    """Return the names that A and B have where they adapt the weight of that name."""
+    module = name.removesuffix(".weight")
+    return module + _A, module + _B
+
+
+def merged(
+    weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, lora: LoraConfig
+) -> torch.Tensor:
+    """Return W + (alpha / rank) · B·A in fp32, on W's device and sharded as it is."""
+    change = ((lora.alpha / lora.rank) * (B @ A)).to(weight.device)
+    if isinstance(weight, DTensor):
+        mesh, placements = weight.device_mesh, weight.placements
+        change = distribute_tensor(change, mesh, placements, src_data_rank=None)
+    return weight + change
+
+
 def stored_factors(step_folder: Path) -> Factors:
     """The adapters in a run's step folder, whole and on the CPU; none of a run without."""
     stored = dcp.FileSystemReader(step_folder).read_metadata().state_dict_metadata
@@ -85,14 +102,8 @@ def merge_stored_lora(weights: Mapping[str, torch.Tensor], step_folder: Path) ->
     lora = load_config(step_folder / "config.toml").lora
     assert lora is not None
     for name in sorted(weights.keys() & factors.keys()):
-        weight, (A, B) = weights[name], factors[name]
-        change = (lora.alpha / lora.rank) * (B @ A)
-        change = change.to(weight.device, weight.dtype)
-        if isinstance(weight, DTensor):
-            change = distribute_tensor(
-                change, weight.device_mesh, weight.placements, src_data_rank=None
-            )
-        weight.add_(change)
+        weight = weights[name]
+        weight.copy_(merged(weight, *factors[name], lora))  # which may round, once
 
 
 def save_adapter(folder: Path, factors: Factors, lora: LoraConfig, base: str) -> None:

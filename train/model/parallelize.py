@@ -32,9 +32,9 @@ def parallelize(
     Gloo has no pre-multiplied sum.
 
     With `mixers_apart` FSDP gathers a mixer on its own, not with its block: where nothing else has
-    a backward pass, the blocks' weights are gathered for the forward pass only. One process in one
-    precision has nothing to shard or cast: it goes without FSDP, which would copy every parameter
-    and gradient all the same.
+    a backward pass, the blocks' weights are gathered for the forward pass only. What does not train
+    is stored in the compute precision. One process in one precision has nothing to shard or cast:
+    it goes without FSDP, which would copy every parameter and gradient all the same.
     """
     if parallel_dims.world_size == 1 and training.mixed_precision_param == "float32":
         if ac_config is not None:
@@ -42,6 +42,7 @@ def parallelize(
         if compile_config.enable:
             apply_compile(model, compile_config=compile_config, parallel_dims=parallel_dims)
         return model
+    store_frozen(model, TORCH_DTYPE_MAP[training.mixed_precision_param])
     if mixers_apart:
         _shard_mixers(model, parallel_dims, training)
     model = parallelize_llama(
@@ -58,6 +59,19 @@ def parallelize(
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Store in `dtype` what does not train, except for mixers.
+
+    FSDP casts a parameter to the compute precision whenever it gathers it, so a frozen one gives
+    the same results when it is stored in that precision, in half the memory. FSDP takes both kinds
+    in one group: it asks for one dtype only of those that train. What a mixer holds fixed is small
+    and was made by a stage of the conversion (centroids), so it stays exact.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and ".mixer." not in name:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _shard_mixers(model: nn.Module, parallel_dims: ParallelDims, training: TrainingConfig) -> None:

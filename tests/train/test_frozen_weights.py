@@ -1,0 +1,90 @@
+"""What a run does not train is stored in the precision that it computes in, and nothing changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from helpers import training
+
+from lowline.train.engine.titan_compat import prepare
+
+prepare()
+
+from lowline.train.config.folder import saved_steps  # noqa: E402
+
+BF16 = '--training.precision="bfloat16"'
+TRANSFER = (*training.MIXER, BF16, '--objective.kind="transfer"', "--optimizer.lr=0.1")
+LORA = (*training.MIXER, BF16, "--lora.rank=4", "--optimizer.lr=0.1")
+SHORT = ("--training.steps=6", "--checkpoint.every=3", "--evaluation.every=3")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    return training.save_teacher(tmp_path_factory.mktemp("teacher") / "dense")
+
+
+def stored_dtypes(output: Path) -> dict[str, torch.dtype]:
+    """The dtype of every parameter in a run's newest checkpoint."""
+    folder = output / "checkpoint"
+    reader = dcp.FileSystemReader(folder / f"step-{saved_steps(folder)[-1]}")
+    stored = reader.read_metadata().state_dict_metadata
+    kinds = ("layers.", "tok_embeddings.", "norm.", "lm_head.")
+    return {name: t.properties.dtype for name, t in stored.items() if name.startswith(kinds)}
+
+
+def everything_in_fp32():
+    return mock.patch("lowline.train.model.parallelize.store_frozen")
+
+
+@pytest.mark.parametrize("arguments", [TRANSFER, LORA], ids=["transfer", "lora"])
+def test_losses_are_those_with_frozen_weights_in_fp32(teacher, tmp_path, arguments):
+    arguments = (f"--checkpoint.initial_weights={teacher}", *arguments, *SHORT)
+    assert training.train_here(tmp_path / "half", *arguments) == 0
+    with everything_in_fp32():
+        assert training.train_here(tmp_path / "full", *arguments) == 0
+    assert training.curve(tmp_path / "half") == training.curve(tmp_path / "full")
+    assert set(stored_dtypes(tmp_path / "full").values()) == {torch.float32}
+    for name, dtype in stored_dtypes(tmp_path / "half").items():
+        trains = ".mixer." in name or ".lora_" in name
+        assert dtype == (torch.float32 if trains else torch.bfloat16), name
+
+
+def test_random_frozen_weights_are_those_of_fp32_rounded(tmp_path):
+    """Also what is drawn after them is the same, and so every loss."""
+    assert training.train_here(tmp_path / "half", *LORA, *SHORT) == 0
+    with everything_in_fp32():
+        assert training.train_here(tmp_path / "full", *LORA, *SHORT) == 0
+    assert training.curve(tmp_path / "half") == training.curve(tmp_path / "full")
+
+
+def test_a_checkpoint_with_frozen_weights_in_fp32_resumes(teacher, tmp_path):
+    arguments = (f"--checkpoint.initial_weights={teacher}", *TRANSFER, *SHORT)
+    with everything_in_fp32():
+        assert training.train_here(tmp_path / "whole", *arguments) == 0
+    training.cut(tmp_path / "whole", tmp_path / "cut", 3)
+    assert training.train_here(tmp_path / "cut", *arguments) == 0
+    assert training.curve(tmp_path / "cut") == training.curve(tmp_path / "whole")
+    assert torch.bfloat16 in stored_dtypes(tmp_path / "cut").values()
+
+
+def test_what_a_stage_merged_into_frozen_weights_is_rounded_once(teacher, tmp_path):
+    """LoRA's factors come in fp32, so the next stage begins with W + B·A in fp32, rounded."""
+    first = (f"--checkpoint.initial_weights={teacher}", *LORA, *SHORT)
+    assert training.train_here(tmp_path / "lora", *first) == 0
+    second = (f"--checkpoint.initial_weights={tmp_path / 'lora' / 'checkpoint' / 'step-6'}",)
+    second += (*TRANSFER, *SHORT)
+    assert training.train_here(tmp_path / "half", *second) == 0
+    with everything_in_fp32():
+        assert training.train_here(tmp_path / "full", *second) == 0
+    assert training.curve(tmp_path / "half") == training.curve(tmp_path / "full")
+
+
+def test_in_fp32_nothing_is_stored_otherwise(teacher, tmp_path):
+    arguments = (f"--checkpoint.initial_weights={teacher}", *TRANSFER, *SHORT)
+    arguments += ('--training.precision="float32"',)
+    assert training.train_here(tmp_path / "run", *arguments) == 0
+    assert set(stored_dtypes(tmp_path / "run").values()) == {torch.float32}
