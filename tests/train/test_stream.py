@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from helpers.live_bytes import LiveBytes
 from safetensors.torch import load_file
+from torchtitan.config import TORCH_DTYPE_MAP
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lowline.train.config.load import to_toml
@@ -34,6 +35,7 @@ from lowline.train.hf import stream  # noqa: E402
 from lowline.train.hf.export import export  # noqa: E402
 from lowline.train.model.build import build_model_config  # noqa: E402
 from lowline.train.model.names import to_hf_name  # noqa: E402
+from lowline.train.model.parallelize import store_frozen  # noqa: E402
 
 MODEL = ModelConfig(dim=64, n_layers=24, n_heads=4, ffn_dim=512, vocab_size=4096)
 MIXER = MixerConfig(name="lolcats", options={"window": 4})
@@ -55,6 +57,7 @@ def save(run: RunConfig, folder: Path) -> dict[str, torch.Tensor]:
     """A step folder of a run whose parameters are all random; returns them."""
     torch.manual_seed(0)
     body = build_model_config(run).build()
+    store_frozen(body, TORCH_DTYPE_MAP[run.training.precision])
     weights = {n: torch.randn_like(w).mul_(0.1) for n, w in body.state_dict().items()}
     dcp.save(dict(weights), checkpoint_id=folder, no_dist=True)
     (folder / "config.toml").write_text(to_toml(run))
