@@ -21,7 +21,6 @@ from lowline.train.config.run import (
     LoraConfig,
     MixerConfig,
     ModelConfig,
-    ObjectiveConfig,
     OptimizerConfig,
     RunConfig,
     TrainingConfig,
@@ -36,6 +35,7 @@ from lowline.train.hf.export import export  # noqa: E402
 from lowline.train.model.build import build_model_config  # noqa: E402
 from lowline.train.model.names import to_hf_name  # noqa: E402
 from lowline.train.model.parallelize import store_frozen  # noqa: E402
+from lowline.train.objectives.transfer import TransferSection  # noqa: E402
 
 MODEL = ModelConfig(dim=64, n_layers=24, n_heads=4, ffn_dim=512, vocab_size=4096)
 MIXER = MixerConfig(name="lolcats", options={"window": 4})
@@ -108,7 +108,7 @@ def test_stitching_holds_one_tensor_of_a_model(tmp_path):
     run = make_run(
         output=str(tmp_path / "stage"),
         mixer=MIXER,
-        objective=ObjectiveConfig(kind="transfer"),
+        objective=TransferSection(),
         checkpoint=CheckpointConfig(initial_weights=str(source)),
     )
     runs, mixers = Blocks(size=8).runs(run), {}
