@@ -23,7 +23,10 @@ from lowline.kernels.recurrence import delta, plain, ungated
 from lowline.kernels.recurrence.pairs import Decay, decays
 
 CHUNK = 64  # rows, a power of two
-ROWS = 4096  # of all heads at a time, where there is a gate or the delta rule: what a cache holds
+# Rows of all heads at a time, where there is a gate or the delta rule: what a CPU's cache holds; on
+# other devices more, since few rows leave them idle and every group is dozens of launches.
+ROWS = 4096
+TIMES_ON_A_GPU = 32
 
 
 class Group(NamedTuple):
@@ -95,7 +98,7 @@ class _Recurrence(torch.autograd.Function):
                 states, S = ungated.forward(q_BTQK, k_BTHK, v_BTHV, S, span, CHUNK, scale, o_BTQV)
                 kept.append(states)
             else:
-                for group in _groups(span, B * H):
+                for group in _groups(span, B * H, k_BTHK.device):
                     x = _inputs(tensors, group, scale, wide)
                     if x.beta is None:
                         assert x.decay is not None
@@ -127,7 +130,7 @@ class _Recurrence(torch.autograd.Function):
                     q_BTQK, k_BTHK, v_BTHV, do_BTQV, kept.pop(), dS, span, CHUNK, scale, grads
                 )
             else:
-                for group in reversed(list(_groups(span, B * H))):
+                for group in reversed(list(_groups(span, B * H, k_BTHK.device))):
                     x = _inputs(tensors, group, scale, wide)
                     do = _queries(do_BTQV, H, group).to(x.q.dtype)
                     states, d_beta = kept.pop(), None
@@ -153,14 +156,15 @@ def _spans(bounds: list[int] | None, T: int) -> list[tuple[int, int]]:
     return [(0, T)] if bounds is None else list(zip(bounds, bounds[1:], strict=False))
 
 
-def _groups(span: tuple[int, int], heads: int) -> Iterator[Group]:
-    """Whole chunks, ROWS rows of all heads at a time; then the rest, padded to a power of two.
+def _groups(span: tuple[int, int], heads: int, device: torch.device) -> Iterator[Group]:
+    """Yield whole chunks, as many as the device takes at a time; then the rest, padded to 2ⁿ rows.
 
     None in an empty batch.
     """
     start, end = span if heads else (0, 0)
+    rows = ROWS if device.type == "cpu" else TIMES_ON_A_GPU * ROWS
     while end - start >= CHUNK:
-        chunks = min(max(1, ROWS // (heads * CHUNK)), (end - start) // CHUNK)
+        chunks = min(max(1, rows // (heads * CHUNK)), (end - start) // CHUNK)
         yield Group(start, start + chunks * CHUNK, chunks, CHUNK)
         start += chunks * CHUNK
     if start < end:

@@ -8,8 +8,8 @@ before those two:
     [numerator, denominator] = W [v, 1] + λφq S
 
 so a column of ones carries the denominator through every product. Blocks are worked in groups of
-about a million scores: temporaries do not grow with T, and what is kept for the backward pass is
-the inputs and one S a group; all else is computed again.
+about a million scores (more on a GPU): temporaries do not grow with T, and what is kept for the
+backward pass is the inputs and one S a group; all else is computed again.
 
 Backward, with u_i = [do_i, -do_i·o_i] / denominator_i:
 
@@ -33,7 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-SCORES_A_GROUP = 2**20
+SCORES_A_GROUP = 2**20  # what a CPU's cache holds
+TIMES_ON_A_GPU = 16  # there a group costs dozens of launches, and few scores leave it idle
 
 
 def attend(
@@ -296,7 +297,8 @@ def _groups(tensors: Sequence[torch.Tensor], shape: _Shape) -> list[tuple[int, i
     N, T, H, _ = tensors[0].shape
     blocks = -(-T // shape.C)
     scores = N * H * shape.C * (2 * shape.C + tensors[5].shape[1])
-    size = max(1, SCORES_A_GROUP // max(scores, 1))
+    allowed = SCORES_A_GROUP * (1 if tensors[0].device.type == "cpu" else TIMES_ON_A_GPU)
+    size = max(1, allowed // max(scores, 1))
     return [(b, min(size, blocks - b)) for b in range(0, blocks, size)]
 
 

@@ -216,6 +216,17 @@ def test_keeps_one_state_a_chunk(kind: str) -> None:
     assert states == 256 // chunk.CHUNK * inputs["initial_state"].numel()
 
 
+def test_groups_are_sized_by_the_device() -> None:
+    """64 heads: on a CPU a chunk at a time, elsewhere 32; every token once."""
+    for device, chunks in (("cpu", 1), ("meta", 32)):
+        groups = list(chunk._groups((3, 3 + 70 * 64 + 5), 64, torch.device(device)))
+        assert [g.chunks for g in groups] == [chunks] * (70 // chunks) + [70 % chunks] * (
+            70 % chunks > 0
+        ) + [1]
+        assert [g.start for g in groups] == [3, *(g.end for g in groups[:-1])]
+        assert groups[-1].end == 3 + 70 * 64 + 5 and groups[-1].rows == 8
+
+
 def test_decays_are_the_products_of_their_steps() -> None:
     g = -3 * torch.rand(2, 16, 5, dtype=FP64)
     decay = decays(g, per_head=False)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowline.kernels import backends
-from lowline.kernels.window import WindowState, op, window_linear_attention
+from lowline.kernels.window import WindowState, op, torch_form, window_linear_attention
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -149,6 +149,17 @@ def test_reference_is_softmax_attention_where_everything_is_exact():
     q, k, v = (x[name].transpose(1, 2) for name in ("q_BTHD", "k_BTGD", "v_BTGV"))
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     torch.testing.assert_close(o.transpose(1, 2), want)
+
+
+def test_groups_are_sized_by_the_device():
+    """64 heads of blocks of 64 queries and 128 keys are 2^19 scores a block: 2 or 32 a group."""
+    for device, most in (("cpu", 2), ("meta", 32)):
+        q, sink = torch.empty(1, 40 * 64, 64, 16, device=device), torch.empty(1, 0, 64, 16)
+        groups = torch_form._groups([q, q, q, q, q, sink], torch_form._Shape(64, 0, 1.0))
+        assert [count for _, count in groups] == [most] * (40 // most) + [40 % most] * (
+            40 % most > 0
+        )
+        assert [first for first, _ in groups] == list(range(0, 40, most))
 
 
 def test_reference_is_the_formula():
