@@ -87,7 +87,7 @@ def table(
     window = max(row.window for row in rows)
     columns = {f"state MB\n@{context}": [f"{row.state_bytes(context) / 1e6:.2f}" for row in rows]}
     for measure in measures:
-        for title, cell in _columns(measure, window):
+        for title, cell in (*_columns(measure, window), *_others(measure, rows, results)):
             for n, row in enumerate(rows):
                 if (scores := results.scores(row, measure)) is not None and (text := cell(scores)):
                     columns.setdefault(title, [""] * len(rows))[n] = text
@@ -128,6 +128,27 @@ def _columns(measure: Measure, window: int) -> Iterator[tuple[str, Callable[[Any
     elif isinstance(measure, Choices | HarnessTask):
         for metric in METRICS:
             yield f"{measure.task}\n{metric}", partial(_metric, metric)
+
+
+def _others(
+    measure: Measure, rows: Sequence[Row], results: Results
+) -> Iterator[tuple[str, Callable[[Any], str]]]:
+    """The columns of a task of lm-eval that reports none of `METRICS`: its first number."""
+    if not isinstance(measure, HarnessTask):
+        return
+    for row in rows:
+        scores = results.scores(row, measure)
+        if scores is None or any(scores.get(name) is not None for name in METRICS):
+            continue
+        aside = ("stderr", "sample_len")
+        numbers = [name for name in scores if not any(word in name for word in aside)]
+        if numbers:
+            yield f"{measure.task}\n{numbers[0]}", partial(_number, numbers[0])
+            return
+
+
+def _number(name: str, scores: Any) -> str:
+    return "" if scores.get(name) is None else f"{scores[name]:,.4g}"
 
 
 def _perplexity(n: int, scores: Any) -> str:

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lowline.linearize.convert import convert
-from lowline.linearize.evaluation import harness, measure
+from lowline.linearize.evaluation import harness, measure, report
 from lowline.linearize.evaluation.choices import Choices, read_piqa
 from lowline.linearize.evaluation.harness import HarnessTask, check_tasks
 from lowline.linearize.evaluation.measure import beginning, encode, quiet, token_losses
@@ -449,3 +449,12 @@ def test_without_its_linear_part_a_window_and_a_linear_part_are_a_window():
         torch.testing.assert_close(off, window(ids).logits, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(off, before, atol=1e-2)
         assert torch.equal(liger(ids).logits, before)
+
+
+def test_a_task_without_an_accuracy_has_a_column() -> None:
+    task = HarnessTask(task="t.yaml", tokenizer=None, limit=None, batch_size=1, seed=0)
+    scores = {"sample_len": 3.0, "word_perplexity_stderr": 1.0, "word_perplexity": 1234.5678}
+    found = dict(report._others(task, [object()], SimpleNamespace(scores=lambda *_: scores)))
+    assert list(found) == ["t.yaml\nword_perplexity"]
+    assert found["t.yaml\nword_perplexity"](scores) == "1,235"
+    assert not list(report._others(task, [object()], SimpleNamespace(scores=lambda *_: {"acc": 1})))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -268,3 +269,71 @@ def test_a_file_of_the_user_comes_first(tmp_path, monkeypatch) -> None:
 def test_two_files_are_refused(capsys) -> None:
     assert main(["train", "one.toml", "--config", "cola_60m"]) == 2
     assert "'one.toml' is not understood: --config cola_60m names" in capsys.readouterr().err
+
+
+def test_the_reference_page_is_made_from_the_table() -> None:
+    """`python -m lowline.tools.cli_reference > docs/reference/cli.md` renews it."""
+    from lowline.tools.cli_reference import cli_reference
+
+    page = (ROOT / "docs" / "reference" / "cli.md").read_text()
+    assert page == cli_reference()
+    assert page.count("\n## lowline ") == len(COMMANDS)
+
+
+def test_a_configuration_is_printed_complete(capsys, tmp_path) -> None:
+    from lowline.train.config.load import load_config
+    from lowline.train.config.stages import load_stages
+
+    for name, load in (("demo_cola", load_config), ("lolcats_smollm2_135m", load_stages)):
+        assert main(["configs", name]) == 0
+        mine = tmp_path / f"{name}.toml"
+        mine.write_text(capsys.readouterr().out)
+        assert not re.search(r"^base", mine.read_text(), re.MULTILINE)
+        ours, theirs = load(mine), load(find_config(name))
+        if load is load_stages:
+            ours, theirs = (
+                [s.run(n, teacher="t") for n in range(len(s.names))] for s in (ours, theirs)
+            )
+        assert ours == theirs
+
+
+def test_the_table_of_configurations_fits_100_columns(capsys) -> None:
+    assert main(["configs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    (line,) = [line for line in lines if line.startswith("cola_60m ")]
+    assert line.split()[:3] == ["cola_60m", "43M", "CoLA-60M"]
+    assert {line.split(" ")[0] for line in lines} >= shipped_configs().keys()
+
+
+def test_a_dry_run_names_a_batch_that_divides(capsys) -> None:
+    given = ["--dry-run=64", "--training.global_batch_size=512", "--training.local_batch_size=16"]
+    assert main(["train", "demo_cola", *given]) == 2
+    assert "--training.local_batch_size=8 would work" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_other_libraries_are_quiet(quiet, tmp_path, capsys) -> None:
+    """What transformers and torch print while a model is written and loaded."""
+    import warnings
+
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    from lowline.tools.quiet import quiet_libraries
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8,
+                                         num_hidden_layers=1, num_attention_heads=1))  # fmt: skip
+    try:
+        with warnings.catch_warnings():
+            if quiet:
+                quiet_libraries()
+            else:
+                transformers_logging.enable_progress_bar()
+            model.save_pretrained(tmp_path)
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+    finally:
+        (transformers_logging.enable_progress_bar if shown else
+         transformers_logging.disable_progress_bar)()  # fmt: skip
+    assert ("Loading weights" in capsys.readouterr().err) is not quiet

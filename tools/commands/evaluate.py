@@ -134,7 +134,9 @@ def evaluate(
     from lowline.linearize.evaluation.plots import plots
     from lowline.linearize.evaluation.report import Results, explanation, table
     from lowline.linearize.evaluation.rows import rows_of
+    from lowline.tools.quiet import quiet_libraries
 
+    quiet_libraries()
     if not models:
         raise LowlineError("no models; give directories, hub ids or GGUF files")
     at_least_one(batch_tokens=batch_tokens)
@@ -163,9 +165,13 @@ def evaluate(
 
     console, numbers = wide_console(), output / "results.json"
     results = Results.read(numbers)
-    for _ in run(plan, results, console):
-        report = {"machine": machine(torch.get_num_threads()), "records": results.records}
-        write_text(numbers, json.dumps(report, indent=1) + "\n")
+    try:
+        for _ in run(plan, results, console):
+            report = {"machine": machine(torch.get_num_threads()), "records": results.records}
+            write_text(numbers, json.dumps(report, indent=1) + "\n")
+    except KeyboardInterrupt:
+        console.print(f"stopped; the same command resumes from {numbers}", highlight=False)
+        raise
     rows = named_apart({json.dumps(row.identity): row for row, _ in plan}.values())
     measures = list({(m.task, json.dumps(m.settings)): m for _, m in plan}.values())
     context = max(*size.contexts, *size.lengths)

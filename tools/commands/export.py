@@ -30,8 +30,10 @@ def export(
         adapter: Leave LoRA's factors out of them; OUTPUT/adapter has those, in PEFT's format.
         overwrite: Replace an earlier export.
     """
+    from lowline.tools.quiet import quiet_libraries
     from lowline.train.hf.export import export
 
+    quiet_libraries()
     folder = export(checkpoint, output, dtype=dtype, adapter=adapter, overwrite=overwrite)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(f"{folder}: {size / 1e6:.1f} MB")

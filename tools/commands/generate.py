@@ -53,7 +53,9 @@ def generate(
     from transformers import TextStreamer
 
     from lowline.linearize.convert import load_teacher, load_tokenizer
+    from lowline.tools.quiet import quiet_libraries
 
+    quiet_libraries()
     if temperature < 0:
         raise LowlineError(f"temperature = {temperature}; 0 is greedy, above 0 samples")
     if not 0 < top_p <= 1:

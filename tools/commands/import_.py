@@ -38,8 +38,10 @@ def import_tables(
     """
     import tomli_w
 
+    from lowline.tools.quiet import quiet_libraries
     from lowline.train.hf.config import config_from_hf
 
+    quiet_libraries()
     if source.endswith(".gguf") and gguf_file is None:
         source, gguf_file = str(Path(source).parent), Path(source).name
     if output is None and not (Path(source) / "config.json").is_file():

@@ -153,8 +153,10 @@ def _check_blocks(runs: Sequence[RunConfig], blocks: Blocks | None) -> None:
 def _convert(stages: Stages, given: Arguments) -> int:
     from lowline.tools.launch import lowline
     from lowline.tools.once import DONE
+    from lowline.tools.quiet import quiet_libraries
     from lowline.train.hf.export import export
 
+    quiet_libraries()
     source = given.source or stages.source
     if source is None:
         raise ConfigError(f"what to convert? Give SOURCE, or set source in {stages.path}")

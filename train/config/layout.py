@@ -58,10 +58,14 @@ def check_layout(run: RunConfig, world_size: int) -> int:
     ranks = p.data_parallel(world_size)
     total, local = t.global_batch_size, t.local_batch_size
     if total % ranks or local is not None and total // ranks % local:
+        hint = ""
+        if local is not None and total % ranks == 0:
+            fits = max(n for n in range(1, local) if total // ranks % n == 0)
+            hint = f"; --training.local_batch_size={fits} would work"
         raise LowlineError(
             f"training.global_batch_size = {total} sequences cannot be dealt out to {ranks} "
             f"data-parallel rank(s) with local_batch_size = {local or 'unset'}; it must be a "
-            "multiple of their product"
+            f"multiple of their product{hint}"
         )
     local = local or total // ranks
     shared = {

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -94,6 +95,9 @@ def _train(run: RunConfig, inputs: Inputs | None) -> Result:
                 f"stopped by {signal.Signals(trainer.stopped_by).name} after step {trainer.step}, "
                 f"saved {trainer.checkpointer.newest_saved()}; the same command goes on from there"
             )
+        else:
+            newest = trainer.checkpointer.newest_saved()
+            trainer.metrics_processor.say(_next_step(run, newest))
     finally:
         if trainer is not None:
             trainer.metrics_processor.close()
@@ -183,6 +187,16 @@ def _summary(run: RunConfig, trainer: Trainer) -> list[str]:
         f"output   {run.output}",
         *([f"watch    tensorboard --logdir {run.output}/tb"] if run.metrics.tensorboard else []),
     ]
+
+
+def _next_step(run: RunConfig, checkpoint: object) -> list[str]:
+    """Return the lines on where the weights are, and what makes a model of them."""
+    if not run.checkpoint.enable:
+        return ["done     nothing was saved: checkpoint.enable = false"]
+    lines = [f"done     {checkpoint}"]
+    if run.block is None:
+        lines.append(f"export   lowline export {quote(run.output)} {quote(f'{run.output}-hf')}")
+    return lines
 
 
 def _stage(run: RunConfig) -> list[str]:

@@ -247,7 +247,10 @@ def _replaced_whole(output: Path, overwrite: bool) -> Iterator[Path]:
     """A new folder beside `output` that takes its place when the block ends without an error."""
     if output.is_file() or output.is_dir() and any(output.iterdir()):
         if not overwrite:
-            raise LowlineError(f"{output} exists; give another output or overwrite it")
+            raise LowlineError(
+                f"{output} exists; give another output, or replace it: --overwrite, or "
+                "overwrite=True in Python"
+            )
         if not (output / "config.json").is_file():
             raise LowlineError(f"{output} has no config.json: not an export, so not overwritten")
     try:
