@@ -44,6 +44,7 @@ from transformers import (
 from lowline._lazy import make_callable
 from lowline.errors import LowlineError
 from lowline.files import write_folder
+from lowline.hub import check_source
 from lowline.linearize.body.hf import FAMILIES, PREFIX, SOFTMAX, LinearizedConfig
 
 Layers = str | Sequence[int]
@@ -96,7 +97,13 @@ def convert(
                 new = config.build_mixer(layer).state_dict()
                 weights |= {place + name: weight for name, weight in new.items()}
     loaded: Any = FAMILIES[_family(config)].causal_lm.from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        None,
+        config=config,
+        state_dict=weights,
+        dtype=dtype,
+        output_loading_info=True,
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     model, found = loaded
     assert not any(found.values()), found
@@ -189,6 +196,7 @@ def load_teacher(
             gguf_file=gguf_file,
             dtype=dtype or ("auto" if gguf_file is None else torch.float32),
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
             **how,
         )
@@ -212,7 +220,7 @@ def load_config(source: str | Path, *, gguf_file: str | None = None) -> PreTrain
     """
     place, gguf_file = locate(source, gguf_file)
     with _named(source):
-        config = AutoConfig.from_pretrained(place, gguf_file=gguf_file)
+        config = AutoConfig.from_pretrained(place, gguf_file=gguf_file, trust_remote_code=False)
     _family(config, str(source))
     return config
 
@@ -231,7 +239,7 @@ def load_tokenizer(source: str | Path, *, gguf_file: str | None = None) -> PreTr
             "put the one its model was trained with there"
         )
     with _named(source):
-        return AutoTokenizer.from_pretrained(place, gguf_file=gguf_file)
+        return AutoTokenizer.from_pretrained(place, gguf_file=gguf_file, trust_remote_code=False)
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> Path:
@@ -293,6 +301,7 @@ def _family(config: PreTrainedConfig | Mapping[str, Any], name: str = "") -> str
 
 def locate(source: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
     """The directory or hub id, and the GGUF file in it if that is what is to be read."""
+    check_source(source)
     path = Path(source)
     if gguf_file is not None:
         return str(source), gguf_file

@@ -184,7 +184,7 @@ def test_sources_that_cannot_be_converted_are_refused(tmp_path):
     refused(GPT2LMHeadModel(gpt2), f"'gpt2' cannot be converted; {supported}")
     gpt2.save_pretrained(tmp_path)
     refused(tmp_path, f"'gpt2' cannot be converted; {supported}")
-    refused(tmp_path / "nowhere", "nowhere: cannot be loaded as a directory")
+    refused(tmp_path / "nowhere", "nowhere: no such file or directory")
     LlamaConfig(**SHAPE, quantization_config={"quant_method": "gptq", "bits": 4}).save_pretrained(
         tmp_path
     )

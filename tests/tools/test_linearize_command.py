@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from lowline import LowlineError
 from lowline.tools.cli import main
 from lowline.tools.commands.linearize import _teacher
 from lowline.train.config.folder import saved_steps
@@ -156,7 +157,7 @@ def test_another_gguf_file_is_refused(
     assert made == ["one.gguf"]
     with pytest.raises(ConfigError, match="was made of .*one.gguf, which is not .*other.gguf"):
         _teacher(str(other), folder)
-    with pytest.raises(ConfigError, match="absent.gguf: no such file"):
+    with pytest.raises(LowlineError, match="absent.gguf: no such file"):
         _teacher(str(tmp_path / "absent.gguf"), folder)
 
 

@@ -411,7 +411,7 @@ def test_other_architectures_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ValueError, match="model_type = 'gpt2'.*mistral, qwen2, qwen3, cola_llama"):
         hf_config.config_from_hf(tmp_path)
-    with pytest.raises(ValueError, match="nowhere: neither a directory"):
+    with pytest.raises(ValueError, match="nowhere: no such file or directory"):
         hf_config.config_from_hf(tmp_path / "nowhere")
 
 

@@ -115,15 +115,19 @@ def load_model(checkpoint: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import lowline.cola.hf  # noqa: F401  (registers cola_llama)
+    from lowline.hub import check_source
 
     source, options = checkpoint, {}
     if checkpoint.endswith(".gguf"):
         source, file = os.path.split(checkpoint)
         source, options = source or ".", {"gguf_file": file}
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ImportError, ValueError) as error:
+        check_source(checkpoint)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
         raise LowlineError(
             f"{checkpoint}: no Hugging Face directory, hub id or GGUF file that can be read "
             f"(working directory {Path.cwd()}); a training checkpoint becomes one with "

@@ -27,6 +27,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 
 from lowline.errors import LowlineError, MissingFileError
 from lowline.files import write_text
+from lowline.hub import check_source
 from lowline.train.data.chat import Conversation, conversation_tokens
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def _load_hf(name_or_path: str) -> "PreTrainedTokenizerBase":
 
     if name_or_path == "embedded":
         with as_file(files("lowline.train.data") / "tokenizer") as directory:
-            return AutoTokenizer.from_pretrained(str(directory))
+            return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
     path = Path(name_or_path)
     if path.name == "tokenizer.json":
         path = path.parent
@@ -132,7 +133,10 @@ def _load_hf(name_or_path: str) -> "PreTrainedTokenizerBase":
             f"{Path.cwd()}); give one of these, 'embedded', or a hub id such as 't5-base'"
         )
     try:
-        return AutoTokenizer.from_pretrained(str(path) if local else name_or_path)
+        if not local:
+            check_source(name_or_path)
+        source = str(path) if local else name_or_path
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise MissingFileError(
             f"cannot load tokenizer {name_or_path!r}: {error}. Give 'embedded', a directory with "

@@ -27,6 +27,7 @@ from lowline.cola.hf import CoLAConfig
 from lowline.cola.projections import PROJECTIONS
 from lowline.cola.ranks import resolve_ranks
 from lowline.errors import LowlineError
+from lowline.hub import check_source
 from lowline.linearize.body.hf import FAMILIES, PREFIX, SOFTMAX, LinearizedConfig
 from lowline.linearize.convert import linearized_config, parse_layers
 from lowline.linearize.mixers import MIXERS
@@ -218,8 +219,9 @@ def read_config(source: str | Path, gguf_file: str | None = None) -> PreTrainedC
     Raises:
         ValueError: there is none.
     """
+    check_source(source)
     try:
-        return AutoConfig.from_pretrained(source, gguf_file=gguf_file)
+        return AutoConfig.from_pretrained(source, gguf_file=gguf_file, trust_remote_code=False)
     except OSError as error:
         raise LowlineError(
             f"{source}: neither a directory with a config.json (working directory {Path.cwd()}) "

@@ -148,7 +148,7 @@ def import_weights(
     hf = read_config(source, gguf_file)
     weights = load_hf_state_dict(source, gguf_file=gguf_file)
     weights = to_hf_names(weights, tied=hf.tie_word_embeddings)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, trust_remote_code=False)
     with _replaced_whole(Path(output), overwrite) as folder:
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         dtype = next(iter(weights.values())).dtype

@@ -19,6 +19,7 @@ from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from lowline.errors import LowlineError
+from lowline.hub import check_source
 from lowline.train.config.run import ColaConfig, MixerConfig, ModelConfig
 from lowline.train.hf.config import (
     check_mixers,
@@ -96,6 +97,7 @@ def hf_directory(source: str | Path) -> Path:
     """
     if Path(source).is_dir():
         return Path(source)
+    check_source(source)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -128,7 +130,11 @@ def load_hf_state_dict(
     model, _ = config_from_hf(hf)
     if gguf_file is not None:
         body = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=gguf_file, dtype=torch.float32
+            source,
+            gguf_file=gguf_file,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
         weights = body.state_dict()
     else:
