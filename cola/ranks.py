@@ -31,7 +31,7 @@ def resolve_ranks(rank: Rank, dim: int, shapes: Mapping[str, tuple[int, int]]) -
     table = rank if isinstance(rank, dict) else dict.fromkeys(PROJECTIONS, rank)
     if unknown := sorted(set(table) - set(PROJECTIONS)):
         raise LowlineError(f"cola.rank names {unknown}; the projections are {list(PROJECTIONS)}")
-    ranks = {}
+    ranks: dict[str, int] = {}
     for name in PROJECTIONS:
         value = table.get(name, 0)
         if isinstance(value, float):

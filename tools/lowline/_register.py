@@ -52,7 +52,7 @@ class _Finder:
                 spec = finder.find_spec(fullname, path, target)
                 if spec is not None:
                     if spec.loader is not None:
-                        spec.loader = _Loader(spec.loader, self)
+                        spec.loader = _Loader(spec.loader, self)  # type: ignore[assignment]
                     return spec
         return None
 

@@ -47,5 +47,5 @@ class Variants:
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
         tagged = tuple(Annotated[self.section(value), Tag(value)] for value in self.sections)
-        union = Annotated[Union[tagged], Discriminator(self.value_of)]  # noqa: UP007
+        union: Any = Annotated[Union[tagged], Discriminator(self.value_of)]  # type: ignore[valid-type]  # noqa: UP007
         return handler.generate_schema(union)
