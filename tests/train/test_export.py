@@ -1,5 +1,6 @@
 """A training checkpoint to a Hugging Face directory and back into training."""
 
+import json
 import os
 import subprocess
 import sys
@@ -75,6 +76,9 @@ def test_export_holds_the_trained_model_and_all_that_using_it_needs(tied, tmp_pa
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert GenerationConfig.from_pretrained(out).eos_token_id == tokenizer.eos_token_id
     assert tokenizer.decode(tokenizer("def f(x):\n    return 1")["input_ids"]).startswith("def f")
+    auto_map = json.loads((out / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModelForCausalLM"] == "modeling_lowline.CoLAForCausalLM"
+    assert "class CoLAForCausalLM(" in (out / "modeling_lowline.py").read_text()
     card = (out / "README.md").read_text()
     parameters = sum(weight.numel() for weight in model.parameters())
     assert f"{parameters / 1e6:.2f}M parameters" in card and "step-3" in card

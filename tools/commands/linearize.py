@@ -154,6 +154,7 @@ def _convert(stages: Stages, given: Arguments) -> int:
     from lowline.tools.launch import lowline
     from lowline.tools.once import DONE
     from lowline.tools.quiet import quiet_libraries
+    from lowline.train.hf.card import add_to_card
     from lowline.train.hf.export import export
 
     quiet_libraries()
@@ -183,12 +184,14 @@ def _convert(stages: Stages, given: Arguments) -> int:
     converted, last = stages.output / "model", stages.folder(len(stages.names) - 1)
     if not _is_newer(converted / "config.json", last / DONE):
         export(last, converted, overwrite=True)
+        add_to_card(converted, source=source)
     if given.evaluation == "none":
         print(f"model    {converted}\n{next_step(converted)}")
         return 0
     quick = ["--quick"] if given.evaluation == "quick" else []
     report = ["--teacher", str(teacher), "--output", str(stages.output / "report")]
     code = lowline("evaluate", str(converted), *report, *quick)
+    add_to_card(converted, results=stages.output / "report" / "results.json")
     print(f"model    {converted}\n{next_step(converted)}")
     return code
 

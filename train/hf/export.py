@@ -2,8 +2,9 @@
 
 `OUTPUT/checkpoint/step-N`, which holds its run's config.toml, gives config.json, safetensors,
 generation_config.json, the tokenizer and a model card: what `AutoModelForCausalLM.from_pretrained`
-loads, after `import lowline` if the model is low-rank or has mixers; LoRA's factors are merged, or
-stand beside it in PEFT's format. `import_weights` makes such a directory of a hub model or a GGUF
+loads; a model that is low-rank or has mixers needs `import lowline` before, or
+`trust_remote_code=True`. LoRA's factors are merged, or stand beside it in PEFT's format.
+`import_weights` makes such a directory of a hub model or a GGUF
 file, for training to start from.
 
 One process reads the shards of however many ranks wrote them, model weights only, tensor by tensor,
@@ -13,7 +14,6 @@ through the memory of one file. The directory appears complete or not at all.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,14 +23,14 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from lowline.cola.hf import CoLAConfig
 from lowline.errors import LowlineError
 from lowline.files import write_folder
 from lowline.linearize.body.hf import LinearizedConfig
 from lowline.train.config.folder import is_step_folder, saved_steps
-from lowline.train.config.load import load_config, to_toml
+from lowline.train.config.load import load_config
 from lowline.train.config.run import RunConfig
 from lowline.train.data.tokenizer import load_tokenizer
+from lowline.train.hf.card import CARD, model_card
 from lowline.train.hf.config import config_to_hf, read_config
 from lowline.train.hf.stream import StepWeights, save_directory
 from lowline.train.hf.weights import check_shapes, hf_shapes, load_hf_state_dict
@@ -94,8 +94,9 @@ def export(
             save_adapter(folder / "adapter", stored_factors(step_folder), run.lora, str(output))
         tokenizer.save_pretrained(folder)
         parameters = sum(map(math.prod, shapes.values()))
-        card = model_card(Path(output).resolve().name, run, hf, parameters, step_folder.name)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        name, step = Path(output).resolve().name, step_folder.name
+        card = model_card(name, run, hf, parameters, step, base_model=_origin(run))
+        (folder / CARD).write_text(card, encoding="utf-8")
     return Path(output)
 
 
@@ -201,45 +202,6 @@ def open_weights(
         found.pop("lm_head.weight", None)
     check_shapes(found, expected, str(step_folder))
     return weights, names
-
-
-def model_card(name: str, run: RunConfig, hf: PreTrainedConfig, parameters: int, step: str) -> str:
-    """README.md of an exported model: what it is, how to load it, the run that made it."""
-    kind = "low-rank (CoLA)" if isinstance(hf, CoLAConfig) else "dense"
-    mixers = ""
-    if run.mixer is not None:
-        kind = f"linearized, {kind}"
-        layers = ", ".join(map(str, sorted(run.mixer_layers())))
-        mixers = f"- mixer: {run.mixer.name} {json.dumps(run.mixer.options)} in layers {layers}\n"
-    ranks = ""
-    if isinstance(hf, CoLAConfig):
-        ranks = f"- ranks: {json.dumps(hf.ranks)}, activation {hf.bottleneck_activation}\n"
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [lowline, {hf.model_type}]
----
-# {name}
-
-A {kind} language model with {parameters / 1e6:.2f}M parameters, {step} of a lowline run.
-
-- model type: {hf.model_type}
-- layers {hf.num_hidden_layers}, width {hf.hidden_size}, feed-forward {hf.intermediate_size}, \
-heads {hf.num_attention_heads} (key/value {hf.num_key_value_heads})
-- vocabulary {hf.vocab_size}, context {hf.max_position_embeddings} tokens
-{ranks}{mixers}
-```python
-{f"import lowline  # registers {hf.model_type}" if ranks or mixers else ""}
-from transformers import pipeline
-
-print(pipeline("text-generation", {name!r})("The", max_new_tokens=32))
-```
-
-The run's configuration:
-
-```toml
-{to_toml(run)}```
-"""
 
 
 @contextmanager

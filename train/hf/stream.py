@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from lowline.cola.remote_code import add_remote_code
 from lowline.train.config.load import load_config
 from lowline.train.model.lora import factor_names, is_lora, merged
 
@@ -109,6 +110,7 @@ def save_directory(
         model = AutoModelForCausalLM.from_config(hf, dtype=dtype)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(dtype).removeprefix("torch.")
+    add_remote_code(model.config, folder)
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     write_shards(folder, shapes, dtype, read)
