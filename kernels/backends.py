@@ -18,12 +18,11 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Literal
 
 import torch
 
-Backend = Literal["auto", "reference", "torch", "cpu", "triton"]
-BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
+from lowline.kernels.backend_names import BACKENDS as BACKENDS
+from lowline.kernels.backend_names import Backend as Backend
 
 logger = logging.getLogger(__name__)
 

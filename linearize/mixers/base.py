@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from lowline.linearize.mixers.options import MixerOptions
+
 Rope = tuple[torch.Tensor, torch.Tensor]
 State = Any
 """A tensor, or a (named) tuple or dict of states; every tensor leads with N. Nothing grows with
@@ -45,10 +47,7 @@ class Mixer(nn.Module):
     """Base of all mixers. A subclass takes `(shape, options)`, a frozen dataclass of its own.
 
     Attributes:
-        has_window: softmax attention in a sliding window is a part of it.
-        has_linear: a part with a state that sums over all tokens is.
-        is_average: the output is a mean of values, with weights of at least 0 that sum to 1.
-        calibrates: `calibrate` has something to say.
+        options: what it is built from; `has_window`, `has_linear` are theirs.
         fixed: names of the parameters that get no gradient.
         linear_enabled: where there are both: set it to False to leave the linear part's terms out
             of the output, all else unchanged; states go on as they would.
@@ -57,10 +56,7 @@ class Mixer(nn.Module):
             hide from it (arXiv 2510.05901). Like dropout, of whole sequences in training mode only.
     """
 
-    has_window = False
-    has_linear = True
-    is_average = False
-    calibrates = False
+    options: Any = MixerOptions()
     fixed: tuple[str, ...] = ()
     linear_enabled = True
     drop_window = False
@@ -68,6 +64,14 @@ class Mixer(nn.Module):
     def __init__(self, shape: HeadShape) -> None:
         super().__init__()
         self.shape = shape
+
+    @property
+    def has_window(self) -> bool:
+        return self.options.has_window
+
+    @property
+    def has_linear(self) -> bool:
+        return self.options.has_linear
 
     def forward(
         self,

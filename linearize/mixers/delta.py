@@ -20,13 +20,11 @@ activation after the convolution, with which it could not begin as the identity.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lowline.kernels.backends import Backend
 from lowline.kernels.conv import causal_conv, causal_conv_step
 from lowline.linearize.mixers.base import HeadShape, Mixer, Rope, State, apply_rope
 from lowline.linearize.mixers.branches import (
@@ -38,50 +36,9 @@ from lowline.linearize.mixers.branches import (
     repeat_heads,
 )
 from lowline.linearize.mixers.learned_share import LearnedShare
-from lowline.linearize.mixers.options import (
-    STATE_HEADS,
-    StateHeads,
-    check_backend,
-    check_bool,
-    check_choice,
-    check_fraction,
-    check_int,
-    check_window,
-)
+from lowline.linearize.mixers.options import DeltaOptions as DeltaOptions
 
 FASTEST, SLOWEST = 1 / 16, 1 / 1024  # log decay of a token, at the beginning
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeltaOptions:
-    """Options of `GatedDeltaNet` and `KDA`.
-
-    Args:
-        window: tokens that softmax sees, the own included; 0 for the recurrence alone.
-        sinks: tokens at a sequence's start that it sees for ever.
-        share_init: m at the beginning, the weight of the recurrence beside a window.
-        rotary: whether the recurrence takes q and k after the rotary embedding.
-        conv: taps of the convolution before the recurrence; 0 for none, published is 4.
-        state_heads: "query": states and gates for each query head; "kv": one for each key and
-            value head, which is smaller by their ratio.
-        backend: see `lowline.kernels.backends`.
-    """
-
-    window: int = 64
-    sinks: int = 4
-    share_init: float = 0.01
-    rotary: bool = True
-    conv: int = 0
-    state_heads: StateHeads = "query"
-    backend: Backend = "auto"
-
-    def __post_init__(self) -> None:
-        check_window(self.window, self.sinks)
-        check_fraction("share_init", self.share_init)
-        check_bool("rotary", self.rotary)
-        check_int("conv", self.conv, 0)
-        check_choice("state_heads", self.state_heads, STATE_HEADS)
-        check_backend(self.backend)
 
 
 class Decay(nn.Module):
@@ -120,7 +77,6 @@ class GatedDeltaNet(Mixer):
     def __init__(self, shape: HeadShape, options: DeltaOptions) -> None:
         super().__init__(shape)
         self.options = options
-        self.has_window = options.window > 0
         states = shape.n_heads if options.state_heads == "query" else shape.n_kv_heads
         rank = shape.head_dim if self.decay_of_keys else None
         self.decay = Decay(shape.hidden_size, states, rank)

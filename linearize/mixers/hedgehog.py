@@ -8,44 +8,13 @@ after the rotary embedding (Hedgehog, arXiv 2402.04347, section 4; LoLCATs, 2410
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn as nn
 
-from lowline.kernels.backends import Backend
 from lowline.kernels.feature_map import hedgehog
 from lowline.linearize.mixers.base import HeadShape, Mixer, Rope, apply_rope
 from lowline.linearize.mixers.branches import recur, repeat_heads
-from lowline.linearize.mixers.options import (
-    STATE_HEADS,
-    StateHeads,
-    check_backend,
-    check_choice,
-    check_int,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class HedgehogOptions:
-    """Options of `Hedgehog`.
-
-    Args:
-        features: columns F of W; φ has 2F. The head dimension when None; published is its half.
-        state_heads: "query": maps of keys, and states, for each query head; "kv": one for each key
-            and value head, which is smaller by their ratio.
-        backend: see `lowline.kernels.backends`.
-    """
-
-    features: int | None = None
-    state_heads: StateHeads = "query"
-    backend: Backend = "auto"
-
-    def __post_init__(self) -> None:
-        if self.features is not None:
-            check_int("features", self.features, 1)
-        check_choice("state_heads", self.state_heads, STATE_HEADS)
-        check_backend(self.backend)
+from lowline.linearize.mixers.options import HedgehogOptions as HedgehogOptions
 
 
 def map_weights(shape: HeadShape, heads: int, features: int | None) -> nn.Parameter:
@@ -64,8 +33,6 @@ class Hedgehog(Mixer):
 
     `map_q` is (H, D, F), `map_k` (H or G, D, F).
     """
-
-    is_average = True
 
     def __init__(self, shape: HeadShape, options: HedgehogOptions) -> None:
         super().__init__(shape)

@@ -13,37 +13,15 @@ embedding; the recurrence takes q and k before it. There are no parameters. With
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 
-from lowline.kernels.backends import Backend
 from lowline.linearize.mixers.base import HeadShape, Mixer, Rope, State
 from lowline.linearize.mixers.branches import States, at_least_fp32, beside, recur
-from lowline.linearize.mixers.options import check_backend, check_window
+from lowline.linearize.mixers.options import LigerOptions as LigerOptions
 
 SHARE = 0.5  # of the recurrence
 GATE_ROOT = 16  # GLA and GSA forget with the 16th root of the gate
-
-
-@dataclass(frozen=True, kw_only=True)
-class LigerOptions:
-    """Options of all Liger mixers.
-
-    Args:
-        window: tokens that softmax sees, the own included; 0 for the recurrence alone.
-        sinks: tokens at a sequence's start that it sees for ever; none as published.
-        backend: see `lowline.kernels.backends`.
-    """
-
-    window: int = 64
-    sinks: int = 0
-    backend: Backend = "auto"
-
-    def __post_init__(self) -> None:
-        check_window(self.window, self.sinks)
-        check_backend(self.backend)
 
 
 class LigerGLA(Mixer):
@@ -52,7 +30,6 @@ class LigerGLA(Mixer):
     def __init__(self, shape: HeadShape, options: LigerOptions) -> None:
         super().__init__(shape)
         self.options = options
-        self.has_window = options.window > 0
 
     def gated_keys(self, k_BTGD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """k' and log g."""

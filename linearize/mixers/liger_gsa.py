@@ -24,7 +24,6 @@ class LigerGSA(Mixer):
     def __init__(self, shape: HeadShape, options: LigerOptions) -> None:
         super().__init__(shape)
         self.options = options
-        self.has_window = options.window > 0
 
     def forward(
         self,

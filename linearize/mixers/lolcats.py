@@ -16,63 +16,16 @@ To begin close to what needs no training, a window with sinks (which stay in its
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn as nn
 
-from lowline.kernels.backends import Backend
 from lowline.kernels.feature_map import hedgehog
 from lowline.kernels.window import WindowState
 from lowline.linearize.mixers.base import HeadShape, Mixer, Rope, apply_rope
 from lowline.linearize.mixers.branches import attend, dropping_window, recur, repeat_heads
 from lowline.linearize.mixers.hedgehog import map_weights
-from lowline.linearize.mixers.options import (
-    STATE_HEADS,
-    StateHeads,
-    check_backend,
-    check_choice,
-    check_fraction,
-    check_int,
-    check_window,
-)
-
-MIXINGS = ("window", "both", "linear")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LolcatsOptions:
-    """Options of `Lolcats`.
-
-    Args:
-        window: tokens that softmax sees, the own included.
-        sinks: tokens at a sequence's start that it sees for ever.
-        features: columns F of W; φ has 2F. The head dimension when None; published is its half.
-        state_heads: "query": maps of keys, and states, for each query head; "kv": one for each key
-            and value head, which is smaller by their ratio.
-        mixing: what of the ratio is learned, a number of each head. "window": γ = σ(a), λ = 1;
-            "both": γ = σ(a), λ = 1 - γ; "linear": γ = 1, λ = e^b.
-        mixing_init: what γ, or λ where mixing is "linear", begins with.
-        backend: see `lowline.kernels.backends`.
-    """
-
-    window: int = 64
-    sinks: int = 0
-    features: int | None = None
-    state_heads: StateHeads = "query"
-    mixing: Literal["window", "both", "linear"] = "window"
-    mixing_init: float = 0.1
-    backend: Backend = "auto"
-
-    def __post_init__(self) -> None:
-        check_window(self.window, self.sinks, least=1)
-        if self.features is not None:
-            check_int("features", self.features, 1)
-        check_choice("state_heads", self.state_heads, STATE_HEADS)
-        check_choice("mixing", self.mixing, MIXINGS)
-        check_fraction("mixing_init", self.mixing_init)
-        check_backend(self.backend)
+from lowline.linearize.mixers.options import LolcatsOptions as LolcatsOptions
 
 
 class Lolcats(Mixer):
@@ -80,9 +33,6 @@ class Lolcats(Mixer):
 
     `map_q` is (H, D, F), `map_k` (H or G, D, F), `mixing_H` is a or b.
     """
-
-    has_window = True
-    is_average = True
 
     def __init__(self, shape: HeadShape, options: LolcatsOptions) -> None:
         super().__init__(shape)

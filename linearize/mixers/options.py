@@ -1,16 +1,23 @@
-"""What the options of mixers may be: checks that name the value and what is allowed."""
+"""The options of every mixer, what may stand in them, and what follows from them.
+
+Importable without torch: by these alone a configuration is checked.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
 
 from lowline.errors import LowlineError
-from lowline.kernels.backends import BACKENDS
+from lowline.kernels.backend_names import BACKENDS, Backend
 
 StateHeads = Literal["query", "kv"]
 """Whether each query head has a state of its own, or those of a key and value head share one."""
 STATE_HEADS = ("query", "kv")
+MIXINGS = ("window", "both", "linear")  # of lolcats
+SLOT_BACKENDS = ("auto", "reference", "torch")
 
 
 def check_int(name: str, value: int, least: int) -> None:
@@ -48,3 +55,278 @@ def check_window(window: int, sinks: int, *, least: int = 0) -> None:
     check_int("sinks", sinks, 0)
     if sinks and not window:
         raise LowlineError(f"sinks = {sinks} without a window; give window, or leave out sinks")
+
+
+FACTS = ("learns", "has_window", "has_linear", "is_average", "calibrates")
+
+
+class MixerOptions:
+    """Base of the options of all mixers: what is known of a mixer before it is built.
+
+    Attributes:
+        learns: it has parameters.
+        has_linear: it has a part with a state that sums over all tokens.
+        is_average: the output is a mean of values, with weights of at least 0 that sum to 1.
+        calibrates: `Mixer.calibrate` returns something.
+    """
+
+    learns: ClassVar[bool] = True
+    has_linear: ClassVar[bool] = True
+    is_average: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = False
+
+    @property
+    def has_window(self) -> bool:
+        """Whether softmax attention in a sliding window is a part of it."""
+        return bool(getattr(self, "window", 0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HedgehogOptions(MixerOptions):
+    """Options of `Hedgehog`.
+
+    Args:
+        features: columns F of W; φ has 2F. The head dimension when None; published is its half.
+        state_heads: "query": maps of keys, and states, for each query head; "kv": one for each key
+            and value head, which is smaller by their ratio.
+        backend: see `lowline.kernels.backends`.
+    """
+
+    is_average = True
+    features: int | None = None
+    state_heads: StateHeads = "query"
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        if self.features is not None:
+            check_int("features", self.features, 1)
+        check_choice("state_heads", self.state_heads, STATE_HEADS)
+        check_backend(self.backend)
+
+
+@dataclass(frozen=True, kw_only=True)
+class T2ROptions(MixerOptions):
+    """Options of `T2R`.
+
+    Args:
+        features: of φ, a head; the head dimension when None. Published is 32.
+        state_heads: "query": maps of keys, and states, for each query head; "kv": one for each key
+            and value head, which is smaller by their ratio.
+        backend: see `lowline.kernels.backends`.
+    """
+
+    is_average = True
+    features: int | None = None
+    state_heads: StateHeads = "query"
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        if self.features is not None:
+            check_int("features", self.features, 1)
+        check_choice("state_heads", self.state_heads, STATE_HEADS)
+        check_backend(self.backend)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LolcatsOptions(MixerOptions):
+    """Options of `Lolcats`.
+
+    Args:
+        window: tokens that softmax sees, the own included.
+        sinks: tokens at a sequence's start that it sees for ever.
+        features: columns F of W; φ has 2F. The head dimension when None; published is its half.
+        state_heads: "query": maps of keys, and states, for each query head; "kv": one for each key
+            and value head, which is smaller by their ratio.
+        mixing: what of the ratio is learned, a number of each head. "window": γ = σ(a), λ = 1;
+            "both": γ = σ(a), λ = 1 - γ; "linear": γ = 1, λ = e^b.
+        mixing_init: what γ, or λ where mixing is "linear", begins with.
+        backend: see `lowline.kernels.backends`.
+    """
+
+    is_average = True
+    window: int = 64
+    sinks: int = 0
+    features: int | None = None
+    state_heads: StateHeads = "query"
+    mixing: Literal["window", "both", "linear"] = "window"
+    mixing_init: float = 0.1
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        check_window(self.window, self.sinks, least=1)
+        if self.features is not None:
+            check_int("features", self.features, 1)
+        check_choice("state_heads", self.state_heads, STATE_HEADS)
+        check_choice("mixing", self.mixing, MIXINGS)
+        check_fraction("mixing_init", self.mixing_init)
+        check_backend(self.backend)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotsOptions(MixerOptions):
+    """Options of `Slots`.
+
+    Args:
+        window: tokens that a token sees exactly, itself included.
+        sinks: tokens at a sequence's start that stay exact.
+        slots: M, of each key and value head. A slot holds as much as a token's key and value.
+        bias_init: what b begins with.
+        backend: "auto", "torch" or "reference"; see `lowline.kernels.backends`.
+    """
+
+    is_average = True
+    calibrates = True
+    window: int = 64
+    sinks: int = 4
+    slots: int = 64
+    bias_init: float = 0.5
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_window(self.window, self.sinks, least=1)
+        check_int("slots", self.slots, 1)
+        check_choice("backend", self.backend, SLOT_BACKENDS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetentionOptions(MixerOptions):
+    """Options of `Retention`.
+
+    Args:
+        window: tokens that softmax sees, the own included; 0 for the recurrence alone.
+        sinks: tokens at a sequence's start that it sees for ever.
+        share_init: m at the beginning, the weight of the recurrence beside a window.
+        state_heads: "query": states and decays for each query head; "kv": one for each key and
+            value head, which is smaller by their ratio.
+        backend: see `lowline.kernels.backends`.
+    """
+
+    window: int = 64
+    sinks: int = 4
+    share_init: float = 0.01
+    state_heads: StateHeads = "query"
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        check_window(self.window, self.sinks)
+        check_fraction("share_init", self.share_init)
+        check_choice("state_heads", self.state_heads, STATE_HEADS)
+        check_backend(self.backend)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaOptions(MixerOptions):
+    """Options of `GatedDeltaNet` and `KDA`.
+
+    Args:
+        window: tokens that softmax sees, the own included; 0 for the recurrence alone.
+        sinks: tokens at a sequence's start that it sees for ever.
+        share_init: m at the beginning, the weight of the recurrence beside a window.
+        rotary: whether the recurrence takes q and k after the rotary embedding.
+        conv: taps of the convolution before the recurrence; 0 for none, published is 4.
+        state_heads: "query": states and gates for each query head; "kv": one for each key and
+            value head, which is smaller by their ratio.
+        backend: see `lowline.kernels.backends`.
+    """
+
+    window: int = 64
+    sinks: int = 4
+    share_init: float = 0.01
+    rotary: bool = True
+    conv: int = 0
+    state_heads: StateHeads = "query"
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        check_window(self.window, self.sinks)
+        check_fraction("share_init", self.share_init)
+        check_bool("rotary", self.rotary)
+        check_int("conv", self.conv, 0)
+        check_choice("state_heads", self.state_heads, STATE_HEADS)
+        check_backend(self.backend)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LigerOptions(MixerOptions):
+    """Options of all Liger mixers.
+
+    Args:
+        window: tokens that softmax sees, the own included; 0 for the recurrence alone.
+        sinks: tokens at a sequence's start that it sees for ever; none as published.
+        backend: see `lowline.kernels.backends`.
+    """
+
+    learns = False
+    window: int = 64
+    sinks: int = 0
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        check_window(self.window, self.sinks)
+        check_backend(self.backend)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinkWindowOptions(MixerOptions):
+    """Options of `SinkWindow`.
+
+    Args:
+        window: tokens that a token sees, itself included.
+        sinks: tokens at a sequence's start that all see; 0 for the window only.
+        backend: see `lowline.kernels.backends`.
+    """
+
+    learns = False
+    has_linear = False
+    window: int = 64
+    sinks: int = 4
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        check_window(self.window, self.sinks, least=1)
+        check_backend(self.backend)
+
+
+OPTIONS: dict[str, type[MixerOptions]] = {
+    "gated_deltanet": DeltaOptions,
+    "hedgehog": HedgehogOptions,
+    "kda": DeltaOptions,
+    "liger_gla": LigerOptions,
+    "liger_gsa": LigerOptions,
+    "liger_hgrn2": LigerOptions,
+    "lolcats": LolcatsOptions,
+    "retention": RetentionOptions,
+    "sink_window": SinkWindowOptions,
+    "slots": SlotsOptions,
+    "t2r": T2ROptions,
+}
+"""The options of each mixer, by its name."""
+
+
+def mixer_options(
+    name: str, options: Mapping[str, Any], kinds: Mapping[str, type] = OPTIONS
+) -> MixerOptions:
+    """Return the options of the mixer `name` of `kinds`; those left out get their defaults.
+
+    Raises:
+        LowlineError: an unknown name or option, or an impossible value.
+    """
+    if name not in kinds:
+        raise LowlineError(f"mixer = {name!r} is not known; {_allowed(name, kinds)}")
+    kind = kinds[name]
+    known = [field.name for field in fields(kind)]
+    for option in options:
+        if option not in known:
+            raise LowlineError(
+                f"mixer {name!r} has no option {option!r}; {_allowed(option, known)}"
+            )
+    try:
+        return kind(**options)
+    except ValueError as error:
+        raise LowlineError(f"mixer {name!r}: {error}") from None
+
+
+def _allowed(word: str, words: Iterable[str]) -> str:
+    words = list(words)
+    near = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
+    return f"choose from {', '.join(words)}" + (f"; did you mean {near[0]!r}?" if near else "")

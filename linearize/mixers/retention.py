@@ -11,12 +11,10 @@ gate.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
-from lowline.kernels.backends import Backend
 from lowline.linearize.mixers.base import HeadShape, Mixer, Rope, State, apply_rope
 from lowline.linearize.mixers.branches import (
     States,
@@ -26,43 +24,10 @@ from lowline.linearize.mixers.branches import (
     repeat_heads,
 )
 from lowline.linearize.mixers.learned_share import LearnedShare
-from lowline.linearize.mixers.options import (
-    STATE_HEADS,
-    StateHeads,
-    check_backend,
-    check_choice,
-    check_fraction,
-    check_window,
-)
+from lowline.linearize.mixers.options import RetentionOptions as RetentionOptions
 
 FASTEST, SLOWEST = 1 / 32, 1 / 512  # what a head forgets in a step
 EPSILON = 1e-6  # below the root of the norm
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetentionOptions:
-    """Options of `Retention`.
-
-    Args:
-        window: tokens that softmax sees, the own included; 0 for the recurrence alone.
-        sinks: tokens at a sequence's start that it sees for ever.
-        share_init: m at the beginning, the weight of the recurrence beside a window.
-        state_heads: "query": states and decays for each query head; "kv": one for each key and
-            value head, which is smaller by their ratio.
-        backend: see `lowline.kernels.backends`.
-    """
-
-    window: int = 64
-    sinks: int = 4
-    share_init: float = 0.01
-    state_heads: StateHeads = "query"
-    backend: Backend = "auto"
-
-    def __post_init__(self) -> None:
-        check_window(self.window, self.sinks)
-        check_fraction("share_init", self.share_init)
-        check_choice("state_heads", self.state_heads, STATE_HEADS)
-        check_backend(self.backend)
 
 
 class Retention(Mixer):
@@ -71,7 +36,6 @@ class Retention(Mixer):
     def __init__(self, shape: HeadShape, options: RetentionOptions) -> None:
         super().__init__(shape)
         self.options = options
-        self.has_window = options.window > 0
         self.norm_HD = nn.Parameter(torch.ones(shape.n_heads, shape.head_dim))
         self.share = LearnedShare(shape.n_heads, options.share_init) if self.has_window else None
 

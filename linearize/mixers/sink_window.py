@@ -9,41 +9,16 @@ those that are still held.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from lowline.kernels.backends import Backend
 from lowline.kernels.window import WindowState
 from lowline.linearize.mixers.base import HeadShape, Mixer, Rope, apply_rope
 from lowline.linearize.mixers.branches import attend
-from lowline.linearize.mixers.options import check_backend, check_window
-
-
-@dataclass(frozen=True, kw_only=True)
-class SinkWindowOptions:
-    """Options of `SinkWindow`.
-
-    Args:
-        window: tokens that a token sees, itself included.
-        sinks: tokens at a sequence's start that all see; 0 for the window only.
-        backend: see `lowline.kernels.backends`.
-    """
-
-    window: int = 64
-    sinks: int = 4
-    backend: Backend = "auto"
-
-    def __post_init__(self) -> None:
-        check_window(self.window, self.sinks, least=1)
-        check_backend(self.backend)
+from lowline.linearize.mixers.options import SinkWindowOptions as SinkWindowOptions
 
 
 class SinkWindow(Mixer):
     """Sliding window and sinks; no parameters."""
-
-    has_window = True
-    has_linear = False
 
     def __init__(self, shape: HeadShape, options: SinkWindowOptions) -> None:
         super().__init__(shape)

@@ -17,8 +17,6 @@ exponential of a mean score is less than the mean of the exponentials.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -27,34 +25,9 @@ from lowline.errors import LowlineError
 from lowline.kernels.slots import SlotState, slot_window_attention, slot_window_step
 from lowline.linearize.mixers.base import HeadShape, Mixer, Rope, apply_rope
 from lowline.linearize.mixers.branches import at_least_fp32, dropping_window, is_step
-from lowline.linearize.mixers.options import check_choice, check_int, check_window
+from lowline.linearize.mixers.options import SlotsOptions as SlotsOptions
 
-BACKENDS = ("auto", "reference", "torch")
 ITERATIONS = 15  # of k-means
-
-
-@dataclass(frozen=True, kw_only=True)
-class SlotsOptions:
-    """Options of `Slots`.
-
-    Args:
-        window: tokens that a token sees exactly, itself included.
-        sinks: tokens at a sequence's start that stay exact.
-        slots: M, of each key and value head. A slot holds as much as a token's key and value.
-        bias_init: what b begins with.
-        backend: "auto", "torch" or "reference"; see `lowline.kernels.backends`.
-    """
-
-    window: int = 64
-    sinks: int = 4
-    slots: int = 64
-    bias_init: float = 0.5
-    backend: str = "auto"
-
-    def __post_init__(self) -> None:
-        check_window(self.window, self.sinks, least=1)
-        check_int("slots", self.slots, 1)
-        check_choice("backend", self.backend, BACKENDS)
 
 
 class Slots(Mixer):
@@ -63,9 +36,6 @@ class Slots(Mixer):
     Without its window (`drop_window`) a token sees itself exactly and the rest in slots.
     """
 
-    has_window = True
-    is_average = True
-    calibrates = True
     fixed = ("centroids",)
 
     def __init__(self, shape: HeadShape, options: SlotsOptions) -> None:

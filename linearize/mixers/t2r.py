@@ -9,44 +9,13 @@ are all 0 gives 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lowline.kernels.backends import Backend
 from lowline.linearize.mixers.base import HeadShape, Mixer, Rope, apply_rope
 from lowline.linearize.mixers.branches import recur, repeat_heads
-from lowline.linearize.mixers.options import (
-    STATE_HEADS,
-    StateHeads,
-    check_backend,
-    check_choice,
-    check_int,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class T2ROptions:
-    """Options of `T2R`.
-
-    Args:
-        features: of φ, a head; the head dimension when None. Published is 32.
-        state_heads: "query": maps of keys, and states, for each query head; "kv": one for each key
-            and value head, which is smaller by their ratio.
-        backend: see `lowline.kernels.backends`.
-    """
-
-    features: int | None = None
-    state_heads: StateHeads = "query"
-    backend: Backend = "auto"
-
-    def __post_init__(self) -> None:
-        if self.features is not None:
-            check_int("features", self.features, 1)
-        check_choice("state_heads", self.state_heads, STATE_HEADS)
-        check_backend(self.backend)
+from lowline.linearize.mixers.options import T2ROptions as T2ROptions
 
 
 class RectifiedMap(nn.Module):
@@ -63,8 +32,6 @@ class RectifiedMap(nn.Module):
 
 class T2R(Mixer):
     """Linear attention with rectified features."""
-
-    is_average = True
 
     def __init__(self, shape: HeadShape, options: T2ROptions) -> None:
         super().__init__(shape)

@@ -218,7 +218,7 @@ def test_calibrated_mixers_are_those_of_one_run(teacher, tmp_path):
 
 def test_blocks_are_one_run_in_parts(teacher, whole, tmp_path, monkeypatch):
     """Losses of every layer at every step, and what comes out; documents are packed."""
-    monkeypatch.setattr("lowline.train.config.stages.SHARD_BYTES", TWO_STEPS)
+    monkeypatch.setattr("lowline.train.blockwise.job.SHARD_BYTES", TWO_STEPS)
     assert by_blocks(teacher, tmp_path, 1) == 0
     blocks = blocks_in(tmp_path)
     assert [block.name for block in blocks] == ["00", "02", "03", "04"]  # layer 1 has no mixer
@@ -271,7 +271,7 @@ def test_data_that_ends(teacher, tmp_path):
 
 
 def test_inputs_go_on_at_the_first_missing_file(teacher, stored, tmp_path, monkeypatch):
-    monkeypatch.setattr("lowline.train.config.stages.SHARD_BYTES", TWO_STEPS)
+    monkeypatch.setattr("lowline.train.blockwise.job.SHARD_BYTES", TWO_STEPS)
     real, written = Series.write, []
 
     def write(self, number, tensors):
@@ -303,7 +303,7 @@ def test_inputs_go_on_at_the_first_missing_file(teacher, stored, tmp_path, monke
 
 
 def test_a_block_goes_on_from_its_checkpoint(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr("lowline.train.config.stages.SHARD_BYTES", TWO_STEPS)
+    monkeypatch.setattr("lowline.train.blockwise.job.SHARD_BYTES", TWO_STEPS)
     assert by_blocks(teacher, tmp_path, 2, "--blocks=0") == 0
     run = stage(tmp_path) / "blocks" / "00"
     before = of_layers(run)

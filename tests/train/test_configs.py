@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -369,6 +371,29 @@ def test_warmup_is_steps_or_a_fraction_of_them(path: Path) -> None:
     assert "warmup_steps = 11 is more than" in message(path, "--schedule.warmup=11")
     both = message(path, "--schedule.warmup=0.5", "--schedule.warmup_steps=5")
     assert "say the same thing twice" in both
+
+
+HEAVY = ("torch", "torchtitan", "transformers", "numpy", "datasets")
+
+
+@pytest.mark.parametrize("arguments", ["", "--training.stesp=3"])
+@pytest.mark.parametrize("name", ["cola_60m", "linearize/lowline_llama3_8b"])
+def test_a_configuration_is_checked_without_torch(name: str, arguments: str) -> None:
+    """So that the answer to a mistyped key, or to --help, does not wait for seconds."""
+    load = "list(s.run(n, teacher='t') for s in [load_stages({0!r}, {1})] for n in range(2))"
+    load = load if "/" in name else "load_config({0!r}, {1})"
+    code = (
+        "import sys\n"
+        "from lowline.train.config.load import ConfigError, known_keys, load_config\n"
+        "from lowline.train.config.stages import load_stages\n"
+        f"try: {load.format(str(CONFIGS / f'{name}.toml'), [arguments] if arguments else [])}\n"
+        "except ConfigError as error: print('Did you mean training.steps?' in str(error))\n"
+        "else: print('loaded')\n"
+        f"known_keys(); print([m for m in {HEAVY} if m in sys.modules])"
+    )
+    line = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split("\n")[:2] == ["True" if arguments else "loaded", "[]"]
 
 
 def test_the_files_are_short() -> None:

@@ -12,6 +12,7 @@ from lowline.linearize.mixers import MIXERS
 from lowline.train.config.load import ConfigError
 from lowline.train.config.stages import check_model, load_stages, model_of
 from lowline.train.cost.dry_run import dry_run
+from lowline.train.cost.parameters import mixer_on_meta
 
 FOLDER = Path(__file__).parents[2] / "configs" / "linearize"
 CONFIGS = sorted(path for path in FOLDER.glob("*.toml") if path.stem != "demo_smollm2")
@@ -95,7 +96,7 @@ def test_configs_run_dry(path: Path) -> None:
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem.startswith("lolcats")])
 def test_windows_with_features_run_in_triton(path: Path) -> None:
     run = load_stages(path).run(0, teacher="teacher")
-    features = 2 * run.mixer_on_meta().map_q.shape[-1]
+    features = 2 * mixer_on_meta(run).map_q.shape[-1]
     sizes = (run.model.per_head, run.model.per_head, features)
     assert not_on_triton(torch.bfloat16, *sizes) is None
 

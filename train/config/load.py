@@ -17,6 +17,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from datetime import date, time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def to_toml(config: RunConfig) -> str:
     return tomli_w.dumps(_without_none(tree))
 
 
+@cache
 def known_keys() -> dict[str, str]:
     """Every dotted key with its type, in the order of the sections: the text of `--help`."""
     return dict(_fields(RunConfig, ""))
@@ -125,10 +127,15 @@ def validate(tree: dict[str, Any], origin: dict[str, str], default_origin: str) 
             )
     text = json.dumps(without_other_kinds(tree))
     try:
-        return TypeAdapter(RunConfig).validate_json(text)
+        return _adapter().validate_json(text)
     except ValidationError as error:
         lines = [_explain(e, origin, default_origin) for e in _specific(error.errors())]
         raise ConfigError("\n".join(_join_alternatives(lines))) from None
+
+
+@cache
+def _adapter() -> TypeAdapter[RunConfig]:
+    return TypeAdapter(RunConfig)
 
 
 def _specific(errors: list[Any]) -> list[Any]:

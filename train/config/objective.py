@@ -168,7 +168,7 @@ def check_stage(run: RunConfig) -> None:
     if run.block is not None:
         _check_block(run)
     layers, trainable = run.mixer_layers(), run.trainable()
-    learned = bool(layers) and any(p.numel() for p in run.mixer_on_meta().parameters())
+    learned = bool(layers) and run.mixer_options().learns
     objective = run.objective
     objective.check(run)
     if run.compile and layers:
@@ -204,13 +204,13 @@ def check_stage(run: RunConfig) -> None:
             f"optimizer.mixer_lr = {run.optimizer.mixer_lr} without a mixer that has "
             "parameters; leave it out"
         )
-    if objective.calibration_steps and not (layers and run.mixer_on_meta().calibrates):
+    if objective.calibration_steps and not (layers and run.mixer_options().calibrates):
         raise ValueError(
             f"objective.calibration_steps = {objective.calibration_steps} needs a mixer that is "
             'calibrated ("slots"); set it to 0 or choose that mixer'
         )
     if objective.window_dropout:
-        mixer = run.mixer_on_meta() if layers else None
+        mixer = run.mixer_options() if layers else None
         if mixer is None or not (mixer.has_window and mixer.has_linear):
             raise ValueError(
                 f"objective.window_dropout = {objective.window_dropout} needs a mixer with a "

@@ -8,12 +8,15 @@ rule between two sections lives in `RunConfig.__post_init__`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from lowline.cola.projections import projection_shapes
 from lowline.cola.ranks import Rank, resolve_ranks
+from lowline.linearize.layers import parse_layers
+from lowline.linearize.mixers.options import MixerOptions, mixer_options
+from lowline.train.config.data import DataConfig, SourceConfig
 from lowline.train.config.fields import Fraction, NonNegative, Positive, Strict
 from lowline.train.config.layout import ParallelismConfig, check_layout
 from lowline.train.config.objective import (
@@ -24,10 +27,6 @@ from lowline.train.config.objective import (
     check_stage,
     default_objective,
 )
-from lowline.train.data.sources import SourceConfig
-
-if TYPE_CHECKING:
-    from lowline.linearize.mixers import Mixer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,18 +176,6 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(SourceConfig):
-    """[data]: where documents come from (`SourceConfig`), and in which order they are read."""
-
-    __pydantic_config__ = Strict
-    shuffle: bool = True
-    epochs: Positive | None = None  # default: repeat for as long as the run lasts
-    # Processes a rank, or the next smaller number that divides its sequences; 0: rows are made when
-    # they are needed.
-    num_workers: NonNegative = 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """[evaluation]: held-out loss per token; the same for every batch size and world size."""
 
@@ -330,28 +317,21 @@ class RunConfig:
         """
         if self.mixer is None:
             return set()
-        from lowline.linearize.convert import parse_layers  # for transformers is slow to import
-
         try:
-            self.mixer_on_meta()
+            self.mixer_options()
             layers = parse_layers(self.mixer.layers, self.model.n_layers)
         except ValueError as error:
             raise ValueError(f"[mixer]: {error}") from None
         return layers if whole else layers.intersection(self.layers())
 
-    def mixer_on_meta(self) -> Mixer:
-        """The mixer of [mixer], without memory: what it has, and whether it can be."""
-        import torch
+    def mixer_options(self) -> MixerOptions:
+        """Return the options of [mixer], with what follows from them for the mixer.
 
-        from lowline.linearize.mixers import HeadShape, build_mixer
-
+        Raises:
+            ValueError: an unknown mixer or option, or an impossible value.
+        """
         assert self.mixer is not None
-        m = self.model
-        shape = HeadShape(
-            hidden_size=m.dim, n_heads=m.n_heads, n_kv_heads=m.kv_heads, head_dim=m.per_head
-        )
-        with torch.device("meta"):
-            return build_mixer(self.mixer.name, self.mixer.options, shape)
+        return mixer_options(self.mixer.name, self.mixer.options)
 
     def held_out(self) -> SourceConfig:
         """Where the evaluation's documents come from."""

@@ -17,11 +17,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lowline.cola.accounting import Parameters, Shape, flops_per_token, parameters
 from lowline.cola.projections import ATTENTION, PROJECTIONS, QKV, ProjectionName
 from lowline.cola.ranks import resolve_ranks
 from lowline.train.config.run import ColaConfig, ModelConfig, RunConfig
+
+if TYPE_CHECKING:
+    from lowline.linearize.mixers import Mixer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +107,7 @@ def parameters_of(run: RunConfig) -> dict[str, list[Parameter]]:
         block += _projection(run, name, fan_in, fan_out, shape.ranks[name])
     mixers = []
     if run.mixer is not None:
-        tensors = run.mixer_on_meta().parameters()
+        tensors = mixer_on_meta(run).parameters()
         mixers = [Parameter(shape=tuple(t.shape), part="mixer") for t in tensors]
     mixed = run.mixer_layers()
     layers = {
@@ -175,7 +179,7 @@ def _window(run: RunConfig) -> int:
     """Tokens that softmax sees in a mixer."""
     if run.mixer is None:
         return 0
-    options = run.mixer_on_meta().options
+    options = mixer_on_meta(run).options
     return getattr(options, "window", 0) + getattr(options, "sinks", 0)
 
 
@@ -192,3 +196,18 @@ def teacher_shape(run: RunConfig) -> Shape:
 def teacher_count(run: RunConfig) -> int:
     """Number of the teacher's parameters."""
     return parameters(teacher_shape(run)).total
+
+
+def mixer_on_meta(run: RunConfig) -> Mixer:
+    """Return the mixer of [mixer] on the meta device: its parameters, without memory."""
+    import torch
+
+    from lowline.linearize.mixers import HeadShape, build_mixer
+
+    assert run.mixer is not None
+    m = run.model
+    shape = HeadShape(
+        hidden_size=m.dim, n_heads=m.n_heads, n_kv_heads=m.kv_heads, head_dim=m.per_head
+    )
+    with torch.device("meta"):
+        return build_mixer(run.mixer.name, run.mixer.options, shape)

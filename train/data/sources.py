@@ -22,15 +22,14 @@ Left out: mixing sources by weight.
 """
 
 import glob
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from pydantic import ConfigDict
-
 from lowline.errors import LowlineError, MissingFileError
+from lowline.train.config.data import ACCEPTED
+from lowline.train.config.data import SourceConfig as SourceConfig
 from lowline.train.data.chat import Conversation, conversation_of
 
 if TYPE_CHECKING:
@@ -48,102 +47,11 @@ _KINDS = {
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 _COMPRESSIBLE = {"json", "text"}
 _SAVED_DATASET = ("dataset_info.json", "dataset_dict.json")
-_ACCEPTED = (
-    "data.path takes a file, a glob such as 'data/*.jsonl', a list of these, or a directory "
-    "written by datasets' save_to_disk; files may be .jsonl, .json, .ndjson, .txt (each also "
-    "compressed: .gz, .bz2, .xz, .zst), .parquet or .arrow"
-)
 Text = str | Conversation
 """A document: plain text, or a conversation."""
 
 _READ_AHEAD = 256  # rows taken at a time from a stream
 _CHUNK = 1 << 20  # bytes parsed at a time from a stream: every lane may have a shard open
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """Which documents to read; see the module's table.
-
-    `path` is needed by "files" and "hub" only. `name` is the hub dataset's configuration ("en").
-    `split` is "train" or "validation" for "embedded", any of the dataset's for "hub" and for a
-    saved `DatasetDict`. `text_key` names the column of text. For conversations, `messages_key`
-    names a column of lists of {"role", "content"}, or `prompt_key` and `response_key` two columns
-    of text. `revision` pins a hub dataset to a branch, tag or commit.
-    """
-
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
-    dataset: str = "embedded"
-    path: str | tuple[str, ...] = ()
-    name: str | None = None
-    split: str = "train"
-    text_key: str = "text"
-    messages_key: str | None = None
-    prompt_key: str | None = None
-    response_key: str | None = None
-    streaming: bool = False
-    revision: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.dataset not in ("embedded", "files", "hub"):
-            raise LowlineError(
-                f"data.dataset = {self.dataset!r}: must be 'embedded' (Python's own "
-                "documentation), 'files' (data.path) or 'hub' (data.path is the dataset's id)"
-            )
-        if isinstance(self.path, list):  # TOML has lists only
-            object.__setattr__(self, "path", tuple(self.path))
-        if (self.prompt_key is None) != (self.response_key is None):
-            raise LowlineError(
-                f"data.prompt_key = {self.prompt_key!r}, data.response_key = "
-                f"{self.response_key!r}: give both, or neither"
-            )
-        if self.messages_key is not None and self.prompt_key is not None:
-            raise LowlineError(
-                f"data.messages_key = {self.messages_key!r} and data.prompt_key = "
-                f"{self.prompt_key!r}: a row is read as one conversation: keep one of them"
-            )
-        if self.dataset == "embedded" and (self.messages_key or self.prompt_key):
-            raise LowlineError(
-                "data.dataset = 'embedded' holds no conversations: remove data.messages_key and "
-                "data.prompt_key, or set data.dataset to 'files' or 'hub'"
-            )
-        for key in ("name", "revision"):
-            if self.dataset != "hub" and getattr(self, key) is not None:
-                raise LowlineError(
-                    f"data.{key} = {getattr(self, key)!r} is only for data.dataset = 'hub'; "
-                    f"remove it for {self.dataset!r}"
-                )
-        if self.dataset == "embedded":
-            if self.path:
-                raise LowlineError(
-                    f"data.path = {self.path!r} with data.dataset = 'embedded': remove the "
-                    "path, or set data.dataset to 'files' or 'hub'"
-                )
-            if self.streaming:
-                raise LowlineError("data.streaming = true: 'embedded' is in memory; remove it")
-            if self.split not in ("train", "validation"):
-                raise LowlineError(
-                    f"data.split = {self.split!r}: 'embedded' has 'train' and 'validation'"
-                )
-        elif not self.path:
-            raise LowlineError(
-                f"data.dataset = {self.dataset!r} needs data.path"
-                + (": e.g. 'allenai/c4'" if self.dataset == "hub" else f": {_ACCEPTED}")
-            )
-        if self.dataset == "hub" and not (
-            isinstance(self.path, str) and re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", self.path)
-        ):
-            raise LowlineError(
-                f"data.path = {self.path!r}: with data.dataset = 'hub' it must be one "
-                "dataset id, such as 'allenai/c4'"
-            )
-
-    def columns(self) -> "Columns":
-        """The columns that a row's document is made of."""
-        if self.messages_key is not None:
-            return Columns((self.messages_key,), "messages")
-        if self.prompt_key is not None and self.response_key is not None:
-            return Columns((self.prompt_key, self.response_key), "exchange")
-        return Columns((self.text_key,), "text")
 
 
 @dataclass(frozen=True)
@@ -177,6 +85,15 @@ class Columns:
     def _keys(self) -> str:
         keys = {"text": "text_key", "messages": "messages_key"}
         return f"data.{keys.get(self.kind, 'prompt_key and data.response_key')}"
+
+
+def columns_of(config: SourceConfig) -> Columns:
+    """Return the columns that a row's document is made of."""
+    if config.messages_key is not None:
+        return Columns((config.messages_key,), "messages")
+    if config.prompt_key is not None and config.response_key is not None:
+        return Columns((config.prompt_key, config.response_key), "exchange")
+    return Columns((config.text_key,), "text")
 
 
 class _Documents(Protocol):
@@ -329,7 +246,7 @@ def _open_files(files: list[str], config: SourceConfig) -> Source:
             f"cannot read {name} as {kind}: {error.__cause__ or error}. Mend or remove the file"
         ) from error
     # Text files have one column, which datasets calls "text".
-    columns = Columns(("text",), "text") if kind == "text" else config.columns()
+    columns = Columns(("text",), "text") if kind == "text" else columns_of(config)
     return _wrap(dataset, columns, name)
 
 
@@ -357,7 +274,7 @@ def _open_saved(directory: Path, config: SourceConfig) -> Source:
             f"data.split = {config.split!r}: {str(directory)!r} holds one dataset without "
             "splits; give the directory of that split"
         )
-    return _wrap(dataset, config.columns(), str(directory))
+    return _wrap(dataset, columns_of(config), str(directory))
 
 
 def _open_hub(config: SourceConfig) -> Source:
@@ -383,7 +300,7 @@ def _open_hub(config: SourceConfig) -> Source:
             "and data.split, the network, and HF_TOKEN for a gated dataset; or download the "
             "files and use data.dataset = 'files'"
         ) from error
-    return _wrap(dataset, config.columns(), name)
+    return _wrap(dataset, columns_of(config), name)
 
 
 def _load(
@@ -423,8 +340,8 @@ def _files(path: str) -> list[str]:
         found = sorted(file for file in glob.glob(path, recursive=True) if Path(file).is_file())
         if found:
             return found
-        raise MissingFileError(f"no data file matches {path!r} {where}; {_ACCEPTED}")
-    raise MissingFileError(f"data file {path!r} does not exist {where}; {_ACCEPTED}")
+        raise MissingFileError(f"no data file matches {path!r} {where}; {ACCEPTED}")
+    raise MissingFileError(f"data file {path!r} does not exist {where}; {ACCEPTED}")
 
 
 def _kind(file: str) -> str:
@@ -433,5 +350,5 @@ def _kind(file: str) -> str:
     compressed = bool(suffixes) and suffixes[-1] in _COMPRESSED
     kind = _KINDS.get(suffixes[-1 - compressed]) if len(suffixes) > compressed else None
     if kind is None or (compressed and kind not in _COMPRESSIBLE):
-        raise LowlineError(f"data file {file!r} is of no known kind: {_ACCEPTED}")
+        raise LowlineError(f"data file {file!r} is of no known kind: {ACCEPTED}")
     return kind

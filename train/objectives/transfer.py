@@ -60,7 +60,7 @@ class TransferSection(ObjectiveSection):
                 f'activation_checkpoint = "{run.activation_checkpoint}" with objective.kind = '
                 '"transfer", in which no block has a backward pass; set it to "none"'
             )
-        if self.attention_weight and not run.mixer_on_meta().is_average:
+        if self.attention_weight and not run.mixer_options().is_average:
             assert run.mixer is not None
             raise ValueError(
                 f"objective.attention_weight = {self.attention_weight} with mixer "
