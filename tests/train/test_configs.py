@@ -373,6 +373,36 @@ def test_warmup_is_steps_or_a_fraction_of_them(path: Path) -> None:
     assert "say the same thing twice" in both
 
 
+def test_command_line_values_have_the_type_of_their_key(path: Path) -> None:
+    hub = ["--data.dataset=hub", "--data.path=a/b", "--evaluation.enable=false"]
+    run = load_config(
+        path, [*hub, "--output=2026-01-31", "--data.name=2024", "--data.revision=12e4567"]
+    )
+    assert (run.output, run.data.name, run.data.revision) == ("2026-01-31", "2024", "12e4567")
+    run = load_config(path, ["--output='quoted'", "--training.seed=3"])
+    assert (run.output, run.training.seed) == ("quoted", 3)
+    assert "data.path = 2026-01-31: dates" in message(path, "--data.path=[2026-01-31]")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("--optimizer.lr=inf", "optimizer.lr = inf: Input should be a finite number"),
+        ("--optimizer.eps=inf", "optimizer.eps = inf: Input should be a finite number"),
+        ("--model.norm_eps=nan", "model.norm_eps = nan: Input should be"),
+        ("--model.rope_theta=inf", "model.rope_theta = inf: Input should be a finite number"),
+        ("--training.seed=9223372036854775808", "Input should be less than 9223372036854775808"),
+        ("--output=", "output = '': String should have at least 1 character"),
+        (
+            '--model.rope_scaling={kind="yarn", factor=inf, original_max_seq_len=8}',
+            "model.rope_scaling.factor = inf: Input should be a finite number",
+        ),
+    ],
+)
+def test_values_without_a_meaning(path: Path, override: str, expected: str) -> None:
+    assert expected in message(path, override)
+
+
 HEAVY = ("torch", "torchtitan", "transformers", "numpy", "datasets")
 
 

@@ -43,6 +43,10 @@ _KINDS = {  # the type names of lowline.train.config.fields, and others, in word
     "Positive": "integer > 0",
     "NonNegative": "integer >= 0",
     "Fraction": "number from 0 to 1",
+    "PositiveNumber": "number > 0",
+    "NonNegativeNumber": "number >= 0",
+    "Seed": "integer >= 0 and < 2**63",
+    "Name": "string",
     "Rank": "integer, fraction of dim, or table by projection",
     "float": "number",
     "int": "integer",
@@ -93,13 +97,17 @@ def parse_override(argument: str) -> tuple[str, Any]:
             f"{COMMAND_LINE}: {argument!r} is not understood; write --section.key=value, "
             "for example --training.steps=100"
         )
+    stage = re.match(r"--stage\.[^.]+\.", key)  # a stage's name may have dashes
+    start = stage.end() if stage else 2
+    name = key[start:].replace("-", "_")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    stage = re.match(r"--stage\.[^.]+\.", key)  # a stage's name may have dashes
-    start = stage.end() if stage else 2
-    return key[2:start] + key[start:].replace("-", "_"), value
+    kind = "string" if name == "source" else known_keys().get(name, "")
+    if re.search(r"\bstring\b", kind) and not isinstance(value, str | list):
+        value = text  # a name such as 2024, or a folder such as 2026-01-31
+    return key[2:start] + name, value
 
 
 def validate(tree: dict[str, Any], origin: dict[str, str], default_origin: str) -> RunConfig:
@@ -114,9 +122,9 @@ def validate(tree: dict[str, Any], origin: dict[str, str], default_origin: str) 
         ConfigError: a key or value that is not allowed.
     """
     for key, value in leaves(tree):
-        if isinstance(value, date | time):
+        if dates := [v for v in _values(value) if isinstance(v, date | time)]:
             where = origin.get(key, default_origin)
-            raise ConfigError(f"{where}: {key} = {value}: dates and times have no use here")
+            raise ConfigError(f"{where}: {key} = {dates[0]}: dates and times have no use here")
     for section, key in (("schedule", "warmup"),):
         table = tree.get(section)
         if isinstance(table, dict) and key in table and ONE_OF[key] in table:
@@ -131,6 +139,15 @@ def validate(tree: dict[str, Any], origin: dict[str, str], default_origin: str) 
     except ValidationError as error:
         lines = [_explain(e, origin, default_origin) for e in _specific(error.errors())]
         raise ConfigError("\n".join(_join_alternatives(lines))) from None
+
+
+def _values(value: Any) -> Iterator[Any]:
+    """Yield what is in a value, however deep in lists and tables."""
+    if isinstance(value, list | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _values(inner)
+    else:
+        yield value
 
 
 @cache

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from lowline.cola.projections import ATTENTION, PROJECTIONS, ProjectionName
-from lowline.train.config.fields import Fraction, NonNegative, Positive, Strict, Variants
+from lowline.train.config.fields import (
+    Fraction,
+    NonNegative,
+    Positive,
+    PositiveNumber,
+    Strict,
+    Variants,
+)
 
 if TYPE_CHECKING:
     from torchtitan.components.loss import BaseLoss
@@ -34,7 +41,7 @@ class LoraConfig:
 
     __pydantic_config__ = Strict
     rank: Positive = 8
-    alpha: Annotated[float, Field(gt=0)] = 16.0
+    alpha: PositiveNumber = 16.0
     projections: list[ProjectionName] = field(default_factory=lambda: list(ATTENTION))
 
     def __post_init__(self) -> None:

@@ -17,7 +17,16 @@ from lowline.cola.ranks import Rank, resolve_ranks
 from lowline.linearize.layers import parse_layers
 from lowline.linearize.mixers.options import MixerOptions, mixer_options
 from lowline.train.config.data import DataConfig, SourceConfig
-from lowline.train.config.fields import Fraction, NonNegative, Positive, Strict
+from lowline.train.config.fields import (
+    Fraction,
+    Name,
+    NonNegative,
+    NonNegativeNumber,
+    Positive,
+    PositiveNumber,
+    Seed,
+    Strict,
+)
 from lowline.train.config.layout import ParallelismConfig, check_layout
 from lowline.train.config.objective import (
     BlockConfig,
@@ -35,12 +44,12 @@ class RopeScaling:
 
     __pydantic_config__ = Strict
     kind: Literal["llama3", "yarn"]
-    factor: Annotated[float, Field(ge=1.0)]
+    factor: Annotated[float, Field(ge=1.0, allow_inf_nan=False)]
     original_max_seq_len: Positive
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
+    low_freq_factor: PositiveNumber = 1.0  # llama3
+    high_freq_factor: PositiveNumber = 4.0  # llama3
+    beta_fast: PositiveNumber = 32.0  # yarn
+    beta_slow: NonNegativeNumber = 1.0  # yarn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +65,9 @@ class ModelConfig:
     n_kv_heads: Positive | None = None  # default: n_heads
     head_dim: Positive | None = None  # default: dim / n_heads
     max_seq_len: Positive | None = None  # longest context of the exported model; default: seq_len
-    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    rope_theta: PositiveNumber = 10000.0
     rope_scaling: RopeScaling | None = None
-    norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    norm_eps: PositiveNumber = 1e-6
     tie_embeddings: bool = False
     qk_norm: bool = False  # RMSNorm on every head of q and k (Qwen3)
     qkv_bias: bool = False  # biases of q, k and v (Qwen2)
@@ -132,11 +141,11 @@ class TrainingConfig:
     local_batch_size: Positive | None = (
         None  # sequences a forward pass of a rank; default: its share
     )
-    max_norm: Annotated[float, Field(gt=0)] = 1.0  # gradient clipping
+    max_norm: PositiveNumber = 1.0  # gradient clipping
     # Parameters and activations of the forward pass. What trains has its master copy and its
     # reduction in fp32; what does not is stored in this precision.
     precision: Literal["float32", "bfloat16"] = "bfloat16"
-    seed: NonNegative = 0
+    seed: Seed = 0
     deterministic: bool = False
 
 
@@ -146,12 +155,12 @@ class OptimizerConfig:
 
     __pydantic_config__ = Strict
     name: Literal["adamw", "muon"] = "adamw"
-    lr: Annotated[float, Field(gt=0)]
+    lr: PositiveNumber
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    mixer_lr: Annotated[float, Field(gt=0)] | None = None  # of mixers; default: lr
-    muon_lr: Annotated[float, Field(gt=0)] = 0.02
+    eps: PositiveNumber = 1e-8
+    weight_decay: NonNegativeNumber = 0.01
+    mixer_lr: PositiveNumber | None = None  # of mixers; default: lr
+    muon_lr: PositiveNumber = 0.02
     muon_momentum: Fraction = 0.95
 
     def __post_init__(self) -> None:
@@ -230,7 +239,7 @@ class RunConfig:
     model: ModelConfig
     training: TrainingConfig
     optimizer: OptimizerConfig
-    output: str = "outputs/run"
+    output: Name = "outputs/run"
     tokenizer: str = "embedded"  # "embedded", a directory, a tokenizer.json, or a hub id
     # torchtitan's recomputation of whole blocks ("full") or chosen operators ("selective").
     activation_checkpoint: Literal["none", "selective", "full"] = "none"
