@@ -72,6 +72,15 @@ def choose(
     return "torch" if backend == "auto" else backend
 
 
+def type_reason(dtype: torch.dtype, backend: Literal["cpu", "triton"]) -> str | None:
+    """Why a compiled backend does not cover tensors of this type; None where it does."""
+    covered = (torch.float32, torch.bfloat16, torch.float16)[: 3 if backend == "triton" else 2]
+    if dtype in covered:
+        return None
+    names = [str(known).removeprefix("torch.") for known in covered]
+    return f"the tensors are {dtype}; it takes {', '.join(names[:-1])} and {names[-1]}"
+
+
 def _interpreted() -> bool:
     from triton import knobs
 

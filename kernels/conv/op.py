@@ -16,9 +16,8 @@ from typing import Literal
 
 import torch
 
-from lowline.kernels.backends import Backend, choose
+from lowline.kernels.backends import Backend, choose, type_reason
 from lowline.kernels.packs import check_pack
-from lowline.kernels.scan.op import type_reason
 
 NAME = "causal_conv"
 Activation = Literal["silu"]
@@ -43,7 +42,8 @@ def causal_conv(
         activation: None or "silu".
         initial_state: (S, D, W - 1) in x's type, oldest first; zero when None.
         cu_seqlens: (S + 1,) bounds of sequences packed in a batch of one, from 0 to T.
-        backend: see `lowline.kernels.backends`. "cpu" and "triton" take fp32 and bf16.
+        backend: see `lowline.kernels.backends`. "cpu" takes fp32 and bf16, "triton"
+            fp16, too.
 
     Sums are fp32, of fp64 input fp64.
 
@@ -99,8 +99,8 @@ def check(
 
 def pick(x: torch.Tensor, backend: str) -> str:
     """The backend that runs a call; ValueError where the one asked for does not cover it."""
-    reason = type_reason(x)
-    return choose(NAME, backend, x.device, cpu=reason, triton=reason, module="scan")
+    cpu, triton = type_reason(x.dtype, "cpu"), type_reason(x.dtype, "triton")
+    return choose(NAME, backend, x.device, cpu=cpu, triton=triton, module="scan")
 
 
 def _implementation(which: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:

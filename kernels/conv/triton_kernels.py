@@ -289,16 +289,15 @@ def _final_state(x: Tensor, state_SDW: Tensor, cu: Tensor | None) -> Tensor:
 
 def aot_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     """The shapes that the compile check covers."""
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        for packed in (False, True):
+    for name, dtype, packed in (("bf16", torch.bfloat16, True), ("fp32", torch.float32, False)):
 
-            def empty(*size: int, dtype: torch.dtype = dtype) -> Tensor:
-                return torch.empty(size, dtype=dtype, device="meta")
+        def empty(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(size, dtype=dtype, device="meta")
 
-            cu = empty(3, dtype=torch.int64) if packed else None
-            state = empty(1 + packed, 2048, 3)
-            call = Call(empty(1, 4096, 2048), empty(2048, 4), empty(2048), state, cu, True)
-            yield (
-                f"{name}, 4 taps, silu" + ", packed" * packed,
-                lambda call=call: _backward(_forward(call), (), call),  # type: ignore[misc]
-            )
+        cu = empty(3, dtype=torch.int64) if packed else None
+        state = empty(1 + packed, 2048, 3)
+        call = Call(empty(1, 4096, 2048), empty(2048, 4), empty(2048), state, cu, True)
+        yield (
+            f"{name}, 4 taps, silu" + ", packed" * packed,
+            lambda call=call: _backward(_forward(call), (), call),  # type: ignore[misc]
+        )

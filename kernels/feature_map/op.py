@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from lowline.kernels.backends import Backend, choose
+from lowline.kernels.backends import Backend, choose, type_reason
 
 NAME = "hedgehog"
 FLOOR = 1e-12
@@ -28,8 +28,8 @@ def hedgehog(
     Args:
         x_BTHD: queries or keys.
         W_HDF: a map for each head, or (D, F), one for all.
-        backend: see `lowline.kernels.backends`. "cpu" and "triton" take fp32 and bf16, "triton"
-            D and F up to 128.
+        backend: see `lowline.kernels.backends`. "cpu" takes fp32 and bf16, "triton"
+            fp16, too, and D and F up to 128.
 
     Returns:
         (B, T, H, 2F) in x's type; x W and the softmaxes are fp32, of fp64 input fp64.
@@ -52,13 +52,10 @@ def hedgehog(
         raise ValueError(
             f"{NAME}: W is {tuple(W_HDF.shape)}; it is ({heads}, {D}, features), or ({D}, features)"
         )
-    reason = None
-    if x_BTHD.dtype not in (torch.float32, torch.bfloat16):
-        reason = f"x is {x_BTHD.dtype}; it takes float32 and bfloat16"
-    triton = reason
+    cpu, triton = type_reason(x_BTHD.dtype, "cpu"), type_reason(x_BTHD.dtype, "triton")
     if max(D, W_HDF.shape[-1]) > 128:
         triton = f"D = {D}, F = {W_HDF.shape[-1]}; it takes up to 128"
-    which = choose(NAME, backend, x_BTHD.device, cpu=reason, triton=triton, module="feature_map")
+    which = choose(NAME, backend, x_BTHD.device, cpu=cpu, triton=triton, module="feature_map")
     if which == "reference":
         from lowline.kernels.feature_map import reference
 

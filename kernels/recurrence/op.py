@@ -21,7 +21,7 @@ from typing import Literal
 
 import torch
 
-from lowline.kernels.backends import Backend, choose
+from lowline.kernels.backends import Backend, choose, type_reason
 from lowline.kernels.packs import check_pack
 
 EPSILON = 1e-12  # added to the normaliser
@@ -59,7 +59,7 @@ def gated_linear_recurrence(
         initial_state: (N, H, K, V), or (N, H, K, V + 1) with `normalize`; zero when None.
         cu_seqlens: (N + 1,) bounds of sequences packed in a batch of one, from 0 to T.
         backend: see `lowline.kernels.backends`. "cpu" takes fp32 and bf16, K and V multiples of 16;
-            "triton" fp32 and bf16, K and V up to 256.
+            "triton" fp32, bf16 and fp16, K and V up to 256, K up to 128 with the delta rule.
 
     Returns:
         o of (B, T, Q, V) in q's type; the state of (N, H, K, V [+ 1]) in fp32 (fp64 of fp64).
@@ -71,7 +71,7 @@ def gated_linear_recurrence(
     """
     k_BTHK, v_BTHV = share_heads(k_BTHK, v_BTHV)
     check(q_BTQK, k_BTHK, v_BTHV, g, beta_BTH, gate, normalize, initial_state, cu_seqlens)
-    which = pick(q_BTQK, v_BTHV, backend)
+    which = pick(q_BTQK, v_BTHV, backend, delta=beta_BTH is not None)
     if normalize:
         v_BTHV = torch.cat([v_BTHV, v_BTHV.new_ones(*v_BTHV.shape[:-1], 1)], -1)
     run = _implementation(which)
@@ -152,9 +152,9 @@ def check(
         )
 
 
-def pick(q: torch.Tensor, v: torch.Tensor, backend: str) -> str:
+def pick(q: torch.Tensor, v: torch.Tensor, backend: str, *, delta: bool = False) -> str:
     """The backend that runs a call; ValueError where the one asked for does not cover it."""
-    cpu, triton = cpu_reason(q, v), triton_reason(q, v)
+    cpu, triton = cpu_reason(q, v), triton_reason(q, v, delta)
     return choose(NAME, backend, q.device, cpu=cpu, triton=triton, module="recurrence")
 
 
@@ -163,21 +163,17 @@ def cpu_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:
     K, V = q.shape[-1], v.shape[-1]
     if K % 16 or V % 16:
         return f"K = {K}, V = {V}; it takes multiples of 16"
-    return _type_reason(q)
+    return type_reason(q.dtype, "cpu")
 
 
-def triton_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:
+def triton_reason(q: torch.Tensor, v: torch.Tensor, delta: bool) -> str | None:
     """Why the Triton kernels do not cover a call, or None."""
     K, V = q.shape[-1], v.shape[-1]
+    if delta and K > 128:  # a program holds all K rows of a state; its backward pass spills
+        return f"K = {K}; with the delta rule it takes up to 128"
     if max(K, V) > 256:
         return f"K = {K}, V = {V}; it takes up to 256"
-    return _type_reason(q)
-
-
-def _type_reason(q: torch.Tensor) -> str | None:
-    if q.dtype in (torch.float32, torch.bfloat16):
-        return None
-    return f"the tensors are {q.dtype}; it takes float32 and bfloat16"
+    return type_reason(q.dtype, "triton")
 
 
 def _implementation(which: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 
-from lowline.kernels.backends import Backend, choose
+from lowline.kernels.backends import Backend, choose, type_reason
 from lowline.kernels.packs import check_pack
 
 NAME = "selective_scan"
@@ -51,7 +51,7 @@ def selective_scan(
         dt_softplus: take softplus(dt + bias) for the step size.
         initial_state: (S, D, N); zero when None.
         cu_seqlens: (S + 1,) bounds of sequences packed in a batch of one, from 0 to T.
-        backend: see `lowline.kernels.backends`. "cpu" and "triton" take fp32 and bf16, "triton"
+        backend: see `lowline.kernels.backends`. "cpu" takes fp32 and bf16, "triton" fp16, too, and
             up to 64 states.
 
     x, dt, B, C and z have one type; A, D, the bias and the state may have another. Sums are fp32,
@@ -115,17 +115,10 @@ def check(
 
 def pick(x: torch.Tensor, A: torch.Tensor, backend: str) -> str:
     """The backend that runs a call; ValueError where the one asked for does not cover it."""
-    reason = triton = type_reason(x)
+    cpu, triton = type_reason(x.dtype, "cpu"), type_reason(x.dtype, "triton")
     if A.shape[1] > 64:
         triton = f"A has {A.shape[1]} states; it takes up to 64"
-    return choose(NAME, backend, x.device, cpu=reason, triton=triton, module="scan")
-
-
-def type_reason(x: torch.Tensor) -> str | None:
-    """Why the fast backends do not cover x's type, or None."""
-    if x.dtype in (torch.float32, torch.bfloat16):
-        return None
-    return f"x is {x.dtype}; it takes float32 and bfloat16"
+    return choose(NAME, backend, x.device, cpu=cpu, triton=triton, module="scan")
 
 
 def _implementation(which: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:

@@ -9,9 +9,10 @@ No number in the table was measured on a GPU. They are the most promising among 
 compile check accepts (no spill, shared memory within the chip):
 
 - 8 warps everywhere but on Hopper: with 4, Blackwell's compiler spills in several kernels.
-- On Hopper (sm_90) tiles of 64 rows take 4 warps or 2. Other libraries found 8 warps to give wrong
-  results there, and a few kernels wrong with 4, which is what issues wgmma; with 2 warps products
-  are mma.sync. `tests/kernels/gpu_full_size.py` runs every candidate against plain torch.
+- On Hopper (sm_90) kernels of tiles of 64 rows take 4 warps where that compiles without spills.
+  Other libraries take 4 or 2 there: with 8 they found wrong results; with 4, which like 8 issue
+  wgmma, in single kernels; with 2, products are mma.sync. `tests/kernels/test_gpu_full_size.py`
+  runs every candidate against plain torch.
 """
 
 from __future__ import annotations
@@ -40,29 +41,39 @@ class Launch(NamedTuple):
 
 
 DEFAULT = (Options(8, 2),)
-HOPPER = (Options(4, 2), Options(2, 2))
+HOPPER = (Options(4, 2), Options(2, 2), Options(8, 2))
 
 # kernel -> major compute capability (0: any other) -> candidates; the first one runs.
 TABLE: dict[str, dict[int, tuple[Options, ...]]] = {
-    f"recurrence.{name}_kernel": {9: HOPPER}
-    for name in (
-        *("scores", "states", "outputs", "transform", "transform_backward"),
-        *("states_backward", "values_backward", "keys_backward"),
+    kernel: {9: HOPPER}
+    for kernel in (
+        "recurrence.scores_kernel",
+        "recurrence.states_kernel",
+        "recurrence.outputs_kernel",
+        "recurrence.states_backward_kernel",
+        "recurrence.values_backward_kernel",
+        "recurrence.transform_backward_kernel",
+        "window.states_kernel",
+        "window.forward_kernel",
+        "window.reverse_states_kernel",
+        "window.backward_value_kernel",
+        "window.backward_feature_kernel",
+        "feature_map._forward_kernel",
     )
 }
+# These spill with fewer warps (the first: with a gate per key).
 TABLE |= {
-    f"window.{name}_kernel": {9: HOPPER}
-    for name in (
-        *("states", "forward", "reverse_states"),
-        *("backward_query", "backward_value", "backward_feature"),
+    kernel: {9: (Options(8, 2), Options(4, 2))}
+    for kernel in (
+        "recurrence.keys_backward_kernel",
+        "recurrence.transform_kernel",
+        "window.backward_query_kernel",
+        "feature_map._backward_kernel",
     )
 }
-TABLE |= {f"feature_map.{name}_kernel": {9: HOPPER} for name in ("_forward", "_backward")}
 # Accumulators and products leave these two no registers for copies on their way.
-TABLE |= {
-    f"window.{name}_kernel": {9: (Options(4, 1), Options(2, 1)), 0: (Options(8, 1),)}
-    for name in ("backward_key", "backward_map")
-}
+TABLE["window.backward_key_kernel"] = {0: (Options(8, 1),)}
+TABLE["window.backward_map_kernel"] = {9: (Options(4, 1), Options(8, 1)), 0: (Options(8, 1),)}
 TABLE |= {f"scan.{name}_kernel": {0: (Options(8, 1),)} for name in ("_forward", "_backward")}
 
 _records: list[list[Launch]] = []

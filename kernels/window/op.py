@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from lowline.kernels.backends import choose
+from lowline.kernels.backends import choose, type_reason
 from lowline.kernels.packs import check_pack
 from lowline.kernels.window.state import (
     WindowState,
@@ -66,8 +66,8 @@ def window_linear_attention(
         initial_state: what a call on the preceding tokens returned (N sequences; N = B unless
             packed). Gradients flow to every part of it.
         backend: `cpu` covers fp32 and bf16 (computed in fp32) with D, V and F multiples of 16;
-            `triton` fp32 and bf16 with D, V and F up to 128; `torch` and `reference` everything.
-            With packed sequences, `torch` and `reference` read cu_seqlens on the host.
+            `triton` fp32, bf16 and fp16 with D, V and F up to 128; `torch` and `reference` take
+            everything. With packed sequences, `torch` and `reference` read cu_seqlens on the host.
 
     Returns:
         o_BTHV in q's dtype, and the state after the last token.
@@ -133,8 +133,8 @@ def window_linear_attention(
 
 def not_on_cpu(dtype: torch.dtype, D: int, V: int, F: int) -> str | None:
     """Why the C++ backend does not cover a call; None where it does."""
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"it computes in fp32 and the inputs are {dtype}"
+    if reason := type_reason(dtype, "cpu"):
+        return reason
     if D % 16 or V % 16 or F % 16:
         return f"it takes multiples of 16, and D = {D}, V = {V}, F = {F}"
     return None
@@ -142,8 +142,8 @@ def not_on_cpu(dtype: torch.dtype, D: int, V: int, F: int) -> str | None:
 
 def not_on_triton(dtype: torch.dtype, D: int, V: int, F: int) -> str | None:
     """Why the Triton kernels do not cover a call; None where they do."""
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"it computes in fp32 and the inputs are {dtype}"
+    if reason := type_reason(dtype, "triton"):
+        return reason
     if max(D, V, F) > 128:
         return f"it takes up to 128 dimensions, and D = {D}, V = {V}, F = {F}"
     return None

@@ -53,11 +53,14 @@ class LinearizedAttention(nn.Module):
             x_BTE, rope = packing.pack(x_BTE), (packing.pack(rope[0]), packing.pack(rope[1]))
         q_BTHD, k_BTGD, v_BTGD = self.project(x_BTE)
         precision: AbstractContextManager[Any] = nullcontext()
-        if torch.is_autocast_enabled(x_BTE.device.type):  # a mixer computes in one type
-            dtype = next((p.dtype for p in self.mixer.parameters()), q_BTHD.dtype)
-            inputs = (q_BTHD, k_BTGD, v_BTGD, x_BTE)
-            q_BTHD, k_BTGD, v_BTGD, x_BTE = (x.to(dtype) for x in inputs)
-            precision = torch.autocast(x_BTE.device.type, enabled=False)
+        device = x_BTE.device.type
+        if torch.is_autocast_enabled(device):
+            # Kernels multiply in autocast's type, on tensor cores. Gates are computed from x in the
+            # mixer's own type, and sums inside the kernels are fp32: autocast must not lower those.
+            dtype = torch.get_autocast_dtype(device)
+            q_BTHD, k_BTGD, v_BTGD = (x.to(dtype) for x in (q_BTHD, k_BTGD, v_BTGD))
+            x_BTE = x_BTE.to(next((p.dtype for p in self.mixer.parameters()), x_BTE.dtype))
+            precision = torch.autocast(device, enabled=False)
         held = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         assert held is None or isinstance(held, MixerLayer)
         with precision:

@@ -27,7 +27,8 @@ class RectifiedMap(nn.Module):
         self.bias = nn.Parameter(torch.zeros(heads, features))
 
     def forward(self, x_BTHD: torch.Tensor) -> torch.Tensor:
-        return F.relu(torch.einsum("bthd,hdf->bthf", x_BTHD, self.weight) + self.bias)
+        weight, bias = self.weight.to(x_BTHD.dtype), self.bias.to(x_BTHD.dtype)
+        return F.relu(torch.einsum("bthd,hdf->bthf", x_BTHD, weight) + bias)
 
 
 class T2R(Mixer):

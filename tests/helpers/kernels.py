@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.bfloat16: 1e-2,
+    torch.float16: 2e-3,
+}
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from lowline.kernels.triton_tools import aot
 from lowline.kernels.triton_tools.aot import Case
-from lowline.kernels.triton_tools.launch import Options, candidates, launch, recording
+from lowline.kernels.triton_tools.launch import launch, recording
 
 TABLE = Path(__file__).parents[2] / "docs" / "dev" / "triton_aot.md"
 
@@ -86,17 +86,6 @@ def test_a_case_is_what_the_launcher_would_compile() -> None:
     assert case.types == {"x": "*bf16", "T": "i32", "stride": "i32", "scale": "fp32"}
     assert case.constants == {"bias": None, "one": 1, "BLOCK": 16}
     assert case.div16 == ("stride",)
-
-
-def test_a_launch_across_devices_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"\['cpu', 'meta'\]; use one device"):
-        launch(_recorded, (1,), x=torch.empty(4, device="meta"), bias=torch.empty(4))
-
-
-def test_hopper_has_options_of_its_own() -> None:
-    assert candidates("recurrence.states_kernel", 90)[0].num_warps in (2, 4)
-    assert candidates("recurrence.states_kernel", 80) == (Options(8, 2),)
-    assert candidates("conv._forward_kernel", 90) == (Options(8, 2),)
 
 
 def test_a_changed_row_is_a_difference() -> None:

@@ -168,8 +168,8 @@ def _launch_states(
     most = columns(x.k)
     rows, size = block(K, most), block(V, most)
     if delta is not None:  # which needs a state's columns complete
-        rows = block(K, 256)
-        size = block(V, min(most, most if rows < 128 else 32 if rows == 128 else 16))
+        rows = block(K, 128)
+        size = block(V, most if rows < 128 else min(most, 32))
     grid = (x.chunks.sequences * H * triton.cdiv(K, rows) * triton.cdiv(V, size),)
     strides = dict(
         zip(("stride_n", "stride_h", "stride_k", "stride_v"), state.stride(), strict=True)

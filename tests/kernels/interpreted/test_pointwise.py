@@ -13,7 +13,7 @@ from lowline.kernels.cpu import missing
 from lowline.kernels.feature_map import hedgehog
 from lowline.kernels.scan import selective_scan
 
-FP32, BF16 = torch.float32, torch.bfloat16
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -50,6 +50,12 @@ SLOW = pytest.mark.slow
 def test_hedgehog(shared: bool, dtype: torch.dtype, device: torch.device) -> None:
     W = random(20, 12) if shared else random(2, 20, 12)
     check(hedgehog, {"x_BTHD": random(2, 37, 2, 20), "W_HDF": W / 4}, device, dtype)
+
+
+def test_half_precision(device: torch.device) -> None:
+    check(hedgehog, {"x_BTHD": random(1, 5, 2, 20), "W_HDF": random(20, 12) / 4}, device, FP16)
+    conv = {"x_BTD": random(1, 5, 20), "weight_DW": random(20, 4)}
+    check(causal_conv, conv, device, FP16)
 
 
 def test_hedgehog_floor_and_strides(device: torch.device) -> None:

@@ -18,7 +18,7 @@ from lowline.kernels.recurrence import gated_linear_recurrence, reference
 from lowline.kernels.recurrence.triton.backend import recurrence, step
 
 Tensors = dict[str, torch.Tensor | None]
-FP32, BF16 = torch.float32, torch.bfloat16
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def inputs(
@@ -77,7 +77,7 @@ def check(tensors: Tensors, device: torch.device, gate: str = "key", **options: 
     assert_matches(on_device, exact, tensors, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize(("gate", "dtype"), [("none", BF16), ("scalar", FP32)])
+@pytest.mark.parametrize(("gate", "dtype"), [("none", BF16), ("scalar", FP32), ("scalar", FP16)])
 def test_sequence(gate: str, dtype: torch.dtype, device: torch.device) -> None:
     check(inputs(gate, dtype, H=2, Q=2), device, gate, scale=0.5)
 
@@ -89,6 +89,19 @@ def test_gate_per_feature(gate: str, dtype: torch.dtype, T: int, device: torch.d
 
 def test_delta_rule_with_a_gate_per_key(device: torch.device) -> None:
     check(inputs("key", BF16, delta=True, T=40), device)
+
+
+def test_delta_rule_in_half_precision(device: torch.device) -> None:
+    check(inputs("scalar", FP16, delta=True, T=40), device)
+
+
+def test_delta_rule_of_wide_keys_is_refused(device: torch.device) -> None:
+    given = {
+        n: None if x is None else x.to(device)
+        for n, x in inputs("scalar", K=144, T=2, delta=True).items()
+    }
+    with pytest.raises(ValueError, match="K = 144; with the delta rule it takes up to 128"):
+        gated_linear_recurrence(**given, backend="triton")  # type: ignore[arg-type]
 
 
 def test_packed_sequences_and_shared_states(device: torch.device) -> None:

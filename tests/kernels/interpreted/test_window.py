@@ -89,6 +89,11 @@ def test_tensor_cores_types(device: torch.device) -> None:
     check(inputs(90, H=1, D=80, V=48, F=24), device, BF16, window=70, sinks=3)
 
 
+def test_half_precision(device: torch.device) -> None:
+    tensors = {n: x for n, x in inputs(20, H=1).items() if not n.endswith("factor_H")}
+    check(tensors, device, torch.float16, window=9, sinks=2)
+
+
 @pytest.mark.slow
 def test_shared_features_and_batch(device: torch.device) -> None:
     check(inputs(37, B=2, G=2, P=2), device, window=16)
