@@ -184,7 +184,7 @@ def compile_case(case: Case, chip: int, options: Options | None = None) -> Compi
     made = triton.compile(
         ASTSource(case.kernel, signature, constants, aligned),
         target=GPUTarget("cuda", chip, 32),
-        options=(options or candidates(kernel_name(case.kernel), chip)[0])._asdict(),
+        options=(options or _candidates(case, chip)[0])._asdict(),
     )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -280,6 +280,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.write.write_text(table(compiled))
     print("\n".join(complaints) or f"{len(compiled)} compiled, no fault")
     return bool(complaints)
+
+
+def _candidates(case: Case, chip: int) -> tuple[Options, ...]:
+    half = bool({"*bf16", "*fp16"} & set(case.types.values()))
+    return candidates(kernel_name(case.kernel), chip, half)
 
 
 def _compile_one(work: tuple[int, int]) -> Compiled:

@@ -40,6 +40,7 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
 
 
+HALF = (torch.bfloat16, torch.float16)
 DEFAULT = (Options(8, 2),)
 HOPPER = (Options(4, 2), Options(2, 2), Options(8, 2))
 
@@ -48,8 +49,8 @@ TABLE: dict[str, dict[int, tuple[Options, ...]]] = {
     kernel: {9: HOPPER}
     for kernel in (
         "recurrence.scores_kernel",
-        "recurrence.states_kernel",
         "recurrence.outputs_kernel",
+        "recurrence.transform_kernel",
         "recurrence.states_backward_kernel",
         "recurrence.values_backward_kernel",
         "recurrence.transform_backward_kernel",
@@ -61,16 +62,17 @@ TABLE: dict[str, dict[int, tuple[Options, ...]]] = {
         "feature_map._forward_kernel",
     )
 }
-# These spill with fewer warps (the first: with a gate per key).
+# These spill with fewer warps (the first two with a gate per key).
 TABLE |= {
     kernel: {9: (Options(8, 2), Options(4, 2))}
     for kernel in (
+        "recurrence.states_kernel",
         "recurrence.keys_backward_kernel",
-        "recurrence.transform_kernel",
         "window.backward_query_kernel",
         "feature_map._backward_kernel",
     )
 }
+TABLE["recurrence.inverse_kernel"] = {0: (Options(16, 1),)}  # fp32 products, in registers
 # Accumulators and products leave these two no registers for copies on their way.
 TABLE["window.backward_key_kernel"] = {0: (Options(8, 1),)}
 TABLE["window.backward_map_kernel"] = {9: (Options(4, 1), Options(8, 1)), 0: (Options(8, 1),)}
@@ -98,7 +100,8 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         kernel[grid](**given)
         return
     with torch.cuda.device(device):
-        chosen = candidates(kernel_name(kernel), _capability(device.index))[0]
+        half = any(isinstance(x, torch.Tensor) and x.dtype in HALF for x in given.values())
+        chosen = candidates(kernel_name(kernel), _capability(device.index), half)[0]
         kernel[grid](**given, **chosen._asdict())
 
 
@@ -112,10 +115,13 @@ def recording() -> Iterator[list[Launch]]:
         _records.pop()
 
 
-def candidates(kernel: str, capability: int) -> tuple[Options, ...]:
-    """The options a kernel may run with on a chip (80, 90, 100, ...); the first are used."""
+def candidates(kernel: str, capability: int, half: bool) -> tuple[Options, ...]:
+    """The options a kernel may run with on a chip (80, 90, 100, ...); the first are used.
+
+    `half`: for 16-bit numbers. fp32, which does without tensor cores, takes what other chips take.
+    """
     chips = TABLE.get(kernel, {})
-    return chips.get(capability // 10) or chips.get(0) or DEFAULT
+    return (chips.get(capability // 10) if half else None) or chips.get(0) or DEFAULT
 
 
 def kernel_name(kernel: Any) -> str:

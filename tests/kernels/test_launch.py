@@ -67,6 +67,7 @@ def test_vectors_are_made_contiguous_and_nothing_else() -> None:
 
 
 def test_hopper_has_options_of_its_own() -> None:
-    assert candidates("recurrence.states_kernel", 90)[0].num_warps in (2, 4)
-    assert candidates("recurrence.states_kernel", 80) == (Options(8, 2),)
-    assert candidates("conv._forward_kernel", 90) == (Options(8, 2),)
+    assert candidates("recurrence.outputs_kernel", 90, True)[0].num_warps == 4
+    assert candidates("recurrence.outputs_kernel", 90, False) == (Options(8, 2),)
+    assert candidates("recurrence.outputs_kernel", 80, True) == (Options(8, 2),)
+    assert candidates("conv._forward_kernel", 90, True) == (Options(8, 2),)

@@ -145,7 +145,7 @@ def test_attention_is_zero_at_padding(side):
 
 @pytest.mark.parametrize("mixer", sorted(MIXERS))
 def test_autocast(mixer):
-    """Of fp32 weights: what linear layers give is rounded, mixers compute in their own type."""
+    """Of fp32 weights: what linear layers give is rounded, and what mixers hand to kernels."""
     model, ids = converted(mixer).train(), tokens(2, T)
     exact = model(ids, use_cache=False).logits
     with torch.autocast("cpu", torch.bfloat16):
@@ -156,6 +156,33 @@ def test_autocast(mixer):
         assert (ours.float() - exact).norm() < 0.05 * exact.norm()
     gradients = {n: p.grad for n, p in model.named_parameters() if not n.endswith("centroids")}
     assert all(grad is not None and grad.isfinite().all() for grad in gradients.values())
+
+
+@pytest.mark.parametrize("mixer", ["gated_deltanet", "lolcats", "t2r"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_get_the_type_of_autocast(mixer, dtype, monkeypatch):
+    """q, k and v, so that they run on tensor cores; gates and the carried state stay fp32."""
+    from lowline.linearize.mixers import branches, lolcats
+
+    calls = []
+    for module, name in ((branches, "gated_linear_recurrence"), (lolcats, "attend")):
+
+        def seen(*tensors, _op=vars(module)[name], **options):
+            o, state = _op(*tensors, **options)
+            calls.append((tensors, state))
+            return o, state
+
+        monkeypatch.setattr(module, name, seen)
+    model, ids = converted(mixer), tokens(2, T)
+    with torch.autocast("cpu", dtype), torch.no_grad():
+        model(ids, use_cache=False)
+    assert calls
+    for tensors, state in calls:
+        assert {x.dtype for x in tensors[:3]} == {dtype}
+        assert {x.dtype for x in tensors[3:] if x is not None} <= (
+            {dtype} if mixer == "lolcats" else {torch.float32}
+        )
+        assert (state if isinstance(state, torch.Tensor) else state.S).dtype == torch.float32
 
 
 @pytest.mark.parametrize("mixer", sorted(MIXERS))

@@ -31,51 +31,54 @@ from lowline.kernels.recurrence.triton.kernels import (
 )
 
 
-@triton.jit
-def inverse(R, beta_column, chunk, head, H: tl.constexpr):
-    """(I + R diag β)⁻¹, (64, 64).
+@triton.jit(do_not_specialize=["T"])
+def inverse_kernel(R, beta, M, chunks, T, H: tl.constexpr, PACKED: tl.constexpr):
+    """M = (I + R diag β)⁻¹, (chunks, H, 64, 64).
 
     Strips of 16 rows on the diagonal by forward substitution, all four at once: row i of a strip
     is e_i minus its coefficients times the rows above. With D these inverses and N = D · (what is
-    left of the diagonal strips), (I + N)⁻¹ = (I - N)(I + N²), because N⁴ = 0.
-    """
-    r = tl.arange(0, CHUNK)
-    strip = r // STRIP
-    matrix = square(R, chunk, head, H)
-    result = tl.where(r[:, None] == r[None, :], 1.0, 0.0)
-    for i in range(1, STRIP):
-        row = strip * STRIP + i  # of the strip of each column
-        offset = (chunk.to(tl.int64) * H + head) * (CHUNK * CHUNK)
-        factors = tl.load(R + offset + row * CHUNK + r) * beta_column
-        factors = tl.where(r % STRIP < i, factors, 0.0)
-        above = tl.sum(factors[:, None] * result, 0)
-        result -= tl.where(r[:, None] == row[None, :], above[None, :], 0.0)
-    left = tl.where((strip[:, None] > strip[None, :]), tl.load(matrix) * beta_column[None, :], 0.0)
-    # In full precision: the inverse multiplies up what rounding leaves.
-    n = tl.dot(result, left, input_precision="ieee")
-    eye = tl.where(r[:, None] == r[None, :], 1.0, 0.0)
-    rest = eye + tl.dot(n, n, input_precision="ieee")
-    inner = tl.dot(eye - n, rest, input_precision="ieee")
-    return tl.dot(inner, result, input_precision="ieee")
-
-
-@triton.jit(do_not_specialize=["T"])
-def transform_kernel(
-    k, v, G, beta, R, M, W, e, chunks, T,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr,
-    PACKED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """M, (chunks, H, 64, 64), W = M k̂ and e₀ = M v, from R.
-
-    Reads k, v, R, writes M, W, e₀: 8 K + 384 bytes and 256·K + 8·64² FLOPs a token-head for
-    K = V = 128; for the stated shape (see `triton_kernels`) 1.1 GB and 52 GFLOP, 0.33 ms.
+    left of the diagonal strips), (I + N)⁻¹ = (I - N)(I + N²), because N⁴ = 0. Products are in full
+    precision: the inverse multiplies up what rounding leaves. They take the registers of 16 warps,
+    which is why this kernel does nothing else.
     """
     chunk, head = tl.program_id(0), tl.program_id(1)
     first, rows = chunk_bounds(chunk, T, chunks, PACKED)
     r = tl.arange(0, CHUNK)
     sizes = tl.load(beta + first * H + head + r * H, mask=r < rows, other=0.0).to(tl.float32)
-    m = inverse(R, sizes, chunk, head, H).to(k.dtype.element_ty)
-    tl.store(square(M, chunk, head, H), m)
+    strip = r // STRIP
+    result = tl.where(r[:, None] == r[None, :], 1.0, 0.0)
+    for i in range(1, STRIP):
+        row = strip * STRIP + i  # of the strip of each column
+        offset = (chunk.to(tl.int64) * H + head) * (CHUNK * CHUNK)
+        factors = tl.load(R + offset + row * CHUNK + r) * sizes
+        factors = tl.where(r % STRIP < i, factors, 0.0)
+        above = tl.sum(factors[:, None] * result, 0)
+        result -= tl.where(r[:, None] == row[None, :], above[None, :], 0.0)
+    left = tl.load(square(R, chunk, head, H)) * sizes[None, :]
+    left = tl.where((strip[:, None] > strip[None, :]), left, 0.0)
+    n = tl.dot(result, left, input_precision="ieee")
+    eye = tl.where(r[:, None] == r[None, :], 1.0, 0.0)
+    rest = eye + tl.dot(n, n, input_precision="ieee")
+    inner = tl.dot(eye - n, rest, input_precision="ieee")
+    m = tl.dot(inner, result, input_precision="ieee")
+    tl.store(square(M, chunk, head, H), m.to(M.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["T"])
+def transform_kernel(
+    k, v, G, M, W, e, chunks, T,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr,
+    PACKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """W = M k̂ and e₀ = M v.
+
+    Reads k, v, M, writes W, e₀: 8 K + 128 bytes and 256·K FLOPs a token-head for K = V = 128; for
+    the stated shape (see `kernels`) 0.9 GB and 26 GFLOP, 0.27 ms.
+    """
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    first, rows = chunk_bounds(chunk, T, chunks, PACKED)
+    r = tl.arange(0, CHUNK)
+    m = tl.load(square(M, chunk, head, H))
     for begin in range(0, K, BLOCK):
         at_k = begin + tl.arange(0, BLOCK)
         k_tile = load_chunk(k, first, rows, head, H, K, at_k)

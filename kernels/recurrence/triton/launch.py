@@ -18,7 +18,11 @@ from lowline.kernels.recurrence.triton.backward import (
     states_backward_kernel,
     values_backward_kernel,
 )
-from lowline.kernels.recurrence.triton.delta import transform_backward_kernel, transform_kernel
+from lowline.kernels.recurrence.triton.delta import (
+    inverse_kernel,
+    transform_backward_kernel,
+    transform_kernel,
+)
 from lowline.kernels.recurrence.triton.kernels import (
     cumulate_kernel,
     outputs_kernel,
@@ -132,8 +136,9 @@ def transform(x: Roles, beta: Tensor, *, errors: bool) -> Delta:
     M = torch.empty_like(R, dtype=k.dtype)
     W, e0, u = torch.empty_like(k), torch.empty_like(v), torch.empty_like(v)
     size = block(max(k.shape[3], v.shape[3]), columns(k))
-    own = dict(beta=beta, R=R, M=M, W=W, e=e0, BLOCK=size)
-    x.launch(transform_kernel, (x.chunks.count, k.shape[2]), **own)
+    grid = (x.chunks.count, k.shape[2])
+    x.launch(inverse_kernel, grid, R=R, beta=beta, M=M)
+    x.launch(transform_kernel, grid, M=M, W=W, e=e0, BLOCK=size)
     return Delta(beta, R, M, W, e0, u, torch.empty_like(v) if errors else None)
 
 
