@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 
 import pytest
@@ -165,14 +166,14 @@ def test_kernels_get_the_type_of_autocast(mixer, dtype, monkeypatch):
     from lowline.linearize.mixers import branches, lolcats
 
     calls = []
+
+    def seen(op, *tensors, **options):
+        o, state = op(*tensors, **options)
+        calls.append((tensors, state))
+        return o, state
+
     for module, name in ((branches, "gated_linear_recurrence"), (lolcats, "attend")):
-
-        def seen(*tensors, _op=vars(module)[name], **options):
-            o, state = _op(*tensors, **options)
-            calls.append((tensors, state))
-            return o, state
-
-        monkeypatch.setattr(module, name, seen)
+        monkeypatch.setattr(module, name, functools.partial(seen, getattr(module, name)))
     model, ids = converted(mixer), tokens(2, T)
     with torch.autocast("cpu", dtype), torch.no_grad():
         model(ids, use_cache=False)
