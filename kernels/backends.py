@@ -72,7 +72,7 @@ def choose(
     return "torch" if backend == "auto" else backend
 
 
-def type_reason(dtype: torch.dtype, backend: Literal["cpu", "triton"]) -> str | None:
+def type_reason(dtype: torch.dtype, backend: str) -> str | None:
     """Why a compiled backend does not cover tensors of this type; None where it does."""
     covered = (torch.float32, torch.bfloat16, torch.float16)[: 3 if backend == "triton" else 2]
     if dtype in covered:
