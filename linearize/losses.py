@@ -18,6 +18,8 @@ Shapes: B batch, T time, S tokens that are looked at, H heads, D features a head
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -25,7 +27,10 @@ IGNORE_INDEX = -100
 
 
 def transfer_loss(
-    o_BTHD: torch.Tensor, target_BTHD: torch.Tensor, counted_BT: torch.Tensor
+    o_BTHD: torch.Tensor,
+    target_BTHD: torch.Tensor,
+    counted_BT: torch.Tensor,
+    total: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The relative squared error of each row's output: (B,).
 
@@ -36,11 +41,14 @@ def transfer_loss(
         o_BTHD: the mixer's output.
         target_BTHD: softmax attention's.
         counted_BT: the tokens that count, bool.
+        total: where other ranks have further heads: adds a tensor of each of them.
     """
     weight_BT11 = counted_BT[..., None, None].float()
     target = target_BTHD.float() * weight_BT11
     wrong_B = (o_BTHD.float() * weight_BT11 - target).square().sum((1, 2, 3))
     scale_B = target.square().sum((1, 2, 3))
+    if total is not None:
+        wrong_B, scale_B = total(torch.stack([wrong_B, scale_B]))
     return wrong_B / scale_B.where(scale_B > 0, 1.0)
 
 

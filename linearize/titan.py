@@ -12,7 +12,9 @@ attention's output, made of the same q, k and v, and the mixer's only enters a l
 
 The mixer alone has a graph; whoever calls the model turns gradients off around it.
 
-Left out: tensor parallelism of mixers.
+With tensor parallelism a rank has some of the heads: the projections split them as torchtitan
+does, and the mixer runs on local tensors with its own part of the parameters. The layer's input,
+and a parameter that belongs to no head, all ranks have; their gradients are summed.
 
 Shapes: B batch, L sequence length, N heads, H head dimension, D model dimension.
 """
@@ -24,7 +26,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.func import functional_call
+from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.attention import GQAttention
 from torchtitan.protocols.model import ModelConfigConverter
 from torchtitan.protocols.module import Module
@@ -32,7 +40,7 @@ from torchtitan.protocols.module import Module
 from lowline.cola.block import ColaBlock
 from lowline.cola.sharded import set_full_tensor
 from lowline.linearize.losses import transfer_loss, weight_loss
-from lowline.linearize.mixers import HeadShape, build_mixer
+from lowline.linearize.mixers import HeadShape, Mixer, build_mixer
 
 
 @dataclass(eq=False)
@@ -85,6 +93,14 @@ class MixerAttention(GQAttention):
         super().__init__(config)
         self.config = config
         self.mixer = self._new_mixer()
+        self._heads: DeviceMesh | None = None  # over which they are split
+
+    def parallelize(self, parallel_dims: ParallelDims) -> None:
+        """Split the layer as its configuration says, and the mixer by its heads."""
+        super().parallelize(parallel_dims)
+        if parallel_dims.tp_enabled:
+            self._heads = parallel_dims.get_mesh("tp")
+            split_heads(self.mixer, self._heads)
 
     def _new_mixer(self) -> Any:
         c = self.config
@@ -141,17 +157,26 @@ class MixerAttention(GQAttention):
             return self._mixed(inputs, positions, x_BLD, *qkv)
         softmax_BLNH = self._softmax(inputs, positions, *qkv)
         if transfer.take_keys is not None:
-            transfer.take_keys(k_BLNH)
+            transfer.take_keys(k_BLNH.full_tensor() if isinstance(k_BLNH, DTensor) else k_BLNH)
             return softmax_BLNH
         with torch.set_grad_enabled(transfer.learns):
             out_BLNH = self._mixed(inputs, positions, x_BLD, *qkv)
-            loss_B = transfer_loss(out_BLNH, softmax_BLNH, transfer.counted)
+            loss_B = self._transfer_loss(out_BLNH, softmax_BLNH, transfer.counted)
             if transfer.weight_loss:
                 loss_B = loss_B + transfer.weight_loss * self._weight_loss(
                     inputs, positions, x_BLD, *qkv
                 )
             transfer.losses.append(loss_B)
         return softmax_BLNH
+
+    def _transfer_loss(
+        self, out_BLNH: torch.Tensor, softmax_BLNH: torch.Tensor, counted_BL: torch.Tensor
+    ) -> torch.Tensor:
+        if self._heads is None:
+            return transfer_loss(out_BLNH, softmax_BLNH, counted_BL)
+        assert isinstance(out_BLNH, DTensor) and isinstance(softmax_BLNH, DTensor)
+        local, group = (out_BLNH.to_local(), softmax_BLNH.to_local()), self._heads.get_group()
+        return transfer_loss(*local, counted_BL, total=lambda x: SumOverRanks.apply(x, group))
 
     def _weight_loss(
         self,
@@ -185,6 +210,10 @@ class MixerAttention(GQAttention):
         *qkv_BLNH: torch.Tensor,
     ) -> torch.Tensor:
         table_L2H = self.rope.cache
+        if self._heads is not None:
+            everywhere = [Replicate()]
+            x_BLD = x_BLD.redistribute(placements=everywhere).to_local(grad_placements=[Partial()])
+            qkv_BLNH, table_L2H = tuple(t.to_local() for t in qkv_BLNH), table_L2H.to_local()
         length = x_BLD.shape[1]
         rope = table_L2H[:length][None] if positions is None else table_L2H[positions]
         tensors = [*qkv_BLNH, x_BLD, *rope.chunk(2, -1)]
@@ -192,7 +221,10 @@ class MixerAttention(GQAttention):
             tensors = [tensor.flatten(0, 1)[None] for tensor in tensors]
         q, k, v, x, cos, sin = tensors
         out, _ = self.mixer(q, k, v, rope=(cos, sin), x_BTE=x, cu_seqlens=inputs.cu_seqlens)
-        return out.reshape(qkv_BLNH[0].shape)
+        out = out.reshape(qkv_BLNH[0].shape)
+        if self._heads is None:
+            return out
+        return DTensor.from_local(out, self._heads, [Shard(2)], run_check=False)
 
     def _softmax(
         self,
@@ -211,6 +243,60 @@ class MixerAttention(GQAttention):
             scale=self.scaling,
             enable_gqa=self.enable_gqa,
         )
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over ranks, which all of them go on with alike.
+
+    Each computes the same loss of it, so the gradient of its own term is that of the sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+def split_heads(mixer: Mixer, mesh: DeviceMesh) -> None:
+    """Leave each rank its part of a mixer's parameters, with which `forward` then computes."""
+    assert mixer.options.splits
+    for name, parameter in list(mixer.named_parameters()):
+        placement = Replicate() if name in mixer.whole else Shard(0)
+        path, _, leaf = name.rpartition(".")
+        part = nn.Parameter(distribute_tensor(parameter, mesh, [placement]))
+        part.requires_grad_(parameter.requires_grad)
+        mixer.get_submodule(path).register_parameter(leaf, part)
+    mixer.part = mesh.get_local_rank(), mesh.size()
+    body = _OnLocalTensors(mixer)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        # FSDP's hooks, which lie around this function, have gathered the parameters by now.
+        parameters = {f"mixer.{n}": _local(p) for n, p in mixer.named_parameters()}
+        return functional_call(body, parameters, args, kwargs)
+
+    mixer.forward = forward  # type: ignore[method-assign]
+
+
+class _OnLocalTensors(nn.Module):
+    """A mixer as its class computes it: `functional_call` changes its parameters meanwhile."""
+
+    def __init__(self, mixer: Mixer) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.mixer).forward(self.mixer, *args, **kwargs)
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    assert isinstance(parameter, DTensor)
+    of_all = [Partial() if p.is_replicate() else p for p in parameter.placements]
+    return parameter.to_local(grad_placements=of_all)
 
 
 class MixerColaBlock(ColaBlock):

@@ -49,6 +49,10 @@ class Mixer(nn.Module):
     Attributes:
         options: what it is built from; `has_window`, `has_linear` are theirs.
         fixed: names of the parameters that get no gradient.
+        whole: names of the parameters that belong to no head; all others have a part for each head
+            (a query head, or a key and value head) along their first dimension.
+        part: where heads lie on several ranks (`MixerOptions.splits`): the number of this rank
+            among those, and how many there are; `forward` gets the heads of its rank only.
         linear_enabled: where there are both: set it to False to leave the linear part's terms out
             of the output, all else unchanged; states go on as they would.
         drop_window: where there are both: set it to True to have the linear part alone stand in for
@@ -58,6 +62,8 @@ class Mixer(nn.Module):
 
     options: Any = MixerOptions()
     fixed: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    part = (0, 1)
     linear_enabled = True
     drop_window = False
 

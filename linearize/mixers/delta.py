@@ -166,6 +166,7 @@ class KDA(GatedDeltaNet):
     """The delta rule with a decay of each key feature, and a window."""
 
     decay_of_keys = True
+    whole = ("decay.down.weight",)
 
 
 def _unit(x_BTHD: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,7 @@ def check_window(window: int, sinks: int, *, least: int = 0) -> None:
         raise LowlineError(f"sinks = {sinks} without a window; give window, or leave out sinks")
 
 
-FACTS = ("learns", "has_window", "has_linear", "is_average", "calibrates")
+FACTS = ("learns", "has_window", "has_linear", "is_average", "calibrates", "splits")
 
 
 class MixerOptions:
@@ -68,12 +68,18 @@ class MixerOptions:
         has_linear: it has a part with a state that sums over all tokens.
         is_average: the output is a mean of values, with weights of at least 0 that sum to 1.
         calibrates: `Mixer.calibrate` returns something.
+        splits: its heads can lie on several ranks, each with its part of the parameters.
     """
 
     learns: ClassVar[bool] = True
     has_linear: ClassVar[bool] = True
     is_average: ClassVar[bool] = False
     calibrates: ClassVar[bool] = False
+
+    @property
+    def splits(self) -> bool:
+        """Whether a rank can have some of the heads."""
+        return not getattr(self, "conv", 0)  # whose channels are those of q, then k, then v
 
     @property
     def has_window(self) -> bool:

@@ -77,7 +77,8 @@ def register_mixer(name: str, options: type) -> Callable[[_Class], _Class]:
         MIXERS[name] = (options, mixer)
         OPTIONS[name] = options
         if not issubclass(options, MixerOptions):  # what is known of it stands in its class
-            facts = {f: vars(mixer)[f] for f in FACTS if f in vars(mixer)}
+            # Only who wrote it knows whether its parameters lead with heads.
+            facts = {"splits": False} | {f: vars(mixer)[f] for f in FACTS if f in vars(mixer)}
             OPTIONS[name] = type(options.__name__, (options, MixerOptions), facts)
         return mixer
 

@@ -40,11 +40,12 @@ class Retention(Mixer):
         self.share = LearnedShare(shape.n_heads, options.share_init) if self.has_window else None
 
     def log_decay(self, device: torch.device) -> torch.Tensor:
-        """log γ of each state head, in fp32."""
+        """log γ of each state head of this rank, in fp32."""
         shape = self.shape
         heads = shape.n_heads if self.options.state_heads == "query" else shape.n_kv_heads
         log_loss_P = torch.linspace(math.log(FASTEST), math.log(SLOWEST), heads, device=device)
-        return torch.log1p(-log_loss_P.exp())
+        number, parts = self.part
+        return torch.log1p(-log_loss_P.exp()).chunk(parts)[number]
 
     def forward(
         self,

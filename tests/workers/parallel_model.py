@@ -73,7 +73,9 @@ def whole_model(run: RunConfig) -> nn.Module:
     return model
 
 
-def laid_out(run: RunConfig, tensor: int, precision: str = "float32") -> nn.Module:
+def laid_out(
+    run: RunConfig, tensor: int, precision: str = "float32", mixers_apart: bool = False
+) -> nn.Module:
     """The model over all processes: `tensor`-way tensor parallel, FSDP over the rest."""
     layout = ParallelismConfig(tensor_parallel_degree=tensor, spmd_backend="partial_dtensor")
     dims = ParallelDims.from_config(layout, dist.get_world_size())
@@ -90,6 +92,7 @@ def laid_out(run: RunConfig, tensor: int, precision: str = "float32") -> nn.Modu
         compile_config=CompileConfig(enable=False),
         ac_config=None,
         dump_folder="",
+        mixers_apart=mixers_apart,
     )
     model.to_empty(device="cpu")
     torch.manual_seed(0)

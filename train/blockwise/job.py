@@ -46,6 +46,7 @@ def block_run(run: RunConfig, number: int, layers: range) -> RunConfig:
     return dataclasses.replace(
         run,
         output=str(Path(run.output) / "blocks" / f"{number:02d}"),
+        parallelism=dataclasses.replace(run.parallelism, tensor_parallel=1),  # it is small
         block=BlockConfig(first=layers[0], last=layers[-1], inputs=str(inputs_folder(run))),
         evaluation=dataclasses.replace(run.evaluation, enable=False),
     )

@@ -226,12 +226,27 @@ def check_stage(run: RunConfig) -> None:
     special = [name for name in ("mixer", "lora") if getattr(run, name) is not None]
     if objective.fsdp_only:
         special.append(f'objective.kind = "{objective.kind}"')
-    for name in ("tensor_parallel", "pipeline_parallel"):
-        if special and getattr(run.parallelism, name) > 1:
-            raise ValueError(
-                f"parallelism.{name} = {getattr(run.parallelism, name)} with "
-                f"{special[0]}: such runs are laid out by FSDP alone; set it to 1"
-            )
+    if special and run.parallelism.pipeline_parallel > 1:
+        raise ValueError(
+            f"parallelism.pipeline_parallel = {run.parallelism.pipeline_parallel} with "
+            f"{special[0]}: such runs are laid out by FSDP and tensor parallelism; set it to 1"
+        )
+    if run.parallelism.tensor_parallel > 1:
+        _check_tensor_parallel(run)
+
+
+def _check_tensor_parallel(run: RunConfig) -> None:
+    degree = f"parallelism.tensor_parallel = {run.parallelism.tensor_parallel}"
+    if run.block is not None:
+        raise ValueError(
+            f"{degree} with [block]: some layers alone are laid out by FSDP; set it to 1"
+        )
+    if run.mixer_layers() and not run.mixer_options().splits:
+        assert run.mixer is not None
+        raise ValueError(
+            f"{degree} with mixer {run.mixer.name!r} and options {run.mixer.options}, which cannot "
+            "be split by heads; set tensor_parallel = 1 or leave conv out"
+        )
 
 
 def _check_block(run: RunConfig) -> None:

@@ -122,6 +122,8 @@ def stage_memory(run: RunConfig, world_size: int, device: Device, pp_rank: int) 
     logits = 0
     if "lm_head" in names:
         width = math.ceil(shape.vocab_size / tp)
+        if run.objective.needs_teacher:  # tensor-parallel ranks gather the logits of a chunk
+            width = shape.vocab_size
         chunks = run.objective.logit_chunks(run, rows)
         logits = run.objective.logit_tensors * FP32 * tokens * width // chunks
     teacher = 0
@@ -131,7 +133,7 @@ def stage_memory(run: RunConfig, world_size: int, device: Device, pp_rank: int) 
         one_block = Saved()
     if run.objective.needs_teacher:
         of_teacher = teacher_shape(run)
-        teacher = itemsize * math.ceil(teacher_count(run) / shard)
+        teacher = itemsize * math.ceil(teacher_count(run) / (shard * tp))
         tables += of_teacher.n_layers * seq_len * 2 * of_teacher.head_dim * FP32
 
     reduced = p.data_parallel(world_size) > 1 or itemsize != FP32
@@ -170,8 +172,9 @@ def stage_memory(run: RunConfig, world_size: int, device: Device, pp_rank: int) 
 def _held_in_transfer(run: RunConfig, tokens: int) -> int:
     """Bytes of every mixer's q, k, v and o, and of the two outputs that its loss compares."""
     m, itemsize = run.model, itemsize_of(run)
+    tp = run.parallelism.tensor_parallel  # of which a rank has some heads
     heads = 2 * m.n_heads + 2 * m.kv_heads
-    elements = m.per_head * (heads * itemsize + 2 * m.n_heads * FP32)
+    elements = m.per_head * (heads * itemsize + 2 * m.n_heads * FP32) // tp
     return len(run.mixer_layers()) * tokens * elements
 
 

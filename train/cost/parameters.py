@@ -107,8 +107,16 @@ def parameters_of(run: RunConfig) -> dict[str, list[Parameter]]:
         block += _projection(run, name, fan_in, fan_out, shape.ranks[name])
     mixers = []
     if run.mixer is not None:
-        tensors = mixer_on_meta(run).parameters()
-        mixers = [Parameter(shape=tuple(t.shape), part="mixer") for t in tensors]
+        mixer = mixer_on_meta(run)
+        mixers = [
+            Parameter(
+                shape=tuple(t.shape),
+                tp_dim=None if name in mixer.whole else 0,
+                part="mixer",
+                trains=name not in mixer.fixed,
+            )
+            for name, t in mixer.named_parameters()
+        ]
     mixed = run.mixer_layers()
     layers = {
         f"layers.{layer}": block + (mixers if layer in mixed else []) for layer in run.layers()
@@ -143,8 +151,8 @@ def _projection(
     if biased:
         dense.append(parameter(fan_out, tp_dim=rows))
     if run.lora is not None and name in run.lora.projections:
-        dense.append(parameter(run.lora.rank, fan_in, part="lora"))
-        dense.append(parameter(fan_out, run.lora.rank, part="lora"))
+        dense.append(parameter(run.lora.rank, fan_in, tp_dim=columns, part="lora"))
+        dense.append(parameter(fan_out, run.lora.rank, tp_dim=rows, part="lora"))
     return dense
 
 

@@ -15,17 +15,16 @@ from typing import Any, Literal
 
 import torch
 import torch.nn as nn
+from torchtitan.distributed import ParallelDims
 from torchtitan.models.common import Embedding, Linear, RMSNorm
 from torchtitan.models.common.attention import GQAttention, QKVLinear
 from torchtitan.models.common.decoder import Decoder
-from torchtitan.models.common.decoder_sharding import set_decoder_sharding_config
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.rope import CosSinRoPE
 from torchtitan.models.llama3.model import Llama3Model, Llama3TransformerBlock
 
 from lowline.cola.accounting import training_flops
-from lowline.cola.block import ColaBlock, ColaConverter
-from lowline.cola.parallel import set_cola_sharding
+from lowline.cola.block import ColaConverter
 from lowline.cola.projections import ATTENTION, PROJECTIONS
 from lowline.cola.sharded import init_unsharded
 from lowline.linearize.mixers.base import Mixer
@@ -39,6 +38,7 @@ from lowline.linearize.titan import (
 from lowline.train.config.run import ModelConfig, RopeScaling, RunConfig
 from lowline.train.model.attention import Bounds, DocumentSDPA, document_mask, inner_attention
 from lowline.train.model.lora import add_lora, init_factors_unsharded
+from lowline.train.model.tensor_parallel import set_sharding
 
 INIT_STD = 0.02
 Trainable = Literal["all", "mixers", "attention"]
@@ -76,16 +76,9 @@ class Llama(Llama3Model):
 
         def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
             """Fit the model to the run: longest sequence, and the layout of tensor parallelism."""
-            if config.parallelism.tensor_parallel_degree == 1:
-                Decoder.Config.update_from_config(self, config=config, **kwargs)
-                return
-            if not isinstance(self.layers[0], ColaBlock.Config):
-                Llama3Model.Config.update_from_config(self, config=config, **kwargs)
-                return
             Decoder.Config.update_from_config(self, config=config, **kwargs)
-            set_decoder_sharding_config(self, enable_sp=True)
-            for layer in self.layers:
-                set_cola_sharding(layer)
+            if config.parallelism.tensor_parallel_degree > 1:
+                set_sharding(self)
 
         def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
             """Parameters, and FLOPs a token of forward + backward (`lowline.cola.accounting`)."""
@@ -114,6 +107,11 @@ class Llama(Llama3Model):
             if not first <= int(name) <= last:
                 del self.layers[name]
         self.tok_embeddings = self.norm = self.lm_head = None
+
+    def parallelize(self, parallel_dims: ParallelDims) -> None:
+        """Split the model over tensor-parallel ranks, unless that was done."""
+        if not self._parallelized:
+            super().parallelize(parallel_dims)
 
     def verify_module_protocol(self) -> None:
         """Nothing: mixers are plain modules, whose beginnings `MixerAttention` sees to."""

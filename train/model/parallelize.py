@@ -44,6 +44,8 @@ def parallelize(
         return model
     store_frozen(model, TORCH_DTYPE_MAP[training.mixed_precision_param])
     if mixers_apart:
+        if parallel_dims.tp_enabled:  # which comes before FSDP
+            model.parallelize(parallel_dims)  # type: ignore[operator]
         _shard_mixers(model, parallel_dims, training)
     model = parallelize_llama(
         model,

@@ -37,7 +37,10 @@ def calibrate(trainer: Trainer, steps: int) -> None:
     model, loader = trainer.model_parts[0], trainer.dataloader
     mixers = [module for module in model.modules() if isinstance(module, Mixer)]
     taken: list[torch.Tensor] = []  # of every batch and layer
-    training, ranks = trainer.config.training, dist.get_world_size()
+    training, ranks, group = trainer.config.training, 1, None
+    if trainer.parallel_dims.dp_enabled:  # ranks of tensor parallelism have the same rows
+        group = trainer.parallel_dims.get_mesh("batch").get_group()
+        ranks = dist.get_world_size(group)
     of_row = min(training.seq_len, max(1, KEYS // (steps * training.global_batch_size)))
     position, seen = loader.state_dict(), trainer.ntokens_seen
     try:
@@ -60,7 +63,7 @@ def calibrate(trainer: Trainer, steps: int) -> None:
         keys = torch.cat(taken[i :: len(mixers)])
         if ranks > 1:
             everywhere = [torch.empty_like(keys) for _ in range(ranks)]
-            dist.all_gather(everywhere, keys)
+            dist.all_gather(everywhere, keys, group=group)
             by_step = [part.unflatten(0, (steps, -1)) for part in everywhere]
             keys = torch.cat(by_step, 1).flatten(0, 1)  # in the order that one rank has
         for parameter, value in mixer.calibrate(keys).items():

@@ -22,6 +22,7 @@ from lowline.errors import LowlineError
 from lowline.files import fingerprint, write_tensors, write_text
 from lowline.train.config.run import RunConfig
 from lowline.train.objectives.distill import DistillSection
+from lowline.train.objectives.losses import full_logits
 
 TopK = tuple[torch.Tensor, torch.Tensor]
 """Log-probabilities (B, T, k + 1) in fp16, the last of all other tokens, and k ids (B, T, k)."""
@@ -119,7 +120,7 @@ def top_k_of(
     """
     log_p, ids = [], []
     for chunk_BCD in hidden_BTD.chunk(chunks, 1):
-        logits = head(chunk_BCD).float() / temperature
+        logits = full_logits(head(chunk_BCD)).float() / temperature
         values, best = logits.topk(k, -1)
         others = logits.scatter(-1, best, -torch.inf).logsumexp(-1, keepdim=True)
         log_p.append(F.log_softmax(torch.cat([values, others], -1), -1).half())

@@ -8,12 +8,18 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.distributed.tensor import DTensor
 from torchtitan.components.loss import BaseLoss, cross_entropy_loss
 
 from lowline.linearize.losses import top_k_distillation_loss
 
 Divergence = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 """Of logits (B, T, V), the teacher's, labels (B, T) and a temperature: a sum over labels."""
+
+
+def full_logits(logits: torch.Tensor) -> torch.Tensor:
+    """Return logits of the whole vocabulary, of which each tensor-parallel rank has a part."""
+    return logits.full_tensor() if isinstance(logits, DTensor) else logits
 
 
 class TeacherLoss(BaseLoss):
@@ -47,13 +53,14 @@ class TeacherLoss(BaseLoss):
                 loss is cross-entropy alone.
         """
         weight = self.config.next_token_weight if next_token_weight is None else next_token_weight
+        pred = full_logits(pred)  # of a chunk: they are few
         loss = torch.zeros((), device=pred.device)
         if log_p is not None and ids is not None:
             loss = top_k_distillation_loss(pred, log_p, ids, labels, self.config.temperature)
         elif teacher is not None:
             assert self.teacher_head is not None
             with torch.no_grad():
-                wanted = self.teacher_head(teacher)
+                wanted = full_logits(self.teacher_head(teacher))
             loss = self.config.divergence(pred, wanted, labels, self.config.temperature)
         else:
             weight = 1.0

@@ -67,6 +67,12 @@ class TransferSection(ObjectiveSection):
                 f"{run.mixer.name!r}, whose output is no average of values: it has no "
                 "attention weights; set it to 0"
             )
+        if self.attention_weight and run.parallelism.tensor_parallel > 1:
+            raise ValueError(
+                f"objective.attention_weight = {self.attention_weight} with "
+                f"parallelism.tensor_parallel = {run.parallelism.tensor_parallel}: attention "
+                "weights are compared on one rank; set the former to 0 or the latter to 1"
+            )
         if self.attention_weight and run.training.seq_len > SHORT:
             raise ValueError(
                 f"objective.attention_weight = {self.attention_weight} with "
