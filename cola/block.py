@@ -80,6 +80,9 @@ class TitanLowRankLinear(LowRankLinear, Module):
         super(LowRankLinear, self).__init__()
         self._set_factors(config.A.build(), config.B.build(), config.activation)
 
+    def _init_self_parameters(self) -> None:
+        """Do nothing: A and B have initializers, which draw alike however they are sharded."""
+
 
 class ColaQKVLinear(BaseQKVLinear):
     """q, k and v projections with a configuration each (torchtitan's shares one for k and v)."""
