@@ -3,6 +3,7 @@
 import os
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,20 @@ exit $((a > b ? a : b))
 """
 SCONTROL = """#!/bin/bash
 case "$1" in show) echo localhost;; requeue) echo "requeued $2" >> "$REQUEUED";; esac
+"""
+USE_OF_MIXER = """
+from helpers import models
+from lowline.linearize import convert
+
+model = convert(models.teacher(), mixer="decay", options={"half_life": 4.0}).eval()
+ids = torch.arange(1, 25)[None]
+whole = model(ids).logits
+first = model(ids[:, :11], use_cache=True)
+rest = model(ids[:, 11:], past_key_values=first.past_key_values, use_cache=True)
+torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole, rtol=1e-4, atol=1e-5)
+print("equal")
+made = model.generate(ids, max_new_tokens=5, do_sample=False, min_new_tokens=5)
+print("generated" if made.shape == (1, 29) else made.shape)
 """
 PYTHON = """#!/bin/bash
 # Stands for the trainer: writes down what it was started with.
@@ -59,3 +74,21 @@ def test_slurm_job_starts_every_rank_and_is_requeued_after_a_signal_alone(
     assert (returned, again) == (code, requeued)
     command = "-m lowline.train --config demo_cola --output=here"
     assert started == [f"{rank}/2 local {rank}/2 localhost:29500 {command}" for rank in (0, 1)]
+
+
+def test_the_tutorials_mixer_runs_through_conversion_and_generation(tmp_path: Path) -> None:
+    """The code of "Your own mixer" is what the page says, at any split of a sequence."""
+    page = (ROOT / "docs" / "tutorials" / "mixer.md").read_text()
+    block = page.split("## The class")[1].split("The rules:")[0]
+    code = "\n".join(line[4:] for line in block.splitlines() if line.startswith("    "))
+    script = tmp_path / "own_mixer.py"
+    script.write_text(f"{code}\n{USE_OF_MIXER}")
+    done = subprocess.run(
+        [sys.executable, "-P", str(script)],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["equal", "generated"]
