@@ -504,7 +504,8 @@ def test_large_models_run_dry(name, capsys):
     n_layers, dim = (80, 8192) if "70b" in name else (126, 16_384)
     line = f"--config {name}.toml --block-size 9"
     assert line in text.replace("configs/linearize/", "")  # the header says the command
-    assert main(["linearize", "--config", str(config), "--dry-run", "--block-size=9"]) == 0
+    given = ["--dry-run", "--block-size=9", "--processes=8"]
+    assert main(["linearize", "--config", str(config), *given]) == 0
     said = capsys.readouterr().out
     assert f"blocks: {-(-n_layers // 9)} of 9 layers\n" in said
     steps = load_stages(config).run(0, teacher="teacher").training.steps

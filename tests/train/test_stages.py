@@ -88,9 +88,13 @@ def test_configs_run_dry(path: Path) -> None:
     for number in range(len(stages.names)):
         run = stages.run(number, teacher=stages.source)
         assert run.mixer is not None and run.mixer.name == methods[method] in MIXERS
-        report = dry_run(run, 1 if run.training.global_batch_size == 1 else 8, "cuda")
+        training = run.training  # as many processes as it has sequences, each over its ranks
+        rows = training.global_batch_size // (training.local_batch_size or 1)
+        processes = rows * run.parallelism.tensor_parallel
+        assert processes == {"llama3_405b": 64}.get(size, rows) and rows <= 8
+        report = dry_run(run, processes, "cuda")
         assert report.parameters.total == MODELS[size]
-        assert report.memory.peak > 0
+        assert 0 < report.memory.peak < 80 * 2**30
 
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem.startswith("lolcats")])
