@@ -45,9 +45,8 @@ def add_remote_code(config: PreTrainedConfig, folder: str | os.PathLike[str]) ->
     ours = next((c for c in type(config).__mro__ if _is_ours(c)), None)
     if ours is None:
         return
-    body, causal_lm = (
-        auto._model_mapping[ours].__name__ for auto in (AutoModel, AutoModelForCausalLM)
-    )
+    autos: Any = (AutoModel, AutoModelForCausalLM)
+    body, causal_lm = (auto._model_mapping[ours].__name__ for auto in autos)
     text = TEMPLATE.format(
         module=ours.__module__, config=ours.__name__, body=body, causal_lm=causal_lm
     )

@@ -33,7 +33,7 @@ class ChunkTable(NamedTuple):
     of them and depends on no length: nothing waits for the device. Numbers in between are empty.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]
     rows: torch.Tensor  # (count, 4): sequence (N where empty), chunk in it, first token, tokens
     first: torch.Tensor  # (N,): the number of each sequence's first chunk
 

@@ -212,8 +212,12 @@ class MixerAttention(GQAttention):
         table_L2H = self.rope.cache
         if self._heads is not None:
             everywhere = [Replicate()]
-            x_BLD = x_BLD.redistribute(placements=everywhere).to_local(grad_placements=[Partial()])
-            qkv_BLNH, table_L2H = tuple(t.to_local() for t in qkv_BLNH), table_L2H.to_local()
+            shards: Any = (x_BLD, *qkv_BLNH, table_L2H)  # DTensors
+            x_BLD = (
+                shards[0].redistribute(placements=everywhere).to_local(grad_placements=[Partial()])
+            )
+            qkv_BLNH = tuple(t.to_local() for t in shards[1:-1])
+            table_L2H = shards[-1].to_local()
         length = x_BLD.shape[1]
         rope = table_L2H[:length][None] if positions is None else table_L2H[positions]
         tensors = [*qkv_BLNH, x_BLD, *rope.chunk(2, -1)]

@@ -173,7 +173,7 @@ class _Linearized(SavesRemoteCode):
     _supports_context_parallel = False
 
     @property
-    def _is_stateful(self) -> bool:
+    def _is_stateful(self) -> bool:  # type: ignore[override]
         return bool(self.config.converted_layers())
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
@@ -242,7 +242,7 @@ class _Body(_Linearized):
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None and packing is not None:
             for layer in converted:
-                past_key_values.layers[layer].padded = True  # type: ignore[attr-defined]
+                past_key_values.layers[layer].padded = True  # type: ignore[union-attr]
         return super().forward(
             input_ids=input_ids,
             attention_mask=self._masks(tokens, attention_mask, position_ids, past_key_values),
@@ -303,7 +303,7 @@ class _CausalLM(_Linearized, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
@@ -337,14 +337,14 @@ class _CausalLM(_Linearized, GenerationMixin):
         theirs: Any = super()
         theirs._validate_generation_mode(mode, *args)
 
-    def _prepare_cache_for_generation(self, generation_config: Any, *args: Any) -> None:
+    def _prepare_cache_for_generation(self, generation_config: Any, *args: Any) -> bool:
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise LowlineError(
                 f"cache_implementation = {generation_config.cache_implementation!r}; a linearized "
                 "model has a cache of its own: leave it out"
             )
         theirs: Any = super()
-        theirs._prepare_cache_for_generation(generation_config, *args)
+        return theirs._prepare_cache_for_generation(generation_config, *args)
 
 
 class Family(NamedTuple):

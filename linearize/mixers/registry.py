@@ -75,8 +75,9 @@ def register_mixer(name: str, options: type) -> Callable[[_Class], _Class]:
         if required:
             raise LowlineError(f"options of mixer {name!r}: give {', '.join(required)} a default")
         MIXERS[name] = (options, mixer)
-        OPTIONS[name] = options
-        if not issubclass(options, MixerOptions):  # what is known of it stands in its class
+        if issubclass(options, MixerOptions):
+            OPTIONS[name] = options
+        else:  # what is known of it stands in its class
             # Only who wrote it knows whether its parameters lead with heads.
             facts = {"splits": False} | {f: vars(mixer)[f] for f in FACTS if f in vars(mixer)}
             OPTIONS[name] = type(options.__name__, (options, MixerOptions), facts)

@@ -173,8 +173,9 @@ def parser_of(function: Callable[..., Any], prog: str) -> argparse.ArgumentParse
             if not required and "nargs" not in how:
                 how["nargs"] = "?"
             metavar = how.pop("metavar", None) and name.upper().replace("_", "-")
-            positionals.add_argument(name, **how, **({"metavar": metavar} if metavar else {}),
-                                     help=text, default=None)  # fmt: skip
+            if metavar:
+                how["metavar"] = metavar
+            positionals.add_argument(name, **how, help=text, default=None)
             continue
         if how.get("action") is None and mark is not None and mark.kind == "bare":
             how["nargs"] = "?"

@@ -47,8 +47,9 @@ def write_tensors(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    notes = None if metadata is None else dict(metadata)
     try:
-        write_file(path, lambda temporary: save_file(dict(tensors), temporary, metadata=metadata))
+        write_file(path, lambda temporary: save_file(dict(tensors), temporary, metadata=notes))
     except SafetensorError as error:  # safetensors reports a full disk by its own error
         raise OSError(f"{path} could not be written: {error}") from None
 

@@ -194,7 +194,8 @@ def check_model(stages: Stages, model: dict[str, Any]) -> None:
 
 def _needs_teacher(tree: dict[str, Any]) -> bool:
     kind = KIND.value_of(tree.get("objective", {}))
-    return kind in OBJECTIVES and KIND.section(kind).needs_teacher
+    section: Any = KIND.section(kind) if kind in OBJECTIVES else None
+    return section is not None and section.needs_teacher
 
 
 def _same(theirs: Any, ours: Any) -> bool:

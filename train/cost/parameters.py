@@ -104,7 +104,7 @@ def parameters_of(run: RunConfig) -> dict[str, list[Parameter]]:
     if shape.qk_norm:
         block += [Parameter(shape=(shape.head_dim,), trains=whole) for _ in range(2)]
     for name, (fan_in, fan_out) in shape.projections.items():
-        block += _projection(run, name, fan_in, fan_out, shape.ranks[name])
+        block += _projection(run, name, fan_in, fan_out, shape.ranks[name])  # type: ignore[arg-type]
     mixers = []
     if run.mixer is not None:
         mixer = mixer_on_meta(run)

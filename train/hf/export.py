@@ -108,7 +108,7 @@ def _dtype(run: RunConfig, weights: StepWeights) -> torch.dtype:
     origin = _origin(run)
     if origin is not None and (Path(origin) / "config.json").is_file():
         dtype = read_config(origin).dtype
-        if dtype in DTYPES.values():
+        if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
             return dtype
     return torch.float32
 

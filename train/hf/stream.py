@@ -76,7 +76,8 @@ class StepWeights:
         dtype = dtype or weight.dtype
         if found:
             assert self._lora is not None
-            weight = merged(weight, *found.values(), self._lora)
+            A, B = found.values()
+            weight = merged(weight, A, B, self._lora)
         return weight.to(dtype)
 
 

@@ -227,11 +227,12 @@ def build_teacher(run: RunConfig, trainer: Trainer) -> nn.Module:
         dump_folder=config.dump_folder,
     )
     model.to_empty(device=trainer.device)
+    decoder: Any = model  # torchtitan's, of which nn.Module's type knows nothing
     with torch.no_grad(), torch.random.fork_rng():  # the student's numbers stay as they are
-        model.init_weights()
+        decoder.init_weights()
     adapter = LlamaStateDictAdapter(model_config, None)
     weights = adapter.to_hf(model.state_dict())
     dcp.load(weights, storage_reader=adapter.get_hf_storage_reader(str(run.objective.teacher)))
     model.load_state_dict(adapter.from_hf(weights))
-    model._skip_lm_head = True
+    decoder._skip_lm_head = True
     return model.eval()

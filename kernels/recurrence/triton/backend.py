@@ -141,6 +141,8 @@ def _backward(
     x, initial = _roles(call, do), _fp32(call.initial)
     dinitial, final = torch.empty_like(dfinal), torch.empty_like(dfinal)
     A = scores_by_key(x)
+    dk: Tensor | None
+    dv: Tensor | None
     if _by_value(call):
         initial = None if initial is None else initial.mT
         S = states(x, initial, final.mT)
@@ -221,7 +223,7 @@ def aot_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
         def run(call: Call = call) -> None:
             _backward(_forward(call), (), call)
             one = [None if x is None else x[:, 0] for x in call[:5]]
-            step(*one, call.initial[:1], call.gate, call.scale)  # type: ignore[index, arg-type]
+            step(*one, call.initial[:1], call.gate, call.scale)  # type: ignore
 
         shape = f"{'bf16' if dtype == bf16 else 'fp32'}, K {K}, V {V}, {gate} gate"
         yield shape + ", delta" * delta + ", GQA" * (groups > 1) + ", packed" * packed, run

@@ -40,7 +40,7 @@ class Chunks(NamedTuple):
 
     T: int
     sequences: int
-    count: int
+    count: int  # type: ignore[assignment]
     table: Tensor | None  # see `packs.chunk_table`; None where sequences are not packed
     cu_seqlens: Tensor | None
 

@@ -80,7 +80,7 @@ def attend(
 class Chunks(NamedTuple):
     """How many chunks a launch has, and, for packed sequences, what each one is."""
 
-    count: int
+    count: int  # type: ignore[assignment]
     table: Tensor | None
     starts: Tensor | None
     per_sequence: int  # of sequences that are not packed
