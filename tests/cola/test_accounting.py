@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from helpers.live_bytes import LiveBytes
+from helpers.runs import build, make_run
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
@@ -19,13 +20,7 @@ from lowline.cola.accounting import (
     saved_by_model,
 )
 from lowline.cola.projections import PROJECTIONS
-from lowline.train.config.run import (
-    ColaConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from lowline.train.config.run import RunConfig
 from lowline.train.cost.memory import shape_of
 from lowline.train.model.build import build_model_config
 
@@ -57,18 +52,15 @@ def published(size: str, *, dense: bool = False) -> Shape:
 
 
 def small_run(cola: dict | None = None, **model: object) -> RunConfig:
-    return RunConfig(
-        model=ModelConfig(**{**SMALL, **model}),
-        training=TrainingConfig(steps=1, seq_len=L, global_batch_size=B, precision="float32"),
-        optimizer=OptimizerConfig(lr=1e-3),
-        cola=ColaConfig(**(cola or {})),
+    return make_run(
+        model={**SMALL, **model},
+        training=dict(seq_len=L, global_batch_size=B, precision="float32"),
+        cola=cola or {},
     )
 
 
-def build(run: RunConfig, policy: str = "all") -> torch.nn.Module:
-    torch.manual_seed(0)
-    model = build_model_config(run).build()
-    model.init_weights(buffer_device=None)
+def built(run: RunConfig, policy: str = "all") -> torch.nn.Module:
+    model = build(run)
     if policy in ("full", "selective"):
         (FullAC if policy == "full" else SelectiveAC).Config().build().apply(model)
     return model
@@ -171,7 +163,7 @@ def counted_flops(run: RunConfig, policy: str) -> tuple[int, int]:
     torch's counter does not know the CPU's attention; its forward is given to it here.
     """
     attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-    model, (tokens, positions) = build(run, policy), batch(documents=1)
+    model, (tokens, positions) = built(run, policy), batch(documents=1)
     with FlopCounterMode(display=False, custom_mapping=attention) as forward:
         out = model(tokens, positions=positions)
     with FlopCounterMode(display=False, custom_mapping=attention) as backward:
@@ -208,7 +200,7 @@ def test_saved_activations_are_what_stays_alive(
     case: tuple[str, RunConfig], documents: int
 ) -> None:
     policy, run = case
-    model, (tokens, positions) = build(run, policy), batch(documents)
+    model, (tokens, positions) = built(run, policy), batch(documents)
     with LiveBytes(ignore=[*model.parameters(), *model.buffers()]) as alive:
         logits = model(tokens, positions=positions)
         kept = alive.now()
@@ -219,7 +211,7 @@ def test_saved_activations_are_what_stays_alive(
 def test_saved_activations_in_bf16() -> None:
     for policy, cola in (("all", {}), ("all", LOW_RANK), ("cola-m", COLA_M), ("full", LOW_RANK)):
         run = small_run(cola)
-        model, (tokens, positions) = build(run, policy).bfloat16(), batch(documents=2)
+        model, (tokens, positions) = built(run, policy).bfloat16(), batch(documents=2)
         for layer in model.layers.values():
             layer.attention.rope.cache = layer.attention.rope.cache.float()
         with LiveBytes(ignore=[*model.parameters(), *model.buffers()]) as alive:
@@ -235,7 +227,7 @@ def alive_bytes(run: RunConfig, policy: str, logits: torch.Tensor, mask: int) ->
 
 def test_without_positions_the_rotary_table_is_shared() -> None:
     run = small_run(LOW_RANK)
-    model, (tokens, _) = build(run), batch(documents=1)
+    model, (tokens, _) = built(run), batch(documents=1)
     with LiveBytes(ignore=[*model.parameters(), *model.buffers()]) as alive:
         logits = model(tokens)
         kept = alive.now()

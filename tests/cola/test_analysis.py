@@ -10,43 +10,29 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
+from helpers import runs
+from helpers.runs import make_run
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lowline.cola.analysis import ActivationRanks, effective_rank, projections
-from lowline.train.config.run import (
-    ColaConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainingConfig,
-)
-from lowline.train.engine.titan_compat import prepare
 from lowline.train.hf.config import config_to_hf
 from lowline.train.hf.weights import to_hf_names
-from lowline.train.model.build import build_model_config
-
-prepare()
 
 RANK, LAYERS = 24, 2
+HERE = Path(__file__).parent
 LEAVES = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")
 
 
 def run_config(rank=RANK, **cola):
-    return RunConfig(
-        model=ModelConfig(
-            dim=64, n_layers=LAYERS, n_heads=4, n_kv_heads=2, ffn_dim=96, vocab_size=128
-        ),
-        training=TrainingConfig(steps=1, seq_len=32, global_batch_size=4),
-        optimizer=OptimizerConfig(lr=1e-3),
-        cola=ColaConfig(rank=rank, **cola),
+    return make_run(
+        model=dict(dim=64, n_layers=LAYERS, n_kv_heads=2, ffn_dim=96, vocab_size=128),
+        training=dict(seq_len=32, global_batch_size=4),
+        cola=dict(rank=rank, **cola),
     )
 
 
 def build(rank=RANK, **cola):
-    model = build_model_config(run_config(rank, **cola)).build()
-    torch.manual_seed(0)
-    model.init_states()
-    return model
+    return runs.build(run_config(rank, **cola))
 
 
 @pytest.fixture
@@ -278,8 +264,6 @@ TWO_PROCESSES = """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
     from lowline.cola.analysis import ActivationRanks, _whole_rows
-    from lowline.train.engine.titan_compat import prepare
-    prepare()
     from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
     from torchtitan.distributed import ParallelDims
     from torchtitan.distributed.utils import set_spmd_backend
@@ -339,7 +323,7 @@ def test_two_processes(tmp_path):
         [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc_per_node=2",
          "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", script],
         env=os.environ | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1",
-                          "PYTHONPATH": os.path.dirname(__file__)},
+                          "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent)))},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-9000:]

@@ -12,24 +12,14 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from helpers.runs import build, make_run
 
 from lowline.cola.low_rank import ACTIVATIONS, LowRankLinear, init_std
 from lowline.cola.projections import PROJECTIONS
 from lowline.cola.ranks import resolve_ranks
 from lowline.kernels.low_rank import grouped_linear
-from lowline.train.config.run import (
-    ColaConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainingConfig,
-)
-from lowline.train.engine.titan_compat import prepare
-
-prepare()
-
-from lowline.train.model.attention import DocumentSDPA, document_mask  # noqa: E402
-from lowline.train.model.build import build_model_config  # noqa: E402
+from lowline.train.config.run import RunConfig
+from lowline.train.model.attention import DocumentSDPA, document_mask
 
 FORMULAS = {
     "silu": lambda z: z / (1 + torch.exp(-z)),
@@ -44,21 +34,7 @@ SHAPES |= {"gate": (64, 176), "up": (64, 176), "down": (176, 64)}
 def run_config(
     model: dict[str, Any] | None = None, cola: dict[str, Any] | None = None
 ) -> RunConfig:
-    shape = {"dim": 32, "n_layers": 2, "n_heads": 4, "ffn_dim": 88, "vocab_size": 48}
-    return RunConfig(
-        model=ModelConfig(**(shape | (model or {}))),
-        training=TrainingConfig(steps=1, seq_len=16, global_batch_size=1),
-        optimizer=OptimizerConfig(lr=1e-3),
-        cola=ColaConfig(**({"rank": 8} | (cola or {}))),
-    )
-
-
-def build(run: RunConfig, seed: int = 0) -> nn.Module:
-    model = build_model_config(run).build()
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        model.init_states()
-    return model
+    return make_run(model={"vocab_size": 48} | (model or {}), cola={"rank": 8} | (cola or {}))
 
 
 # ----------------------------------------------------------------------------------- the layer

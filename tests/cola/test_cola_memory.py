@@ -14,25 +14,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
+from helpers.runs import build, make_run
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
-from lowline.train.config.run import (
-    ColaConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainingConfig,
-)
-from lowline.train.engine.titan_compat import prepare
-
-prepare()
-
-from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC  # noqa: E402
-
-from lowline.train.model.build import build_model_config  # noqa: E402
+from lowline.train.config.run import RunConfig
+from lowline.train.model.build import build_model_config
 
 # name: d, ffn, rank, heads
 PUBLISHED = {
@@ -62,22 +52,11 @@ def run_config(
     cola: dict[str, Any] | None = None,
 ) -> RunConfig:
     dim, ffn, rank, heads = shape
-    return RunConfig(
-        model=ModelConfig(
-            dim=dim, n_layers=2, n_heads=heads, ffn_dim=ffn, vocab_size=64, **(model or {})
-        ),
-        training=TrainingConfig(steps=1, seq_len=length, global_batch_size=1),
-        optimizer=OptimizerConfig(lr=1e-3),
-        cola=ColaConfig(**({"rank": rank} | (cola or {})), memory=memory, grouped=grouped),  # type: ignore[arg-type]
+    return make_run(
+        model=dict(dim=dim, n_heads=heads, ffn_dim=ffn, vocab_size=64) | (model or {}),
+        training=dict(seq_len=length),
+        cola={"rank": rank, "memory": memory, "grouped": grouped} | (cola or {}),
     )
-
-
-def build(run: RunConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
-    model = build_model_config(run).build()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        model.init_states()
-    return model.to(dtype)
 
 
 def step(model: nn.Module, documents: bool, length: int) -> dict[str, torch.Tensor]:
@@ -124,7 +103,7 @@ def test_cola_m_equals_cola_at_other_shapes(
     shape: tuple[int, int, int, int], length: int, dtype: torch.dtype, grouped: bool
 ) -> None:
     runs = [run_config(shape, memory, grouped, length) for memory in ("cola", "cola-m")]
-    assert_same_bits(*(step(build(run, dtype), True, length) for run in runs))
+    assert_same_bits(*(step(build(run, dtype=dtype), True, length) for run in runs))
 
 
 def test_one_checkpoint_serves_all_memory_policies() -> None:

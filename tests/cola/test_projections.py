@@ -8,22 +8,12 @@ import sys
 from typing import get_args
 
 import torch
-from helpers import training
+from helpers.runs import make_run
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lowline.cola.projections import ATTENTION, MLP_IN, PROJECTIONS, QKV, ProjectionName
-from lowline.train.engine.titan_compat import prepare
-
-prepare()
-
-from lowline.train.config.run import (  # noqa: E402
-    ColaConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainingConfig,
-)
-from lowline.train.engine.optim import BLOCK_MATRICES  # noqa: E402
-from lowline.train.model.build import build_model_config  # noqa: E402
+from lowline.train.engine.optim import BLOCK_MATRICES
+from lowline.train.model.build import build_model_config
 
 
 def test_names_and_groups() -> None:
@@ -34,12 +24,7 @@ def test_names_and_groups() -> None:
 
 
 def test_the_table_names_every_matrix_of_both_bodies() -> None:
-    run = RunConfig(
-        model=training.MODEL,
-        cola=ColaConfig(rank={"q": 8, "down": 8}),
-        training=TrainingConfig(steps=1, seq_len=16, global_batch_size=1),
-        optimizer=OptimizerConfig(lr=1e-3),
-    )
+    run = make_run(cola=dict(rank={"q": 8, "down": 8}))
     m = run.model
     with torch.device("meta"):
         ours = build_model_config(run).build()
