@@ -12,12 +12,14 @@ import json
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.built import build_parts, check_by_building, fake_process_group
 from helpers.live_bytes import LiveBytes
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.components.loss import cross_entropy_loss
@@ -26,7 +28,6 @@ from lowline.train.config.load import load_config
 from lowline.train.config.run import RunConfig
 from lowline.train.cost.dry_run import dry_run, human_bytes, print_dry_run
 from lowline.train.cost.memory import stage_memory
-from lowline.train.engine.built import build_parts, check_by_building, fake_process_group
 
 LOW_RANK = ["--cola.rank=32"]
 COLA_M = [*LOW_RANK, "--cola.memory=cola-m"]
@@ -79,8 +80,27 @@ MEASURED: dict[str, tuple[int, int, list[str]]] = {
     "cola on 8, replicated": (8, 2, [*LOW_RANK, REPLICATED, '--training.precision="bfloat16"']),
     "dense on 8, tensor parallel": (8, 1, [TP2]),
     "cola on 8, tensor parallel": (8, 1, [*LOW_RANK, TP2]),
+    # Twelve blocks, of which no more than a few may be gathered at once.
+    "transfer on 2, bf16": (
+        2,
+        1,
+        [
+            '--mixer.name="lolcats"',
+            "--mixer.options={features = 16}",
+            '--objective.kind="transfer"',
+            '--training.precision="bfloat16"',
+            "--model.n_layers=12",
+            "--model.ffn_dim=4096",
+        ],
+    ),
 }
-QUICK = ["dense, accumulated", "cola", "cola-m on 8, bf16", "cola on 8, tensor parallel"]
+QUICK = [
+    "transfer on 2, bf16",
+    "dense, accumulated",
+    "cola",
+    "cola-m on 8, bf16",
+    "cola on 8, tensor parallel",
+]
 SHALLOW = ["--model.n_layers=4"]
 ROWS, SEQ_LEN = 4, 64
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -244,6 +264,12 @@ def build(cases: list[str], more: list[str]) -> dict[str, Any]:
     return found
 
 
+def token_loss(
+    logits: torch.Tensor, labels: torch.Tensor, valid_tokens: torch.Tensor
+) -> tuple[torch.Tensor, dict]:
+    return cross_entropy_loss(logits, labels) / valid_tokens, {}
+
+
 def measure(run: RunConfig, world_size: int, microbatches: int) -> dict[str, int]:
     """Bytes before, and the most within, a second training step of one rank."""
     with fake_process_group(world_size):
@@ -251,7 +277,11 @@ def measure(run: RunConfig, world_size: int, microbatches: int) -> dict[str, int
         model.to_empty(device="cpu")
         with torch.no_grad():
             model.init_weights(buffer_device=None)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True
+        )
+        of_trainer = types.SimpleNamespace(loss_fn=token_loss, model_parts=[model])
+        objective = run.objective.build(run, of_trainer)
         tokens = torch.randint(0, run.model.vocab_size, (ROWS, SEQ_LEN))
         positions = torch.arange(SEQ_LEN // 2).repeat(ROWS, 2)
         with LiveBytes(count=[*model.parameters(), *model.buffers()]) as alive:
@@ -261,10 +291,8 @@ def measure(run: RunConfig, world_size: int, microbatches: int) -> dict[str, int
                 for i in range(microbatches):
                     if isinstance(model, FSDPModule):
                         model.set_requires_gradient_sync(i == microbatches - 1)
-                    logits = model(tokens, positions=positions)
-                    loss = cross_entropy_loss(logits, tokens)
-                    del logits
-                    loss.backward()
+                    inputs = (tokens, tokens, torch.tensor(1.0), {"positions": positions})
+                    objective.loss(model, *inputs).backward()
                 optimizer.step()
                 optimizer.zero_grad()
             return {"before": before, "peak": alive.peak}

@@ -105,7 +105,7 @@ def parse_override(argument: str) -> tuple[str, Any]:
     except tomllib.TOMLDecodeError:
         value = text
     kind = "string" if name == "source" else known_keys().get(name, "")
-    if re.search(r"\bstring\b", kind) and not isinstance(value, str | list):
+    if re.search(r"\bstring\b", kind) and not isinstance(value, str | list | dict):
         value = text  # a name such as 2024, or a folder such as 2026-01-31
     return key[2:start] + name, value
 

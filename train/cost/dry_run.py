@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node=1 -m lowline.train --config configs/cola_7b.toml --dry-run
 
-It predicts from the configuration alone; `lowline.train.engine.built` counts what one rank of the
-really sharded model holds.
+It predicts from the configuration alone, in closed form; docs/dev/cost_model.md says why no step is
+traced with fake tensors instead.
 """
 
 from __future__ import annotations

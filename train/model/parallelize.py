@@ -83,6 +83,11 @@ def _shard_mixers(model: nn.Module, parallel_dims: ParallelDims, training: Train
         reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
         cast_forward_inputs=False,
     )
+    previous = None
     for module in model.modules():
         if isinstance(module, Mixer):
-            fully_shard(module, mesh=parallel_dims.get_mesh(names), mp_policy=precision)
+            mixer = fully_shard(module, mesh=parallel_dims.get_mesh(names), mp_policy=precision)
+            # FSDP's own choice is what ran before: the block, whose weights no backward pass needs
+            # nor frees, so that the whole model came together. Itself stands for none.
+            mixer.set_modules_to_backward_prefetch([previous or mixer])
+            previous = mixer
