@@ -7,26 +7,15 @@ has changed since.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Any
 
 from lowline.files import write_text
-from lowline.train.config.load import changes, load_config, to_toml
+from lowline.train.config.identity import differences
+from lowline.train.config.load import load_config, to_toml
 from lowline.train.config.run import RunConfig
-from lowline.train.config.tables import ConfigError, leaves
+from lowline.train.config.tables import ConfigError
 
 DONE = "done.toml"
-# Keys, beside those of [metrics], that say how a run works and not what it ends with.
-WITHOUT_EFFECT = {
-    "checkpoint.asynchronous",
-    "checkpoint.every",
-    "checkpoint.keep",
-    "checkpoint.resume",
-    "data.num_workers",
-    "evaluation.every",
-    "schedule.warmup",  # which warmup_steps follow from
-}
 
 
 def is_done(run: RunConfig) -> bool:
@@ -38,22 +27,12 @@ def is_done(run: RunConfig) -> bool:
     done = Path(run.output) / DONE
     if not done.is_file():
         return False
-    before, now = (_decisive(r) for r in (load_config(done), run))
-    if changed := changes(before, now):
+    if changed := differences(load_config(done), run):
         raise ConfigError(
-            f"{done.parent} was finished with {'; '.join(changed)}. Set it back, give another "
-            "output, or remove this folder and those of the stages after it"
+            f"{done.parent} was finished with {'; '.join(map(str, changed))}. Set it back, give "
+            "another output, or remove this folder and those of the stages after it"
         )
     return True
-
-
-def _decisive(run: RunConfig) -> dict[str, Any]:
-    """Return the keys that the result depends on; the warm-up is compared in steps."""
-    return {
-        key: value
-        for key, value in leaves(dataclasses.asdict(run))
-        if key not in WITHOUT_EFFECT and not key.startswith("metrics.")
-    }
 
 
 def begin(run: RunConfig) -> Path:

@@ -90,16 +90,13 @@ def help_keys(section: str | None) -> str:
     Raises:
         LowlineError: there is no such section.
     """
-    from lowline.train.config.load import known_keys
+    from lowline.train.config.reference import TOP, help_text, sections
 
-    keys = known_keys()
-    sections = list(dict.fromkeys(key.partition(".")[0] for key in keys if "." in key))
-    if section is not None:
-        keys = {key: kind for key, kind in keys.items() if key.startswith(f"{section}.")}
-    if not keys:
-        raise LowlineError(f"--help {section}: the sections are {', '.join(sections)}")
-    width = max(map(len, keys)) + 3
-    return "keys:\n" + "".join(f"  --{f'{key}=':{width}} {kind}\n" for key, kind in keys.items())
+    text = help_text(section)
+    if text is None:
+        known = ", ".join(name for name in sections() if name != TOP)
+        raise LowlineError(f"--help {section}: the sections are {known}")
+    return text
 
 
 if __name__ == "__main__":

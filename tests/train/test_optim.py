@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import training
 
-from lowline.train.config.run import OptimizerConfig, ScheduleConfig
+from lowline.train.config.optimizer import SCHEDULES, MuonConfig, OptimizerConfig
 from lowline.train.engine.optim import Muon, optimizer_config, schedule_config
 
 PEAK = 0.01
@@ -20,7 +20,7 @@ PEAK = 0.01
 def _rates(steps: int, **schedule) -> list[float]:
     """The learning rate of each of a run's steps."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=PEAK)
-    schedulers = schedule_config(ScheduleConfig(**schedule)).build(
+    schedulers = schedule_config(SCHEDULES.section(schedule["kind"])(**schedule)).build(
         optimizers=[optimizer], training_steps=steps
     )
     rates = []
@@ -82,7 +82,8 @@ def test_options_of_a_resumed_run_are_the_configured_ones():
     def build(**options):
         torch.manual_seed(0)
         model = torch.nn.Linear(4, 4)
-        config = optimizer_config(OptimizerConfig(lr=0.1, **options))
+        kind = MuonConfig if options.get("name") == "muon" else OptimizerConfig
+        config = optimizer_config(kind(lr=0.1, **options))
         return model, config.build(model_parts=[model])
 
     model, saved = build()
@@ -142,6 +143,6 @@ def test_a_dense_model_gives_all_its_projections_to_muon():
     run = load_config(training.TINY[1], [*training.TINY[2:], "--cola.rank=0"])
     with torch.device("meta"):
         model = build_model_config(run).build()
-    optimizers = optimizer_config(OptimizerConfig(name="muon", lr=0.1)).build(model_parts=[model])
+    optimizers = optimizer_config(MuonConfig(lr=0.1)).build(model_parts=[model])
     (muon,) = [o for o in optimizers if isinstance(o, Muon)]
     assert len(muon.param_groups[0]["param_names"]) == 2 * 7

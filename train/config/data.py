@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from lowline.errors import LowlineError
-from lowline.train.config.fields import NonNegative, Positive, Strict
+from lowline.train.config.fields import DATA, NOTHING, RUN, NonNegative, Positive, Strict
 
 ACCEPTED = (
     "data.path takes a file, a glob such as 'data/*.jsonl', a list of these, or a directory "
@@ -17,26 +20,30 @@ ACCEPTED = (
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Which documents to read; `lowline.train.data.sources` reads them.
-
-    `path` is needed by "files" and "hub" only. `name` is the hub dataset's configuration ("en").
-    `split` is "train" or "validation" for "embedded", any of the dataset's for "hub" and for a
-    saved `DatasetDict`. `text_key` names the column of text. For conversations, `messages_key`
-    names a column of lists of {"role", "content"}, or `prompt_key` and `response_key` two columns
-    of text. `revision` pins a hub dataset to a branch, tag or commit.
-    """
+    """Which documents to read; `lowline.train.data.sources` reads them."""
 
     __pydantic_config__ = Strict
+    decides = DATA
     dataset: str = "embedded"
+    """Where documents come from: "embedded" (Python's documentation), "files", or "hub"."""
     path: str | tuple[str, ...] = ()
+    """A file, a glob, a list of these or a saved dataset's directory; on the hub a dataset's id."""
     name: str | None = None
+    """The configuration of a dataset on the hub, such as "en"."""
     split: str = "train"
+    """The part that is read: "train" or "validation" of the embedded text, any of a dataset's."""
     text_key: str = "text"
+    """The column that holds the text of a document."""
     messages_key: str | None = None
+    """The column that holds conversations, lists of {role, content}, in place of plain text."""
     prompt_key: str | None = None
+    """The column that holds what the user says, for conversations of one exchange."""
     response_key: str | None = None
+    """The column that holds what the model answers, beside `prompt_key`."""
     streaming: bool = False
+    """Whether documents are read as they come, without an index on disk."""
     revision: str | None = None
+    """The branch, tag or commit of a dataset on the hub; its newest state without."""
 
     def __post_init__(self) -> None:
         if self.dataset not in ("embedded", "files", "hub"):
@@ -95,11 +102,12 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(SourceConfig):
-    """[data]: where documents come from (`SourceConfig`), and in which order they are read."""
+    """[data]: where documents come from, and in which order they are read."""
 
     __pydantic_config__ = Strict
     shuffle: bool = True
-    epochs: Positive | None = None  # default: repeat for as long as the run lasts
-    # Processes a rank, or the next smaller number that divides its sequences; 0: rows are made when
-    # they are needed.
-    num_workers: NonNegative = 0
+    """Whether documents are read in a random order."""
+    epochs: Annotated[Positive | None, RUN] = None
+    """How often the documents are read; for as long as the run lasts without."""
+    num_workers: Annotated[NonNegative, Field(le=1024), NOTHING] = 0
+    """Processes of each rank that prepare rows; 0 prepares them when they are needed."""

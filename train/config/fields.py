@@ -1,11 +1,14 @@
-"""The kinds of values that configuration tables have, by the names which messages use."""
+"""The kinds of values that configuration tables have, and what another value of a key changes.
+
+A table's class has `decides`, for all of its keys; `Annotated[..., NOTHING]` says it of one.
+"""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Union
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, Union
 
 from pydantic import ConfigDict, Discriminator, Field, GetCoreSchemaHandler, Tag
 from pydantic_core import CoreSchema
@@ -18,7 +21,26 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeNumber = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
-Strict = ConfigDict(extra="forbid", strict=True)
+# Attribute docstrings are the descriptions of the keys.
+Strict = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+What = Literal["weights", "data", "run", "nothing"]
+
+
+@dataclass(frozen=True)
+class Decides:
+    """What another value of a key changes.
+
+    "weights": which parameters there are, and what they mean.
+    "data": what the run starts from and reads, and in which order.
+    "run": how it is trained, and so what it ends with.
+    "nothing": not the result: what is logged, kept, or computed in another way.
+    """
+
+    what: What
+
+
+WEIGHTS, DATA, RUN, NOTHING = map(Decides, ("weights", "data", "run", "nothing"))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,6 +62,10 @@ class Variants:
         """Return the class of a table with this value."""
         module, _, name = self.sections[value].partition(":")
         return getattr(importlib.import_module(module), name)
+
+    def keys_of(self, value: str) -> set[str]:
+        """Return the keys of a table with this value."""
+        return {field.name for field in fields(self.section(value))}
 
     def value_of(self, table: Any) -> str:
         """Return the value that a table, or a section made of one, has."""

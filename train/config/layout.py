@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from lowline.errors import LowlineError
-from lowline.train.config.fields import Positive, Strict
+from lowline.train.config.fields import NOTHING, Positive, Strict
 
 if TYPE_CHECKING:
     from lowline.train.config.run import RunConfig
@@ -19,12 +19,19 @@ class ParallelismConfig:
     """[parallelism]: degrees; their product is the number of processes."""
 
     __pydantic_config__ = Strict
-    data_parallel_shard: Annotated[int, Field(ge=-1)] = -1  # FSDP; -1: whatever is left
+    decides = NOTHING
+    data_parallel_shard: Annotated[int, Field(ge=-1)] = -1
+    """Processes over which FSDP shards the model; -1 takes all that the other degrees leave."""
     data_parallel_replicate: Positive = 1
+    """Copies of the sharded model (HSDP)."""
     tensor_parallel: Positive = 1
+    """Processes over which matrices are split."""
     pipeline_parallel: Positive = 1
+    """Pipeline stages over which layers are split."""
     pipeline_schedule: Literal["1F1B", "GPipe", "Interleaved1F1B"] = "1F1B"
+    """The order in which pipeline stages work."""
     pipeline_microbatch_size: Positive = 1
+    """Sequences of a pipeline microbatch."""
 
     def __post_init__(self) -> None:
         if self.data_parallel_shard == 0:

@@ -25,8 +25,8 @@ import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
 from lowline.train.config.fields import Variants
-from lowline.train.config.objective import without_other_kinds
 from lowline.train.config.run import RunConfig
+from lowline.train.config.saved import FORMAT, upgraded
 from lowline.train.config.tables import (
     ONE_OF,
     ConfigError,
@@ -72,7 +72,14 @@ def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
         key, value = parse_override(argument)
         assign(given, key, value)
         origin[key] = COMMAND_LINE
-    return validate(merged(tree, given), origin, default_origin=str(path or COMMAND_LINE))
+    tree = merged(tree, given)
+    if "data" not in tree:
+        raise ConfigError(
+            f"{path or COMMAND_LINE}: [data] is missing: say what to train on, for example [data] "
+            'dataset = "files" and path = "texts/*.jsonl", or dataset = "embedded" for the '
+            "documentation inside Python"
+        )
+    return validate(tree, origin, default_origin=str(path or COMMAND_LINE))
 
 
 def to_toml(config: RunConfig) -> str:
@@ -80,7 +87,7 @@ def to_toml(config: RunConfig) -> str:
     tree = dataclasses.asdict(config)
     if config.schedule.warmup is not None:  # which decides warmup_steps
         del tree["schedule"]["warmup_steps"]
-    return tomli_w.dumps(_without_none(tree))
+    return tomli_w.dumps({"format": FORMAT} | _without_none(tree))
 
 
 @cache
@@ -133,7 +140,7 @@ def validate(tree: dict[str, Any], origin: dict[str, str], default_origin: str) 
                 f"{where}: {section}.{key} = {table[key]!r} and {section}.{ONE_OF[key]} = "
                 f"{table[ONE_OF[key]]!r} say the same thing twice; keep one of them"
             )
-    text = json.dumps(without_other_kinds(tree))
+    text = json.dumps(upgraded(tree, default_origin))
     try:
         return _adapter().validate_json(text)
     except ValidationError as error:
@@ -177,7 +184,10 @@ def _explain(error: Any, origin: dict[str, str], default_origin: str) -> str:
     keys = list(known_keys())
     parts = [str(p) for p in error["loc"]]
     parts, table, variants, chosen = _without_tag(parts)
-    if variants is not None and chosen is not None:
+    mistyped = variants is not None and not any(
+        parts[-1] in variants.keys_of(value) for value in variants.sections
+    )
+    if variants is not None and chosen is not None and not mistyped:
         keys = [k for k in keys if not k.startswith(table + ".")]
         keys += dict(_fields(variants.section(chosen), table + "."))
     # Keep the path up to the last name of a key; what follows are the alternatives of a union.
@@ -209,11 +219,10 @@ def _explain(error: Any, origin: dict[str, str], default_origin: str) -> str:
         names = ", ".join(dict.fromkeys(known))
         variant = ""
         if variants is not None and chosen is not None:
-            owners = [
-                f'"{v}"' for v in variants.sections if parts[-1] in _names(variants.section(v))
-            ]
-            variant = f' with {variants.key} = "{chosen}"'
-            variant += f"; {' and '.join(owners)} have it" if owners else ""
+            owners = [f'"{v}"' for v in variants.sections if parts[-1] in variants.keys_of(v)]
+            variant = f' with {variants.key} = "{chosen}"' if owners else ""
+            verb = "has" if len(owners) == 1 else "have"
+            variant += f"; {' and '.join(owners)} {verb} it" if owners else ""
         return (
             f"{where}: {key}{given}: unknown key{variant}.{hint} "
             f"Known in {f'[{section}]' if section else 'the top level'}: {names}"
@@ -221,6 +230,8 @@ def _explain(error: Any, origin: dict[str, str], default_origin: str) -> str:
     if error["type"] == "missing":
         return f"{where}: {key} is missing: {known_keys().get(key, 'a table')} is required"
     message = error["msg"].removeprefix("Value error, ")
+    if key == "evaluation.data":  # its rules are those of [data], and speak of it
+        message = re.sub(r"(?<![\w.])data\.", "evaluation.data.", message)
     return f"{where}: {key}{given}: {message}" if key else f"{where}: {message}"
 
 
@@ -280,10 +291,6 @@ def _without_tag(parts: list[str]) -> tuple[list[str], str, Variants | None, str
                 return [name, *parts[2:]], name, variants, parts[1]
             return parts, name, variants, None
     return parts, "", None, None
-
-
-def _names(section: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(section)]
 
 
 def _type_text(annotation: Any) -> str:

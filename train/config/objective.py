@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from lowline.cola.projections import ATTENTION, PROJECTIONS, ProjectionName
 from lowline.train.config.fields import (
+    NOTHING,
+    RUN,
+    WEIGHTS,
     Fraction,
     NonNegative,
     Positive,
@@ -30,9 +33,13 @@ class MixerConfig:
     """[mixer]: what stands where softmax attention stood, and in which layers."""
 
     __pydantic_config__ = Strict
-    name: str  # of lowline.linearize.mixers.MIXERS: "lolcats", "liger_gla", ...
-    layers: str | list[int] = "all"  # "all", "0-3, 8", "every 4", "all but every 4", or numbers
-    options: dict[str, bool | int | float | str] = field(default_factory=dict)  # of that mixer
+    decides = WEIGHTS
+    name: str
+    """The mixer, such as "slots", "lolcats", "gated_deltanet" or "sink_window"."""
+    layers: str | list[int] = "all"
+    """The layers that get it: "all", "0-3, 8", "every 4", "all but every 4", or numbers."""
+    options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """The mixer's own options, such as {window = 64, sinks = 4}."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +47,13 @@ class LoraConfig:
     """[lora]: W + (alpha / rank)·B·A, W frozen, for the projections named; mixers train beside."""
 
     __pydantic_config__ = Strict
+    decides = WEIGHTS
     rank: Positive = 8
+    """The rank of the adapters."""
     alpha: PositiveNumber = 16.0
+    """The adapters' product counts alpha / rank times."""
     projections: list[ProjectionName] = field(default_factory=lambda: list(ATTENTION))
+    """The projections that get adapters: some of q, k, v, o, gate, up and down."""
 
     def __post_init__(self) -> None:
         if not self.projections or len(set(self.projections)) < len(self.projections):
@@ -70,15 +81,17 @@ class ObjectiveSection:
     """
 
     __pydantic_config__ = Strict
+    decides = RUN
     kind: str
-    # "mixers"; "attention": they and q, k, v, o. Default: "mixers" where nothing else can train and
-    # beside [lora].
     trainable: Literal["all", "mixers", "attention"] | None = None
-    window_dropout: Fraction = 0.0  # how often a mixer goes without its window at first
-    # The part of the steps after which none does any more.
+    """What trains: all, mixers, or mixers and q, k, v, o ("attention"); without, all, but mixers
+    beside [lora] and where nothing else can train."""
+    window_dropout: Fraction = 0.0
+    """The probability at the first step that a mixer goes without its window; it falls to 0."""
     window_dropout_until: Annotated[float, Field(gt=0, le=1)] = 0.5
-    # How many steps' text mixers that can ("slots") are set up on before the first step.
+    """The fraction of the steps after which window dropout is off."""
     calibration_steps: NonNegative = 0
+    """Steps of text on which mixers that can be calibrated ("slots") are set up; 0 sets up none."""
 
     teacher: ClassVar[str | None] = None  # the Hugging Face directory of a model to learn from
     needs_teacher: ClassVar[bool] = False
@@ -120,33 +133,10 @@ class ObjectiveSection:
 KIND = Variants(key="kind", default="next-token", sections=OBJECTIVES)
 ObjectiveConfig = Annotated[ObjectiveSection, KIND]
 
-# Until version 0.1 a saved configuration had the keys of every objective, with these defaults.
-_OF_OTHER_KINDS = {
-    "temperature": 1.0,
-    "next_token_weight": 0.0,
-    "top_k": 256,
-    "attention_weight": 0.0,
-}
-
 
 def default_objective() -> ObjectiveSection:
     """Return what a run without [objective] minimizes."""
     return KIND.section(KIND.default)()
-
-
-def without_other_kinds(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the tables of a saved configuration without the keys of other objectives.
-
-    A file that lists all of them was saved by an earlier version; its values for objectives it
-    does not have are the defaults. Other files come back as they are.
-    """
-    table = tree.get("objective")
-    if not isinstance(table, dict) or not _OF_OTHER_KINDS.keys() <= table.keys():
-        return tree
-    kind = KIND.value_of(table)
-    known = {f.name for f in fields(KIND.section(kind))} if kind in OBJECTIVES else table.keys()
-    kept = {k: v for k, v in table.items() if k in known or _OF_OTHER_KINDS.get(k) != v}
-    return tree | {"objective": kept}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +147,13 @@ class BlockConfig:
     """
 
     __pydantic_config__ = Strict
-    first: NonNegative  # layer, counted from 0
-    last: NonNegative  # layer, the block's own
-    inputs: str  # the folder to which `lowline linearize --block-size` wrote them
+    decides = WEIGHTS
+    first: NonNegative
+    """The first layer of the group, counted from 0."""
+    last: NonNegative
+    """The last layer of the group."""
+    inputs: Annotated[str, NOTHING]
+    """The folder of stored inputs that `lowline linearize --block-size` wrote."""
 
     def __post_init__(self) -> None:
         if self.first > self.last:

@@ -12,22 +12,24 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lowline.cola.projections import projection_shapes
-from lowline.cola.ranks import Rank, resolve_ranks
+from lowline.cola.ranks import resolve_ranks
 from lowline.linearize.layers import parse_layers
 from lowline.linearize.mixers.options import MixerOptions, mixer_options
 from lowline.train.config.data import DataConfig, SourceConfig
 from lowline.train.config.fields import (
-    Fraction,
+    DATA,
+    NOTHING,
+    RUN,
     Name,
     NonNegative,
-    NonNegativeNumber,
     Positive,
     PositiveNumber,
     Seed,
     Strict,
 )
 from lowline.train.config.layout import ParallelismConfig, check_layout
+from lowline.train.config.model import ColaConfig, ModelConfig
+from lowline.train.config.model import RopeScaling as RopeScaling
 from lowline.train.config.objective import (
     BlockConfig,
     LoraConfig,
@@ -36,98 +38,9 @@ from lowline.train.config.objective import (
     check_stage,
     default_objective,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """[model.rope_scaling]: the frequency scalings of Llama 3.1 ("llama3") and YaRN ("yarn")."""
-
-    __pydantic_config__ = Strict
-    kind: Literal["llama3", "yarn"]
-    factor: Annotated[float, Field(ge=1.0, allow_inf_nan=False)]
-    original_max_seq_len: Positive
-    low_freq_factor: PositiveNumber = 1.0  # llama3
-    high_freq_factor: PositiveNumber = 4.0  # llama3
-    beta_fast: PositiveNumber = 32.0  # yarn
-    beta_slow: NonNegativeNumber = 1.0  # yarn
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """[model]: the shape of a Llama. Heads share K/V when `n_kv_heads < n_heads` (GQA)."""
-
-    __pydantic_config__ = Strict
-    dim: Positive
-    n_layers: Positive
-    n_heads: Positive
-    ffn_dim: Positive
-    vocab_size: Positive
-    n_kv_heads: Positive | None = None  # default: n_heads
-    head_dim: Positive | None = None  # default: dim / n_heads
-    max_seq_len: Positive | None = None  # longest context of the exported model; default: seq_len
-    rope_theta: PositiveNumber = 10000.0
-    rope_scaling: RopeScaling | None = None
-    norm_eps: PositiveNumber = 1e-6
-    tie_embeddings: bool = False
-    qk_norm: bool = False  # RMSNorm on every head of q and k (Qwen3)
-    qkv_bias: bool = False  # biases of q, k and v (Qwen2)
-    # The SwiGLU's own non-linearity. CoLA at 350M and up drops it ("identity"), see cola.md.
-    mlp_activation: Literal["silu", "identity"] = "silu"
-    # Softmax attention: "sdpa" everywhere; on GPUs "flex", "varlen", and "flash" by the flash-attn
-    # package (`lowline[flash]`); "auto" = flex on a GPU, sdpa elsewhere.
-    attention: Literal["auto", "sdpa", "flex", "varlen", "flash"] = "auto"
-
-    def __post_init__(self) -> None:
-        if self.head_dim is None and self.dim % self.n_heads:
-            raise ValueError(
-                f"dim = {self.dim} is not a multiple of n_heads = {self.n_heads}; "
-                "change one of them or set head_dim"
-            )
-        if self.n_heads % self.kv_heads:
-            raise ValueError(
-                f"n_heads = {self.n_heads} is not a multiple of n_kv_heads = {self.kv_heads}; "
-                "every K/V head serves the same number of query heads"
-            )
-        if self.per_head % 2:
-            raise ValueError(f"head_dim = {self.per_head} is odd; rotary embedding needs it even")
-        if self.qkv_bias and self.qk_norm:
-            raise ValueError(
-                "qkv_bias = true with qk_norm = true: no architecture that can be exported has "
-                "both; set one of them to false"
-            )
-
-    @property
-    def kv_heads(self) -> int:
-        return self.n_kv_heads or self.n_heads
-
-    @property
-    def per_head(self) -> int:
-        return self.head_dim or self.dim // self.n_heads
-
-    def projection_shapes(self) -> dict[str, tuple[int, int]]:
-        """(in, out) features of each of a block's seven projections."""
-        return projection_shapes(
-            dim=self.dim,
-            query=self.n_heads * self.per_head,
-            key=self.kv_heads * self.per_head,
-            ffn=self.ffn_dim,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ColaConfig:
-    """[cola]: which projections become B·σ(A·x), and what they keep for the backward pass."""
-
-    __pydantic_config__ = Strict
-    # 128; or 0.25 (of dim); or {q = 64, gate = 0.5, ...}, where what is left out stays dense.
-    # 0 is a dense model.
-    rank: Rank = 0
-    activation: Literal["silu", "gelu", "relu", "identity"] = "silu"
-    bias: bool = False
-    # "cola" keeps every activation; "cola-m" keeps the r-wide ones and recomputes the rest.
-    memory: Literal["cola", "cola-m"] = "cola"
-    # Run the A's that read one input (q/k/v, gate/up) as one GEMM.
-    grouped: bool = False
+from lowline.train.config.optimizer import AnyOptimizer, AnySchedule, CosineSchedule
+from lowline.train.config.optimizer import OptimizerConfig as OptimizerConfig
+from lowline.train.config.optimizer import ScheduleConfig as ScheduleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,53 +48,23 @@ class TrainingConfig:
     """[training]: how long, how much at once, in which numbers."""
 
     __pydantic_config__ = Strict
+    decides = RUN
     steps: Positive
+    """Steps of the optimizer in the whole run."""
     seq_len: Positive
-    global_batch_size: Positive  # sequences a step, over all ranks
-    local_batch_size: Positive | None = (
-        None  # sequences a forward pass of a rank; default: its share
-    )
-    max_norm: PositiveNumber = 1.0  # gradient clipping
-    # Parameters and activations of the forward pass. What trains has its master copy and its
-    # reduction in fp32; what does not is stored in this precision.
+    """Tokens of a sequence."""
+    global_batch_size: Positive
+    """Sequences of a step, over all ranks."""
+    local_batch_size: Annotated[Positive | None, NOTHING] = None
+    """Sequences that a rank passes through the model at once; its whole share without."""
+    max_norm: PositiveNumber = 1.0
+    """The norm above which gradients are scaled down to it."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
-    seed: Seed = 0
-    deterministic: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """[optimizer]: AdamW for everything, or Muon for the 2-D factors and AdamW for the rest."""
-
-    __pydantic_config__ = Strict
-    name: Literal["adamw", "muon"] = "adamw"
-    lr: PositiveNumber
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: PositiveNumber = 1e-8
-    weight_decay: NonNegativeNumber = 0.01
-    mixer_lr: PositiveNumber | None = None  # of mixers; default: lr
-    muon_lr: PositiveNumber = 0.02
-    muon_momentum: Fraction = 0.95
-
-    def __post_init__(self) -> None:
-        if 1.0 in (*self.betas, self.muon_momentum):
-            raise ValueError(
-                f"betas = {list(self.betas)}, muon_momentum = {self.muon_momentum}: at 1 the means "
-                "of gradients never move; choose values below 1"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    """[schedule]: linear warm-up, then a decay to `min_lr_fraction` of the peak."""
-
-    __pydantic_config__ = Strict
-    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    # Steps (10), or a fraction of training.steps (0.1), from which RunConfig sets warmup_steps.
-    warmup: NonNegative | Fraction | None = None
-    warmup_steps: NonNegative = 0
-    decay_fraction: Fraction = 0.2  # wsd: the last part of the run, decayed by 1 - sqrt
-    min_lr_fraction: Fraction = 0.1
+    """The numbers of activations and of weights that do not train; what trains is kept in fp32."""
+    seed: Annotated[Seed, DATA] = 0
+    """What random numbers begin with: initial weights, the order of documents, window dropout."""
+    deterministic: Annotated[bool, NOTHING] = False
+    """Whether PyTorch is held to deterministic algorithms, which may be slower."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,11 +72,17 @@ class EvaluationConfig:
     """[evaluation]: held-out loss per token; the same for every batch size and world size."""
 
     __pydantic_config__ = Strict
-    every: NonNegative = 0  # steps; 0: only after the last step
+    decides = NOTHING
+    every: NonNegative = 0
+    """Steps between evaluations; 0 evaluates after the last step alone."""
     enable: bool = True
+    """Whether the run is evaluated at all."""
     max_tokens: Positive = 10_000_000
-    batch_size: Positive | None = None  # sequences a rank takes at once; default: as in training
-    data: SourceConfig | None = None  # default: the held-out part of the embedded text
+    """The most held-out tokens that an evaluation takes."""
+    batch_size: Positive | None = None
+    """Sequences that a rank evaluates at once; as many as in training without."""
+    data: Annotated[SourceConfig | None, NOTHING] = None
+    """Where held-out documents come from; the validation part of the embedded text without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,14 +90,21 @@ class CheckpointConfig:
     """[checkpoint]: OUTPUT/checkpoint/step-N, complete or absent, the newest `keep` of them."""
 
     __pydantic_config__ = Strict
+    decides = NOTHING
     enable: bool = True
+    """Whether checkpoints are written and read."""
     every: Positive = 1000
+    """Steps between checkpoints; the last step has one in any case."""
     keep: Annotated[int, Field(ge=2)] = 3
+    """How many of the newest checkpoints are kept."""
     asynchronous: bool = True
-    resume: bool = True  # go on from the newest checkpoint of the output folder
-    # Start from the weights of a Hugging Face directory or of another run's step folder, whose
-    # adapters are merged. Mixers in layers that are softmax there begin anew.
-    initial_weights: str | None = None
+    """Whether training runs on while a checkpoint is written."""
+    resume: bool = True
+    """Whether a run resumes from the newest checkpoint of its output; false refuses to find one."""
+    allow_changes: bool = False
+    """Whether a run may resume with other data, tokenizer, seed or initial weights than before."""
+    initial_weights: Annotated[str | None, DATA] = None
+    """A Hugging Face directory or a run's step folder whose weights the run starts from."""
 
     def __post_init__(self) -> None:
         if self.initial_weights is not None and not self.enable:
@@ -223,12 +119,19 @@ class MetricsConfig:
     """[metrics]: what is printed and what TensorBoard gets."""
 
     __pydantic_config__ = Strict
+    decides = NOTHING
     log_every: Positive = 10
+    """Steps between lines of the log and records of metrics.jsonl."""
     tensorboard: bool = True
-    rank_every: NonNegative = 0  # steps between effective-rank measurements; 0: off
+    """Whether OUTPUT/tb is written for TensorBoard."""
+    rank_every: NonNegative = 0
+    """Steps between measurements of the bottlenecks' effective ranks; 0 measures none."""
     rank_alpha: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    progress: Literal["auto", "bar", "lines"] = "auto"  # bar on a terminal, lines elsewhere
-    verbose: bool = False  # torchtitan's own log as well
+    """The share of the spectrum's energy that the effective rank explains."""
+    progress: Literal["auto", "bar", "lines"] = "auto"
+    """A progress bar or lines of log; auto is a bar on a terminal."""
+    verbose: bool = False
+    """Whether torchtitan's own log is shown as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,20 +139,24 @@ class RunConfig:
     """A whole run; each attribute is a table of the TOML file."""
 
     __pydantic_config__ = Strict
+    decides = RUN
     model: ModelConfig
     training: TrainingConfig
-    optimizer: OptimizerConfig
-    output: Name = "outputs/run"
-    tokenizer: str = "embedded"  # "embedded", a directory, a tokenizer.json, or a hub id
-    # torchtitan's recomputation of whole blocks ("full") or chosen operators ("selective").
-    activation_checkpoint: Literal["none", "selective", "full"] = "none"
-    compile: bool = False  # torch.compile every block
+    optimizer: AnyOptimizer
+    output: Annotated[Name, NOTHING] = "outputs/run"
+    """The folder of the run, relative to the working directory."""
+    tokenizer: Annotated[str, DATA] = "embedded"
+    """The tokenizer: "embedded" (4,096 tokens), a directory, a tokenizer.json, or a hub id."""
+    activation_checkpoint: Annotated[Literal["none", "selective", "full"], NOTHING] = "none"
+    """torchtitan's recomputation in the backward pass, of whole blocks or of chosen operators."""
+    compile: Annotated[bool, NOTHING] = False
+    """Whether every block is compiled by torch.compile."""
     cola: ColaConfig = field(default_factory=ColaConfig)
     mixer: MixerConfig | None = None
     lora: LoraConfig | None = None
     block: BlockConfig | None = None
     objective: ObjectiveConfig = field(default_factory=default_objective)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    schedule: AnySchedule = field(default_factory=CosineSchedule)
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -263,6 +170,14 @@ class RunConfig:
                 warmup = int(warmup * self.training.steps + 1e-9)
             object.__setattr__(self, "schedule", replace(self.schedule, warmup_steps=warmup))
         ranks = self.ranks()
+        bottleneck = ColaConfig(rank=self.cola.rank, memory=self.cola.memory)
+        if not any(ranks.values()) and self.cola != bottleneck:
+            given = [f"cola.{n}" for n in ("activation", "bias", "grouped")
+                     if getattr(self.cola, n) != getattr(bottleneck, n)]  # fmt: skip
+            raise ValueError(
+                f"{' and '.join(given)} without bottlenecks (cola.rank = 0); give a rank, or leave "
+                "them out"
+            )
         dense = [name for name, rank in ranks.items() if rank == 0]
         if dense and self.cola.memory == "cola-m":
             raise ValueError(

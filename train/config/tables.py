@@ -16,6 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from lowline.errors import LowlineError
+from lowline.train.config.objective import KIND
+from lowline.train.config.optimizer import OPTIMIZERS, SCHEDULES
+
+VARIANTS = {"objective": KIND, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
+"""The tables of which one key decides what the others are."""
+# Keys of [data] that belong to one dataset.
+OF_DATASET = ("path", "name", "revision", "split", "streaming")
 
 # Two keys for one thing, of which a table has one.
 ONE_OF = {"warmup": "warmup_steps", "warmup_steps": "warmup"}
@@ -93,9 +100,13 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Return nested tables with the values of `over` in the place of those of `base`.
 
     Lists are values, except for `[[stage]]`: a stage of `over` is merged over that of its name. A
-    key that `ONE_OF` names replaces the other one of its pair.
+    key that `ONE_OF` names replaces the other one of its pair. A table that chooses another variant
+    (`optimizer.name`, `data.dataset`) leaves behind the keys of `base` that this one does not have.
     """
     result = copy.deepcopy(base)
+    for name, table in over.items():
+        if isinstance(table, dict) and isinstance(result.get(name), dict):
+            _leave_behind(name, result[name], table)
     for key in over.keys() & ONE_OF.keys():
         result.pop(ONE_OF[key], None)
     for key, value in over.items():
@@ -111,6 +122,20 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
             else:
                 result["stage"].append(copy.deepcopy(stage))
     return result
+
+
+def _leave_behind(name: str, base: dict[str, Any], over: dict[str, Any]) -> None:
+    """Remove from a table the keys that the variant chosen by `over` does not have."""
+    if name == "data" and over.get("dataset", base.get("dataset")) != base.get("dataset"):
+        for key in OF_DATASET:
+            base.pop(key, None)
+    variants = VARIANTS.get(name)
+    if variants is None or variants.key not in over:
+        return
+    before, now = variants.value_of(base), variants.value_of(over)
+    if before != now and {before, now} <= variants.sections.keys():
+        for key in variants.keys_of(before) - variants.keys_of(now):
+            base.pop(key, None)
 
 
 def stages_of(tree: dict[str, Any]) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ from torchtitan.components.optimizer import (
 )
 
 from lowline.cola.projections import PROJECTIONS
-from lowline.train.config.run import OptimizerConfig, ScheduleConfig
+from lowline.train.config.optimizer import MuonConfig, OptimizerConfig, ScheduleConfig
 
 MIXERS = r"\.mixer\."
 BLOCK_MATRICES = (
@@ -140,7 +140,7 @@ def optimizer_config(c: OptimizerConfig) -> Optimizers.Config:
 
     mixers = [] if c.mixer_lr is None else [adamw(MIXERS, c.mixer_lr)]
     rest = adamw(".*", c.lr)
-    if c.name == "adamw":
+    if not isinstance(c, MuonConfig):
         return Optimizers.Config(param_groups=[*mixers, rest])
     matrices = ParamGroupConfig(
         pattern=BLOCK_MATRICES,

@@ -5,12 +5,12 @@ Every rank checks the same, so all stop alike and none waits for another.
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowline.train.config.folder import is_step_folder, saved_steps
+from lowline.train.config.identity import differences
 from lowline.train.config.load import ConfigError, load_config
 from lowline.train.config.run import MixerConfig, RunConfig
 
@@ -52,6 +52,7 @@ def check_run(run: RunConfig, world_size: int, inputs: Inputs | None = None) -> 
             )
         check_same_model(run, newest)
         check_same_parts(run, newest)
+        check_same_data(run, newest)
         check_saved_lanes(newest, run.training.global_batch_size)
     elif run.checkpoint.initial_weights is not None:
         check_initial_weights(run)
@@ -65,13 +66,24 @@ def check_same_model(run: RunConfig, checkpoint: Path) -> None:
     them.
     """
     saved = load_config(checkpoint / "config.toml")
-    free = ("attention", "max_seq_len", "memory", "grouped", "rank")
-    for section in ("model", "cola"):
-        for field in dataclasses.fields(getattr(run, section)):
-            if field.name not in free:
-                _compare(checkpoint, f"{section}.{field.name}", saved, run)
-    if saved.ranks() != run.ranks():
-        raise _other(checkpoint, "cola.rank", saved.ranks(), run.ranks())
+    for d in differences(saved, run, by={"weights"}):
+        if d.key.startswith(("model.", "cola.")):
+            raise _other(checkpoint, d.key, d.before, d.now)
+
+
+def check_same_data(run: RunConfig, checkpoint: Path) -> None:
+    """Raise ConfigError if a run reads or starts from something else than its step folder says.
+
+    `checkpoint.allow_changes` lets it.
+    """
+    saved = load_config(checkpoint / "config.toml")
+    changed = differences(saved, run, by={"data"})
+    if changed and not run.checkpoint.allow_changes:
+        raise ConfigError(
+            f"{checkpoint} was trained with {'; '.join(map(str, changed))}: one curve of both "
+            "would mean nothing. Set it back, choose another output folder, or allow it with "
+            "--checkpoint.allow_changes=true"
+        )
 
 
 def check_same_parts(run: RunConfig, checkpoint: Path) -> None:
@@ -131,13 +143,6 @@ def check_initial_weights(run: RunConfig) -> None:
             "(config.json) nor a checkpoint/step-N folder of a run; `lowline export` makes the "
             "former of the latter"
         )
-
-
-def _compare(checkpoint: Path, key: str, saved: RunConfig, run: RunConfig) -> None:
-    section, name = key.split(".")
-    before, now = getattr(getattr(saved, section), name), getattr(getattr(run, section), name)
-    if before != now:
-        raise _other(checkpoint, key, before, now)
 
 
 def _other(checkpoint: Path, key: str, before: Any, now: Any) -> ConfigError:

@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from lowline.files import write_text
-from lowline.train.config.load import ConfigError, to_toml
+from lowline.train.config.folder import saved_steps
+from lowline.train.config.identity import differences
+from lowline.train.config.load import ConfigError, load_config, to_toml
 from lowline.train.config.run import RunConfig
 from lowline.train.cost.parameters import count, model_parameters, shape_of, training_flops_of
 from lowline.train.engine.errors import RunError
@@ -185,6 +187,7 @@ def _summary(run: RunConfig, trainer: Trainer) -> list[str]:
         f"{t.seq_len}" + (f", in {accumulation} microbatches" if accumulation > 1 else ""),
         f"devices  {dist.get_world_size()} x {trainer.device.type}: {layout}",
         f"output   {run.output}",
+        *_changed(run),
         *([f"watch    tensorboard --logdir {run.output}/tb"] if run.metrics.tensorboard else []),
     ]
 
@@ -197,6 +200,15 @@ def _next_step(run: RunConfig, checkpoint: object) -> list[str]:
     if run.block is None:
         lines.append(f"export   lowline export {quote(run.output)} {quote(f'{run.output}-hf')}")
     return lines
+
+
+def _changed(run: RunConfig) -> list[str]:
+    """Return a line for each key that has another value than in the newest checkpoint."""
+    folder = Path(run.output) / "checkpoint"
+    if not run.checkpoint.enable or not (steps := saved_steps(folder)):
+        return []
+    saved = load_config(folder / f"step-{steps[-1]}" / "config.toml")
+    return [f"changed  {d} (step {steps[-1]})" for d in differences(saved, run)]
 
 
 def _stage(run: RunConfig) -> list[str]:

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from lowline.train.config.fields import Positive
+from lowline.train.config.fields import NOTHING, Positive
 from lowline.train.config.tables import ConfigError
 from lowline.train.objectives.next_token import Objective
 from lowline.train.objectives.teacher import TeacherObjective, TeacherSection, build_teacher
@@ -34,10 +34,12 @@ class DistillSection(TeacherSection):
     """[objective] kind = "distill": the KL divergence of the student from a teacher."""
 
     kind: Literal["distill"] = "distill"
-    # A folder that keeps the teacher's top_k tokens, for runs on the same text; all others count as
-    # one. Default: the whole vocabulary, by the teacher in every step.
-    logit_cache: str | None = None
+    """What the run minimizes."""
+    logit_cache: Annotated[str | None, NOTHING] = None
+    """A folder that keeps the teacher's top_k logits of each token; the whole vocabulary, computed
+    by the teacher in every step, without."""
     top_k: Positive = 256
+    """The most probable tokens that the cache keeps of each position; all others count as one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

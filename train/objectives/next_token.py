@@ -27,6 +27,7 @@ class NextTokenSection(ObjectiveSection):
     """[objective] kind = "next-token": cross-entropy of the next token."""
 
     kind: Literal["next-token"] = "next-token"
+    """What the run minimizes."""
     perplexity = True
     fsdp_only = False
 

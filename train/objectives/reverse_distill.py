@@ -25,6 +25,7 @@ class ReverseDistillSection(TeacherSection):
     """[objective] kind = "reverse-distill": the KL divergence of the teacher from the student."""
 
     kind: Literal["reverse-distill"] = "reverse-distill"
+    """What the run minimizes."""
     measure = "reverse_kl"
 
     def divergence(

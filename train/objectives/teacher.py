@@ -14,9 +14,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field
-
 from lowline.errors import LowlineError
+from lowline.train.config.fields import DATA, NonNegativeNumber, PositiveNumber
 from lowline.train.config.objective import ObjectiveSection, default_objective
 from lowline.train.config.tables import ConfigError
 from lowline.train.objectives.next_token import Objective
@@ -36,9 +35,12 @@ LOGITS_AT_ONCE = 2**24  # elements: 64 MiB of fp32, of which a few tensors exist
 class TeacherSection(ObjectiveSection):
     """What [objective] has where the logits come from a teacher."""
 
-    teacher: str | None = None  # type: ignore[misc]  # a Hugging Face directory
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    next_token_weight: Annotated[float, Field(ge=0)] = 0.0  # of cross-entropy, which is added
+    teacher: Annotated[str | None, DATA] = None  # type: ignore[misc]
+    """The Hugging Face directory of the model to learn from."""
+    temperature: PositiveNumber = 1.0
+    """Both models' logits are divided by it."""
+    next_token_weight: NonNegativeNumber = 0.0
+    """The weight of next-token cross-entropy, which is added."""
     measure: ClassVar[str] = "kl"  # the name of the divergence in held-out numbers
     needs_teacher = True
     logit_tensors = 6  # the student's and the teacher's

@@ -12,10 +12,9 @@ all layers, so that losses and gradients of all blocks make up those of one run.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
-
+from lowline.train.config.fields import NonNegativeNumber
 from lowline.train.config.objective import ObjectiveSection
 from lowline.train.objectives.next_token import Objective
 
@@ -35,8 +34,9 @@ class TransferSection(ObjectiveSection):
     """[objective] kind = "transfer": each mixer's output towards softmax attention's."""
 
     kind: Literal["transfer"] = "transfer"
-    # How much the divergence of attention weights is added, for short sequences.
-    attention_weight: Annotated[float, Field(ge=0)] = 0.0
+    """What the run minimizes."""
+    attention_weight: NonNegativeNumber = 0.0
+    """How much the divergence of attention weights counts beside outputs; for short sequences."""
     mixers_only = True
     blockwise = True
     logit_tensors = 0  # there is no head

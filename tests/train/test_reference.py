@@ -1,0 +1,69 @@
+"""Every key is described; help, the reference page and the JSON schema say the same."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from lowline.errors import LowlineError
+from lowline.train.__main__ import help_keys
+from lowline.train.config.load import known_keys
+from lowline.train.config.reference import PAGE, SCHEMA, help_text, page, schema, sections
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.toml"))
+
+
+def described() -> list:
+    return [key for _, keys in sections().values() for key in keys]
+
+
+def test_every_key_has_a_sentence_of_its_own() -> None:
+    for key in described():
+        words = key.about.rstrip(".").lower().split()
+        assert key.about.endswith(".") and len(words) > 2, key
+        assert " ".join(words) != key.name.rpartition(".")[2].replace("_", " "), key
+
+
+def test_the_reference_has_the_keys_that_are_accepted() -> None:
+    assert {key.name for key in described()} == set(known_keys())
+
+
+def test_committed_reference_is_what_the_sources_say() -> None:
+    """`python -m lowline.train.config.reference --write` renews both files."""
+    assert (ROOT / PAGE).read_text() == page()
+    assert json.loads((ROOT / SCHEMA).read_text()) == schema()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_schema_accepts_every_shipped_file(path: Path) -> None:
+    jsonschema.Draft202012Validator(schema()).validate(tomllib.loads(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[model]\ndimm = 3",
+        "[training]\nsteps = 0",
+        '[optimizer]\nname = "adamw"\nmuon_lr = 0.1',
+        '[[stage]]\nname = "a"\n[stage.training]\nstesp = 1',
+    ],
+)
+def test_schema_refuses_what_lowline_refuses(text: str) -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft202012Validator(schema()).validate(tomllib.loads(text))
+
+
+def test_help_explains_a_section_with_limits_defaults_and_variants() -> None:
+    text = help_text("schedule")
+    assert text is not None
+    assert '--schedule.kind=  "cosine" or "linear" or "wsd" or "constant", default "cosine"' in text
+    assert "--schedule.decay_fraction=" in text and 'with kind = "wsd"' in text
+    assert "--training.steps=  integer > 0, required" in (help_text("training") or "")
+    assert max(map(len, help_keys(None).splitlines())) <= 100
+    for name in sections():
+        assert f"{name}" in help_keys(None)
+    with pytest.raises(LowlineError, match="the sections are model, training"):
+        help_keys("trianing")
