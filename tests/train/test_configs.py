@@ -132,6 +132,7 @@ def test_demos_are_one_shape() -> None:
 
 
 MINIMAL = """
+[data]
 [model]
 dim = 64
 n_layers = 2

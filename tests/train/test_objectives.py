@@ -590,7 +590,7 @@ calibration_steps = 0
 def test_a_file_saved_before_objectives_had_keys_of_their_own(kind, temperature, more, tmp_path):
     """It lists the keys of all objectives; those of others hold their defaults."""
     run = tiny_run(activation_checkpoint="none")
-    tables = to_toml(run).split("[objective]")
+    tables = to_toml(run).replace("format = 1\n", "").split("[objective]")
     rest = tables[1][tables[1].index("\n[") :]
     objective = SAVED.format(kind=kind, temperature=temperature, more=more)
     path = tmp_path / "config.toml"
@@ -654,7 +654,9 @@ BAD = {
     '--objective.kind="transfer" --mixer.name="liger_gla"': "mixer 'liger_gla' has none",
     '--mixer.name="hedgehog" --mixer.options={} --objective.window_dropout=0.5': "window_dropout",
     '--optimizer.mixer_lr=1 --mixer.name="liger_gla"': "optimizer.mixer_lr = 1.0 without a mixer",
-    "--parallelism.tensor_parallel=2": "parallelism.tensor_parallel = 2 with mixer",
+    '--parallelism.tensor_parallel=2 --mixer.name="kda" --mixer.options={conv=4}': (
+        "parallelism.tensor_parallel = 2 with mixer"
+    ),
     "--model.qkv_bias=true --model.qk_norm=true": "qkv_bias = true with qk_norm = true",
     "--model.qkv_bias=true --cola.rank=8": "model.qkv_bias = true with cola.rank",
     "--checkpoint.enable=false --checkpoint.initial_weights=x": "with enable = false",

@@ -73,13 +73,14 @@ def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
         assign(given, key, value)
         origin[key] = COMMAND_LINE
     tree = merged(tree, given)
+    run = validate(tree, origin, default_origin=str(path or COMMAND_LINE))
     if "data" not in tree:
         raise ConfigError(
             f"{path or COMMAND_LINE}: [data] is missing: say what to train on, for example [data] "
             'dataset = "files" and path = "texts/*.jsonl", or dataset = "embedded" for the '
             "documentation inside Python"
         )
-    return validate(tree, origin, default_origin=str(path or COMMAND_LINE))
+    return run
 
 
 def to_toml(config: RunConfig) -> str:
@@ -220,7 +221,8 @@ def _explain(error: Any, origin: dict[str, str], default_origin: str) -> str:
         variant = ""
         if variants is not None and chosen is not None:
             owners = [f'"{v}"' for v in variants.sections if parts[-1] in variants.keys_of(v)]
-            variant = f' with {variants.key} = "{chosen}"' if owners else ""
+            told = owners or f"{table}.{variants.key}" in origin
+            variant = f' with {variants.key} = "{chosen}"' if told else ""
             verb = "has" if len(owners) == 1 else "have"
             variant += f"; {' and '.join(owners)} {verb} it" if owners else ""
         return (
