@@ -72,7 +72,7 @@ TABLE |= {
         "feature_map._backward_kernel",
     )
 }
-TABLE["recurrence.inverse_kernel"] = {0: (Options(16, 1),)}  # fp32 products, in registers
+TABLE["recurrence.inverse_kernel"] = {0: (Options(32, 1),)}  # fp32 products, in registers
 # Accumulators and products leave these two no registers for copies on their way.
 TABLE["window.backward_key_kernel"] = {0: (Options(8, 1),)}
 TABLE["window.backward_map_kernel"] = {9: (Options(4, 1), Options(8, 1)), 0: (Options(8, 1),)}

@@ -11,7 +11,7 @@ from torchtitan.models.common.attention import create_varlen_metadata_for_docume
 
 from lowline.errors import LowlineError
 from lowline.train.config.run import ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
-from lowline.train.engine.device import prepare
+from lowline.train.engine.titan_compat import prepare
 from lowline.train.model.attention import Bounds, DocumentSDPA, FlashAttention, inner_attention
 
 prepare()
