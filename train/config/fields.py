@@ -40,7 +40,12 @@ class Decides:
     what: What
 
 
-WEIGHTS, DATA, RUN, NOTHING = map(Decides, ("weights", "data", "run", "nothing"))
+WEIGHTS, DATA, RUN, NOTHING = (
+    Decides("weights"),
+    Decides("data"),
+    Decides("run"),
+    Decides("nothing"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -72,7 +72,7 @@ def _decisions(run: RunConfig) -> Iterator[tuple[str, tuple[Decides, Any]]]:
 
 
 def _leaves(table: Any, prefix: str) -> Iterator[tuple[str, Decides, Any]]:
-    for name, hint in _hints(type(table)).items():
+    for name, hint in _hints(type(table)).items():  # type: ignore[arg-type]
         value = getattr(table, name)
         if dataclasses.is_dataclass(value):
             yield from _leaves(value, f"{prefix}{name}.")

@@ -8,7 +8,7 @@ rule between two sections lives in `RunConfig.__post_init__`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -168,7 +168,8 @@ class RunConfig:
         if warmup is not None:
             if isinstance(warmup, float):  # rounded down, whatever 0.1 is in binary
                 warmup = int(warmup * self.training.steps + 1e-9)
-            object.__setattr__(self, "schedule", replace(self.schedule, warmup_steps=warmup))
+            schedule: Any = self.schedule
+            object.__setattr__(self, "schedule", replace(schedule, warmup_steps=warmup))
         ranks = self.ranks()
         bottleneck = ColaConfig(rank=self.cola.rank, memory=self.cola.memory)
         if not any(ranks.values()) and self.cola != bottleneck:
