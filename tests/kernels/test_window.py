@@ -317,7 +317,6 @@ def test_memory_is_linear_in_length(backend):
         (dict(D=256), BF16),
         (dict(V=144), FP32),
         ({}, FP64),
-        ({}, torch.float16),
     ],
 )
 def test_auto_on_cuda_takes_torch_where_triton_does_not_cover(sizes, dtype, monkeypatch):
@@ -329,7 +328,7 @@ def test_auto_on_cuda_takes_torch_where_triton_does_not_cover(sizes, dtype, monk
     monkeypatch.setattr(op, "choose", on_cuda)
     o, _ = window_linear_attention(**x, window=4)
     assert torch.equal(o, want)
-    with pytest.raises(ValueError, match="'triton' cannot run this call: it"):
+    with pytest.raises(ValueError, match="'triton' cannot run this call: (it|the tensors)"):
         window_linear_attention(**x, window=4, backend="triton")
 
 
@@ -383,7 +382,7 @@ def test_compiled(backend):
             "window_factor_H has shape",
         ),
         (lambda x: x, dict(window=4, cu_seqlens=torch.tensor([0, 65])), "a batch of one"),
-        (lambda x: x, dict(window=4, backend="cpu"), "it computes in fp32"),
+        (lambda x: x, dict(window=4, backend="cpu"), "it takes float32 and bfloat16"),
         (lambda x: x, dict(window=4, backend="fast"), "choose from"),
     ],
 )

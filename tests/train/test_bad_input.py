@@ -118,6 +118,9 @@ def test_data_of_another_order(capsys, trained, tmp_path):
     text.write_text(json.dumps({"text": "some words"}) + "\n")
     data = ("--data.dataset=files", f"--data.path={text}", "--evaluation.data.split=validation")
     arguments = (*data, "--training.steps=3")
+    assert training.train_here(trained, *arguments) == 2
+    assert "--checkpoint.allow_changes=true" in capsys.readouterr().err
+    arguments = (*arguments, "--checkpoint.allow_changes=true")
     assert training.train_here(trained, *arguments) == 1
     said = capsys.readouterr().err
     assert "Traceback" not in said, said

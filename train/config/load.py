@@ -74,9 +74,9 @@ def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
         origin[key] = COMMAND_LINE
     tree = merged(tree, given)
     run = validate(tree, origin, default_origin=str(path or COMMAND_LINE))
-    if "data" not in tree:
+    if path is not None and "data" not in tree:
         raise ConfigError(
-            f"{path or COMMAND_LINE}: [data] is missing: say what to train on, for example [data] "
+            f"{path}: [data] is missing: say what to train on, for example [data] "
             'dataset = "files" and path = "texts/*.jsonl", or dataset = "embedded" for the '
             "documentation inside Python"
         )
