@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node=N -m lowline.train --config FILE [--table.key=value ...]
 
-is what `lowline train FILE --processes N` starts. Without torchrun it is one process.
+is what `lowline train FILE --processes N` starts. Without torchrun it is one process. A file with
+`[[stage]]`s is a conversion (`lowline.train.conversion`).
 """
 
 from __future__ import annotations
@@ -10,13 +11,21 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lowline import command_line
 from lowline.command_line import Keys, Mark, Positional
 from lowline.errors import LowlineError
+from lowline.train.config.load import load_config
+from lowline.train.config.run import RunConfig
+from lowline.train.config.stages import has_stages
+
+if TYPE_CHECKING:
+    from lowline.train.conversion import Conversion
 
 DryRun = Annotated[int | None, Mark("bare", 0)]  # 0: without a number
+InputsDtype = Literal["bfloat16", "float32"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,17 +38,26 @@ def train(
     file: Positional = None,
     *,
     config: str | None = None,
+    source: str | None = None,
     dry_run: DryRun = None,
+    block_size: int | None = None,
+    blocks: str | None = None,
+    inputs_dtype: InputsDtype | None = None,
     overrides: Keys = (),
 ) -> int:
     """Train a model from a TOML file, in this process or as one of torchrun's.
 
-    A run resumes from the newest checkpoint of its output folder.
+    A run resumes from the newest checkpoint of its output folder. A file with stages converts a
+    pretrained model: all stages are trained in these processes, and the result is exported.
 
     Args:
         file: A TOML file, or the name of one that `lowline configs` lists.
         config: The same, as an option.
+        source: What a file with stages converts: a hub id, a directory or a GGUF file.
         dry_run: Print sizes, FLOPs and memory and stop; with a number, those on so many GPUs.
+        block_size: Of a file with stages: run transfer stages in blocks of so many layers.
+        blocks: Train these blocks only and stop, such as 0,3 or 0-3; none writes their inputs.
+        inputs_dtype: Of the stored inputs of blocks; default: bfloat16.
         overrides: Keys of the configuration.
 
     Raises:
@@ -47,25 +65,63 @@ def train(
     """
     from lowline.train.config.shipped import find_config
 
-    path = find_config(one_file(file, config))
-    from lowline.train.config.load import load_config
-
-    run, world_size = load_config(path, overrides), int(os.environ.get("WORLD_SIZE", 1))
+    path, world_size = find_config(one_file(file, config)), int(os.environ.get("WORLD_SIZE", 1))
+    options = {"source": source, "block_size": block_size, "blocks": blocks,
+               "inputs_dtype": inputs_dtype}  # fmt: skip
+    work = read(path, overrides, **options)
     if dry_run is not None:
-        from lowline.train.cost.dry_run import print_dry_run
-
-        if dry_run < 0:
-            raise LowlineError(f"--dry-run={dry_run}: write --dry-run, or --dry-run=N for N GPUs")
-        print_dry_run(run, dry_run or world_size, "cuda" if dry_run else None)
+        print_sizes(work, dry_run, world_size)
         return 0
+    if not isinstance(work, RunConfig):
+        from lowline.train.conversion import convert
+
+        return convert(work)
     from lowline.train.blockwise.loader import inputs_of
     from lowline.train.engine.preflight import check_run
 
-    inputs = inputs_of(run)
-    check_run(run, world_size, inputs)
+    inputs = inputs_of(work)
+    check_run(work, world_size, inputs)
     from lowline.train.engine.run import train_and_report
 
-    return train_and_report(run, inputs)
+    return train_and_report(work, inputs)
+
+
+def read(path: Path, overrides: Sequence[str], **options: Any) -> RunConfig | Conversion:
+    """Return the run of a file, or the conversion of a file with stages.
+
+    Args:
+        path: the file.
+        overrides: `--key=value` arguments.
+        options: those of `train` that only a conversion has; None: not given.
+
+    Raises:
+        LowlineError: a key, value or option that is not allowed.
+    """
+    if has_stages(path):
+        from lowline.train.conversion import load_conversion
+
+        return load_conversion(path, overrides, **options)
+    for name, value in options.items():
+        if value is not None:
+            option = f"--{name.replace('_', '-')} {value}"
+            raise LowlineError(f"{option}: {path} has no [[stage]]; leave it out")
+    return load_config(path, overrides)
+
+
+def print_sizes(work: RunConfig | Conversion, gpus: int, world_size: int) -> None:
+    """Print sizes, FLOPs and memory on so many GPUs; 0: on `world_size` devices as there are here.
+
+    Raises:
+        LowlineError: a negative number, or a configuration that cannot run so.
+    """
+    if gpus < 0:
+        raise LowlineError(f"--dry-run={gpus}: write --dry-run, or --dry-run=N for N GPUs")
+    if isinstance(work, RunConfig):
+        from lowline.train.cost.dry_run import print_dry_run
+
+        print_dry_run(work, gpus or world_size, "cuda" if gpus else None)
+    else:
+        work.print_dry_run(gpus or world_size, "cuda" if gpus else None)
 
 
 def one_file(file: str | None, config: str | None) -> str:

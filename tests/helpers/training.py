@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +55,18 @@ def start(output: Path, *arguments: str, processes: int = 1) -> subprocess.Popen
     line = command(output, *arguments, processes=processes)
     with Path(f"{output}.log").open("w") as log:
         return subprocess.Popen(line, env=ENVIRONMENT, stdout=log, stderr=log, text=True)
+
+
+def kill_with_children(process: subprocess.Popen) -> None:
+    """Kill a process and those it started, such as torchrun's, and wait until they are gone."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in [process.pid, *map(int, children)]:
+        subprocess.run(["kill", "-9", str(pid)], check=False)
+    process.wait()
+    for pid in children:  # not ours to wait for: gone when /proc forgets it or it is a zombie
+        stat = Path(f"/proc/{pid}/stat")
+        while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+            time.sleep(0.01)
 
 
 def train_here(output: Path, *arguments: str) -> int:

@@ -320,7 +320,7 @@ def test_other_libraries_are_quiet(quiet, tmp_path, capsys) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    from lowline.tools.quiet import quiet_libraries
+    from lowline.quiet import quiet_libraries
 
     shown = transformers_logging.is_progress_bar_enabled()
     model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -12,13 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import training
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lowline import LowlineError
 from lowline.tools.cli import main
-from lowline.tools.commands.linearize import _teacher
 from lowline.train.config.folder import saved_steps
 from lowline.train.config.load import ConfigError
+from lowline.train.conversion import prepare_source
 from lowline.train.data.tokenizer import load_tokenizer
 from lowline.train.engine.lock import alone
 from lowline.train.engine.metrics import read_metrics
@@ -153,12 +156,172 @@ def test_another_gguf_file_is_refused(
     one, other, folder = (tmp_path / name for name in ("one.gguf", "other.gguf", "out/teacher"))
     one.write_bytes(b"1" * 100)
     other.write_bytes(b"2" * 100)
-    assert [_teacher(str(one), folder) for _ in range(2)] == [folder] * 2
+    assert [prepare_source(str(one), folder) for _ in range(2)] == [folder] * 2
     assert made == ["one.gguf"]
     with pytest.raises(ConfigError, match="was made of .*one.gguf, which is not .*other.gguf"):
-        _teacher(str(other), folder)
+        prepare_source(str(other), folder)
     with pytest.raises(LowlineError, match="absent.gguf: no such file"):
-        _teacher(str(tmp_path / "absent.gguf"), folder)
+        prepare_source(str(tmp_path / "absent.gguf"), folder)
+
+
+# ------------------------------------------------------------- stages in one process group
+
+
+def job(teacher: Path, folder: Path, *more: str, processes: int = 2) -> list[str]:
+    """The command line of the same conversion as a job of torchrun."""
+    line = command(teacher, folder)
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    given = ["--config", str(folder / "stages.toml"), f"--source={teacher}"]
+    return [
+        *(line[0], *(launcher if processes > 1 else ()), "-m", "lowline.train", *given),
+        *(f"--output={folder / 'out'}", *more),
+    ]
+
+
+def converted_here(teacher: Path, folder: Path, *more: str) -> int:
+    """The same job of one process, in this one."""
+    from lowline.train.__main__ import main as train
+
+    with training.one_process():
+        return train(job(teacher, folder, *more, processes=1)[3:])
+
+
+def stage(folder: Path, name: str) -> Path:
+    return folder / "out" / "stages" / name
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "out" / "model" / "model.safetensors")
+
+
+def assert_equal(one: Path, other: Path) -> None:
+    """Two conversions are the same, bit for bit: losses, gradient norms, weights."""
+    for name in ("1-transfer", "2-distill"):
+        assert training.curve(stage(one, name)) == training.curve(stage(other, name))
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+
+
+def test_a_job_of_one_process_is_the_command(
+    teacher: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And each stage finds the process as it was: no trainer and no process group is left."""
+    from torch.distributed.distributed_c10d import _world
+
+    from lowline.train.engine import done
+    from lowline.train.engine.trainer import Trainer
+
+    attempt, left = done.attempt, []
+
+    def count(*given):
+        trainers = [x for x in gc.get_objects() if isinstance(x, Trainer)]
+        left.append((len(trainers), len(_world.pg_map)))
+        return attempt(*given)
+
+    monkeypatch.setattr(done, "attempt", count)
+    environment = dict(os.environ)
+    assert converted_here(teacher, tmp_path) == 0
+    assert left == [(0, 2)] * 2  # the job's group, and the one over which its processes wait
+    assert not _world.pg_map and dict(os.environ) == environment
+    assert_equal(tmp_path, converted)
+
+
+def test_a_stage_is_a_run_of_its_own(teacher: Path, tmp_path: Path) -> None:
+    """The second stage, which draws random numbers, alone in a process gives the same."""
+    more = ("--stage.distill.objective.window_dropout=0.5",)
+    assert converted_here(teacher, tmp_path, *more) == 0
+    second = stage(tmp_path, "2-distill")
+    line = ["-m", "lowline.train", "--config", str(second / "config.toml")]
+    alone = run(sys.executable, *line, f"--output={tmp_path / 'alone'}")
+    assert alone.returncode == 0, alone.stderr
+    assert training.curve(tmp_path / "alone") == training.curve(second)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["1-transfer", "2-distill"])
+def test_a_job_is_killed_and_resumes(
+    teacher: Path, converted_by_two: Path, tmp_path: Path, name: str
+) -> None:
+    line = job(teacher, tmp_path)
+    process = subprocess.Popen(line, env=training.ENVIRONMENT, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not saved_steps(stage(tmp_path, name) / "checkpoint"):
+        time.sleep(0.02)
+    assert process.poll() is None
+    training.kill_with_children(process)
+    done = run(*line)
+    assert done.returncode == 0, done.stderr
+    assert ("stage transfer: done" in done.stdout) == (name == "2-distill")
+    assert_equal(tmp_path, converted_by_two)
+
+
+@pytest.fixture(scope="module")
+def converted_by_two(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    done = run(*job(teacher, folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_a_signal_stops_a_job(teacher: Path, tmp_path: Path) -> None:
+    """In its second stage, with a checkpoint; then it resumes there."""
+    more = ("--stage.distill.checkpoint.every=1000", "--stage.distill.training.steps=40")
+    line = job(teacher, tmp_path, *more, processes=1)
+    process = subprocess.Popen(line, env=training.ENVIRONMENT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    second = stage(tmp_path, "2-distill")
+    while process.poll() is None and not read_metrics(second):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + signal.SIGTERM
+    (step,) = saved_steps(second / "checkpoint")
+    assert f"stopped by SIGTERM after step {step}, saved" in said
+    assert "stage 'distill' ended with 143; the same command resumes" in said
+    assert not (second / "done.toml").exists() and not (tmp_path / "out" / "model").exists()
+    calm = tmp_path / "calm"
+    calm.mkdir()
+    for folder in (tmp_path, calm):
+        assert converted_here(teacher, folder, *more) == 0
+    assert_equal(tmp_path, calm)
+
+
+def test_a_signal_after_the_last_step_is_not_lost(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lowline.train.engine.evaluation import Evaluator
+
+    validate = Evaluator.validate
+
+    def interrupted(self, *given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validate(self, *given)
+
+    monkeypatch.setattr(Evaluator, "validate", interrupted)
+    assert converted_here(teacher, tmp_path) == 128 + signal.SIGTERM
+    assert (stage(tmp_path, "1-transfer") / "done.toml").exists()
+    assert not stage(tmp_path, "2-distill").exists()
+
+
+def test_all_stages_are_checked_before_the_first(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more, message in (
+        (("--stage.distill.data.dataset=files", "--stage.distill.data.path=nowhere"), "nowhere"),
+        (("--stage.distill.training.global_batch_size=0",), "stage 'distill'"),
+    ):
+        assert converted_here(teacher, tmp_path, *more) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out" / "stages").exists()
+
+
+def test_a_source_is_for_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert called("train", "demo_cola", "--source", "somewhere") == 2
+    assert "--source somewhere: " in (said := capsys.readouterr().err) and "no [[stage]]" in said
+
+
+# ------------------------------------------------------------------------------- interrupted
 
 
 def interrupted(arguments: list[str], stage: Path, number: int) -> int:

@@ -95,17 +95,17 @@ def teacher(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def trained_here(monkeypatch) -> list[str]:
-    """What torchrun would do, in this process; the configurations it was asked to train."""
-    from lowline.train.__main__ import main
+    """The folders of the runs that were trained, or resumed."""
+    from lowline.train.engine import done
 
     asked: list[str] = []
+    attempt = done.attempt
 
-    def train(*arguments: str, processes: int) -> int:
-        asked.append(arguments[-1])
-        with training.one_process():
-            return main(arguments)
+    def record(run, inputs=None):
+        asked.append(run.output)
+        return attempt(run, inputs)
 
-    monkeypatch.setattr("lowline.tools.launch.train", train)
+    monkeypatch.setattr(done, "attempt", record)
     return asked
 
 
@@ -116,7 +116,8 @@ def linearize(teacher: Path, output: Path, *more: str, text: str = STAGES) -> in
     file = output / "stages.toml"
     file.write_text(text)
     given = [str(teacher), f"--config={file}", f"--output={output}", "--processes=1"]
-    return main(["linearize", *given, "--evaluation=none", *more])
+    with training.one_process():
+        return main(["linearize", *given, "--evaluation=none", *more])
 
 
 def by_blocks(teacher: Path, output: Path, size: int, *more: str, text: str = STAGES) -> int:
@@ -179,12 +180,8 @@ def logits(output: Path) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def whole(teacher, tmp_path_factory) -> Path:
     """The stage as one run."""
-    from lowline.train.__main__ import main
-
     output = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch, training.one_process():
-        patch.setattr("lowline.tools.launch.train", lambda *a, processes: main(a))
-        assert linearize(teacher, output) == 0
+    assert linearize(teacher, output) == 0
     return output
 
 
@@ -318,13 +315,13 @@ def test_blocks_are_shared_out(teacher, whole, stored, tmp_path, trained_here, c
 
     copied(stored, tmp_path)
     assert by_blocks(teacher, tmp_path, 2, "--blocks", "0,2") == 0
-    assert [Path(path).parent.name for path in trained_here] == ["00", "02"]
+    assert [Path(path).name for path in trained_here] == ["00", "02"]
     assert "blocks 1 are left" in capsys.readouterr().out
     assert not saved_steps(stage(tmp_path) / "checkpoint")
     with pytest.raises(ValueError, match="layers 4 to 4 alone"):
         export(stage(tmp_path) / "blocks" / "02", tmp_path / "part")
     assert by_blocks(teacher, tmp_path, 2, "--blocks=0-1") == 0
-    assert [Path(path).parent.name for path in trained_here[2:]] == ["01"]
+    assert [Path(path).name for path in trained_here[2:]] == ["01"]
     assert "all blocks are trained" in capsys.readouterr().out
     shutil.rmtree(stage(tmp_path) / "inputs")  # which are not needed any more
     assert by_blocks(teacher, tmp_path, 2) == 0
@@ -450,7 +447,7 @@ def test_a_block_by_hand(stored, tmp_path, capsys):
     from lowline.train.__main__ import main
 
     config = tmp_path / "block.toml"
-    text = (stage(stored) / "stage.toml").read_text()
+    text = (stage(stored) / "config.toml").read_text()
     config.write_text(
         f'{text}\n[block]\nfirst = 2\nlast = 3\ninputs = "{stage(stored) / "inputs"}"\n'
     )

@@ -29,7 +29,7 @@ from lowline.train.engine.titan_compat import prepare
 
 prepare()
 
-from lowline.tools.commands.linearize_blocks import Blocks, stitch  # noqa: E402
+from lowline.train.blockwise.job import Blocks, stitch  # noqa: E402
 from lowline.train.hf import stream  # noqa: E402
 from lowline.train.hf.export import export  # noqa: E402
 from lowline.train.model.build import build_model_config  # noqa: E402

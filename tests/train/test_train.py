@@ -95,7 +95,7 @@ def test_microbatches_do_not_change_the_losses(cola, tmp_path):
 
 
 def test_evaluation_does_not_depend_on_its_batch_size():
-    from lowline.train.engine.run import single_process_defaults
+    from lowline.train.engine.group import single_process_defaults
     from lowline.train.engine.titan_compat import prepare
 
     with training.one_process():

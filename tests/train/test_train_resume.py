@@ -80,22 +80,11 @@ def test_killed_at_any_moment_then_restarted(tmp_path, processes):
         reached = min(10, reached + moments.randint(1, 4))
         _wait_until(process, _recorded(output, reached))
         time.sleep(moments.random() / 2)
-        _kill_with_children(process)
+        training.kill_with_children(process)
     result = training.launch(output, *options, processes=processes)
     assert result.returncode == 0, result.stderr
     assert training.curve(output) == training.curve(calm)
     assert not list((output / "checkpoint").glob("*.*"))
-
-
-def _kill_with_children(process: subprocess.Popen) -> None:
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for pid in [process.pid, *map(int, children)]:
-        subprocess.run(["kill", "-9", str(pid)], check=False)
-    process.wait()
-    for pid in children:  # not ours to wait for: gone when /proc forgets it or it is a zombie
-        stat = Path(f"/proc/{pid}/stat")
-        while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
-            time.sleep(0.01)
 
 
 def test_killed_before_its_evaluation(whole, tmp_path):

@@ -206,7 +206,7 @@ def trainer_step(run: RunConfig, stack: ExitStack) -> tuple[Callable[[], None], 
     """
     import torch.distributed as dist
 
-    from lowline.train.engine.run import single_process_defaults
+    from lowline.train.engine.group import single_process_defaults
     from lowline.train.engine.titan_compat import prepare
 
     environment = dict(os.environ)

@@ -134,7 +134,7 @@ def evaluate(
     from lowline.linearize.evaluation.plots import plots
     from lowline.linearize.evaluation.report import Results, explanation, table
     from lowline.linearize.evaluation.rows import rows_of
-    from lowline.tools.quiet import quiet_libraries
+    from lowline.quiet import quiet_libraries
 
     quiet_libraries()
     if not models:

@@ -30,7 +30,7 @@ def export(
         adapter: Leave LoRA's factors out of them; OUTPUT/adapter has those, in PEFT's format.
         overwrite: Replace an earlier export.
     """
-    from lowline.tools.quiet import quiet_libraries
+    from lowline.quiet import quiet_libraries
     from lowline.train.hf.export import export
 
     quiet_libraries()

@@ -53,7 +53,7 @@ def generate(
     from transformers import TextStreamer
 
     from lowline.linearize.convert import load_teacher, load_tokenizer
-    from lowline.tools.quiet import quiet_libraries
+    from lowline.quiet import quiet_libraries
 
     quiet_libraries()
     if temperature < 0:

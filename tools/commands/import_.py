@@ -38,7 +38,7 @@ def import_tables(
     """
     import tomli_w
 
-    from lowline.tools.quiet import quiet_libraries
+    from lowline.quiet import quiet_libraries
     from lowline.train.hf.config import config_from_hf
 
     quiet_libraries()

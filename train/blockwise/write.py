@@ -240,5 +240,6 @@ def _load(run: RunConfig, weights: dict[str, torch.Tensor]) -> None:
     keep_layers(config, run.layers())  # which ties nothing: weights are asked for by name
     adapter = LlamaStateDictAdapter(config, None)
     exact = {name: torch.empty(weight.shape) for name, weight in weights.items()}
-    for name, weight in load_initial(exact, run.checkpoint.initial_weights, adapter).items():
+    source = run.checkpoint.initial_weights
+    for name, weight in load_initial(exact, source, adapter, no_dist=True).items():
         weights[name].copy_(weight)

@@ -113,6 +113,11 @@ class Stages:
             raise ConfigError(f"stage {self.names[stage]!r}: {error}") from None
 
 
+def has_stages(path: str | Path) -> bool:
+    """Tell whether a file has stages; raises ConfigError where it cannot be read."""
+    return bool(stages_of(read_layers(Path(path))[0]))
+
+
 def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> Stages:
     """Read a conversion's file and `--key=value` arguments.
 

@@ -163,7 +163,7 @@ class Checkpointer(CheckpointManager):
 
 
 def load_initial(
-    weights: dict[str, Any], path: str | Path, adapter: StateDictAdapter
+    weights: dict[str, Any], path: str | Path, adapter: StateDictAdapter, *, no_dist: bool = False
 ) -> dict[str, Any]:
     """Read a model's weights, or some of them, into tensors of their shapes, and return them.
 
@@ -171,6 +171,7 @@ def load_initial(
         weights: by the training body's names; mixers that are not stored stay as they are.
         path: a run's step folder, whose adapters are merged, or a Hugging Face directory.
         adapter: knows the names of the latter.
+        no_dist: only this process of its group calls.
 
     Raises:
         ValueError: a weight is not there.
@@ -178,13 +179,13 @@ def load_initial(
     path = str(path)
     if is_step_folder(Path(path)):
         stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        dcp.load(_present(weights, stored, path), checkpoint_id=path)
+        dcp.load(_present(weights, stored, path), checkpoint_id=path, no_dist=no_dist)
         merge_stored_lora(weights, Path(path))
         return weights
     reader = adapter.get_hf_storage_reader(path)
     stored = reader.read_metadata().state_dict_metadata
     found = _present(adapter.to_hf(weights), stored, path)
-    dcp.load(found, storage_reader=reader)
+    dcp.load(found, storage_reader=reader, no_dist=no_dist)
     return weights | adapter.from_hf(found)
 
 

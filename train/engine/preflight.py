@@ -24,7 +24,29 @@ def check_run(run: RunConfig, world_size: int, inputs: Inputs | None = None) -> 
     Args:
         inputs: where its batches come from; default: the documents of [data].
     """
-    from lowline.train.data import check_saved_lanes, open_source
+    from lowline.train.data import check_saved_lanes
+
+    check_inputs(run, world_size, inputs)
+    folder = Path(run.output) / "checkpoint"
+    if run.checkpoint.enable and (steps := saved_steps(folder)):
+        newest = folder / f"step-{steps[-1]}"
+        if not run.checkpoint.resume:
+            raise ConfigError(
+                f"checkpoint.resume = false, but {newest} exists and would be overwritten; choose "
+                "another output folder, or remove this one"
+            )
+        check_same_model(run, newest)
+        check_same_parts(run, newest)
+        check_same_data(run, newest)
+        check_saved_lanes(newest, run.training.global_batch_size)
+    elif run.checkpoint.initial_weights is not None:
+        check_initial_weights(run)
+    _check_writable(Path(run.output))
+
+
+def check_inputs(run: RunConfig, world_size: int, inputs: Inputs | None = None) -> None:
+    """Raise what `check_run` does, but for the weights that a run begins with and its folder."""
+    from lowline.train.data import open_source
     from lowline.train.data.tokenizer import load_tokenizer
     from lowline.train.engine.inputs import DOCUMENTS
 
@@ -42,21 +64,6 @@ def check_run(run: RunConfig, world_size: int, inputs: Inputs | None = None) -> 
     (inputs or DOCUMENTS).check(run)
     if run.evaluation.enable:
         open_source(run.held_out())
-    folder = Path(run.output) / "checkpoint"
-    if run.checkpoint.enable and (steps := saved_steps(folder)):
-        newest = folder / f"step-{steps[-1]}"
-        if not run.checkpoint.resume:
-            raise ConfigError(
-                f"checkpoint.resume = false, but {newest} exists and would be overwritten; choose "
-                "another output folder, or remove this one"
-            )
-        check_same_model(run, newest)
-        check_same_parts(run, newest)
-        check_same_data(run, newest)
-        check_saved_lanes(newest, run.training.global_batch_size)
-    elif run.checkpoint.initial_weights is not None:
-        check_initial_weights(run)
-    _check_writable(Path(run.output))
 
 
 def check_same_model(run: RunConfig, checkpoint: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import sys
 import traceback
 import warnings
@@ -29,6 +28,7 @@ from lowline.train.config.load import ConfigError, load_config, to_toml
 from lowline.train.config.run import RunConfig
 from lowline.train.cost.parameters import count, model_parameters, shape_of, training_flops_of
 from lowline.train.engine.errors import RunError
+from lowline.train.engine.group import cleared, single_process_defaults
 from lowline.train.engine.lock import PATIENCE, alone
 from lowline.train.engine.titan_compat import prepare
 
@@ -52,6 +52,7 @@ class Result:
         losses: the training loss of each logged step, in order.
         metrics: the records of OUTPUT/metrics.jsonl: a dictionary for each logged step.
         stopped_by: the signal that stopped the run early, 0 if none did.
+        signal: the last signal, 0 if there was none; it may have come after the last step.
     """
 
     output: Path
@@ -60,6 +61,7 @@ class Result:
     losses: list[float]
     metrics: list[dict[str, Any]]
     stopped_by: int = 0
+    signal: int = 0
 
 
 def train(run: RunConfig, inputs: Inputs | None = None) -> Result:
@@ -73,7 +75,8 @@ def train(run: RunConfig, inputs: Inputs | None = None) -> Result:
         KeyboardInterrupt: a second Ctrl-C.
     """
     single_process_defaults()
-    with alone(Path(run.output), patience=PATIENCE) if _is_first() else nullcontext():
+    held = alone(Path(run.output), patience=PATIENCE) if _is_first() else nullcontext()
+    with held, cleared():
         return _train(run, inputs)
 
 
@@ -103,8 +106,6 @@ def _train(run: RunConfig, inputs: Inputs | None) -> Result:
     finally:
         if trainer is not None:
             trainer.metrics_processor.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
     metrics = read_metrics(run.output)
     newest = trainer.checkpointer.newest_saved()
     return Result(
@@ -114,27 +115,33 @@ def _train(run: RunConfig, inputs: Inputs | None) -> Result:
         losses=[record["loss"] for record in metrics if "loss" in record],
         metrics=metrics,
         stopped_by=trainer.stopped_by,
+        signal=trainer.signal,
     )
 
 
 def train_and_report(run: RunConfig, inputs: Inputs | None = None) -> int:
     """Train for the command line; return the exit code, with the reason on standard error."""
+    return attempt(run, inputs)[0]
+
+
+def attempt(run: RunConfig, inputs: Inputs | None = None) -> tuple[int, int]:
+    """Train for the command line; return the exit code, and the last signal or 0."""
     try:
         result = train(run, inputs)
-        return 128 + result.stopped_by if result.stopped_by else 0
+        return (128 + result.stopped_by if result.stopped_by else 0), result.signal
     except ConfigError as error:
         _complain(str(error))
-        return 2
+        return 2, 0
     except RunError as error:  # raised on every rank
         if _is_first():
             _complain(str(error))
     except KeyboardInterrupt:
         if _is_first():
             _complain("interrupted")
-        return 128 + signal.SIGINT
+        return 128 + signal.SIGINT, signal.SIGINT
     except Exception:
         traceback.print_exc()
-    return 1
+    return 1, 0
 
 
 def _is_first() -> bool:
@@ -260,27 +267,3 @@ def _set_up_logging(run: RunConfig) -> None:
 def _write_config(run: RunConfig) -> None:
     """OUTPUT/config.toml: what this run resolved to."""
     write_text(Path(run.output) / "config.toml", to_toml(run))
-
-
-def single_process_defaults() -> None:
-    """What torchrun would set, for a run started without it."""
-    # torchtitan sets the first itself. Through the second, torchrun would repeat every rank's
-    # traceback for errors that have been reported already.
-    for name in ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCHELASTIC_ERROR_FILE"):
-        os.environ.pop(name, None)
-    if "RANK" in os.environ:
-        # torchtitan reads there whose output is shown; ours comes from the rank that has the loss.
-        ranks = range(int(os.environ["WORLD_SIZE"]))
-        os.environ.setdefault("LOG_RANK", ",".join(map(str, ranks)))
-        return
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(
-        RANK="0",
-        LOCAL_RANK="0",
-        WORLD_SIZE="1",
-        LOCAL_WORLD_SIZE="1",
-        MASTER_ADDR="localhost",
-        MASTER_PORT=str(port),
-    )

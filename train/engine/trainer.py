@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,12 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.components.dataloader import DataloaderExhaustedError
 from torchtitan.config.configs import (
-    CommConfig,
     CompileConfig,
     DebugConfig,
     ParallelismConfig,
     TrainingConfig,
 )
+from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer as TitanTrainer
@@ -36,6 +37,7 @@ from lowline.train.cost.parameters import training_flops_of
 from lowline.train.data.tokenizer import TextTokenizer
 from lowline.train.engine.checkpoint import Checkpointer
 from lowline.train.engine.evaluation import Evaluator
+from lowline.train.engine.group import comm_config
 from lowline.train.engine.inputs import DOCUMENTS, BatchLoader, Inputs
 from lowline.train.engine.metrics import DivergedError, Metrics
 from lowline.train.engine.optim import optimizer_config, schedule_config
@@ -104,6 +106,14 @@ class Trainer(TitanTrainer):
             )
         self._microbatch = 0
         self._last_inputs: tuple[torch.Tensor, dict[str, Any]] | None = None
+
+    def init_distributed(self) -> ParallelDims:
+        """Lay the run out over the process group of its job, or over one that is made here."""
+        if not dist.is_initialized():
+            return super().init_distributed()
+        # The run before has set it to that of a training step.
+        dist.set_timeout(timedelta(seconds=self.config.comm.init_timeout_seconds), None)  # type: ignore[attr-defined]
+        return ParallelDims.from_config(self.config.parallelism, dist.get_world_size())
 
     def state_dict(self) -> dict[str, Any]:
         """The step, and the tokens seen by all ranks, which another number of ranks can share."""
@@ -340,7 +350,7 @@ def trainer_config(run: RunConfig, world_size: int, inputs: Inputs | None = None
         ),
         activation_checkpoint=recompute[run.activation_checkpoint],
         compile=CompileConfig(enable=run.compile, components=["model"]),
-        comm=CommConfig(trace_buf_size=20000 if torch.cuda.is_available() else 0),
+        comm=comm_config(),
         debug=DebugConfig(
             seed=t.seed, deterministic=t.deterministic, enable_structured_logging=False
         ),
