@@ -307,8 +307,9 @@ def test_a_signal_after_the_last_step_is_not_lost(
 def test_all_stages_are_checked_before_the_first(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    absent = ("--stage.distill.data.dataset=files", "--stage.distill.data.path=nowhere")
     for more, message in (
-        (("--stage.distill.data.dataset=files", "--stage.distill.data.path=nowhere"), "nowhere"),
+        ((*absent, "--stage.distill.evaluation.enable=false"), "nowhere"),
         (("--stage.distill.training.global_batch_size=0",), "stage 'distill'"),
     ):
         assert converted_here(teacher, tmp_path, *more) == 2
