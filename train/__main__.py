@@ -81,9 +81,9 @@ def train(
 
     inputs = inputs_of(work)
     check_run(work, world_size, inputs)
-    from lowline.train.engine.run import train_and_report
+    from lowline.train.engine.run import attempt
 
-    return train_and_report(work, inputs)
+    return attempt(work, inputs)[0]
 
 
 def read(path: Path, overrides: Sequence[str], **options: Any) -> RunConfig | Conversion:

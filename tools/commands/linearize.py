@@ -20,7 +20,7 @@ only and stops, so that machines can share them.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from lowline.command_line import Keys, Positional
 from lowline.tools.commands.export import next_step
@@ -73,8 +73,8 @@ def linearize(
             "`lowline configs` lists"
         )
     path, processes = find_config(config), _gpus() if processes is None else processes
-    options = {"source": source, "block_size": block_size, "blocks": blocks,
-               "inputs_dtype": inputs_dtype}  # fmt: skip
+    options: dict[str, Any] = {"source": source, "block_size": block_size, "blocks": blocks,
+                               "inputs_dtype": inputs_dtype}  # fmt: skip
     from lowline.tools.launch import lowline
     from lowline.train.conversion import load_conversion
     from lowline.train.hf.card import add_to_card

@@ -119,13 +119,11 @@ def _train(run: RunConfig, inputs: Inputs | None) -> Result:
     )
 
 
-def train_and_report(run: RunConfig, inputs: Inputs | None = None) -> int:
-    """Train for the command line; return the exit code, with the reason on standard error."""
-    return attempt(run, inputs)[0]
-
-
 def attempt(run: RunConfig, inputs: Inputs | None = None) -> tuple[int, int]:
-    """Train for the command line; return the exit code, and the last signal or 0."""
+    """Train for the command line; return the exit code, and the last signal or 0.
+
+    What went wrong is written to standard error.
+    """
     try:
         result = train(run, inputs)
         return (128 + result.stopped_by if result.stopped_by else 0), result.signal
