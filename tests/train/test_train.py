@@ -15,7 +15,7 @@ from helpers import training
 
 from lowline.train.config.folder import saved_steps
 from lowline.train.config.load import load_config
-from lowline.train.engine.metrics import read_metrics
+from lowline.train.engine.metrics import read_metrics, tag_of
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +50,18 @@ def test_tensorboard_holds_the_same(cola):
     for record in read_metrics(cola):
         for name, value in record.items():
             if name != "step":
-                expected.setdefault(name, []).append((record["step"], value))
+                expected.setdefault(tag_of(name), []).append((record["step"], value))
     assert set(events.Tags()["scalars"]) == set(expected)
-    names = {"loss", "perplexity", "lr/AdamW", "grad_norm", "tokens_per_second", "mfu"}
-    assert names | {"memory_gib", "eval_loss"} < set(expected)
+    names = {"train/loss", "train/perplexity", "train/tokens", "eval/loss", "eval/perplexity"}
+    names |= {"optim/lr/AdamW", "optim/grad_norm", "speed/tokens_per_second", "speed/mfu"}
+    assert names | {"speed/memory_gib", "speed/seconds_per_step"} < set(expected)
+    assert {name for name in expected if "/" not in name} == set()
     for name, points in expected.items():
         written = [(e.step, e.value) for e in events.Scalars(name)]
         assert written == [(step, pytest.approx(value, rel=1e-6)) for step, value in points]
+    (shown,) = events.Tensors("config/text_summary")
+    text = shown.tensor_proto.string_val[0].decode()
+    assert text == "".join(f"    {x}\n" for x in (cola / "config.toml").read_text().splitlines())
 
 
 def test_effective_ranks_are_recorded_on_their_schedule(cola):

@@ -62,8 +62,8 @@ def _assert_every_step_once(output: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(output / "tb")).Reload()
-    assert [e.step for e in events.Scalars("loss")] == list(range(1, 13))
-    assert [e.step for e in events.Scalars("eval_loss")] == [6, 12]
+    assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 13))
+    assert [e.step for e in events.Scalars("eval/loss")] == [6, 12]
 
 
 @pytest.mark.slow

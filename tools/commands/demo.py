@@ -81,7 +81,9 @@ def demo(
 
     cola, colam = results[1], results[2]
     equal = sum(colam.losses[step] == loss for step, loss in cola.losses.items())
-    console.print(f"CoLA's and CoLA-M's losses are equal in {equal} of {len(cola.losses)} steps")
+    console.print(
+        f"CoLA's and CoLA-M's losses are equal in {equal} of {len(cola.losses)} logged steps"
+    )
 
     console.rule("CoLA as a Hugging Face directory, in a new process")
     exported = output / "cola-hf"

@@ -116,7 +116,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
-    """[metrics]: what is printed and what TensorBoard gets."""
+    """[metrics]: what is printed, and what TensorBoard and Weights & Biases get."""
 
     __pydantic_config__ = Strict
     decides = NOTHING
@@ -124,6 +124,8 @@ class MetricsConfig:
     """Steps between lines of the log and records of metrics.jsonl."""
     tensorboard: bool = True
     """Whether OUTPUT/tb is written for TensorBoard."""
+    wandb: bool = False
+    """Whether Weights & Biases gets the run; its variables apply, such as WANDB_MODE=offline."""
     rank_every: NonNegative = 0
     """Steps between measurements of the bottlenecks' effective ranks; 0 measures none."""
     rank_alpha: Annotated[float, Field(gt=0, lt=1)] = 0.95

@@ -1,8 +1,10 @@
-"""What a run reports: a line or a progress bar, TensorBoard events, and metrics.jsonl.
+"""What a run reports: a line or a progress bar, metrics.jsonl, TensorBoard and Weights & Biases.
 
 OUTPUT/metrics.jsonl holds one JSON object a logged step, in full precision; OUTPUT/tb the same for
-TensorBoard. A resumed run drops the records after the step it resumes from, so that both show one
-uninterrupted curve.
+TensorBoard, under tags in groups (`tag_of`), and the run's configuration as text. A resumed run
+drops the records after the step it resumes from, so that both show one uninterrupted curve.
+Weights & Biases, where `metrics.wandb` is true, gets what TensorBoard does; the id of the run there
+is kept in OUTPUT/wandb_run_id, and a resumed run continues it.
 
 Durations are those of training steps, data included; checkpoints, evaluations and measurements
 between steps are not in them. Every step that one of these follows is logged, for logging waits
@@ -16,19 +18,24 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch.utils.tensorboard import SummaryWriter
-from torchtitan.components.metrics import BaseLogger, MetricsProcessor
+from torchtitan.components.metrics import BaseLogger, MetricsProcessor, WandBLogger
 
 from lowline.files import write_text
+from lowline.train.config.load import ConfigError
 from lowline.train.engine.errors import RunError
+from lowline.train.engine.progress import step_progress
 
 logger = logging.getLogger("lowline")
 
@@ -45,13 +52,37 @@ def read_metrics(output: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-class Recorder(BaseLogger):
-    """Writes scalars to OUTPUT/tb and OUTPUT/metrics.jsonl."""
+GROUPS = {  # of TensorBoard's tags; a name that has a group already keeps it
+    **dict.fromkeys(("loss", "perplexity", "tokens"), "train"),
+    "grad_norm": "optim",
+    **dict.fromkeys(("tokens_per_second", "mfu", "memory_gib", "seconds_per_step"), "speed"),
+    "data_seconds": "speed",
+}
 
-    def __init__(self, output: str, tensorboard: bool) -> None:
+
+def tag_of(name: str) -> str:
+    """Return the tag of a record's number in TensorBoard and Weights & Biases."""
+    if name.startswith("eval_"):
+        return f"eval/{name.removeprefix('eval_')}"
+    if name.startswith("lr/"):
+        return f"optim/{name}"
+    return f"{GROUPS[name]}/{name}" if name in GROUPS else name
+
+
+class Recorder(BaseLogger):
+    """Writes scalars to OUTPUT/metrics.jsonl, and to TensorBoard and Weights & Biases if wanted.
+
+    Args:
+        output: the run's folder.
+        config: its configuration as TOML, which TensorBoard and Weights & Biases show.
+    """
+
+    def __init__(self, output: str, config: str, *, tensorboard: bool, wandb: bool) -> None:
         self.output = Path(output)
-        self.tensorboard = tensorboard
+        self.config = config
+        self.wanted = {"tensorboard": tensorboard, "wandb": wandb}
         self.writer: SummaryWriter | None = None
+        self.wandb: WandBLogger | None = None
         self.file: TextIO | None = None
 
     def open(self, last_step: int) -> list[dict[str, Any]]:
@@ -61,24 +92,70 @@ class Recorder(BaseLogger):
         kept = [r for r in read_metrics(self.output) if r["step"] <= last_step]
         write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
         self.file = path.open("a")
-        if self.tensorboard:
+        if self.wanted["tensorboard"]:
             self.writer = SummaryWriter(str(self.output / "tb"), purge_step=last_step + 1)
+            code = "".join(f"    {line}\n" for line in self.config.splitlines())  # in Markdown
+            self.writer.add_text("config", code, last_step)
+        if self.wanted["wandb"]:
+            self.wandb = open_wandb(self.output, self.config)
         return kept
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         assert self.file is not None, "open() comes first"
         self.file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.file.flush()
+        tagged = {tag_of(name): value for name, value in metrics.items()}
         if self.writer is not None:
-            for name, value in metrics.items():
-                self.writer.add_scalar(name, value, step)
+            for tag, value in tagged.items():
+                self.writer.add_scalar(tag, value, step)
             self.writer.flush()  # a killed process leaves no hole in the curve
+        if self.wandb is not None:
+            self.wandb.log(tagged, step)
 
     def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
-        if self.writer is not None:
-            self.writer.close()
+        sinks: tuple[Any, ...] = (self.file, self.writer, self.wandb)
+        for sink in sinks:
+            if sink is not None:
+                sink.close()
+
+
+def open_wandb(output: Path, config: str) -> WandBLogger:
+    """Start, or continue, the run of OUTPUT in Weights & Biases.
+
+    The variables of wandb and torchtitan (WANDB_MODE, WANDB_PROJECT, WANDB_RUN_ID, ...) decide
+    where they are set.
+
+    Raises:
+        ConfigError: wandb cannot start, as without a login or a network.
+    """
+    import wandb
+
+    known = output / "wandb_run_id"
+    variables = {"WANDB_PROJECT": "lowline", "WANDB_RUN_NAME": output.name, "WANDB_RESUME": "allow"}
+    if known.exists():
+        variables["WANDB_RUN_ID"] = known.read_text().strip()
+    try:
+        with _unless_set(variables):
+            opened = WandBLogger(str(output), tomllib.loads(config))
+    except wandb.errors.Error as error:
+        raise ConfigError(
+            f"metrics.wandb = true: {error}; run `wandb login`, set WANDB_MODE=offline to record "
+            "without a network, or set metrics.wandb = false"
+        ) from None
+    write_text(known, f"{opened.wandb.run.id}\n")
+    return opened
+
+
+@contextmanager
+def _unless_set(variables: Mapping[str, str]) -> Iterator[None]:
+    """Give environment variables values where they have none, for a while."""
+    missing = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)
 
 
 class DivergedError(RunError, RuntimeError):
@@ -91,6 +168,7 @@ class Metrics(MetricsProcessor):
     @dataclass(kw_only=True, slots=True)
     class Config(MetricsProcessor.Config):
         total_steps: int
+        run_config: str  # TOML
         progress: str = "auto"
         perplexity: bool = True  # whether e to the loss is one
         log_also: tuple[int, ...] = ()  # further periods, 0 = never: what happens between steps
@@ -107,15 +185,8 @@ class Metrics(MetricsProcessor):
         self.progress: Progress | None = None
         wanted = config.progress == "bar" or config.progress == "auto" and os.isatty(2)
         if self.recorder and wanted:
-            self.progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[numbers]}"),
-                console=Console(stderr=True, force_terminal=True),
-            )
-            self._task = self.progress.add_task("steps", total=config.total_steps, numbers="")
+            self.progress = step_progress(Console(stderr=True, force_terminal=True))
+            self._task = self.progress.add_task("steps", total=config.total_steps, numbers=())
 
     def _build_metric_logger(
         self, *, config: Any, parallel_dims: Any, dump_folder: str, **kwargs: Any
@@ -124,7 +195,12 @@ class Metrics(MetricsProcessor):
         writer = dist.get_world_size() // parallel_dims.pp * (parallel_dims.pp - 1)
         if dist.get_rank() != writer:
             return BaseLogger()
-        return Recorder(dump_folder, config.enable_tensorboard)
+        return Recorder(
+            dump_folder,
+            config.run_config,
+            tensorboard=config.enable_tensorboard,
+            wandb=config.enable_wandb,
+        )
 
     def should_log(self, step: int) -> bool:
         """Steps 1, the last, every `log_freq`-th, and those that something else follows."""
@@ -204,14 +280,14 @@ class Metrics(MetricsProcessor):
             **extra,
         }
         self.logger.log(record, step)
-        numbers = (
-            f"loss {global_avg_loss:7.4f}  grad norm {grad_norm:6.3f}  "
-            f"{tokens_per_second:,.0f} tokens/s  MFU {mfu:.1%}  {memory:.2f} GiB"
-        )
+        numbers = [f"loss {global_avg_loss:.4f}", f"grad norm {grad_norm:.3f}"]
+        numbers += [f"{tokens_per_second:,.0f} tokens/s", f"{memory:.2f} GiB"]
+        if torch.accelerator.is_available():  # a CPU has no published peak, only a measured one
+            numbers.append(f"MFU {mfu:.1%}")
         if self.progress is not None:
             self.progress.update(self._task, numbers=numbers)
         else:
-            self.say(f"step {step}/{self.config.total_steps}  {numbers}")
+            self.say(f"step {step}/{self.config.total_steps}  " + "  ".join(numbers))
         self._train_seconds, self._steps = 0.0, 0
         self.ntokens_since_last_log = 0
         self.data_loading_times.clear()
