@@ -7,13 +7,13 @@ values, logits, loss and every gradient; and what a tensor-parallel block sends.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import training
 
 WORKER = Path(__file__).parents[1] / "workers" / "parallel_model.py"
 SHAPES = (
@@ -37,7 +37,7 @@ def launch(processes: int, folder: Path) -> dict[str, Any]:
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(WORKER)]
     run = subprocess.run(
         [sys.executable, "-P", *command, str(report)],
-        env=os.environ | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},
+        env=training.ENVIRONMENT | {"PYTHONPATH": str(WORKER.parents[1])},
         capture_output=True,
         text=True,
         timeout=600,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import (
@@ -19,6 +19,8 @@ from transformers import (
 from lowline.cola.hf import CoLAConfig
 from lowline.linearize.convert import Layers, convert
 from lowline.linearize.mixers import MIXERS
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 VOCAB = 97
 SHAPE = dict(
@@ -60,13 +62,14 @@ ARCHITECTURES: dict[str, PreTrainedConfig] = {
 
 
 def teacher(name: str = "llama") -> PreTrainedModel:
-    """Every weight random, norms and biases too, and large enough that each of them is felt."""
+    """Return a tiny model of an architecture with random weights."""
     model = AutoModelForCausalLM.from_config(ARCHITECTURES[name])
     return scrambled(model)
 
 
 @torch.no_grad()
-def scrambled(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+def scrambled(model: Module, seed: int = 0) -> Module:
+    """Make every weight random, norms and biases too, and large enough that each is felt."""
     generator = torch.Generator().manual_seed(seed)
     for weight in model.parameters():
         noise = torch.randn(weight.shape, generator=generator)
@@ -96,13 +99,13 @@ def moved(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def tokens(rows: int = 2, length: int = 16, seed: int = 1) -> torch.Tensor:
-    """Ids that are no padding."""
+def tokens(rows: int = 2, length: int = 16, seed: int = 1, vocab: int = VOCAB) -> torch.Tensor:
+    """Return ids that are no padding."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, VOCAB, (rows, length), generator=generator)
+    return torch.randint(1, vocab, (rows, length), generator=generator)
 
 
 def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest difference, relative to the largest value."""
+    """Return the largest difference, relative to the largest value."""
     assert theirs.std() > 0.1  # a comparison of noughts proves nothing
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()

@@ -5,18 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import models
+from helpers.runs import make_run
 from transformers import AutoModelForCausalLM
 
 from lowline.linearize.mixers import MIXERS
-from lowline.train.config.run import OptimizerConfig, RunConfig, TrainingConfig
-from lowline.train.engine.titan_compat import prepare
-
-prepare()
-
-from lowline.train.hf import config as hf_config  # noqa: E402
-from lowline.train.hf import weights as train_hf  # noqa: E402
-from lowline.train.model.build import build_model_config  # noqa: E402
-from lowline.train.model.names import from_hf_names, to_hf_names  # noqa: E402
+from lowline.train.config.run import RunConfig
+from lowline.train.hf import config as hf_config
+from lowline.train.hf import weights as train_hf
+from lowline.train.model.build import build_model_config
+from lowline.train.model.names import from_hf_names, to_hf_names
 
 LENGTH = 24
 POSITIONS = torch.tensor([[*range(7), 0, *range(16)], [*range(11), *range(13)]])
@@ -26,12 +23,11 @@ ARCHITECTURES += ["mistral, head_dim 24", "cola, QK-norm, mixed"]
 
 def run_of(config, **sections) -> RunConfig:
     model, cola = hf_config.config_from_hf(config)
-    return RunConfig(
+    return make_run(
         model=model,
         cola=cola,
         mixer=hf_config.mixer_from_hf(config),
-        training=TrainingConfig(steps=1, seq_len=LENGTH, global_batch_size=1),
-        optimizer=OptimizerConfig(lr=1e-3),
+        training=dict(seq_len=LENGTH),
         **sections,
     )
 

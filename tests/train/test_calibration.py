@@ -13,13 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from lowline.linearize.mixers.slots import Slots, centres
 from lowline.train.config.load import ConfigError, load_config
-from lowline.train.engine.titan_compat import prepare
-
-prepare()
-
-from lowline.train.engine import trainer as engine  # noqa: E402
-from lowline.train.hf.export import export  # noqa: E402
-from lowline.train.objectives.calibration import SINKS, evenly  # noqa: E402
+from lowline.train.engine import trainer as engine
+from lowline.train.hf.export import export
+from lowline.train.objectives.calibration import SINKS, evenly
 
 STEPS = 2
 SLOTS = (

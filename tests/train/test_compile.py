@@ -9,43 +9,26 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
+from helpers.runs import build, make_run
+from torchtitan.config import CompileConfig, ParallelismConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.activation_checkpoint import FullAC
+from torchtitan.distributed.compile import apply_compile
 
-from lowline.train.config.run import (
-    ColaConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainingConfig,
-)
-from lowline.train.engine.titan_compat import prepare
-
-prepare()
-
-from torchtitan.config import CompileConfig, ParallelismConfig  # noqa: E402
-from torchtitan.distributed import ParallelDims  # noqa: E402
-from torchtitan.distributed.activation_checkpoint import FullAC  # noqa: E402
-from torchtitan.distributed.compile import apply_compile  # noqa: E402
-
-from lowline.train.model.attention import document_mask  # noqa: E402
-from lowline.train.model.build import build_model_config  # noqa: E402
+from lowline.train.model.attention import document_mask
 
 pytestmark = pytest.mark.slow
 
 DIM, LENGTH, BATCH = 64, 32, 2
 
 
-def build(memory: str, grouped: bool) -> nn.Module:
-    run = RunConfig(
-        model=ModelConfig(dim=DIM, n_layers=2, n_heads=4, ffn_dim=176, vocab_size=64),
-        training=TrainingConfig(steps=1, seq_len=LENGTH, global_batch_size=BATCH),
-        optimizer=OptimizerConfig(lr=1e-3),
-        cola=ColaConfig(rank=16, memory=memory, grouped=grouped),  # type: ignore[arg-type]
+def built(memory: str, grouped: bool) -> nn.Module:
+    run = make_run(
+        model=dict(dim=DIM, ffn_dim=176, vocab_size=64),
+        training=dict(seq_len=LENGTH, global_batch_size=BATCH),
+        cola=dict(rank=16, memory=memory, grouped=grouped),
     )
-    model = build_model_config(run).build()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        model.init_states()
-    return model
+    return build(run)
 
 
 def compile_blocks(model: nn.Module, backend: str) -> None:
@@ -113,8 +96,8 @@ def fresh_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     ],
 )
 def test_compiled_blocks_equal_eager_ones(memory: str, grouped: bool, backend: str) -> None:
-    expected, eager = step(build(memory, grouped), True)
-    model = build(memory, grouped)
+    expected, eager = step(built(memory, grouped), True)
+    model = built(memory, grouped)
     compile_blocks(model, backend)
     actual, compiled = step(model, True)
     assert_near(actual, expected)
@@ -126,8 +109,8 @@ def test_compiled_blocks_equal_eager_ones(memory: str, grouped: bool, backend: s
 
 
 def test_whole_block_checkpointing_compiles() -> None:
-    expected, _ = step(build("cola", True), True)
-    model = build("cola", True)
+    expected, _ = step(built("cola", True), True)
+    model = built("cola", True)
     FullAC.Config().build().apply(model)
     compile_blocks(model, "aot_eager")
     actual, kept = step(model, True)

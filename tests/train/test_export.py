@@ -1,7 +1,6 @@
 """A training checkpoint to a Hugging Face directory and back into training."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from helpers import training
+from helpers.runs import build, make_run
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -16,39 +17,21 @@ from lowline.tools.commands.generate import generate
 from lowline.tools.commands.import_ import import_tables
 from lowline.train.config.folder import is_step_folder
 from lowline.train.config.load import load_config, to_toml
-from lowline.train.config.run import (
-    ColaConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainingConfig,
-)
-from lowline.train.engine.titan_compat import prepare
+from lowline.train.config.run import RunConfig
 from lowline.train.hf import export as tools_export
 from lowline.train.hf import weights as train_hf
-
-prepare()
-
-from lowline.train.model.build import build_model_config  # noqa: E402
 
 WORKER = Path(__file__).parents[1] / "workers" / "hf_shards.py"
 
 
-def make_run(**model) -> RunConfig:
-    shape = dict(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=24, vocab_size=4096)
-    return RunConfig(
-        model=ModelConfig(**shape | model),
-        cola=ColaConfig(rank=8),
-        training=TrainingConfig(steps=1, seq_len=32, global_batch_size=1),
-        optimizer=OptimizerConfig(lr=1e-3),
-    )
+def run_of(**model) -> RunConfig:
+    shape = dict(dim=16, n_kv_heads=2, ffn_dim=24, vocab_size=4096)
+    return make_run(model=shape | model, cola=dict(rank=8), training=dict(seq_len=32))
 
 
 def saved(run: RunConfig, step_folder: Path, **extra) -> torch.nn.Module:
     """A checkpoint as training leaves it: model, optimizer state, config.toml."""
-    torch.manual_seed(int(step_folder.name.removeprefix("step-")))
-    body = build_model_config(run).build()
-    body.init_states()
+    body = build(run, seed=int(step_folder.name.removeprefix("step-")))
     state = body.state_dict() | {"optimizer.state.x": torch.zeros(3), "train_state": b"7"} | extra
     dcp.save(state, checkpoint_id=step_folder, no_dist=True)
     (step_folder / "config.toml").write_text(to_toml(run))
@@ -59,14 +42,14 @@ def saved(run: RunConfig, step_folder: Path, **extra) -> torch.nn.Module:
 def output(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     for step in (9, 10):
-        saved(make_run(), folder / "checkpoint" / f"step-{step}")
+        saved(run_of(), folder / "checkpoint" / f"step-{step}")
     (folder / "checkpoint" / "step-11.saving").mkdir()
     return folder
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_export_holds_the_trained_model_and_all_that_using_it_needs(tied, tmp_path):
-    run = make_run(tie_embeddings=tied)
+    run = run_of(tie_embeddings=tied)
     body = saved(run, tmp_path / "checkpoint" / "step-3")
     out = tools_export.export(tmp_path, tmp_path / "out" / "model")
     model = AutoModelForCausalLM.from_pretrained(out).eval()
@@ -150,7 +133,7 @@ def test_a_hugging_face_directory_is_no_step_folder(tmp_path):
 
 
 def test_weights_that_do_not_fit_the_configuration_are_named(tmp_path):
-    run, other = make_run(), make_run(ffn_dim=32)
+    run, other = run_of(), run_of(ffn_dim=32)
     saved(run, tmp_path / "checkpoint" / "step-1")
     (tmp_path / "checkpoint" / "step-1" / "config.toml").write_text(to_toml(other))
     with pytest.raises(ValueError, match=r"gate_proj.B.weight is \(24, 8\), expected \(32, 8\)"):
@@ -163,7 +146,7 @@ def test_weights_that_do_not_fit_the_configuration_are_named(tmp_path):
 
 def test_shards_of_two_ranks_go_in_and_out(tmp_path):
     """FSDP on two ranks loads a Hugging Face directory by shards; what it saves exports."""
-    run = make_run(tie_embeddings=True, qk_norm=True)
+    run = run_of(tie_embeddings=True, qk_norm=True)
     saved(run, tmp_path / "one" / "checkpoint" / "step-1")
     first = tools_export.export(tmp_path / "one", tmp_path / "first", dtype="bfloat16")
     command = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc_per_node=2"]
@@ -171,7 +154,7 @@ def test_shards_of_two_ranks_go_in_and_out(tmp_path):
     subprocess.run(
         [*command, str(WORKER), str(first), str(tmp_path / "two")],
         check=True,
-        env=os.environ | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},
+        env=training.ENVIRONMENT | {"PYTHONPATH": str(WORKER.parents[1])},
     )
     step = tmp_path / "two" / "checkpoint" / "step-1"
     (step / "config.toml").write_text(to_toml(run))

@@ -7,28 +7,21 @@ import sys
 import pytest
 import torch
 from helpers import flash_attn as stand_in
+from helpers.runs import make_run
 from torchtitan.models.common.attention import create_varlen_metadata_for_document
 
 from lowline.errors import LowlineError
-from lowline.train.config.run import ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
-from lowline.train.engine.titan_compat import prepare
+from lowline.train.config.run import RunConfig
+from lowline.train.model import build
 from lowline.train.model.attention import Bounds, DocumentSDPA, FlashAttention, inner_attention
-
-prepare()
-
-from lowline.train.model import build  # noqa: E402
 
 LENGTHS = (5, 7, 4, 12, 4)  # of documents in two rows of 16
 POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS]).view(2, 16)
 
 
-def make_run(**model) -> RunConfig:
-    shape = dict(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=24, vocab_size=64)
-    return RunConfig(
-        model=ModelConfig(**shape | model),
-        training=TrainingConfig(steps=1, seq_len=16, global_batch_size=2),
-        optimizer=OptimizerConfig(lr=1e-3),
-    )
+def run_of(**model) -> RunConfig:
+    shape = dict(dim=16, n_kv_heads=2, ffn_dim=24, vocab_size=64)
+    return make_run(model=shape | model, training=dict(global_batch_size=2))
 
 
 def inputs(dtype: torch.dtype, device: str = "cpu") -> list[torch.Tensor]:
@@ -78,7 +71,7 @@ def test_model_takes_bounds_from_the_trainer(monkeypatch):
     logits = []
     for name in ("flash", "sdpa"):
         torch.manual_seed(0)
-        model = build.build_model_config(make_run(attention=name)).build()
+        model = build.build_model_config(run_of(attention=name)).build()
         model.init_states()
         masks = model.get_attention_masks(positions=POSITIONS) if name == "flash" else None
         with torch.no_grad():

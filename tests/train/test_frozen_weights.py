@@ -10,11 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from helpers import training
 
-from lowline.train.engine.titan_compat import prepare
-
-prepare()
-
-from lowline.train.config.folder import saved_steps  # noqa: E402
+from lowline.train.config.folder import saved_steps
 
 BF16 = '--training.precision="bfloat16"'
 TRANSFER = (*training.MIXER, BF16, '--objective.kind="transfer"', "--optimizer.lr=0.1")

@@ -7,6 +7,9 @@ import sys
 
 import pytest
 import torch
+from helpers.models import LLAMA3 as HF_LLAMA3
+from helpers.models import error, scrambled, tokens
+from helpers.runs import build, make_run
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -22,20 +25,13 @@ from lowline.cola.hf import CoLAConfig, CoLAForCausalLM
 from lowline.train.config.run import (
     ColaConfig,
     ModelConfig,
-    OptimizerConfig,
     RopeScaling,
     RunConfig,
-    TrainingConfig,
 )
 from lowline.train.data.tokenizer import load_tokenizer
-from lowline.train.engine.titan_compat import prepare
-
-prepare()
-
-from lowline.train.hf import config as hf_config  # noqa: E402
-from lowline.train.hf import weights as train_hf  # noqa: E402
-from lowline.train.model import names as hf_names  # noqa: E402
-from lowline.train.model.build import build_model_config  # noqa: E402
+from lowline.train.hf import config as hf_config
+from lowline.train.hf import weights as train_hf
+from lowline.train.model import names as hf_names
 
 SEQ_LEN = 32
 ALL = {"q": 8, "k": 6, "v": 7, "o": 8, "gate": 12, "up": 9, "down": 10}
@@ -73,18 +69,10 @@ HF_SHAPE = dict(
     num_key_value_heads=2,
     max_position_embeddings=64,
 )
-HF_LLAMA3 = dict(
-    rope_type="llama3",
-    rope_theta=500000.0,
-    factor=4.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=16,
-)
 HF_MODELS = {
     "llama": LlamaConfig(**HF_SHAPE),
     "llama, tied, head_dim": LlamaConfig(**HF_SHAPE, tie_word_embeddings=True, head_dim=16),
-    "llama 3.1": LlamaConfig(**HF_SHAPE, rope_parameters=HF_LLAMA3),
+    "llama 3.1": LlamaConfig(**HF_SHAPE, rope_parameters=HF_LLAMA3 | {"rope_theta": 500000.0}),
     "mistral": MistralConfig(**HF_SHAPE, sliding_window=None),
     "mistral, wide window": MistralConfig(**HF_SHAPE, sliding_window=48),
     "qwen2": Qwen2Config(**HF_SHAPE, tie_word_embeddings=True),
@@ -96,40 +84,18 @@ HF_MODELS = {
 }
 
 
-def make_run(model: ModelConfig, cola: ColaConfig) -> RunConfig:
-    return RunConfig(
-        model=model,
-        cola=cola,
-        training=TrainingConfig(steps=1, seq_len=SEQ_LEN, global_batch_size=1),
-        optimizer=OptimizerConfig(lr=1e-3),
-    )
+def run_of(model: ModelConfig, cola: ColaConfig) -> RunConfig:
+    return make_run(model=model, cola=cola, training=dict(seq_len=SEQ_LEN))
 
 
 def training_body(model: ModelConfig, cola: ColaConfig) -> torch.nn.Module:
-    body = build_model_config(make_run(model, cola)).build()
-    body.init_states()
-    return scrambled(body)
-
-
-def scrambled(body: torch.nn.Module) -> torch.nn.Module:
-    """Every weight random, norms and biases too, and large enough that each of them is felt."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in body.parameters():
-            noise = torch.randn(weight.shape, generator=generator)
-            weight.copy_(noise / weight.shape[-1] ** 0.5 if weight.dim() > 1 else 1 + noise / 4)
-    return body.eval()
-
-
-def tokens(rows: int = 2, length: int = SEQ_LEN, vocab: int = 97) -> torch.Tensor:
-    return torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(1))
+    return scrambled(build(run_of(model, cola)))
 
 
 @torch.no_grad()
 def relative_error(ours: torch.nn.Module, theirs: torch.nn.Module) -> float:
-    ours_BTV, theirs_BTV = ours(tokens()), theirs(tokens()).logits
-    assert theirs_BTV.std() > 0.1  # a comparison of noughts proves nothing
-    return ((ours_BTV - theirs_BTV).abs().max() / theirs_BTV.abs().max()).item()
+    ids = tokens(length=SEQ_LEN)
+    return error(ours(ids), theirs(ids).logits)
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +118,8 @@ def test_trained_model_has_equal_logits_in_transformers(name):
     missing, unexpected = theirs.load_state_dict(weights, strict=False)
     assert missing == (["lm_head.weight"] if model.tie_embeddings else []) and not unexpected
     assert relative_error(body, theirs) <= 1e-5
-    back = make_run(*hf_config.config_from_hf(config))
-    assert back.ranks() == make_run(model, cola).ranks()
+    back = run_of(*hf_config.config_from_hf(config))
+    assert back.ranks() == run_of(model, cola).ranks()
     assert back.model.projection_shapes() == model.projection_shapes()
 
 
@@ -163,17 +129,17 @@ def test_hugging_face_model_has_equal_logits_in_training(name, tmp_path):
     theirs.save_pretrained(tmp_path, max_shard_size="10KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     model, cola = hf_config.config_from_hf(tmp_path)
-    body = build_model_config(make_run(model, cola)).build()
-    body.init_states()
+    body = build(run_of(model, cola))
     body.load_state_dict(train_hf.load_hf_state_dict(tmp_path), strict=True)
     assert relative_error(body, theirs) <= 1e-5
 
 
 def test_rope_scaling_is_felt_at_this_length():
     plain = training_body(ModelConfig(**SHAPE), ColaConfig())
+    ids = tokens(length=SEQ_LEN)
     for scaling in (LLAMA3, YARN):
         scaled = training_body(ModelConfig(**SHAPE, rope_scaling=scaling), ColaConfig())
-        assert (plain(tokens()) - scaled(tokens())).abs().max() > 1e-2
+        assert (plain(ids) - scaled(ids)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", HF_MODELS)
@@ -227,7 +193,7 @@ def test_saved_model_gives_the_same_logits_bit_for_bit_in_a_new_process(cola_mod
         "    logits, hidden = model(ids).logits, base(ids).last_hidden_state\n"
         "torch.save((logits, hidden, type(model).__name__), sys.argv[3])\n"
     )
-    ids, out = tokens(vocab=4096), tmp_path / "out.pt"
+    ids, out = tokens(length=SEQ_LEN, vocab=4096), tmp_path / "out.pt"
     torch.save(ids, tmp_path / "ids.pt")
     arguments = [str(tmp_path / "model"), str(tmp_path / "ids.pt"), str(out)]
     subprocess.run([sys.executable, "-P", "-c", program, *arguments], check=True)
@@ -307,7 +273,7 @@ def test_pipeline(cola_model, tmp_path):
 
 
 def test_gradient_checkpointing_changes_no_gradient(cola_model):
-    ids = tokens(vocab=4096)
+    ids = tokens(length=SEQ_LEN, vocab=4096)
     cola_model.train()
 
     def gradients():
@@ -327,7 +293,7 @@ def test_gradient_checkpointing_changes_no_gradient(cola_model):
 @pytest.mark.parametrize("name", ["cola", "cola, dense mix"])
 def test_hidden_states_and_attentions_come_out(name):
     model = AutoModel.from_config(HF_MODELS[name], attn_implementation="eager").eval()
-    out = model(tokens(), output_hidden_states=True, output_attentions=True)
+    out = model(tokens(length=SEQ_LEN), output_hidden_states=True, output_attentions=True)
     assert [tuple(h.shape) for h in out.hidden_states] == [(2, SEQ_LEN, 32)] * 3
     assert [tuple(a.shape) for a in out.attentions] == [(2, 4, SEQ_LEN, SEQ_LEN)] * 2
 

@@ -8,17 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.runs import make_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowline.train.config.run import OptimizerConfig, RunConfig, TrainingConfig
-from lowline.train.engine.titan_compat import prepare
 from lowline.train.hf.config import config_from_hf
 from lowline.train.hf.export import import_weights
 from lowline.train.hf.weights import check_same_model, load_hf_state_dict
-
-prepare()
-
-from lowline.train.model.build import build_model_config  # noqa: E402
+from lowline.train.model.build import build_model_config
 
 TEXT = "The tower is 324 metres tall, about the same height as an 81-storey building. It was the"
 
@@ -50,12 +46,7 @@ def test_smollm2_has_equal_logits_in_training(gguf: Path, tmp_path: Path) -> Non
     model, cola = config_from_hf(folder)
     assert (model.n_heads, model.kv_heads, model.tie_embeddings, cola.rank) == (9, 3, True, 0)
     check_same_model(folder, model, cola)
-    run = RunConfig(
-        model=model,
-        cola=cola,
-        training=TrainingConfig(steps=1, seq_len=64, global_batch_size=1),
-        optimizer=OptimizerConfig(lr=1e-3),
-    )
+    run = make_run(model=model, cola=cola, training=dict(seq_len=64))
     body = build_model_config(run).build()
     body.load_state_dict(load_hf_state_dict(folder))
     ours_BTV = body.eval()(ids["input_ids"])

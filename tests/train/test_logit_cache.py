@@ -12,13 +12,9 @@ import torch.nn.functional as F
 from helpers import training
 
 from lowline.linearize.losses import distillation_loss, top_k_distillation_loss
-from lowline.train.engine.titan_compat import prepare
-
-prepare()
-
-from lowline.train.config.load import load_config  # noqa: E402
-from lowline.train.objectives import distill as objectives  # noqa: E402
-from lowline.train.objectives.logit_cache import LogitCache, top_k_of  # noqa: E402
+from lowline.train.config.load import load_config
+from lowline.train.objectives import distill as objectives
+from lowline.train.objectives.logit_cache import LogitCache, top_k_of
 
 V = 50
 

@@ -13,10 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import training
+from helpers.runs import build, make_run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lowline.linearize.losses import distillation_loss, transfer_loss
+from lowline.linearize.titan import Transfer
+from lowline.tools.commands.export import export
 from lowline.train.config.load import ConfigError, known_keys, load_config, to_toml
 from lowline.train.config.run import (
     LoraConfig,
@@ -27,21 +30,15 @@ from lowline.train.config.run import (
 )
 from lowline.train.data.tokenizer import load_tokenizer
 from lowline.train.engine.metrics import read_metrics
-from lowline.train.engine.titan_compat import prepare
-
-prepare()
-
-from lowline.linearize.titan import Transfer  # noqa: E402
-from lowline.tools.commands.export import export  # noqa: E402
-from lowline.train.engine.optim import optimizer_config  # noqa: E402
-from lowline.train.model.build import build_model_config  # noqa: E402
-from lowline.train.model.lora import is_lora  # noqa: E402
-from lowline.train.objectives.distill import DistillSection  # noqa: E402
-from lowline.train.objectives.losses import TeacherLoss  # noqa: E402
-from lowline.train.objectives.next_token import NextTokenSection  # noqa: E402
-from lowline.train.objectives.reverse_distill import ReverseDistillSection  # noqa: E402
-from lowline.train.objectives.transfer import TransferObjective, TransferSection  # noqa: E402
-from lowline.train.objectives.window_dropout import WindowDropout  # noqa: E402
+from lowline.train.engine.optim import optimizer_config
+from lowline.train.model.build import build_model_config
+from lowline.train.model.lora import is_lora
+from lowline.train.objectives.distill import DistillSection
+from lowline.train.objectives.losses import TeacherLoss
+from lowline.train.objectives.next_token import NextTokenSection
+from lowline.train.objectives.reverse_distill import ReverseDistillSection
+from lowline.train.objectives.transfer import TransferObjective, TransferSection
+from lowline.train.objectives.window_dropout import WindowDropout
 
 TRANSFER = (*training.MIXER, '--objective.kind="transfer"', "--optimizer.lr=0.1")
 
@@ -60,18 +57,15 @@ def started(teacher: Path, *arguments: str) -> tuple[str, ...]:
 
 
 def tiny_run(mixer: str | None = "lolcats", **sections) -> RunConfig:
-    sections.setdefault("training", TrainingConfig(steps=10, seq_len=16, global_batch_size=2))
-    sections.setdefault("optimizer", OptimizerConfig(lr=1e-3))
+    sections.setdefault("training", dict(steps=10, global_batch_size=2))
     if mixer is not None:
-        sections.setdefault("mixer", MixerConfig(name=mixer, options={"window": 4}))
-    return RunConfig(model=replace(training.MODEL, vocab_size=97), **sections)
+        sections.setdefault("mixer", dict(name=mixer, options={"window": 4}))
+    return make_run(model=replace(training.MODEL, vocab_size=97), **sections)
 
 
 def body_of(run: RunConfig, seed: int = 0) -> torch.nn.Module:
-    torch.manual_seed(seed)
-    body = build_model_config(run).build()
+    body = build(run, seed)
     with torch.no_grad():
-        body.init_states()
         for weight in body.parameters():
             if weight.ndim > 1:
                 weight += torch.randn_like(weight) * weight.shape[-1] ** -0.5

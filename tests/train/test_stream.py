@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers.live_bytes import LiveBytes
+from helpers.runs import make_run
 from safetensors.torch import load_file
 from torchtitan.config import TORCH_DTYPE_MAP
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from lowline.train.blockwise.job import Blocks, stitch
 from lowline.train.config.load import to_toml
 from lowline.train.config.run import (
     CheckpointConfig,
@@ -21,21 +23,14 @@ from lowline.train.config.run import (
     LoraConfig,
     MixerConfig,
     ModelConfig,
-    OptimizerConfig,
     RunConfig,
-    TrainingConfig,
 )
-from lowline.train.engine.titan_compat import prepare
-
-prepare()
-
-from lowline.train.blockwise.job import Blocks, stitch  # noqa: E402
-from lowline.train.hf import stream  # noqa: E402
-from lowline.train.hf.export import export  # noqa: E402
-from lowline.train.model.build import build_model_config  # noqa: E402
-from lowline.train.model.names import to_hf_name  # noqa: E402
-from lowline.train.model.parallelize import store_frozen  # noqa: E402
-from lowline.train.objectives.transfer import TransferSection  # noqa: E402
+from lowline.train.hf import stream
+from lowline.train.hf.export import export
+from lowline.train.model.build import build_model_config
+from lowline.train.model.names import to_hf_name
+from lowline.train.model.parallelize import store_frozen
+from lowline.train.objectives.transfer import TransferSection
 
 MODEL = ModelConfig(dim=64, n_layers=24, n_heads=4, ffn_dim=512, vocab_size=4096)
 MIXER = MixerConfig(name="lolcats", options={"window": 4})
@@ -43,14 +38,9 @@ SHARD = 1_000_000
 LARGEST = 4096 * 64 * 4  # bytes of the embedding in fp32
 
 
-def make_run(**sections) -> RunConfig:
-    return RunConfig(
-        model=MODEL,
-        training=TrainingConfig(steps=1, seq_len=32, global_batch_size=1),
-        optimizer=OptimizerConfig(lr=1e-3),
-        evaluation=EvaluationConfig(enable=False),
-        **sections,
-    )
+def run_of(**sections) -> RunConfig:
+    off = EvaluationConfig(enable=False)
+    return make_run(model=MODEL, training=dict(seq_len=32), evaluation=off, **sections)
 
 
 def save(run: RunConfig, folder: Path) -> dict[str, torch.Tensor]:
@@ -70,7 +60,7 @@ def size(weights: dict[str, torch.Tensor]) -> int:
 
 def test_export_holds_one_file_of_a_model(tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "SHARD_BYTES", SHARD)
-    run = make_run(lora=LoraConfig(rank=4, alpha=8.0), mixer=MIXER)
+    run = run_of(lora=LoraConfig(rank=4, alpha=8.0), mixer=MIXER)
     weights = save(run, tmp_path / "checkpoint" / "step-1")
     with LiveBytes() as alive:
         out = export(tmp_path, tmp_path / "out", dtype="float32")
@@ -102,10 +92,10 @@ def test_export_holds_one_file_of_a_model(tmp_path, monkeypatch):
 
 
 def test_stitching_holds_one_tensor_of_a_model(tmp_path):
-    before = make_run(lora=LoraConfig(rank=4))
+    before = run_of(lora=LoraConfig(rank=4))
     source = tmp_path / "before" / "checkpoint" / "step-1"
     weights = save(before, source)
-    run = make_run(
+    run = run_of(
         output=str(tmp_path / "stage"),
         mixer=MIXER,
         objective=TransferSection(),
@@ -147,7 +137,7 @@ def test_an_export_has_the_dtype_of_what_was_converted(tmp_path, source):
                              num_attention_heads=2, intermediate_size=8)  # fmt: skip
         LlamaForCausalLM(config).to(getattr(torch, source)).save_pretrained(tmp_path / "source")
         start["checkpoint"] = CheckpointConfig(initial_weights=str(tmp_path / "source"))
-    run = replace(make_run(mixer=MIXER, lora=LoraConfig(), **start), model=small)
+    run = replace(run_of(mixer=MIXER, lora=LoraConfig(), **start), model=small)
     save(run, tmp_path / "checkpoint" / "step-1")
     out = export(tmp_path, tmp_path / "out")
     kinds = {weight.dtype for weight in load_file(out / "model.safetensors").values()}
@@ -156,7 +146,7 @@ def test_an_export_has_the_dtype_of_what_was_converted(tmp_path, source):
 
 
 def test_an_export_has_the_one_dtype_of_a_checkpoint(tmp_path):
-    run = replace(make_run(), model=replace(MODEL, n_layers=1))
+    run = replace(run_of(), model=replace(MODEL, n_layers=1))
     save(run, tmp_path / "checkpoint" / "step-1")
     out = export(tmp_path, tmp_path / "out")
     assert {w.dtype for w in load_file(out / "model.safetensors").values()} == {torch.float32}

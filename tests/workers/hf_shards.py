@@ -6,28 +6,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from helpers.runs import make_run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from lowline.train.config.run import OptimizerConfig, RunConfig, TrainingConfig
-from lowline.train.engine.titan_compat import prepare
 from lowline.train.hf.config import config_from_hf
 from lowline.train.hf.weights import LlamaStateDictAdapter
-
-prepare()
-
-from lowline.train.model.build import build_model_config  # noqa: E402
+from lowline.train.model.build import build_model_config
 
 
 def main(source: str, output: str) -> None:
     dist.init_process_group("gloo")
     model, cola = config_from_hf(source)
-    run = RunConfig(
-        model=model,
-        cola=cola,
-        training=TrainingConfig(steps=1, seq_len=32, global_batch_size=2),
-        optimizer=OptimizerConfig(lr=1e-3),
-    )
+    run = make_run(model=model, cola=cola, training=dict(seq_len=32, global_batch_size=2))
     config = build_model_config(run)
     body = config.build()
     mesh = init_device_mesh("cpu", (2,))

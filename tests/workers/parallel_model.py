@@ -16,29 +16,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from lowline.train.engine.titan_compat import prepare
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from helpers.runs import build, make_run
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchtitan.components.loss import cross_entropy_loss
+from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.utils import set_spmd_backend
 
-prepare()
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.nn as nn  # noqa: E402
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torchtitan.components.loss import cross_entropy_loss  # noqa: E402
-from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig  # noqa: E402
-from torchtitan.distributed import ParallelDims  # noqa: E402
-from torchtitan.distributed.utils import set_spmd_backend  # noqa: E402
-
-from lowline.train.config.run import (  # noqa: E402
-    ColaConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-)
-from lowline.train.config.run import TrainingConfig as Training  # noqa: E402
-from lowline.train.model.build import build_model_config  # noqa: E402
-from lowline.train.model.parallelize import parallelize  # noqa: E402
+from lowline.train.config.run import RunConfig
+from lowline.train.model.build import build_model_config
+from lowline.train.model.parallelize import parallelize
 
 DIM, FFN, VOCAB, LENGTH, BATCH = 32, 88, 96, 16, 2
 MIX = {"q": 8, "k": 4, "o": 12, "up": 8, "down": 6}  # v and gate dense
@@ -56,21 +47,9 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def run_config(model: dict[str, Any], cola: dict[str, Any]) -> RunConfig:
-    shape = {"dim": DIM, "n_layers": 2, "n_heads": 4, "ffn_dim": FFN, "vocab_size": VOCAB}
-    return RunConfig(
-        model=ModelConfig(**shape, **model),
-        training=Training(steps=1, seq_len=LENGTH, global_batch_size=BATCH),
-        optimizer=OptimizerConfig(lr=1e-3),
-        cola=ColaConfig(**cola),
-    )
-
-
-def whole_model(run: RunConfig) -> nn.Module:
-    model = build_model_config(run).build()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        model.init_states()
-    return model
+    shape = {"dim": DIM, "ffn_dim": FFN, "vocab_size": VOCAB}
+    size = {"seq_len": LENGTH, "global_batch_size": BATCH}
+    return make_run(model=shape | model, training=size, cola=cola)
 
 
 def laid_out(
@@ -147,7 +126,7 @@ class Collectives(TorchDispatchMode):
 
 def compare(run: RunConfig, tensor: int, precision: str = "float32") -> dict[str, Any]:
     """Relative errors of everything against one process."""
-    whole, parts = whole_model(run), laid_out(run, tensor, precision)
+    whole, parts = build(run), laid_out(run, tensor, precision)
     tokens, labels, positions = batch()
     result: dict[str, Any] = {}
     originals = dict(whole.named_parameters())

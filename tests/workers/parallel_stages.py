@@ -18,9 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from helpers.runs import build
 from torchtitan.components.loss import cross_entropy_loss
 from torchtitan.distributed.utils import set_spmd_backend
-from workers.parallel_model import batch, full, laid_out, relative, run_config, whole_model
+from workers.parallel_model import batch, full, laid_out, relative, run_config
 
 from lowline.linearize.titan import Transfer
 from lowline.train.config.run import LoraConfig, MixerConfig, RunConfig
@@ -87,7 +88,7 @@ def compare(run: RunConfig, kind: str) -> dict[str, Any]:
     if kind == "transfer":
         run = replace(run, objective=TransferSection())
     whole, parts = (
-        whole_model(run),
+        build(run),
         laid_out(run, dist.get_world_size(), mixers_apart=kind == "transfer"),
     )
     originals = dict(whole.named_parameters())

@@ -1,4 +1,4 @@
-"""Finished runs: what is compared with what they were finished with."""
+"""Finished runs: what a new one is compared with.
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lowline.tools.once import DONE, end, is_done
+from lowline.train.engine.done import DONE, is_done, mark
 from lowline.train.config.load import ConfigError, load_config, to_toml
 from lowline.train.config.run import RunConfig
 
@@ -20,7 +20,7 @@ def demo(output: Path, *overrides: str) -> RunConfig:
 def test_only_keys_that_change_the_result_matter(tmp_path: Path) -> None:
     run = demo(tmp_path)
     assert not is_done(run)
-    end(run)
+    mark(run)
     assert is_done(run)
     without_effect = ("--metrics.log_every=7", "--data.num_workers=1", "--checkpoint.keep=3")
     assert is_done(demo(tmp_path, *without_effect, "--schedule.warmup_steps=15"))
