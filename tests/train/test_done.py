@@ -1,4 +1,4 @@
-"""Finished runs: what a new one is compared with.
+"""Finished runs: what a new one is compared with."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lowline.train.engine.done import DONE, is_done, mark
 from lowline.train.config.load import ConfigError, load_config, to_toml
 from lowline.train.config.run import RunConfig
+from lowline.train.engine.done import DONE, is_done, mark
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo_cola.toml"
 
