@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from helpers import training
-from helpers.models import ARCHITECTURES, error, scrambled, tokens
+from helpers.models import architecture, error, scrambled, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -93,7 +93,7 @@ def test_a_new_layer_has_the_published_beginning():
 
 
 def test_to_cola_replaces_the_seven_projections():
-    model = AutoModelForCausalLM.from_config(ARCHITECTURES["llama, biases, yarn"])
+    model = AutoModelForCausalLM.from_config(architecture("llama, biases, yarn"))
     dense = sum(isinstance(m, nn.Linear) for m in model.modules())
     assert lowline.to_cola(model, rank=0.25) is model
     made = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
@@ -104,7 +104,7 @@ def test_to_cola_replaces_the_seven_projections():
     assert made["model.layers.0.mlp.up_proj"].A.bias is None
     model(tokens(), labels=tokens()).loss.backward()
     assert all(layer.A.weight.grad.abs().max() > 0 for layer in made.values())
-    one = lowline.to_cola(AutoModelForCausalLM.from_config(ARCHITECTURES["llama"]), rank={"q": 5})
+    one = lowline.to_cola(AutoModelForCausalLM.from_config(architecture("llama")), rank={"q": 5})
     assert {n for n, m in one.named_modules() if isinstance(m, LowRankLinear)} == {
         f"model.layers.{i}.self_attn.q_proj" for i in range(3)
     }
@@ -155,7 +155,7 @@ class Decay(Mixer):
 def test_a_mixer_of_ones_own_converts_generates_saves_and_loads(tmp_path, monkeypatch):
     monkeypatch.delitem(MIXERS, "decay", raising=False)
     assert register_mixer("decay", DecayOptions)(Decay) is Decay
-    config = ARCHITECTURES["llama"]
+    config = architecture("llama")
     teacher = scrambled(AutoModelForCausalLM.from_config(config))
     model = lowline.convert(teacher, mixer="decay", layers="0, 2", options={"rate": 0.25})
     assert model.config.mixers[2] == {"name": "decay", "rate": 0.25}

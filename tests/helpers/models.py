@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -61,9 +62,14 @@ ARCHITECTURES: dict[str, PreTrainedConfig] = {
 }
 
 
+def architecture(name: str) -> PreTrainedConfig:
+    """Return a configuration of one's own: models keep theirs, and write their dtype into it."""
+    return copy.deepcopy(ARCHITECTURES[name])
+
+
 def teacher(name: str = "llama") -> PreTrainedModel:
     """Return a tiny model of an architecture with random weights."""
-    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name])
+    model = AutoModelForCausalLM.from_config(architecture(name))
     return scrambled(model)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import json
 import subprocess
@@ -14,6 +13,7 @@ import torch
 from helpers.models import (
     ARCHITECTURES,
     SHAPE,
+    architecture,
     converted,
     moved,
     scrambled,
@@ -231,7 +231,7 @@ def tokenizer():
 
 def test_saved_model_gives_the_same_logits_bit_for_bit_in_a_new_process(tokenizer, tmp_path):
     """A model with a layer of every mixer, and one of softmax."""
-    config = copy.deepcopy(ARCHITECTURES["llama, tied, llama3"])
+    config = architecture("llama, tied, llama3")
     config.num_hidden_layers = len(MIXERS) + 1
     model = scrambled(AutoModelForCausalLM.from_config(config))
     for layer, mixer in enumerate(sorted(MIXERS)):

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import (
-    ARCHITECTURES,
     VOCAB,
+    architecture,
     moved,
     scrambled,
     teacher,
@@ -53,7 +53,7 @@ def tokenizer():
 @cache
 def reader() -> PreTrainedModel:
     """A tiny random model for the embedded tokenizer's 4096 tokens."""
-    config = copy.deepcopy(ARCHITECTURES["llama"])
+    config = architecture("llama")
     config.vocab_size, config.max_position_embeddings = len(tokenizer()), 512
     return scrambled(AutoModelForCausalLM.from_config(config))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers.models import ARCHITECTURES, converted, scrambled, small_options, tokens
+from helpers.models import ARCHITECTURES, architecture, converted, scrambled, small_options, tokens
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, LlamaConfig, PreTrainedModel, pipeline
 
@@ -90,7 +90,7 @@ def test_a_conversation_goes_on_where_it_stopped(chunk):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A converted model's directory, the model and its tokenizer, which has a chat template."""
-    config = copy.deepcopy(ARCHITECTURES["llama"])
+    config = architecture("llama")
     config.vocab_size = 4096
     config = linearized_config(config, mixer=ANY, layers=HYBRID, options=small_options(ANY))
     from lowline.linearize.body.hf import FAMILIES
@@ -208,7 +208,7 @@ def test_break_even_length_of_llama_3_8b(monkeypatch):
     config = linearized_config(llama, mixer="plain", options={"heads": "query"})
     assert break_even_length(config) == 512
     assert state_bytes(config) == 32 * 32 * 128 * 128 * 4
-    narrow = copy.deepcopy(ARCHITECTURES["mistral, window"])
+    narrow = architecture("mistral, window")
     narrow.dtype = torch.float32  # 7 tokens of 2·16 numbers a head never reach 16·16
     assert break_even_length(linearized_config(narrow, mixer="plain")) is None
     narrow.sliding_window = 9

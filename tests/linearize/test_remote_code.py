@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import ARCHITECTURES, scrambled, small_options, tokens
+from helpers.models import architecture, scrambled, small_options, tokens
 from transformers import AutoModelForCausalLM
 
 from lowline.cola.remote_code import MODELING_FILE
@@ -25,7 +24,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     out, tokenizer = tmp_path_factory.mktemp("models"), load_tokenizer("embedded").hf
     made = {}
     for kind, name in (("cola", "cola"), ("lolcats", "qwen3, head_dim 24"), ("slots", "cola")):
-        config = copy.deepcopy(ARCHITECTURES[name])
+        config = architecture(name)
         config.vocab_size = 4096
         model = scrambled(AutoModelForCausalLM.from_config(config))
         if kind != "cola":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import ARCHITECTURES, scrambled
+from helpers.models import architecture, scrambled
 from transformers import AutoModelForCausalLM
 
 from lowline.linearize.body.cache import LinearizedCache, state_bytes
@@ -28,7 +27,7 @@ OPTIONS = {"window": 8, "sinks": 4, "backend": "torch"}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    config = copy.deepcopy(ARCHITECTURES["llama"])
+    config = architecture("llama")
     tokenizer = load_tokenizer("embedded").hf
     config.vocab_size = len(tokenizer)
     save(scrambled(AutoModelForCausalLM.from_config(config)), tokenizer, folder / "original")

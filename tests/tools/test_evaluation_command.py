@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import ARCHITECTURES, moved, scrambled, teacher
+from helpers.models import architecture, moved, scrambled, teacher
 from transformers import AutoModelForCausalLM
 
 from lowline.linearize.body.cache import state_bytes
@@ -32,7 +31,7 @@ def folder(tmp_path_factory) -> Path:
     """A teacher and two conversions of it, one of them of two layers in three."""
     folder = tmp_path_factory.mktemp("models")
     tokenizer = embedded.load_tokenizer("embedded").hf
-    config = copy.deepcopy(ARCHITECTURES["llama"])
+    config = architecture("llama")
     config.vocab_size = len(tokenizer)
     save(scrambled(AutoModelForCausalLM.from_config(config)), tokenizer, folder / "original")
     for name, mixer, layers in (("lolcats", "lolcats", "all"), ("liger", "liger_gla", "0, 2")):
