@@ -1,12 +1,20 @@
 """Conversations: the template's tokens, labels on the answers alone, packed like documents."""
 
 import json
+from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 
-from lowline.train.data import IGNORE_INDEX, SourceConfig, evaluation_rows, open_source
+from lowline.errors import LowlineError
+from lowline.train.data import (
+    IGNORE_INDEX,
+    LaneDataLoader,
+    SourceConfig,
+    evaluation_rows,
+    open_source,
+)
 from lowline.train.data.chat import Conversation, Message, conversation_tokens
 from lowline.train.data.packing import document_rows
 from lowline.train.data.tokenizer import load_tokenizer
@@ -127,3 +135,128 @@ def test_template_that_cannot_be_masked(tokenizer):
     hf.chat_template = "{{ messages | length }}" + CHATML  # the beginning depends on the end
     with pytest.raises(ValueError, match="cannot be told apart"):
         conversation_tokens(conversation(), hf)
+
+
+STRICT = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}<{{ m.role }}>{{ m.content }}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+GREETED = [{"role": "assistant", "content": "Hello!"}, *TALK[:2]]
+
+
+def answers(tokenizer, messages) -> list[str]:
+    """The texts between which there is no label."""
+    _, labels = document_rows(conversation(messages), tokenizer)
+    runs = "".join(" " if label == IGNORE_INDEX else "x" for label in labels).split()
+    kept = [label for label in labels.tolist() if label != IGNORE_INDEX]
+    found = []
+    for run in runs:
+        found.append(tokenizer.decode(kept[: len(run)]))
+        kept = kept[len(run) :]
+    return found
+
+
+def test_a_conversation_that_the_assistant_begins(tokenizer):
+    """Its greeting is learned where the template renders what precedes it; else it is context."""
+    answer = "A sequence of items.<|endoftext|>\n"
+    assert answers(tokenizer, GREETED) == ["Hello!<|endoftext|>\n", answer]
+    needs_one = load_tokenizer("embedded")
+    needs_one.hf.chat_template = "{{ messages[0]['role'][0] }}" + CHATML
+    assert answers(needs_one, GREETED) == [answer]
+    needs_one.hf.chat_template = (
+        "{% if not messages or messages[0].role != 'system' %}"
+        "<|system|>{{ messages | length > 0 }}<|endoftext|>\n{% endif %}" + CHATML
+    )
+    assert answers(needs_one, GREETED) == [answer]
+
+
+def refusing(template=STRICT):
+    found = load_tokenizer("embedded")
+    found.hf.chat_template = template
+    return found
+
+
+def chat_file(tmp_path, *conversations):
+    file = tmp_path / "talk.jsonl"
+    file.write_text("".join(json.dumps({"talk": talk}) + "\n" for talk in conversations))
+    return {"dataset": "files", "path": str(file), "messages_key": "talk"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_conversation_that_the_template_refuses(tmp_path, caplog, streaming):
+    refused = [TALK[0], *TALK]
+    options = chat_file(tmp_path, TALK[:2], refused, GREETED, TALK[2:])
+    tokenizer = refusing()
+    source = open_source(SourceConfig(**options, streaming=streaming))
+    with pytest.raises(LowlineError) as info:
+        evaluation_rows(source, tokenizer, seq_len=8)
+    said = str(info.value)
+    assert said.startswith(f"{options['path']}, line 2: the tokenizer's chat template refuses")
+    assert "roles must alternate" in said and 'data.on_bad_row = "skip"' in said
+    options["on_bad_row"] = "skip"
+    source = open_source(SourceConfig(**options, streaming=streaming))
+    rows = evaluation_rows(source, tokenizer, seq_len=8)
+    kept, _ = (document_rows(conversation(TALK[i : i + 2]), tokenizer)[0] for i in (0, 2))
+    expected = [document_rows(conversation(TALK[i : i + 2]), tokenizer)[0] for i in (0, 2)]
+    tokens = np.concatenate(expected)
+    assert rows.input.flatten()[: len(tokens)].tolist() == tokens.tolist()
+    assert (rows.labels.flatten()[len(tokens) :] == IGNORE_INDEX).all()
+    assert source.bad_rows.skipped == 2 and "line 3" in caplog.text
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_loader_resumes_among_refused_conversations(tmp_path, streaming):
+    talks = [TALK[:2], [TALK[0], *TALK], TALK[2:], GREETED, TALK]
+    options = chat_file(tmp_path, *talks, *talks)
+    source = SourceConfig(**options, streaming=streaming, on_bad_row="skip")
+    tokenizer = refusing()
+
+    def build(state):
+        config = LaneDataLoader.Config(source=source, global_batch_size=2)
+        rest = {"dp_world_size": 1, "dp_rank": 0, "seq_len": 7, "local_batch_size": 2}
+        loader = config.build(tokenizer=tokenizer, **rest)
+        loader.load_state_dict(state)
+        return loader
+
+    straight = build({})
+    states, rows = [], []
+    for inputs, labels in islice(iter(straight), 14):
+        rows.append(torch.stack([inputs["input"], labels, inputs["positions"]]))
+        states.append(straight.state_dict())
+    for step in range(0, 12, 3):
+        inputs, labels = next(iter(build(states[step])))
+        again = torch.stack([inputs["input"], labels, inputs["positions"]])
+        assert torch.equal(again, rows[step + 1])
+
+
+def test_a_template_that_refuses_everything_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr("lowline.train.data.packing._PATIENCE", 20)
+    options = chat_file(tmp_path, [TALK[0], *TALK])
+    loader = LaneDataLoader.Config(
+        source=SourceConfig(**options, on_bad_row="skip"), global_batch_size=1
+    ).build(dp_world_size=1, dp_rank=0, tokenizer=refusing(), seq_len=8, local_batch_size=1)
+    with pytest.raises(LowlineError, match="refuses 20 conversations.*line 1"):
+        next(iter(loader))
+
+
+BILLION = "{% for a in range(9999) %}" * 6 + "{% set b = a %}" + "{% endfor %}" * 6
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (BILLION, "did not end within"),
+        ("{% macro m(n) %}{{ m(n) }}{{ m(n) }}{% endmacro %}{{ m(1) }}", "refuses the conv"),
+        ("{% for a in range(20) %}{{ 'x' * 99999 }}{% endfor %}", "writes 1999980 characters"),
+        ("{{ 9 ** 9 ** 9 ** 9 }}", "powers"),
+        ("{% for m in messages %}", "is broken"),
+        ("{{ messages.__class__.__mro__ }}{{ ''.__class__.__subclasses__() }}", "refuses the conv"),
+        ("{{ nothing.at_all }}", "refuses the conv.*nothing"),
+        ("{{ 1 / 0 }}", "refuses the conv.*zero"),
+    ],
+)
+def test_hostile_templates_end(monkeypatch, template, message):
+    monkeypatch.setattr("lowline.train.data.template._SECONDS", 0.5)
+    with pytest.raises(LowlineError, match=message):
+        document_rows(conversation(), refusing(template))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -42,6 +42,8 @@ class SourceConfig:
     """The column that holds what the model answers, beside `prompt_key`."""
     streaming: bool = False
     """Whether documents are read as they come, without an index on disk."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Whether a row that cannot be read is an "error", or left out and counted ("skip")."""
     revision: str | None = None
     """The branch, tag or commit of a dataset on the hub; its newest state without."""
 

@@ -4,6 +4,9 @@ A conversation's tokens are what the template makes of it. Labels are the tokens
 writes: for each of the assistant's messages, those that follow the template's generation prompt,
 its end-of-turn token included; nothing of what the user and the system say.
 
+A conversation that the assistant begins has its greeting as context where the template cannot
+render the place before it.
+
 Left out: tools, images, and templates under which a longer conversation does not begin with the
 tokens of a shorter one, such as those that drop earlier thoughts: they are refused.
 """
@@ -16,6 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lowline.errors import LowlineError
+from lowline.train.data.template import TemplateRefusalError, check_source, render_chat
+from lowline.train.data.values import BadRowError, Number, Place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +36,9 @@ class Message(NamedTuple):
 
 
 class Conversation(tuple[Message, ...]):
-    """Messages in order."""
+    """Messages in order, and the row they stand in, which error messages name."""
+
+    place: Place | None = None
 
     def strip(self) -> Conversation:
         """The conversation if there is an answer in it with text, an empty one if not."""
@@ -39,35 +46,67 @@ class Conversation(tuple[Message, ...]):
         return self if answered else Conversation()
 
 
-def conversation_of(*row: Any, name: str) -> Conversation:
-    """The conversation in a row: a list of {"role", "content"}, or a prompt and a response.
+def conversation_of(*row: Any, place: Place) -> Conversation:
+    """Return the conversation in a row: a list of {"role", "content"}, or a prompt and a response.
 
     Raises:
-        ValueError: messages of another form. `name` says where they come from.
+        BadRowError: messages of another form.
     """
     if len(row) == 2:
         prompt, response = row
-        return Conversation((Message("user", prompt or ""), Message(ASSISTANT, response or "")))
-    (messages,) = row
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
-        raise LowlineError(
-            f"{name}: messages = {str(messages)[:80]!r}; a list of "
-            '{"role": ..., "content": ...} is needed: set data.messages_key'
-        )
-    return Conversation(_message(message, name) for message in messages)
+        found = Conversation((Message("user", prompt or ""), Message(ASSISTANT, response or "")))
+    else:
+        (messages,) = row
+        if not isinstance(messages, Sequence) or isinstance(messages, str):
+            raise BadRowError(
+                place,
+                f"messages = {str(messages)[:80]!r}; a list of "
+                '{"role": ..., "content": ...} is needed: set data.messages_key',
+            )
+        found = Conversation(_message(message, place) for message in messages)
+    found.place = place
+    return found
 
 
-def _message(message: Any, name: str) -> Message:
+def _message(message: Any, place: Place) -> Message:
     role, content = (
-        (message.get("role"), message.get("content"))
+        (message.get("role"), _content(message.get("content")))
         if isinstance(message, Mapping)
         else (None, None)
     )
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise LowlineError(
-            f'{name}: message {str(message)[:80]!r} has no "role" and "content" of text'
+    if not isinstance(role, str) or isinstance(role, Number) or content is None:
+        raise BadRowError(
+            place, f'message {str(message)[:80]!r} has no "role" and "content" of text'
         )
     return Message(role, content)
+
+
+def _content(content: Any) -> str | None:
+    """Return what a message says: text, a number as it is written, or the text of its parts."""
+    if isinstance(content, str):  # a JSON file's numbers, too
+        return str(content)
+    if isinstance(content, int | float) and not isinstance(content, bool):
+        return repr(content)
+    if isinstance(content, list) and content:
+        parts = [_part(part) for part in content]
+        return None if None in parts else "".join(part for part in parts if part)
+    return None
+
+
+def _part(part: Any) -> str | None:
+    if isinstance(part, Mapping) and part.get("type") == "text" and type(part.get("text")) is str:
+        return part["text"]
+    return None
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise LowlineError unless the tokenizer has a chat template that may be run."""
+    if not tokenizer.chat_template:
+        raise LowlineError(
+            "conversations need a tokenizer with a chat template, and this one has none: take the "
+            "tokenizer of an instruction-tuned model, or set data.text_key to train on plain text"
+        )
+    check_source(tokenizer.get_chat_template())
 
 
 def conversation_tokens(
@@ -76,32 +115,40 @@ def conversation_tokens(
     """Tokens (n,) int64, and whether each was written by the assistant (n,) bool.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or one that cannot be masked (see above).
+        LowlineError: the tokenizer has no chat template, or one that does not end.
+        BadRowError: the template refuses the conversation, or cannot be masked (see above).
     """
-    if not tokenizer.chat_template:
-        raise LowlineError(
-            "conversations need a tokenizer with a chat template, and this one has none: take the "
-            "tokenizer of an instruction-tuned model, or set data.text_key to train on plain text"
-        )
+    check_template(tokenizer)
+    place = conversation.place or Place("a conversation", "row", 0)
 
     def render(turns: int, *, prompt: bool) -> list[int]:
         messages = [message._asdict() for message in conversation[:turns]]
-        rendered: Any = tokenizer.apply_chat_template(
-            messages, tokenize=True, add_generation_prompt=prompt, return_dict=True
-        )
-        return list(rendered["input_ids"])
+        # A list of conversations, for transformers does not take an empty one alone.
+        (text,) = render_chat(tokenizer, [messages], add_generation_prompt=prompt)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    tokens = render(len(conversation), prompt=False)
-    written = np.zeros(len(tokens), bool)
-    for turn, message in enumerate(conversation):
-        if message.role != ASSISTANT:
-            continue
-        asked, answered = render(turn, prompt=True), render(turn + 1, prompt=False)
-        if tokens[: len(answered)] != answered or answered[: len(asked)] != asked:
-            raise LowlineError(
-                "the tokenizer's chat template renders the beginning of a conversation otherwise "
-                "once more follows, so its answers cannot be told apart: give conversations of "
-                "one answer, or another template"
-            )
-        written[len(asked) : len(answered)] = True
+    try:
+        tokens = render(len(conversation), prompt=False)
+        written = np.zeros(len(tokens), bool)
+        for turn, message in enumerate(conversation):
+            if message.role != ASSISTANT:
+                continue
+            try:
+                asked = render(turn, prompt=True)
+            except TemplateRefusalError:
+                if turn:
+                    raise
+                continue  # the template needs a message: a greeting is context, no answer
+            answered = render(turn + 1, prompt=False)
+            if tokens[: len(answered)] != answered or answered[: len(asked)] != asked:
+                if not turn:  # it renders no messages at all otherwise than the first one
+                    continue
+                raise TemplateRefusalError(
+                    "the tokenizer's chat template renders the beginning of a conversation "
+                    "otherwise once more follows, so its answers cannot be told apart: give "
+                    "conversations of one answer, or another template"
+                )
+            written[len(asked) : len(answered)] = True
+    except TemplateRefusalError as error:
+        raise BadRowError(place, str(error)) from error
     return np.array(tokens, dtype=np.int64), written

@@ -275,8 +275,9 @@ class _LaneRows(IterableDataset):
             lanes = lanes[worker.id * part : (worker.id + 1) * part]
         states = {lane: self._states[lane] for lane in lanes}
         dealer = deal(self._source, self._order, {lane: s[:2] for lane, s in states.items()})
+        bad_rows = self._source.bad_rows
         packers = [
-            LanePacker(dealer, self._tokenizer, lane=lane, state=state)
+            LanePacker(dealer, self._tokenizer, lane=lane, state=state, bad_rows=bad_rows)
             for lane, state in states.items()
         ]
         while True:

@@ -29,11 +29,14 @@ from torch import Tensor
 
 from lowline.errors import LowlineError
 from lowline.train.data.chat import Conversation
+from lowline.train.data.columns import BadRows
+from lowline.train.data.encoding import TextEncoder, document_tokens
 from lowline.train.data.order import Dealer, Document
 from lowline.train.data.sources import Source, Text
+from lowline.train.data.values import BadRowError
 
 IGNORE_INDEX = -100
-_PIECE = 1 << 16  # characters encoded at a time
+_PATIENCE = 10_000  # conversations that a template may refuse one after another
 
 LaneState = tuple[int, int, int]
 """(unit, number, token): the document in progress (see `order`) and its next token's index."""
@@ -41,13 +44,8 @@ LaneState = tuple[int, int, int]
 START: LaneState = (0, 0, 0)
 
 
-class Encoder(Protocol):
+class Encoder(TextEncoder, Protocol):
     """What packing needs of a tokenizer."""
-
-    bos_id: int | None
-    eos_id: int | None
-
-    def encode(self, text: str, *, add_bos: bool, add_eos: bool) -> list[int]: ...
 
     def encode_chat(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray]: ...
 
@@ -64,45 +62,25 @@ def document_rows(document: Text, tokenizer: Encoder) -> tuple[np.ndarray, np.nd
     return tokens, labels
 
 
-def document_tokens(text: str, tokenizer: Encoder) -> np.ndarray:
-    """[BOS if there is one] + tokens + [EOS], int64 [n].
-
-    Text is encoded in pieces of 64k characters, cut before white space, so that a file of any
-    length needs memory for its tokens only.
-    """
-    assert tokenizer.eos_id is not None
-    ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    parts = [np.array(ids, dtype=np.int64)]
-    for piece in _pieces(text):
-        ids = tokenizer.encode(piece, add_bos=False, add_eos=False)
-        parts.append(np.array(ids, dtype=np.int64))
-    parts.append(np.array([tokenizer.eos_id], dtype=np.int64))
-    return np.concatenate(parts)
-
-
-def _pieces(text: str) -> Iterator[str]:
-    start = 0
-    while len(text) - start > _PIECE:
-        within = (start + 1, start + _PIECE)
-        end = max(text.rfind("\n", *within), text.rfind(" ", *within))
-        if end < 0:
-            end = start + _PIECE
-        yield text[start:end]
-        start = end
-    yield text[start:]
-
-
 class LanePacker:
     """Packs one lane's documents into rows.
 
     `state` is where the next row starts, exact to the token; a new packer whose dealer goes on
     at `state[:2]` continues with the same rows. `exhausted` turns true once a row was all padding.
 
+    A conversation that the chat template refuses is an error, or, as `bad_rows` says, left out.
+
     Raises ValueError when the tokenizer has no EOS.
     """
 
     def __init__(
-        self, dealer: Dealer, tokenizer: Encoder, *, lane: int, state: LaneState = START
+        self,
+        dealer: Dealer,
+        tokenizer: Encoder,
+        *,
+        lane: int,
+        state: LaneState = START,
+        bad_rows: BadRows | None = None,
     ) -> None:
         if tokenizer.eos_id is None:
             raise LowlineError(
@@ -114,6 +92,7 @@ class LanePacker:
         self.exhausted = False
         self._tokens = self._labels = np.empty(0, np.int64)
         self._resuming = state[2] > 0
+        self._bad_rows, self._refused = bad_rows or BadRows(), 0
 
     def fill(self, input_T: np.ndarray, labels_T: np.ndarray, positions_T: np.ndarray) -> None:
         """Write the lane's next row into three int64 [T] arrays."""
@@ -124,7 +103,9 @@ class LanePacker:
                 document = self._dealer.next_document(self._lane)
                 if document is None:
                     break
-                unit, number, token = self._begin(document)
+                if not self._begin(document):
+                    continue
+                unit, number, token = self.state
             taken = min(row - filled, len(self._tokens) - token)
             span, end = slice(filled, filled + taken), token + taken
             input_T[span] = self._tokens[token:end]
@@ -139,21 +120,36 @@ class LanePacker:
         labels_T[filled:] = IGNORE_INDEX
         positions_T[filled:] = 0
 
-    def _begin(self, document: Document) -> LaneState:
-        self._tokens, self._labels = document_rows(document.text, self._tokenizer)
+    def _begin(self, document: Document) -> bool:
+        """Encode a document and stand at its next token; return whether it is one."""
+        place = (document.unit, document.number)
+        try:
+            self._tokens, self._labels = document_rows(document.text, self._tokenizer)
+        except BadRowError as error:
+            self._bad_rows.refuse(error)
+            self._refused += 1
+            if self._refused > _PATIENCE:
+                raise LowlineError(
+                    f"the chat template refuses {_PATIENCE} conversations one after another; the "
+                    f"last one: {error.reason()}"
+                ) from error
+            if not self._resuming:
+                self.state = (place[0], place[1] + 1, 0)
+            return False
+        self._refused = 0
         token = 0
         if self._resuming:
             self._resuming = False
             token = self.state[2]
-            if (document.unit, document.number) != self.state[:2] or token >= len(self._tokens):
+            if place != self.state[:2] or token >= len(self._tokens):
                 raise LowlineError(
                     f"lane {self._lane} stopped at token {token} of document {self.state[:2]}, "
-                    f"which is not there any more (found document "
-                    f"{(document.unit, document.number)} of {len(self._tokens)} tokens): the "
-                    "data or the tokenizer is another one than before. Restore it, or start the "
-                    "data anew"
+                    f"which is not there any more (found document {place} of "
+                    f"{len(self._tokens)} tokens): the data or the tokenizer is another one than "
+                    "before. Restore it, or start the data anew"
                 )
-        return document.unit, document.number, token
+        self.state = (*place, token)
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +178,7 @@ def evaluation_rows(
             "or leave it out to evaluate on everything"
         )
     limit = None if max_tokens is None else max_tokens // seq_len
-    packer = LanePacker(_InOrder(source), tokenizer, lane=0)
+    packer = LanePacker(_InOrder(source), tokenizer, lane=0, bad_rows=source.bad_rows)
     rows: list[np.ndarray] = []
     while limit is None or len(rows) < limit:
         row = np.empty((3, seq_len), np.int64)

@@ -5,36 +5,34 @@ read front to back, nothing stored). `open_source` makes either from a `SourceCo
 
 - `dataset = "embedded"`: the documentation in Python itself (`embedded`); indexed.
 - `dataset = "files"`: `path` is a file, a glob or a list of these, all of one kind; one document
-  a row, for .txt one a *file*. Indexed, or streamed with one shard a file. Or `path` is a
-  directory written by `save_to_disk`; indexed.
-- `dataset = "hub"`: `path` is a dataset's id, such as "allenai/c4"; indexed (downloaded whole)
+  a row, for .txt one a *file* (`rows`). Indexed (`indexed`), or streamed with one shard a file. Or
+  `path` is a directory written by `save_to_disk`; indexed.
+- `dataset = "hub"`: `path` is a dataset's id, such as "allenai/c4"; indexed (downloaded as a whole)
   or streamed.
 
 Kinds of files: .jsonl, .json, .ndjson (these and .txt also as .gz, .bz2, .xz, .zst), .parquet,
-.arrow, .txt. Without `streaming`, json, txt and parquet are converted once to Arrow in the cache
-of `datasets`. A stream keeps one open shard per lane or group of lanes (see `order`), each about
-4 MB for json (measured on gzipped files).
-
-A document is the text of a row, or, with `messages_key` or `prompt_key` and `response_key`, its
-conversation (`chat`).
+.arrow, .txt. A stream keeps one open shard per lane or group of lanes (see `order`).
 
 Left out: mixing sources by weight.
 """
 
 import glob
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from lowline.errors import LowlineError, MissingFileError
 from lowline.train.config.data import ACCEPTED
 from lowline.train.config.data import SourceConfig as SourceConfig
-from lowline.train.data.chat import Conversation, conversation_of
+from lowline.train.data.columns import BadRows, Columns, columns_of, report_skipped
+from lowline.train.data.columns import Text as Text
+from lowline.train.data.indexed import IndexedFiles
+from lowline.train.data.lines import COMPRESSED
+from lowline.train.data.rows import Row, column_types, read_rows, table_rows
+from lowline.train.data.values import BadRowError, Place
 
 if TYPE_CHECKING:
     import datasets
-    import pyarrow as pa
 
 _KINDS = {
     ".jsonl": "json",
@@ -44,60 +42,15 @@ _KINDS = {
     ".arrow": "arrow",
     ".txt": "text",
 }
-_COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 _COMPRESSIBLE = {"json", "text"}
 _SAVED_DATASET = ("dataset_info.json", "dataset_dict.json")
-Text = str | Conversation
-"""A document: plain text, or a conversation."""
-
 _READ_AHEAD = 256  # rows taken at a time from a stream
 _CHUNK = 1 << 20  # bytes parsed at a time from a stream: every lane may have a shard open
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Which columns make a document, and how."""
-
-    names: tuple[str, ...]
-    kind: Literal["text", "messages", "exchange"]
-
-    def documents(self, table: "pa.Table", name: str) -> list[Text]:
-        """The documents of a table's rows. `name` is for messages."""
-        columns = (table.column(column).to_pylist() for column in self.names)
-        if self.kind == "text":
-            return [text or "" for (text,) in zip(*columns, strict=True)]
-        return [conversation_of(*row, name=name) for row in zip(*columns, strict=True)]
-
-    def check(self, found: Sequence[str], features: Any, name: str) -> None:
-        """Raise ValueError for a column that is not there, or that does not hold strings."""
-        for column in self.names:
-            if column not in found:
-                raise LowlineError(
-                    f"{name} has no column {column!r}; it has {sorted(found)}. Set {self._keys()}"
-                )
-            dtype = getattr(features[column], "dtype", "list") if features else "string"
-            if self.kind != "messages" and dtype not in ("string", "large_string", "null"):
-                raise LowlineError(
-                    f"{name}: column {column!r} holds {dtype}, not strings. Set {self._keys()} "
-                    f"to columns of {sorted(found)} that hold text"
-                )
-
-    def _keys(self) -> str:
-        keys = {"text": "text_key", "messages": "messages_key"}
-        return f"data.{keys.get(self.kind, 'prompt_key and data.response_key')}"
-
-
-def columns_of(config: SourceConfig) -> Columns:
-    """Return the columns that a row's document is made of."""
-    if config.messages_key is not None:
-        return Columns((config.messages_key,), "messages")
-    if config.prompt_key is not None and config.response_key is not None:
-        return Columns((config.prompt_key, config.response_key), "exchange")
-    return Columns((config.text_key,), "text")
-
-
 class _Documents(Protocol):
     name: str
+    bad_rows: BadRows
 
     def documents(self) -> Iterator[Text]:
         """Every document once, in the order it is stored."""
@@ -133,7 +86,7 @@ class ListSource:
     def __init__(self, texts: Sequence[str], name: str = "list") -> None:
         if not texts:
             raise LowlineError(f"{name}: no documents")
-        self.name, self._texts = name, texts
+        self.name, self._texts, self.bad_rows = name, texts, BadRows()
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -148,56 +101,108 @@ class ListSource:
 class TableSource:
     """The documents in the rows of a memory-mapped `datasets.Dataset`."""
 
-    def __init__(self, dataset: "datasets.Dataset", columns: Columns, name: str) -> None:
+    def __init__(
+        self, dataset: "datasets.Dataset", columns: Columns, bad_rows: BadRows, name: str
+    ) -> None:
         if not len(dataset):
             raise LowlineError(f"{name}: no documents")
-        columns.check(dataset.column_names, dataset.features, name)
-        self.name, self._columns = name, columns
+        columns.check(column_types(dataset.features.arrow_schema), name)
+        self.name, self._columns, self.bad_rows = name, columns, bad_rows
         self._table = dataset.select_columns(list(columns.names)).with_format("arrow")
 
     def __len__(self) -> int:
         return len(self._table)
 
     def text(self, index: int) -> Text:
-        return self._columns.documents(self._table[index], self.name)[0]
+        batch = self._table[index].combine_chunks().to_batches()[0]
+        ((_, document),) = table_rows(batch, self._columns, Place(self.name, "row", index + 1))
+        return _kept(document, self._columns, self.bad_rows)
 
     def documents(self) -> Iterator[Text]:
         return (self.text(index) for index in range(len(self)))
 
 
-class ShardStream:
-    """The documents in the rows of a `datasets.IterableDataset`, shard by shard.
+class Stream:
+    """Documents of shards, each read from its start; a subclass reads their rows.
 
-    Going on in the middle of a shard reads the shard up to there again (as tables, without
-    making Python objects): datasets' own states cost the same, and these are plain numbers.
+    Resuming in the middle of a shard reads the shard up to there again: these places are plain
+    numbers, and `datasets`' own states cost the same.
     """
 
-    def __init__(self, dataset: "datasets.IterableDataset", columns: Columns, name: str) -> None:
-        if dataset.column_names is not None:
-            columns.check(dataset.column_names, dataset.features, name)
-        self.name, self.num_shards = name, dataset.num_shards
-        self._dataset, self._columns = dataset.with_format("arrow"), columns
+    def __init__(self, num_shards: int, columns: Columns, bad_rows: BadRows, name: str) -> None:
+        self.name, self.num_shards = name, num_shards
+        self._columns, self.bad_rows = columns, bad_rows
+
+    def rows(self, shard: int) -> Iterator[Row]:
+        """Yield all rows of a shard."""
+        raise NotImplementedError
 
     def shard(self, index: int, start: int) -> Iterator[Text]:
-        passed = 0
-        for table in self._tables(index):
-            self._columns.check(table.column_names, None, self.name)
-            skip = min(max(start - passed, 0), table.num_rows)
-            passed += table.num_rows
-            yield from self._columns.documents(table.slice(skip), self.name)
-
-    def _tables(self, index: int) -> Iterator["pa.Table"]:
-        shard = self._dataset.shard(num_shards=self.num_shards, index=index)
-        try:
-            yield from shard.iter(batch_size=_READ_AHEAD)
-        except (ValueError, EOFError) as error:
-            raise LowlineError(
-                f"{self.name}: cannot read shard {index}: {error}. Mend or remove the file"
-            ) from error
+        number, skipped = -1, 0
+        for number, (_, document) in enumerate(self.rows(index)):
+            if number >= start:
+                yield _kept(document, self._columns, self.bad_rows)
+            skipped += isinstance(document, BadRowError)
+        if skipped:
+            report_skipped(f"{self.name}, shard {index}", skipped, number + 1)
 
     def documents(self) -> Iterator[Text]:
         for index in range(self.num_shards):
             yield from self.shard(index, 0)
+
+
+class FileStream(Stream):
+    """The documents of data files, file by file."""
+
+    def __init__(
+        self, files: Sequence[str], kind: str, columns: Columns, bad_rows: BadRows, name: str
+    ) -> None:
+        super().__init__(len(files), columns, bad_rows, name)
+        self._files, self._kind = list(files), kind
+        for row in self.rows(0):  # a mistake in the columns is found before training begins
+            _kept(row[1], columns, BadRows(bad_rows.policy))
+            break
+
+    def rows(self, shard: int) -> Iterator[Row]:
+        return read_rows(self._files[shard], self._kind, self._columns)
+
+
+class HubStream(Stream):
+    """The documents in the rows of a `datasets.IterableDataset`, shard by shard."""
+
+    def __init__(
+        self, dataset: "datasets.IterableDataset", columns: Columns, bad_rows: BadRows, name: str
+    ) -> None:
+        super().__init__(dataset.num_shards, columns, bad_rows, name)
+        if dataset.column_names is not None and dataset.features is not None:
+            columns.check(column_types(dataset.features.arrow_schema), name)
+        self._dataset = dataset.with_format("arrow")
+
+    def rows(self, shard: int) -> Iterator[Row]:
+        passed, name = 0, f"{self.name}, shard {shard}"
+        part = self._dataset.shard(num_shards=self.num_shards, index=shard)
+        try:
+            for table in part.iter(batch_size=_READ_AHEAD):
+                self._columns.check(column_types(table.schema), self.name)
+                for batch in table.select(list(self._columns.names)).combine_chunks().to_batches():
+                    yield from table_rows(batch, self._columns, Place(name, "row", passed + 1))
+                    passed += batch.num_rows
+        except LowlineError:
+            raise
+        # What datasets' readers of remote files let through, of archives and of JSON.
+        except (ValueError, EOFError, OSError, KeyError, TypeError, StopIteration) as error:
+            raise LowlineError(
+                f"{name} cannot be read after row {passed}: {error!r}. Check the network; or "
+                "download the files and use data.dataset = 'files'"
+            ) from error
+
+
+def _kept(document: Text | BadRowError, columns: Columns, bad_rows: BadRows) -> Text:
+    """Return a document, or the empty one of a row that is skipped."""
+    if isinstance(document, BadRowError):
+        bad_rows.refuse(document)
+        return columns.empty()
+    return document
 
 
 def open_source(config: SourceConfig) -> Source:
@@ -219,8 +224,6 @@ def open_source(config: SourceConfig) -> Source:
 
 
 def _open_files(files: list[str], config: SourceConfig) -> Source:
-    import datasets
-
     if config.split != "train":
         raise LowlineError(
             f"data.split = {config.split!r}: files have no splits; give the files of that "
@@ -233,21 +236,10 @@ def _open_files(files: list[str], config: SourceConfig) -> Source:
             "use one kind at a time"
         )
     kind = next(iter(kinds))
-    if kind != "text":  # an empty .txt is an empty document; the others are broken
-        for file in files:
-            if not Path(file).stat().st_size:
-                raise LowlineError(f"data file {file!r} is empty: remove it or write it again")
-    options = {"sample_by": "document"} if kind == "text" else {}
     name = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-    try:
-        dataset = _load("train", config.streaming, kind, data_files=files, **options)
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        raise LowlineError(
-            f"cannot read {name} as {kind}: {error.__cause__ or error}. Mend or remove the file"
-        ) from error
-    # Text files have one column, which datasets calls "text".
     columns = Columns(("text",), "text") if kind == "text" else columns_of(config)
-    return _wrap(dataset, columns, name)
+    make = FileStream if config.streaming else IndexedFiles
+    return make(files, kind, columns, BadRows(config.on_bad_row), name)
 
 
 def _open_saved(directory: Path, config: SourceConfig) -> Source:
@@ -274,7 +266,7 @@ def _open_saved(directory: Path, config: SourceConfig) -> Source:
             f"data.split = {config.split!r}: {str(directory)!r} holds one dataset without "
             "splits; give the directory of that split"
         )
-    return _wrap(dataset, columns_of(config), str(directory))
+    return TableSource(dataset, columns_of(config), BadRows(config.on_bad_row), str(directory))
 
 
 def _open_hub(config: SourceConfig) -> Source:
@@ -300,12 +292,12 @@ def _open_hub(config: SourceConfig) -> Source:
             "and data.split, the network, and HF_TOKEN for a gated dataset; or download the "
             "files and use data.dataset = 'files'"
         ) from error
-    return _wrap(dataset, columns_of(config), name)
+    make = HubStream if config.streaming else TableSource
+    return make(dataset, columns_of(config), BadRows(config.on_bad_row), name)
 
 
-def _load(
-    split: str, streaming: bool, path: str, **options: Any
-) -> "datasets.Dataset | datasets.IterableDataset":
+def _load(split: str, streaming: bool, path: str, **options: Any) -> Any:
+    """Open a dataset of the hub, a `datasets.Dataset` or `datasets.IterableDataset`."""
     import datasets
 
     if not streaming:
@@ -316,18 +308,8 @@ def _load(
     return builder.as_streaming_dataset(split=split)
 
 
-def _wrap(
-    dataset: "datasets.Dataset | datasets.IterableDataset", columns: Columns, name: str
-) -> Source:
-    import datasets
-
-    if isinstance(dataset, datasets.IterableDataset):
-        return ShardStream(dataset, columns, name)
-    return TableSource(dataset, columns, name)
-
-
 def _files(path: str) -> list[str]:
-    """The files that a path or glob names, sorted."""
+    """Return the files that a path or glob names, sorted."""
     where = f"(looked in {Path.cwd()})"
     if Path(path).is_file():
         return [path]
@@ -337,7 +319,11 @@ def _files(path: str) -> list[str]:
             f"as '{path}/*.jsonl'"
         )
     if glob.has_magic(path):
-        found = sorted(file for file in glob.glob(path, recursive=True) if Path(file).is_file())
+        # A folder that has this very name is meant by it, brackets included.
+        folder = next((str(p) for p in Path(path).parents if p.is_dir()), "")
+        rest = path[len(folder) :] if path.startswith(folder) else path
+        pattern = glob.escape(folder) + rest if rest != path else path
+        found = sorted(file for file in glob.glob(pattern, recursive=True) if Path(file).is_file())
         if found:
             return found
         raise MissingFileError(f"no data file matches {path!r} {where}; {ACCEPTED}")
@@ -345,9 +331,9 @@ def _files(path: str) -> list[str]:
 
 
 def _kind(file: str) -> str:
-    """The `datasets` builder for a file, from its suffixes."""
+    """Return the kind of a file, by its suffixes."""
     suffixes = [suffix.lower() for suffix in Path(file).suffixes]
-    compressed = bool(suffixes) and suffixes[-1] in _COMPRESSED
+    compressed = bool(suffixes) and suffixes[-1] in COMPRESSED
     kind = _KINDS.get(suffixes[-1 - compressed]) if len(suffixes) > compressed else None
     if kind is None or (compressed and kind not in _COMPRESSIBLE):
         raise LowlineError(f"data file {file!r} is of no known kind: {ACCEPTED}")
