@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from lowline.errors import LowlineError
 from lowline.train.data import (
     IGNORE_INDEX,
     LaneDataLoader,
@@ -249,6 +250,17 @@ def test_workers_can_be_started_afresh(source):
     copy = pickle.loads(pickle.dumps(rows))
     for (a, a_states, _), (b, b_states, _) in islice(zip(rows, copy, strict=True), 4):
         assert torch.equal(a, b) and torch.equal(a_states, b_states)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_row_has_one_message_also_from_a_worker(tmp_path, workers):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "1"}\n' * 9 + "{\n")
+    config = SourceConfig(dataset="files", path=str(path), streaming=True)
+    loader = build(open_source(config), workers=workers)
+    with pytest.raises(LowlineError) as info:
+        take(loader, 9)
+    assert str(info.value).startswith(f"cannot read {path} as json: line 10 is not JSON")
 
 
 # --- checkpoints ---------------------------------------------------------------------------------

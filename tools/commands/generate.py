@@ -101,8 +101,13 @@ def _asked(tokenizer: Any, message: str, model: str) -> str:
         raise LowlineError(
             f"chat: {model} has no chat template; leave out --chat to continue a text"
         )
+    from lowline.train.data.template import TemplateRefusalError, render_chat
+
     messages = [{"role": "user", "content": message}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        return render_chat(tokenizer, messages, add_generation_prompt=True)
+    except TemplateRefusalError as error:
+        raise LowlineError(f"chat: {error}") from error
 
 
 class _Clocked:

@@ -115,6 +115,8 @@ def _origin(run: RunConfig, tokenizer: TextTokenizer) -> dict[str, Any]:
     tables = {name: dataclasses.asdict(getattr(run, name)) for name in ("model", "data")}
     for idle in (("model", "attention"), ("model", "max_seq_len"), ("data", "num_workers")):
         del tables[idle[0]][idle[1]]
+    if tables["data"]["on_bad_row"] == "error":  # a key that inputs of version 0.1.0 do not have
+        del tables["data"]["on_bad_row"]
     spelled = f"{tokenizer.hf.backend_tokenizer.to_str()}{tokenizer.hf.chat_template}"
     tree = {
         **tables,

@@ -91,7 +91,7 @@ class Columns:
         if not isinstance(value, str) or isinstance(value, Number):
             raise BadRowError(
                 place,
-                f"column {name!r} holds {kind_of(value)} ({str(value)[:40]}), not strings. Set "
+                f"column {name!r} holds {kind_of(value)}, not strings: {str(value)[:40]}. Set "
                 f"{self.keys()} to a column that holds text",
             )
         return value

@@ -39,6 +39,7 @@ from lowline.train.data.sources import IndexedSource, Source, SourceConfig, open
 if TYPE_CHECKING:
     from lowline.train.config.run import RunConfig
 
+_Step = tuple[Tensor, Tensor, bool]  # rows [3, lanes, T], states [lanes, 3], exhausted
 _ANEW = "a new output folder with checkpoint.initial_weights = the folder step-N"
 _LANE = re.compile(r"(?:^|\.)lane_(\d+)$")
 
@@ -133,11 +134,11 @@ class LaneDataLoader(BaseDataLoader):
                     self._states = dict(zip(self._states, states, strict=True))
                 yield {"input": input_BT, "positions": positions_BT}, labels_BT
 
-    def _steps(self) -> Iterator[tuple[Tensor, Tensor, bool]]:
-        """This rank's rows [3, lanes, T] and states [lanes, 3] of one step after another."""
+    def _steps(self) -> Iterator[_Step]:
+        """Yield this rank's share of one step after another."""
         rows = _LaneRows(self._source, self._order, self._tokenizer, self._seq_len, self._states)
         if not self._workers:
-            yield from rows
+            yield from (_step_of(part) for part in rows)
             return
         parts = iter(
             DataLoader(
@@ -152,7 +153,7 @@ class LaneDataLoader(BaseDataLoader):
             )
         )
         while True:  # items come from the workers in turn, which is the order of their lanes
-            step = [next(parts) for _ in range(self._workers)]
+            step = [_step_of(next(parts)) for _ in range(self._workers)]
             rows_3NT, states_N3, exhausted = zip(*step, strict=True)
             yield torch.cat(rows_3NT, dim=1), torch.cat(states_N3), all(exhausted)
 
@@ -237,6 +238,13 @@ def _check_lanes(saved: int, now: int) -> None:
         )
 
 
+def _step_of(part: _Step | LowlineError) -> _Step:
+    """Return what a process made of its lanes, or raise the error it had."""
+    if isinstance(part, LowlineError):
+        raise part
+    return part
+
+
 def _outlive_signals(worker: int) -> None:
     """What stops a run goes to its whole group: its workers go on until the run ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -267,7 +275,7 @@ class _LaneRows(IterableDataset):
         self._source, self._order, self._tokenizer = source, order, tokenizer
         self._seq_len, self._states = seq_len, dict(states)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    def __iter__(self) -> Iterator[_Step | LowlineError]:
         lanes = sorted(self._states)
         worker = get_worker_info()
         if worker is not None:
@@ -281,9 +289,18 @@ class _LaneRows(IterableDataset):
             for lane, state in states.items()
         ]
         while True:
-            rows_3NT = np.empty((3, len(packers), self._seq_len), np.int64)
-            for index, packer in enumerate(packers):
-                packer.fill(*rows_3NT[:, index])
-            states_N3 = torch.tensor([packer.state for packer in packers])
-            exhausted = all(packer.exhausted for packer in packers)
-            yield torch.from_numpy(rows_3NT), states_N3, exhausted
+            try:
+                yield self._next(packers)
+            except LowlineError as error:
+                if worker is None:
+                    raise
+                yield error  # torch would make a traceback of it
+                return
+
+    def _next(self, packers: list[LanePacker]) -> _Step:
+        rows_3NT = np.empty((3, len(packers), self._seq_len), np.int64)
+        for index, packer in enumerate(packers):
+            packer.fill(*rows_3NT[:, index])
+        states_N3 = torch.tensor([packer.state for packer in packers])
+        exhausted = all(packer.exhausted for packer in packers)
+        return torch.from_numpy(rows_3NT), states_N3, exhausted

@@ -63,7 +63,7 @@ _PAIRS = json.JSONDecoder(parse_int=Number, parse_float=Number, object_pairs_hoo
 
 
 def _json_rows(file: str, columns: Columns) -> Iterator[Row]:
-    lines = ((number, line) for number, line in read_lines(file) if line.strip())
+    lines: Iterator[tuple[int, bytes]] = (pair for pair in read_lines(file) if pair[1].strip())
     first = next(lines, None)
     if first is None:
         return

@@ -44,7 +44,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Any, **options: An
     check_source(tokenizer.get_chat_template())
     try:
         with _limited(_SECONDS):
-            rendered = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            rendered: Any = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except jinja2.TemplateSyntaxError as error:
         raise LowlineError(
             f"the tokenizer's chat template is broken: {error}. Correct it, or take another "
@@ -59,12 +59,13 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Any, **options: An
         raise TemplateRefusalError(
             f"the tokenizer's chat template refuses the conversation: {_said(error)}"
         ) from error
-    texts = rendered if isinstance(rendered, list) else [rendered]
+    texts: list[str] = rendered if isinstance(rendered, list) else [rendered]
+    written, given = sum(map(len, texts)), len(str(messages))
     least, factor = _WRITTEN
-    if sum(map(len, texts)) > least + factor * len(str(messages)):
+    if written > least + factor * given:
         raise LowlineError(
-            f"the tokenizer's chat template writes {sum(map(len, texts))} characters for a "
-            f"conversation of {len(str(messages))}: take another tokenizer"
+            f"the tokenizer's chat template writes {written} characters for a conversation of "
+            f"{given}: take another tokenizer"
         )
     return rendered
 

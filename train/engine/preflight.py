@@ -47,6 +47,7 @@ def check_run(run: RunConfig, world_size: int, inputs: Inputs | None = None) -> 
 def check_inputs(run: RunConfig, world_size: int, inputs: Inputs | None = None) -> None:
     """Raise what `check_run` does, but for the weights that a run begins with and its folder."""
     from lowline.train.data import open_source
+    from lowline.train.data.chat import check_template
     from lowline.train.data.tokenizer import load_tokenizer
     from lowline.train.engine.inputs import DOCUMENTS
 
@@ -54,6 +55,8 @@ def check_inputs(run: RunConfig, world_size: int, inputs: Inputs | None = None) 
     _check_rank_measurement(run)
     tokenizer = load_tokenizer(run.tokenizer)
     chat = run.data.messages_key is not None or run.data.prompt_key is not None
+    if chat:
+        check_template(tokenizer.hf)
     needed = tokenizer.get_vocab_size(special=chat)
     if needed > run.model.vocab_size:
         raise ConfigError(

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from lowline.errors import LowlineError
 from lowline.files import write_text
 from lowline.train.config.folder import saved_steps
 from lowline.train.config.identity import differences
@@ -133,6 +134,8 @@ def attempt(run: RunConfig, inputs: Inputs | None = None) -> tuple[int, int]:
     except RunError as error:  # raised on every rank
         if _is_first():
             _complain(str(error))
+    except LowlineError as error:  # of the data, and maybe of this rank's alone
+        _complain(str(error))
     except KeyboardInterrupt:
         if _is_first():
             _complain("interrupted")
