@@ -117,7 +117,8 @@ def parameters(shape: Shape) -> Parameters:
 
 
 def training_flops(*, matrix_parameters: int, n_layers: int, query_width: int, seq_len: int) -> int:
-    """FLOPs a token of forward + backward, 6 a matrix parameter and the attention's 12·n·d a layer.
+    """Return FLOPs a token of forward + backward, 6 a matrix parameter and the attention's 12·n·d a
+    layer.
 
     `matrix_parameters` are those a token is multiplied by: not the embedding, norms and biases, but
     the output projection also when it is tied.
@@ -126,7 +127,9 @@ def training_flops(*, matrix_parameters: int, n_layers: int, query_width: int, s
 
 
 def flops_per_token(shape: Shape, seq_len: int) -> int:
-    """FLOPs a token of forward + backward with context `seq_len`; a third of it is the forward."""
+    """Return FLOPs a token of forward + backward with context `seq_len`; a third of it is the
+    forward.
+    """
     return training_flops(
         matrix_parameters=shape.n_layers * sum(_block_matrices(shape).values())
         + shape.vocab_size * shape.dim,
@@ -139,7 +142,7 @@ def flops_per_token(shape: Shape, seq_len: int) -> int:
 def recomputed_flops_per_token(
     shape: Shape, seq_len: int, policy: Policy, device: Device = "cuda"
 ) -> int:
-    """FLOPs a token that the backward pass spends on the forward pass once more."""
+    """Return FLOPs a token that the backward pass spends on the forward pass once more."""
     attention = 4 * shape.query_width * seq_len
     products = _products(shape)
     if policy == "all":
@@ -173,7 +176,9 @@ class Saved:
         return Saved(elements=self.elements - other.elements, fp32=self.fp32 - other.fp32)
 
     def bytes(self, itemsize: int) -> float:
-        """Bytes a token when an element of the compute type takes `itemsize`: 2 (bf16) or 4."""
+        """Return bytes a token when an element of the compute type takes `itemsize`: 2 (bf16) or
+        4.
+        """
         return self.elements * itemsize + self.fp32 * 4
 
 
@@ -185,7 +190,7 @@ def saved_by_block(
     positions: bool = True,
     tp: int = 1,
 ) -> Saved:
-    """What one block keeps, a token.
+    """Return what one block keeps, a token.
 
     Args:
         device: a CPU has no fused RMSNorm and keeps the normalized input twice.
@@ -223,7 +228,9 @@ def saved_by_block(
 
 
 def saved_by_head(shape: Shape, *, device: Device = "cuda", tp: int = 1) -> Saved:
-    """What the last norm and the output projection keep, a token; the loss is not among it."""
+    """Return what the last norm and the output projection keep, a token; the loss is not among
+    it.
+    """
     gathered = Saved(elements=shape.dim)  # the output projection's input
     return gathered + _saved_by_norm(shape.dim, device, tp)
 
@@ -236,7 +243,9 @@ def saved_by_model(
     positions: bool = True,
     tp: int = 1,
 ) -> Saved:
-    """What the whole model keeps, a token, without the loss and the mask of masked attention."""
+    """Return what the whole model keeps, a token, without the loss and the mask of masked
+    attention.
+    """
     saved = saved_by_head(shape, device=device, tp=tp)
     for _ in range(shape.n_layers):
         saved += saved_by_block(shape, policy, device=device, positions=positions, tp=tp)
@@ -246,7 +255,7 @@ def saved_by_model(
 def recomputed_at_once(
     shape: Shape, policy: Policy, *, device: Device = "cuda", positions: bool = True, tp: int = 1
 ) -> Saved:
-    """What a backward pass adds while it has recomputed a part of a block, at its widest."""
+    """Return what a backward pass adds while it has recomputed a part of a block, at its widest."""
     everything = saved_by_block(shape, "all", device=device, positions=positions, tp=tp)
     if policy == "all":
         return Saved()
@@ -271,7 +280,7 @@ class _Product:
 
 
 def _products(shape: Shape) -> list[_Product]:
-    """A block's matrix products in the order in which they run."""
+    """Return a block's matrix products in the order in which they run."""
     shapes, ranks = shape.projections, shape.ranks
     products = []
     for group in (QKV, ("o",), MLP_IN, ("down",)):
@@ -301,7 +310,7 @@ def _block_matrices(shape: Shape) -> dict[str, int]:
 
 
 def _saved_by_norm(width: int, device: Device, tp: int = 1) -> Saved:
-    """An RMSNorm's input and its statistic.
+    """Return an RMSNorm's input and its statistic.
 
     A CPU runs it as separate operators in fp32 and keeps the input and the input normalized.
     """
@@ -311,7 +320,7 @@ def _saved_by_norm(width: int, device: Device, tp: int = 1) -> Saved:
 
 
 def _normed_input(shape: Shape, names: tuple[str, ...], tp: int) -> float:
-    """Elements of norm(x) that the projections `names` keep as their input.
+    """Return elements of norm(x) that the projections `names` keep as their input.
 
     A reads a rank's own part of the sequence. A dense projection reads all of it: torchtitan's
     block gathers once for all its projections, a block that has bottlenecks for each.
@@ -324,7 +333,7 @@ def _normed_input(shape: Shape, names: tuple[str, ...], tp: int) -> float:
 
 
 def _saved_selectively(shape: Shape, device: Device, tp: int) -> Saved:
-    """The block's input, every second product, and the attention's output (not on a CPU)."""
+    """Return the block's input, every second product, and the attention's output (not on a CPU)."""
     kept = [p.width / (tp if p.split else 1) for p in _products(shape)[::2]]
     saved = Saved(elements=shape.dim / tp + sum(kept))
     if device == "cuda":

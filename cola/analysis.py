@@ -51,7 +51,7 @@ def effective_rank(gram: torch.Tensor, alpha: float = 0.95) -> int:
 
 
 def projections(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear map inside a numbered layer of any decoder, low-rank ones whole, by name.
+    """Return every linear map inside a numbered layer of any decoder, low-rank ones whole, by name.
 
     Names are the model's own, without the wrappers of checkpointing and compilation.
     """
@@ -123,7 +123,7 @@ class ActivationRanks:
         self._stance.__exit__(*error)
 
     def ranks(self, alpha: float = 0.95, group: dist.ProcessGroup | None = None) -> dict[str, int]:
-        """The effective rank of each watched activation over all that ran.
+        """Return the effective rank of each watched activation over all that ran.
 
         Args:
             alpha: the fraction of energy to hold.
@@ -147,7 +147,9 @@ class ActivationRanks:
         return ranks
 
     def widths(self) -> dict[str, int]:
-        """The full dimension d of each watched activation: the largest rank it could have."""
+        """Return the full dimension d of each watched activation: the largest rank it could
+        have.
+        """
         return {name: gram.shape[0] for name, gram in self.grams.items()}
 
     def _watch(self, name: str, module: nn.Module) -> None:
@@ -180,7 +182,7 @@ class ActivationRanks:
 
 
 def _whole_rows(x: torch.Tensor) -> torch.Tensor:
-    """The local tokens of an activation, each with all of its features.
+    """Return the local tokens of an activation, each with all of its features.
 
     Processes that hold the same tokens scale the Gram matrix, which leaves the rank as it is.
     """

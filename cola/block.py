@@ -179,7 +179,7 @@ class ColaBlock(Llama3TransformerBlock):
         k_BLNH: torch.Tensor,
         v_BLNH: torch.Tensor,
     ) -> torch.Tensor:
-        """The attention itself, of normalized q and k before the rotary embedding."""
+        """Return the attention itself, of normalized q and k before the rotary embedding."""
         a = self.attention
         q_BLNH, k_BLNH = a.rope(q_BLNH, k_BLNH, positions)
         return a.inner_attention(
@@ -223,7 +223,9 @@ def _recomputed(piece: Callable, *kept: torch.Tensor, keep_gemms: bool = False) 
 def _enter(
     projections: tuple[nn.Module, ...], x: torch.Tensor, grouped: GroupedEntry | None
 ) -> tuple[torch.Tensor, ...]:
-    """A·x of each low-rank projection; a dense one (which has no bottleneck) is applied whole."""
+    """Return A·x of each low-rank projection; a dense one (which has no bottleneck) is applied
+    whole.
+    """
     entries = [p.A if isinstance(p, LowRankLinear) else p for p in projections]
     if grouped is None:
         return tuple(entry(x) for entry in entries)
@@ -287,7 +289,7 @@ class ColaConverter(ModelConfigConverter):
         )
 
     def _group(self, *names: str) -> GroupedEntry.Config | None:
-        """One GEMM for these projections' A's, where each of them has one."""
+        """Return one GEMM for these projections' A's, where each of them has one."""
         low_rank = all(self.config.ranks[name] > 0 for name in names)
         return GroupedEntry.Config() if self.config.grouped and low_rank else None
 

@@ -73,7 +73,7 @@ class CoLAConfig(LlamaConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Replaces Llama's rule that the heads divide `hidden_size`: here `head_dim` is free."""
+        """Replace Llama's rule that the heads divide `hidden_size`: here `head_dim` is free."""
         unknown = sorted(set(self.ranks) - set(PROJECTIONS))
         if unknown:
             raise LowlineError(
@@ -133,7 +133,7 @@ class CoLAPreTrainedModel(SavesRemoteCode, LlamaPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The paper's init for A and B, transformers' N(0, `initializer_range`) for the rest."""
+        """Give A and B the paper's init and the rest transformers' N(0, `initializer_range`)."""
         super()._init_weights(module)
         if isinstance(module, LowRankLinear):  # after its children: a parent's turn comes last
             std = init_std(module.in_features, module.out_features, module.rank)

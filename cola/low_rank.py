@@ -30,7 +30,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def init_std(in_features: int, out_features: int, rank: int) -> float:
-    """Published standard deviation of both factors, r^(-1/4) (in + out)^(-1/4).
+    """Return the published standard deviation of both factors, r^(-1/4) (in + out)^(-1/4).
 
     The product B·A then has entries of standard deviation (in + out)^(-1/2).
     """

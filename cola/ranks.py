@@ -17,7 +17,7 @@ Rank: TypeAlias = int | float | dict[str, int | float]
 
 
 def resolve_ranks(rank: Rank, dim: int, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-    """The rank of every projection; 0 means dense.
+    """Return the rank of every projection; 0 means dense.
 
     Args:
         rank: 128, or 0.25 (of `dim`), or {"q": 64, "gate": 0.5}; what a table leaves out is dense.

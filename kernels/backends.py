@@ -36,7 +36,7 @@ def choose(
     triton: str | None = None,
     module: str | None = None,
 ) -> str:
-    """The backend that runs: one of `BACKENDS` but "auto".
+    """Return the backend that runs: one of `BACKENDS` but "auto".
 
     Args:
         op: the op's name, for messages.
@@ -73,7 +73,7 @@ def choose(
 
 
 def type_reason(dtype: torch.dtype, backend: str) -> str | None:
-    """Why a compiled backend does not cover tensors of this type; None where it does."""
+    """Return why a compiled backend does not cover tensors of this type; None where it does."""
     covered = (torch.float32, torch.bfloat16, torch.float16)[: 3 if backend == "triton" else 2]
     if dtype in covered:
         return None

@@ -10,7 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 def check_pack(op: str, batch: int, time: int, cu_seqlens: torch.Tensor | None) -> int:
-    """The number of sequences; ValueError where `cu_seqlens` does not fit the batch."""
+    """Return the number of sequences; ValueError where `cu_seqlens` does not fit the batch."""
     if cu_seqlens is None:
         return batch
     if batch != 1:

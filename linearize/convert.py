@@ -60,7 +60,7 @@ def convert(
     dtype: torch.dtype | None = None,
     gguf_file: str | None = None,
 ) -> PreTrainedModel:
-    """The model of `source` with a mixer in the chosen layers, ready for `generate`.
+    """Return the model of `source` with a mixer in the chosen layers, ready for `generate`.
 
     Of a model that was converted before, the other layers stay as they are, and so does a chosen
     layer that has this very mixer with these very options.
@@ -117,7 +117,7 @@ def linearized_config(
     layers: Layers = "all",
     options: Mapping[str, Any] | None = None,
 ) -> LinearizedConfig:
-    """The configuration of `teacher` with a mixer in the chosen layers; see `convert`."""
+    """Return the configuration of `teacher` with a mixer in the chosen layers; see `convert`."""
     family = _family(teacher)
     chosen = parse_layers(layers, teacher.num_hidden_layers)
     fields: dict[str, Any] = teacher.to_dict() | {"name_or_path": teacher.name_or_path}
@@ -133,7 +133,7 @@ def linearized_config(
 def load_teacher(
     source: str | Path, *, dtype: torch.dtype | None = None, gguf_file: str | None = None
 ) -> PreTrainedModel:
-    """A checkpoint of a supported architecture, whole, as transformers loads it.
+    """Return a checkpoint of a supported architecture, whole, as transformers loads it.
 
     Args:
         source: a hub id, a directory, a GGUF file or a directory with one.
@@ -174,7 +174,7 @@ def load_teacher(
 
 
 def load_config(source: str | Path, *, gguf_file: str | None = None) -> PreTrainedConfig:
-    """The configuration of a checkpoint of a supported architecture, converted or not.
+    """Return the configuration of a checkpoint of a supported architecture, converted or not.
 
     Arguments and errors are `load_teacher`'s.
     """
@@ -186,7 +186,7 @@ def load_config(source: str | Path, *, gguf_file: str | None = None) -> PreTrain
 
 
 def load_tokenizer(source: str | Path, *, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub id, a directory, a GGUF file or a directory with one.
+    """Return the tokenizer of a hub id, a directory, a GGUF file or a directory with one.
 
     Raises:
         ValueError: there is none.
@@ -235,13 +235,13 @@ def _named(source: str | Path) -> Iterator[None]:
 
 
 def _mixers(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """What stands in each layer; softmax throughout before the first conversion."""
+    """Return what stands in each layer; softmax throughout before the first conversion."""
     softmax = [{"name": SOFTMAX} for _ in range(config.num_hidden_layers)]
     return copy.deepcopy(getattr(config, "mixers", softmax))
 
 
 def _family(config: PreTrainedConfig | Mapping[str, Any], name: str = "") -> str:
-    """The key of `FAMILIES` for a configuration, converted before or not."""
+    """Return the key of `FAMILIES` for a configuration, converted before or not."""
     fields = config if isinstance(config, Mapping) else config.to_dict()
     model_type = str(fields.get("model_type"))
     name = name or fields.get("_name_or_path") or type(config).__name__
@@ -260,7 +260,7 @@ def _family(config: PreTrainedConfig | Mapping[str, Any], name: str = "") -> str
 
 
 def locate(source: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
-    """The directory or hub id, and the GGUF file in it if that is what is to be read."""
+    """Return the directory or hub id, and the GGUF file in it if that is what is to be read."""
     check_source(source)
     path = Path(source)
     if gguf_file is not None:

@@ -32,7 +32,7 @@ def transfer_loss(
     counted_BT: torch.Tensor,
     total: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The relative squared error of each row's output: (B,).
+    """Return the relative squared error of each row's output: (B,).
 
     A row is a unit of its own, so that the loss of a batch does not depend on how its rows are
     dealt out. A row without a token that counts has 0.

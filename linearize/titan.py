@@ -115,7 +115,7 @@ class MixerAttention(GQAttention):
 
     @torch.no_grad()
     def _init_self_parameters(self) -> None:
-        """The mixer begins as its constructor leaves it, the same on every rank.
+        """Initialize the mixer as its constructor leaves it, the same on every rank.
 
         What is random there depends on the seed and the layer, not on what was drawn before.
         """
@@ -146,7 +146,7 @@ class MixerAttention(GQAttention):
         k_BLNH: torch.Tensor,
         v_BLNH: torch.Tensor,
     ) -> torch.Tensor:
-        """The mixer's output, or in a transfer softmax attention's.
+        """Return the mixer's output, or in a transfer softmax attention's.
 
         Args:
             x_BLD: the layer's normalized input.

@@ -66,7 +66,7 @@ def train(config: RunConfig | str | os.PathLike[str], **changes: Any) -> Result:
 
 
 def _arguments(changes: Mapping[str, Any], table: str = "") -> Iterator[str]:
-    """Changes as the command line has them: --table.key=value."""
+    """Write changes as the command line has them: --table.key=value."""
     for key, value in changes.items():
         if isinstance(value, Mapping):
             yield from _arguments(value, f"{table}{key}.")

@@ -25,7 +25,8 @@ def causal_conv_step(
     activation: Activation | None = None,
     state: torch.Tensor,
 ) -> torch.Tensor:
-    """One token of `causal_conv`: returns y of (B, D) and moves `state` (B, D, W - 1) in place.
+    """Return one token of `causal_conv`: returns y of (B, D) and moves `state` (B, D, W - 1) in
+    place.
 
     Raises:
         ValueError: as `causal_conv`.
@@ -73,7 +74,8 @@ def causal_conv_verify(
     accepted: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The outputs of a block of guessed tokens, after the state has moved over the block before.
+    """Return the outputs of a block of guessed tokens, after the state has moved over the block
+    before.
 
     Args:
         state: (B, D, W - 1); moved in place over the accepted tokens of `pending`, no further.

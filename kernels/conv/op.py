@@ -33,7 +33,8 @@ def causal_conv(
     cu_seqlens: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The convolution of whole sequences and the states after them; differentiable in every tensor.
+    """Return the convolution of whole sequences and the states after them; differentiable in every
+    tensor.
 
     Args:
         x_BTD: the input.
@@ -98,13 +99,13 @@ def check(
 
 
 def pick(x: torch.Tensor, backend: str) -> str:
-    """The backend that runs a call; ValueError where the one asked for does not cover it."""
+    """Return the backend that runs a call; ValueError where the one asked for does not cover it."""
     cpu, triton = type_reason(x.dtype, "cpu"), type_reason(x.dtype, "triton")
     return choose(NAME, backend, x.device, cpu=cpu, triton=triton, module="scan")
 
 
 def _implementation(which: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """The backend's function; all have the signature of `reference.causal_conv`."""
+    """Return the backend's function; all have the signature of `reference.causal_conv`."""
     if which == "reference":
         from lowline.kernels.conv import reference
 

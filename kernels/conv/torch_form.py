@@ -50,7 +50,9 @@ def causal_conv(
 
 
 def _places(cu_seqlens: torch.Tensor, T: int, before: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the tokens go when `before` rows stand before each sequence, and where each ends."""
+    """Return where the tokens go when `before` rows stand before each sequence, and where each
+    ends.
+    """
     count = torch.arange(cu_seqlens.shape[0], device=cu_seqlens.device)
     ends = cu_seqlens + count * before
     time = torch.arange(T, device=cu_seqlens.device)

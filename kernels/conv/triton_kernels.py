@@ -34,7 +34,9 @@ TILES = dict(N=16, BLOCK_D=64)
 
 @triton.jit
 def _place(D, BLOCK_D: tl.constexpr):
-    """Block of tokens and of channels of a program, both on axis 0: the others end at 65535."""
+    """Return block of tokens and of channels of a program, both on axis 0: the others end at
+    65535.
+    """
     columns = tl.cdiv(D, BLOCK_D)
     return tl.program_id(0) // columns, tl.program_id(0) % columns
 
@@ -189,7 +191,7 @@ class Call(NamedTuple):
 
 
 def _arguments(call: Call) -> dict[str, Any]:
-    """What all three kernels take."""
+    """Return what all three kernels take."""
     (x,), cu, T = rows_dense(call.x), call.cu, call.x.shape[1]
     return dict(
         x=x, weight=call.weight.contiguous(), bias=call.bias, state=call.state.contiguous(), cu=cu,
@@ -273,7 +275,7 @@ def causal_conv(
 
 
 def _final_state(x: Tensor, state_SDW: Tensor, cu: Tensor | None) -> Tensor:
-    """The last W - 1 inputs of each sequence: (S, D, W - 1)."""
+    """Return the last W - 1 inputs of each sequence: (S, D, W - 1)."""
     before = state_SDW.shape[2]
     if cu is None:
         inputs = torch.cat([state_SDW, x[:, max(x.shape[1] - before, 0) :].transpose(1, 2)], 2)
@@ -288,7 +290,7 @@ def _final_state(x: Tensor, state_SDW: Tensor, cu: Tensor | None) -> Tensor:
 
 
 def aot_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The shapes that the compile check covers."""
+    """Yield the shapes that the compile check covers."""
     for name, dtype, packed in (("bf16", torch.bfloat16, True), ("fp32", torch.float32, False)):
 
         def empty(*size: int, dtype: torch.dtype = dtype) -> Tensor:

@@ -33,14 +33,14 @@ FLAGS = ("-O3", "-std=c++20", "-march=native", "-fopenmp", "-ffp-contract=fast",
 
 
 def cache_folder() -> Path:
-    """Where built modules are kept."""
+    """Return where built modules are kept."""
     folder = os.environ.get("LOWLINE_CACHE")
     return Path(folder) if folder else Path.home() / ".cache" / "lowline"
 
 
 @functools.cache
 def missing() -> str | None:
-    """What a build would lack on this machine, or None."""
+    """Return what a build would lack on this machine, or None."""
     compiler = _compiler()[0]
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler}); install g++, or set CXX"
@@ -51,13 +51,15 @@ def missing() -> str | None:
 
 @functools.cache
 def unavailable(name: str) -> str | None:
-    """Why `load(name)` cannot work: the module is not built, and what a build lacks. Or None."""
+    """Return why `load(name)` cannot work: the module is not built, and what a build lacks. Or
+    None.
+    """
     return None if os.path.isfile(_library(name)) else missing()
 
 
 @functools.cache
 def load(name: str) -> ModuleType:
-    """The module built from `name`.cpp; built first where the cache does not hold it.
+    """Return the module built from `name`.cpp; built first where the cache does not hold it.
 
     Raises:
         RuntimeError: no compiler, the source does not compile (with the compiler's words), or a
@@ -78,7 +80,7 @@ def _source(name: str) -> Path:
 
 
 def _library(name: str) -> Path:
-    """Where the module is, or will be."""
+    """Return where the module is, or will be."""
     facts = [_source(name).read_text(), *_build_facts()]
     key = hashlib.sha256("\0".join(facts).encode()).hexdigest()
     return cache_folder() / f"lowline_{name}-{key[:16]}.so"
@@ -89,7 +91,7 @@ def _compiler() -> list[str]:
 
 
 def _build_facts() -> list[str]:
-    """What a built file depends on beside its source."""
+    """Return what a built file depends on beside its source."""
     import torch
 
     processor = platform.processor() or platform.machine()

@@ -21,7 +21,7 @@ FLOOR = 1e-12
 def hedgehog(
     x_BTHD: torch.Tensor, W_HDF: torch.Tensor, *, backend: Backend = "auto"
 ) -> torch.Tensor:
-    """The features of queries or keys; differentiable in both arguments.
+    """Return the features of queries or keys; differentiable in both arguments.
 
     All backends but the reference keep only x and W for the backward pass.
 

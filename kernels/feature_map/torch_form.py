@@ -69,6 +69,6 @@ def _operands(x_BTHD: torch.Tensor, W: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 def _softmax_backward(p: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """The gradient of u where p = softmax(u) and `grad` is that of max(p, FLOOR)."""
+    """Return the gradient of u where p = softmax(u) and `grad` is that of max(p, FLOOR)."""
     weighted = p * grad.masked_fill(p < FLOOR, 0)
     return weighted - p * weighted.sum(-1, keepdim=True)

@@ -32,7 +32,7 @@ LARGEST = 128
 
 
 def not_on_triton(D: int, F: int) -> str | None:
-    """Why these kernels do not cover a call; None where they do."""
+    """Return why these kernels do not cover a call; None where they do."""
     return f"D = {D}, F = {F}; it takes up to {LARGEST}" if max(D, F) > LARGEST else None
 
 
@@ -50,7 +50,7 @@ def _forward_kernel(
     D: tl.constexpr, F: tl.constexpr, FLOOR: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """The features of a block of tokens of one head."""
+    """Compute the features of a block of tokens of one head."""
     b, row, h, x_ND, W_DF = _load_inputs(
         x, W, x_b, x_t, x_h, w_h, T, blocks, D, F, BLOCK_D, BLOCK_F, N
     )
@@ -68,7 +68,9 @@ def _load_inputs(
     x, W, x_b, x_t, x_h, w_h, T, blocks, D: tl.constexpr, F: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Batch row, tokens and head of a program (64-bit, as is what a stride multiplies), x and W."""
+    """Return batch row, tokens and head of a program (64-bit, as is what a stride multiplies), x
+    and W.
+    """
     b = (tl.program_id(0) // blocks).to(tl.int64)
     row = tl.program_id(0) % blocks * N + tl.arange(0, N)
     h = tl.program_id(1).to(tl.int64)
@@ -118,7 +120,7 @@ class Call(NamedTuple):
 
 
 def _arguments(call: Call) -> tuple[tuple[int, int], dict[str, Any]]:
-    """The grid, and what both kernels take."""
+    """Return the grid, and what both kernels take."""
     (x,) = rows_dense(call.x)
     (B, T, H, D), W = x.shape, call.W.contiguous()
     F = W.shape[-1]
@@ -168,7 +170,7 @@ def hedgehog(x_BTHD: Tensor, W_HDF: Tensor) -> Tensor:
 
 
 def aot_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The shapes that the compile check covers."""
+    """Yield the shapes that the compile check covers."""
     for name, dtype, D in (("bf16", torch.bfloat16, 128), ("fp32", torch.float32, 64)):
         x = torch.empty(1, 4096, 32, D, dtype=dtype, device="meta")
         call = Call(x, torch.empty(32, D, D, device="meta"))

@@ -125,7 +125,7 @@ def _backward(
     grad_o: Maybe,
     grad_state: Maybe,
 ) -> list[torch.Tensor]:
-    """The gradients of q, k, v, g, beta and the initial state; none for an absent one."""
+    """Return the gradients of q, k, v, g, beta and the initial state; none for an absent one."""
     if grad_o is None:  # only the state was used
         grad_o = q_BTQK.new_zeros(*q_BTQK.shape[:3], v_BTHV.shape[-1])
     if grad_state is not None:

@@ -60,7 +60,7 @@ def recurrence_step(
     scale: float = 1.0,
     backend: Backend = "auto",
 ) -> torch.Tensor:
-    """The output of one token; `state` moves by it in place.
+    """Return the output of one token; `state` moves by it in place.
 
     Args: those of `gated_linear_recurrence` without time; g is None, (B, H), (B, H, K) or
     (B, H, V). Inside torch.compile "auto" takes the torch form, which the compiler fuses.
@@ -147,7 +147,8 @@ def recurrence_verify(
     scale: float = 1.0,
     backend: Backend = "auto",
 ) -> tuple[torch.Tensor, Pending]:
-    """The outputs of T proposed tokens; `state` moves by the accepted ones of the block before.
+    """Return the outputs of T proposed tokens; `state` moves by the accepted ones of the block
+    before.
 
     Args:
         q_BTQK, k_BTHK, v_BTHV, g, beta_BTH, gate, normalize, scale, backend: as in
@@ -295,12 +296,12 @@ def _reference_step(
 
 
 def _with_ones(v_BHV: torch.Tensor) -> torch.Tensor:
-    """The normaliser's column: a value that is always one."""
+    """Return the normaliser's column: a value that is always one."""
     return torch.nn.functional.pad(v_BHV, (0, 1), value=1.0)
 
 
 def _divided(o_BQW: torch.Tensor, scale: float) -> torch.Tensor:
-    """The outputs over the normaliser, which `scale` does not belong to."""
+    """Return the outputs over the normaliser, which `scale` does not belong to."""
     return o_BQW[..., :-1] / (o_BQW[..., -1:] / scale + EPSILON)
 
 

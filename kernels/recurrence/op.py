@@ -43,7 +43,8 @@ def gated_linear_recurrence(
     cu_seqlens: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The outputs of a whole sequence and the state after it; differentiable in every tensor.
+    """Return the outputs of a whole sequence and the state after it; differentiable in every
+    tensor.
 
     Args:
         q_BTQK: queries; Q a multiple of H: query head i reads the state of head i // (Q / H).
@@ -83,7 +84,7 @@ def gated_linear_recurrence(
 
 
 def share_heads(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values with equally many heads (dimension -2)."""
+    """Return keys and values with equally many heads (dimension -2)."""
     few, many = sorted((k.shape[-2], v.shape[-2]))
     if few == 0 or many % few:
         raise ValueError(
@@ -153,13 +154,13 @@ def check(
 
 
 def pick(q: torch.Tensor, v: torch.Tensor, backend: str, *, delta: bool = False) -> str:
-    """The backend that runs a call; ValueError where the one asked for does not cover it."""
+    """Return the backend that runs a call; ValueError where the one asked for does not cover it."""
     cpu, triton = cpu_reason(q, v), triton_reason(q, v, delta)
     return choose(NAME, backend, q.device, cpu=cpu, triton=triton, module="recurrence")
 
 
 def cpu_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Why the C++ kernels do not cover a call, or None."""
+    """Return why the C++ kernels do not cover a call, or None."""
     K, V = q.shape[-1], v.shape[-1]
     if K % 16 or V % 16:
         return f"K = {K}, V = {V}; it takes multiples of 16"
@@ -167,7 +168,7 @@ def cpu_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:
 
 
 def triton_reason(q: torch.Tensor, v: torch.Tensor, delta: bool) -> str | None:
-    """Why the Triton kernels do not cover a call, or None."""
+    """Return why the Triton kernels do not cover a call, or None."""
     K, V = q.shape[-1], v.shape[-1]
     if delta and K > 128:  # a program holds all K rows of a state; its backward pass spills
         return f"K = {K}; with the delta rule it takes up to 128"
@@ -177,7 +178,7 @@ def triton_reason(q: torch.Tensor, v: torch.Tensor, delta: bool) -> str | None:
 
 
 def _implementation(which: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """The backend's function; all have the signature of `reference.recurrence`.
+    """Return the backend's function; all have the signature of `reference.recurrence`.
 
     Imports are written out: torch.compile cannot trace one by name.
     """

@@ -45,7 +45,7 @@ class Decay(NamedTuple):
 
 
 def decays(g_RCF: torch.Tensor, per_head: bool) -> Decay:
-    """Sums of gates, in bits, by doubling: from blocks of s rows to blocks of 2s rows."""
+    """Return sums of gates, in bits, by doubling: from blocks of s rows to blocks of 2s rows."""
     R, C, F = g_RCF.shape
     into, out = g_RCF * LOG2_E, torch.zeros_like(g_RCF)
     levels, s = [], 1
@@ -66,7 +66,7 @@ def decays(g_RCF: torch.Tensor, per_head: bool) -> Decay:
 
 
 def decays_grad(d_into: torch.Tensor, d_out: torch.Tensor, pairs: PairGrads) -> torch.Tensor:
-    """The gates' gradient, (R, C, F), from those of the logarithms of all of `Decay`.
+    """Return the gates' gradient, (R, C, F), from those of the logarithms of all of `Decay`.
 
     The gate of row t has a part in `into` of the rows from t on, in `out` of the rows before t, and
     in the pairs across. Changes its arguments.
@@ -89,7 +89,9 @@ def decays_grad(d_into: torch.Tensor, d_out: torch.Tensor, pairs: PairGrads) -> 
 def scores(
     q_RGCF: torch.Tensor, k_RCF: torch.Tensor, decay: Decay | None, strict: bool = False
 ) -> torch.Tensor:
-    """A of (R, G, C, C), zero above the diagonal; `strict`: and on it, for the last query."""
+    """Return a of (R, G, C, C), zero above the diagonal; `strict`: and on it, for the last
+    query.
+    """
     R, G, C, _ = q_RGCF.shape
     if decay is None or decay.pair is not None:
         A = causal(times_transposed(q_RGCF.flatten(1, 2), k_RCF).view(R, G, C, C), strict)
@@ -128,7 +130,7 @@ def scores_grad(
     A_RGCC: torch.Tensor | None = None,
     strict: bool = False,
 ) -> PairGrads:
-    """Gradients of `scores`, and A itself, computed again where it is not given.
+    """Return gradients of `scores`, and A itself, computed again where it is not given.
 
     dA is zero where A is by its mask; it is changed.
     """
@@ -172,12 +174,12 @@ def causal(A_RGCC: torch.Tensor, strict: bool) -> torch.Tensor:
 
 
 def times_transposed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a bᵀ, batched. On a CPU the copy pays: MKL's small GEMMs are 2-4x slower with bᵀ."""
+    """Return a bᵀ, batched. On a CPU the copy pays: MKL's small GEMMs are 2-4x slower with bᵀ."""
     return torch.bmm(a, b.mT.contiguous() if b.device.type == "cpu" else b.mT)
 
 
 def _times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b, batched; by elements where the blocks are too small for a GEMM."""
+    """Return a b, batched; by elements where the blocks are too small for a GEMM."""
     if a.shape[2] > 2:
         return torch.bmm(a, b)
     product = a[:, :, :1] * b[:, :1]
@@ -185,7 +187,7 @@ def _times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def over_queries(x_RG: torch.Tensor) -> torch.Tensor:
-    """The sum over a state head's queries."""
+    """Return the sum over a state head's queries."""
     return x_RG[:, 0] if x_RG.shape[1] == 1 else x_RG.sum(1)
 
 
@@ -197,7 +199,7 @@ def scaled(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
 def _level_rows(
     q_RGCF: torch.Tensor, k_RCF: torch.Tensor, key_decay: torch.Tensor, query_decay: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A level's queries (R · blocks, G · s, F) and keys (R · blocks, s, F), decayed."""
+    """Return a level's queries (R · blocks, G · s, F) and keys (R · blocks, s, F), decayed."""
     s, F = key_decay.shape[2:]
     q = scaled(_half(q_RGCF, s, 1), query_decay[:, None])
     k = scaled(_half(k_RCF, s, 0), key_decay)
@@ -205,7 +207,7 @@ def _level_rows(
 
 
 def _diagonal_scores(q_RGCF: torch.Tensor, k_RCF: torch.Tensor, strict: bool) -> torch.Tensor:
-    """A with nothing but the pairs of a row with itself."""
+    """Return a with nothing but the pairs of a row with itself."""
     A = torch.diag_embed((q_RGCF * k_RCF[:, None]).sum(-1))
     if strict:
         A[:, -1].zero_()

@@ -69,7 +69,9 @@ def backward(
     decay: Decay,
     by_value: bool,
 ) -> tuple[Grads, torch.Tensor]:
-    """Gradients from those of O and of the state after the last chunk; that of the one before."""
+    """Return gradients from those of O and of the state after the last chunk; that of the one
+    before.
+    """
     if not by_value:
         queries = scaled(q_RGCK, decay.into[:, None]).flatten(1, 2)
         increments = torch.bmm(queries.mT, do_RGCV.flatten(1, 2))
@@ -95,7 +97,8 @@ def chunk_grads(
     A_RGCC: torch.Tensor | None = None,
     strict: bool = False,
 ) -> Grads:
-    """Gradients of each chunk alone, from the state before it and the gradient of the one after.
+    """Return gradients of each chunk alone, from the state before it and the gradient of the one
+    after.
 
     A and `strict` as in `pairs.scores_grad`.
     """
@@ -129,7 +132,7 @@ def read(
     states_RKV: torch.Tensor,
     decay: Decay | None,
 ) -> torch.Tensor:
-    """A V + (Q ⊙ into) S of (R, G, C, V)."""
+    """Return A V + (Q ⊙ into) S of (R, G, C, V)."""
     q = scaled(q_RGCK, None if decay is None else decay.into[:, None]).flatten(1, 2)
     o = torch.bmm(A_RGCC.flatten(1, 2), v_RCV)
     return o.baddbmm_(q, states_RKV.to(q.dtype)).view(*A_RGCC.shape[:3], -1)

@@ -206,7 +206,7 @@ def _queries(x_BTQF: torch.Tensor, heads: int, group: Group) -> torch.Tensor:
 
 
 def _write(into: torch.Tensor, rows: torch.Tensor, group: Group) -> None:
-    """The reverse of `_rows` and of `_queries`, into the group's tokens."""
+    """Write rows back into the group's tokens: the reverse of `_rows` and of `_queries`."""
     into_BTQF = into if into.dim() == 4 else into[..., None]
     B, _, Q, F = into_BTQF.shape
     G = rows.shape[1] if rows.dim() == 4 else 1

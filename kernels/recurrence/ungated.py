@@ -45,7 +45,7 @@ def forward(
     scale: float,
     o_BTQV: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Writes the span's outputs; the states before its chunks (chunks, N, V, K), and after it."""
+    """Write the span's outputs; the states before its chunks (chunks, N, V, K), and after it."""
     heads, type_ = k_BTHK.shape[2], q_BTQK.dtype
     chunks = by_chunk((q_BTQK, k_BTHK, v_BTHV, o_BTQV), heads, span, rows)
     N, K, V = S_NKV.shape
@@ -78,7 +78,7 @@ def backward(
     scale: float,
     grads: list[torch.Tensor | None],
 ) -> torch.Tensor:
-    """Writes the span's dq, dk, dv, first of `grads`; the gradient of its initial state."""
+    """Write the span's dq, dk, dv, first of `grads`; the gradient of its initial state."""
     heads, type_ = k_BTHK.shape[2], q_BTQK.dtype
     given = (q_BTQK, k_BTHK, v_BTHV, do_BTQV, *(x for x in grads[:3] if x is not None))
     chunks = by_chunk(given, heads, span, rows)
@@ -115,7 +115,7 @@ def backward(
 def by_chunk(
     tensors: tuple[torch.Tensor, ...], heads: int, span: tuple[int, int], rows: int
 ) -> list[tuple[torch.Tensor, ...]]:
-    """Each chunk of the tensors (B, T, Q, F) as (B, H, G, C, F), views."""
+    """Return each chunk of the tensors (B, T, Q, F) as (B, H, G, C, F), views."""
     parts = []
     for x in tensors:
         B, _, Q, F = x.shape

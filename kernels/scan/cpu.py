@@ -36,7 +36,7 @@ def selective_scan(
 
 
 def rows(tensor: Any) -> Any:
-    """The tensor with neighbouring channels next to one another in memory."""
+    """Return the tensor with neighbouring channels next to one another in memory."""
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -98,7 +98,7 @@ def _backward(
     cu_seqlens: Optional,
     softplus: bool,
 ) -> list[torch.Tensor]:
-    """Gradients of x, dt, A, B, C, D, z, dt_bias and the initial states."""
+    """Return gradients of x, dt, A, B, C, D, z, dt_bias and the initial states."""
     dinitial = dstate.to(memory_format=torch.contiguous_format, copy=True)
     gradients = load("scan").scan_backward(
         rows(dy), x, dt, A, B, C, D, z, dt_bias, softplus, cu_seqlens, kept, dinitial

@@ -42,7 +42,8 @@ def selective_scan_step(
     state: torch.Tensor,
     backend: Backend = "auto",
 ) -> torch.Tensor:
-    """One token of `selective_scan`: returns y of (B, D) and moves `state` (B, D, N) in place.
+    """Return one token of `selective_scan`: returns y of (B, D) and moves `state` (B, D, N) in
+    place.
 
     Raises:
         ValueError: as `selective_scan`.
@@ -106,7 +107,8 @@ def selective_scan_verify(
     accepted: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[torch.Tensor, ScanBlock]:
-    """The outputs of a block of guessed tokens, after the state has moved over the block before.
+    """Return the outputs of a block of guessed tokens, after the state has moved over the block
+    before.
 
     Args:
         state: (B, D, N); moved in place over the accepted tokens of `pending`, and no further.

@@ -38,7 +38,8 @@ def selective_scan(
     cu_seqlens: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The outputs of whole sequences and the states after them; differentiable in every tensor.
+    """Return the outputs of whole sequences and the states after them; differentiable in every
+    tensor.
 
     Args:
         x_BTD: the input.
@@ -114,7 +115,7 @@ def check(
 
 
 def pick(x: torch.Tensor, A: torch.Tensor, backend: str) -> str:
-    """The backend that runs a call; ValueError where the one asked for does not cover it."""
+    """Return the backend that runs a call; ValueError where the one asked for does not cover it."""
     cpu, triton = type_reason(x.dtype, "cpu"), type_reason(x.dtype, "triton")
     if A.shape[1] > 64:
         triton = f"A has {A.shape[1]} states; it takes up to 64"
@@ -122,7 +123,7 @@ def pick(x: torch.Tensor, A: torch.Tensor, backend: str) -> str:
 
 
 def _implementation(which: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """The backend's function; all have the signature of `reference.selective_scan`."""
+    """Return the backend's function; all have the signature of `reference.selective_scan`."""
     if which == "reference":
         from lowline.kernels.scan import reference
 

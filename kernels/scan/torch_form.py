@@ -139,7 +139,9 @@ def _chunks(T: int) -> list[slice]:
 def _inside(
     bounds: list[int] | None, chunk: slice, ends: bool = False
 ) -> tuple[list[int], list[int]]:
-    """Rows of the chunk at which packed sequences start (or end), and which sequences those are."""
+    """Return rows of the chunk at which packed sequences start (or end), and which sequences
+    those are.
+    """
     rows, which = [], []
     for s, (start, end) in enumerate(pairwise(bounds or [])):
         token = end - 1 if ends else start

@@ -46,7 +46,9 @@ def _combine(a, b, later_a, later_b):
 
 @triton.jit
 def _bounds(s, cu, T, L: tl.constexpr, PACKED: tl.constexpr):
-    """Batch row, first token, end and first tile of sequence s; tiles of sequences do not meet."""
+    """Return batch row, first token, end and first tile of sequence s; tiles of sequences do not
+    meet.
+    """
     if PACKED:
         start = tl.load(cu + s).to(tl.int32)
         end = tl.load(cu + s + 1).to(tl.int32)
@@ -82,7 +84,9 @@ def _step_size(raw, bias, t, start, end, SOFTPLUS: tl.constexpr):
 
 @triton.jit
 def _states(x, dt, A, B, h):
-    """Tokens' states from inputs (L, D), (L, D), (D, N), (L, N) and the state before them."""
+    """Return tokens' states from inputs (L, D), (L, D), (D, N), (L, N) and the state before
+    them.
+    """
     a = tl.exp(dt[:, :, None] * A[None, :, :])
     b = (dt * x)[:, :, None] * B[:, None, :]
     a, b = tl.associative_scan((a, b), 0, _combine)
@@ -221,7 +225,7 @@ def _backward_kernel(
 
 
 def not_on_triton(N: int) -> str | None:
-    """Why these kernels do not cover a call; None where they do."""
+    """Return why these kernels do not cover a call; None where they do."""
     return f"A has {N} states; it takes up to {LARGEST}" if N > LARGEST else None
 
 
@@ -242,7 +246,7 @@ class Call(NamedTuple):
 
 
 def _arguments(call: Call) -> dict[str, Any]:
-    """What both kernels take: tensors, strides, sizes, constants."""
+    """Return what both kernels take: tensors, strides, sizes, constants."""
     given: dict[str, Any] = call._asdict()
     for name in ("x", "dt", "B", "C", "z"):
         strides = (0, 0)
@@ -279,7 +283,7 @@ def _forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 def _backward(
     grads: tuple[Tensor, ...], kept: tuple[Tensor, ...], call: Call
 ) -> list[Tensor | None]:
-    """The gradients of x, dt, A, B, C, D, z, bias and the initial states."""
+    """Return the gradients of x, dt, A, B, C, D, z, bias and the initial states."""
     (dy, dstate_out), x, (S, D, N) = grads, call.x, call.state.shape
     rows, T = x.shape[:2]
     given = _arguments(call)
@@ -338,7 +342,7 @@ def selective_scan(
 
 
 def aot_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The shapes that the compile check covers."""
+    """Yield the shapes that the compile check covers."""
     for name, dtype in (("bf16", torch.bfloat16),):
 
         def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:

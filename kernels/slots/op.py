@@ -165,7 +165,7 @@ def state_shapes(
     window: int,
     sinks: int,
 ) -> dict[str, tuple[int, ...]]:
-    """Those of a SlotState of N sequences of such tokens."""
+    """Return those of a SlotState of N sequences of such tokens."""
     (G, D), V, M = k.shape[-2:], v.shape[-1], bias_HM.shape[-1]
     return {
         "k": (N, window, G, D),

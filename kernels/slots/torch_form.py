@@ -66,7 +66,7 @@ def attend(
         return torch.cat([blocks(x)[:, :, :-1], blocks(x)[:, :, 1:]], 3)
 
     def before(first: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The slots' sums of x before each block's pair."""
+        """Return the slots' sums of x before each block's pair."""
         of_block = blocks(r)[:, :, :-2].mT @ blocks(x)[:, :, :-2]
         return torch.cat([first[:, :, None], of_block], 2).cumsum(2)
 

@@ -231,7 +231,7 @@ def compile_all(chips: Sequence[int] = CHIPS, jobs: int = 1, only: str = "") -> 
 
 
 def table(compiled: Sequence[Compiled]) -> str:
-    """The Markdown page of these results."""
+    """Return the Markdown page of these results."""
     rows = [
         "# What the compiler makes of the Triton kernels",
         "",
@@ -255,7 +255,7 @@ def table(compiled: Sequence[Compiled]) -> str:
 
 
 def differences(page: str, compiled: Sequence[Compiled]) -> list[str]:
-    """Rows of a committed table that these results contradict; none under another Triton."""
+    """Return rows of a committed table that these results contradict; none under another Triton."""
     if _HEADING not in page:
         return []
 

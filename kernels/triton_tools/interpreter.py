@@ -28,7 +28,7 @@ LIBDEVICE = ("erf", "exp", "expm1", "log", "log1p", "rsqrt", "sqrt", "tanh")
 
 
 def interpreting() -> bool:
-    """Whether kernels decorated from now on are interpreted (`TRITON_INTERPRET=1`)."""
+    """Return whether kernels decorated from now on are interpreted (`TRITON_INTERPRET=1`)."""
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
@@ -147,7 +147,9 @@ def _mend_reductions() -> None:
             raise TypeError("reductions of bfloat16 are not interpreted: cast to fp32 first")
 
     def scan(self: Any, inputs: Any) -> list[Any]:
-        """A step combines all elements of a row; as shipped it is one element, and thousands."""
+        """Return a step combines all elements of a row; as shipped it is one element, and
+        thousands.
+        """
         axis = self.axis % inputs[0].handle.data.ndim
         rows = [
             [self.to_tensor(part, x.dtype) for part in np.split(data, data.shape[axis], axis)]
@@ -186,7 +188,7 @@ def _mend_libdevice() -> None:
 
 
 def _stand_in_for_driver() -> None:
-    """A driver that times nothing: `autotune` takes the first of its configurations."""
+    """Install a driver that times nothing: `autotune` takes the first of its configurations."""
     from triton.runtime.driver import driver
 
     def benchmark(call: Any, quantiles: Any = None, **_: Any) -> list[float]:

@@ -116,7 +116,7 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def candidates(kernel: str, capability: int, half: bool) -> tuple[Options, ...]:
-    """The options a kernel may run with on a chip (80, 90, 100, ...); the first are used.
+    """Return the options a kernel may run with on a chip (80, 90, 100, ...); the first are used.
 
     `half`: for 16-bit numbers. fp32, which does without tensor cores, takes what other chips take.
     """

@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def load_tile(x, row, inside, stride, column, width):
-    """Rows `row` of x where `inside`, columns below `width`; zeros elsewhere."""
+    """Return rows `row` of x where `inside`, columns below `width`; zeros elsewhere."""
     at = row[:, None] * stride + column[None, :]
     return tl.load(x + at, mask=inside[:, None] & (column < width)[None, :], other=0.0)
 

@@ -161,7 +161,9 @@ def _backward(
     do: torch.Tensor | None,
     dS: torch.Tensor | None,
 ) -> list[torch.Tensor]:
-    """The gradients of the ten inputs, from those of o and of the sum after the last token."""
+    """Return the gradients of the ten inputs, from those of o and of the sum after the last
+    token.
+    """
     if do is None:
         do = inputs[0].new_zeros(*inputs[0].shape[:3], inputs[2].shape[3])
     S = torch.zeros_like(inputs[9]) if dS is None else dS
@@ -239,7 +241,9 @@ def decode(
     *,
     take_in: bool,
 ) -> torch.Tensor:
-    """The outputs (B, T, H, V) of a block; with `take_in` of a token that the state takes in."""
+    """Return the outputs (B, T, H, V) of a block; with `take_in` of a token that the state takes
+    in.
+    """
     run = _decode_op if torch.compiler.is_compiling() else _decode
     return run(q, k, v, phi_q, phi_k, *state, window_factor, linear_factor, scale, take_in)
 
@@ -251,7 +255,7 @@ def advance(
     phi_k: torch.Tensor,
     accepted: torch.Tensor,
 ) -> None:
-    """Row b of the state takes in its first accepted[b] tokens."""
+    """Take the first accepted[b] tokens into row b of the state."""
     push = _advance_op if torch.compiler.is_compiling() else _advance
     push(k, v, phi_k, *state, accepted)
 

@@ -54,7 +54,7 @@ def window_linear_step(
     scale: float | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """One token of each sequence; advances the state in place.
+    """Return one token of each sequence; advances the state in place.
 
     Arguments are `window_linear_attention`'s without the time dimension; window and sinks are the
     state's. `triton` has no kernel of its own here: CUDA tensors take `torch`.
@@ -90,7 +90,7 @@ def window_linear_verify(
     scale: float | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, WindowPending]:
-    """The outputs of a block of proposed tokens.
+    """Return the outputs of a block of proposed tokens.
 
     The state is first advanced in place by `accepted` (B,) tokens of `pending`, the block of the
     verify before; the new block leaves it unchanged.
@@ -262,7 +262,9 @@ def _read(
     linear_factor_H: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """The block's outputs in plain torch; every query against every column, masked by age."""
+    """Return the block's outputs in plain torch; every query against every column, masked by
+    age.
+    """
     T, H = q_BTHD.shape[1:3]
     G, P, dtype = k_BTGD.shape[2], phi_k_BTPF.shape[2], state.S.dtype
     w, s = _window_and_sinks(state)
@@ -298,7 +300,7 @@ def _read(
 
 
 def _push(state: WindowState, pending: WindowPending, accepted_B: torch.Tensor) -> None:
-    """Row b takes in its first accepted_B[b] tokens, one after another."""
+    """Take the first accepted_B[b] tokens into row b, one after another."""
     (w, s), P = _window_and_sinks(state), pending.phi_k.shape[2]
     b_B = torch.arange(len(accepted_B), device=accepted_B.device)
     for i in range(pending.k.shape[1]):

@@ -132,7 +132,7 @@ def window_linear_attention(
 
 
 def not_on_cpu(dtype: torch.dtype, D: int, V: int, F: int) -> str | None:
-    """Why the C++ backend does not cover a call; None where it does."""
+    """Return why the C++ backend does not cover a call; None where it does."""
     if reason := type_reason(dtype, "cpu"):
         return reason
     if D % 16 or V % 16 or F % 16:
@@ -141,7 +141,7 @@ def not_on_cpu(dtype: torch.dtype, D: int, V: int, F: int) -> str | None:
 
 
 def not_on_triton(dtype: torch.dtype, D: int, V: int, F: int) -> str | None:
-    """Why the Triton kernels do not cover a call; None where they do."""
+    """Return why the Triton kernels do not cover a call; None where they do."""
     if reason := type_reason(dtype, "triton"):
         return reason
     if max(D, V, F) > 128:
@@ -164,7 +164,7 @@ def per_head_factor(
 def state_shapes(
     N: int, k: torch.Tensor, v: torch.Tensor, phi_k: torch.Tensor, window: int, sinks: int
 ) -> dict[str, tuple[int, ...]]:
-    """Those of a WindowState of N sequences of such tokens."""
+    """Return those of a WindowState of N sequences of such tokens."""
     G, D, V, (P, F) = k.shape[-2], k.shape[-1], v.shape[-1], phi_k.shape[-2:]
     return {
         "k": (N, window, G, D),
@@ -185,7 +185,7 @@ def check_heads(
     phi_q: torch.Tensor | None,
     phi_k: torch.Tensor | None,
 ) -> None:
-    """Raises ValueError where tensors (…, heads, features) do not fit each other."""
+    """Raise ValueError where tensors (…, heads, features) do not fit each other."""
     H, G = q.shape[-2], k.shape[-2]
     if q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
         raise ValueError(

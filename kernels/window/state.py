@@ -46,7 +46,7 @@ def empty_window_state(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> WindowState:
-    """The state of sequences of which no token has been seen.
+    """Return the state of sequences of which no token has been seen.
 
     Args:
         feature_heads: heads of φ(k), kv_heads where None.
@@ -125,7 +125,7 @@ def behind_window(
 
 
 def check_state(op: str, state: Any, expected: dict[str, tuple[int, ...]]) -> None:
-    """Raises ValueError where a state's tensors have not the expected shapes."""
+    """Raise ValueError where a state's tensors have not the expected shapes."""
     for name, shape in expected.items():
         got = tuple(getattr(state, name).shape)
         if got != shape:
@@ -138,7 +138,7 @@ def check_state(op: str, state: Any, expected: dict[str, tuple[int, ...]]) -> No
 def _prepend_ring(
     ring_NwGD: torch.Tensor, x_BTGD: torch.Tensor, length_N: torch.Tensor, cu: torch.Tensor | None
 ) -> torch.Tensor:
-    """The window before each sequence, in order, then its new rows: (B, U, G, D).
+    """Return the window before each sequence, in order, then its new rows: (B, U, G, D).
 
     With packed sequences U = N·w + T and sequence n starts at row cu[n] + n·w.
     """
@@ -165,7 +165,7 @@ def _ring_after(
     window: int,
     prefix: int,
 ) -> torch.Tensor:
-    """The ring buffer (N, w, G, D) once the rows of `_prepend_ring` have been seen."""
+    """Return the ring buffer (N, w, G, D) once the rows of `_prepend_ring` have been seen."""
     T = x_BUGD.shape[1]
     if prefix == 0 and cu is None:  # from the start: token t is in slot t % w
         if window <= T:
@@ -188,7 +188,7 @@ def _sinks_after(
     sinks: int,
     prefix: int,
 ) -> torch.Tensor:
-    """The first `sinks` tokens of each sequence (N, s, G, D), zero where not seen yet."""
+    """Return the first `sinks` tokens of each sequence (N, s, G, D), zero where not seen yet."""
     position_s = torch.arange(sinks, device=length_N.device)
     length_N1 = length_N[:, None]
     seen_Ns = position_s < length_N1 + new_N[:, None]
@@ -207,7 +207,7 @@ def _gather(
     cu: torch.Tensor | None,
     prefix: int,
 ) -> torch.Tensor:
-    """Rows of each sequence; zeros where not wanted, whatever row is named there."""
+    """Return rows of each sequence; zeros where not wanted, whatever row is named there."""
     if x_BUGD.shape[1] == 0 or row_Nr.shape[1] == 0:  # no part of x: no gradient of x's size either
         return x_BUGD.new_zeros(*row_Nr.shape, *x_BUGD.shape[2:])
     if cu is not None:

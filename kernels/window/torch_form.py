@@ -138,7 +138,7 @@ def _backward(
     dS_end: torch.Tensor,
     shape: _Shape,
 ) -> list[torch.Tensor]:
-    """The gradients of the first ten tensors."""
+    """Return the gradients of the first ten tensors."""
     gradients = [torch.zeros_like(x, dtype=dS_end.dtype) for x in tensors[:9]]
     dq, dk, dv, dphi_q, dphi_k, dsink_k, dsink_v, dgamma, dlam = gradients
     C, T, n = shape.C, do.shape[1], _rows_of_the_end(do.shape[1], shape)
@@ -287,7 +287,7 @@ def _normalised(y: torch.Tensor) -> torch.Tensor:
 
 
 def _rows_of_the_end(T: int, shape: _Shape) -> int:
-    """How many of the last block's 2C keys are older than the last token."""
+    """Return how many of the last block's 2C keys are older than the last token."""
     before_last = (-(-T // shape.C) - 2) * shape.C
     return T - shape.window - before_last
 
@@ -313,7 +313,7 @@ def _blocks(x_BTHD: torch.Tensor, start: int, count: int, C: int) -> torch.Tenso
 
 
 def _store(out_BTHD: torch.Tensor, blocks: torch.Tensor, start: int) -> None:
-    """Writes blocks of rows (or of each head's rows, one head after another) from `start` on."""
+    """Write blocks of rows (or of each head's rows, one head after another) from `start` on."""
     H, D = out_BTHD.shape[2:]
     N, g, heads, C = blocks.shape[:4]
     rows = blocks.reshape(N, g, H, heads * C // H, D).transpose(2, 3).flatten(1, 2)
@@ -322,7 +322,7 @@ def _store(out_BTHD: torch.Tensor, blocks: torch.Tensor, start: int) -> None:
 
 
 def _add_pairs(out_BUHD: torch.Tensor, pairs: torch.Tensor, start: int) -> None:
-    """Adds the gradient of each block behind the one before it; the first begins at `start`."""
+    """Add the gradient of each block behind the one before it; the first begins at `start`."""
     C = pairs.shape[3] // 2
     for half, offset in ((pairs[:, :, :, :C], start), (pairs[:, :, :, C:], start + C)):
         rows = half.transpose(2, 3).flatten(1, 2)
@@ -338,6 +338,6 @@ def _spread(x_NgGCD: torch.Tensor, like_NgPCF: torch.Tensor) -> torch.Tensor:
 
 
 def _gather_heads(x_NgPCD: torch.Tensor, like_NgGCD: torch.Tensor) -> torch.Tensor:
-    """The gradient of `_spread`."""
+    """Return the gradient of `_spread`."""
     G = like_NgGCD.shape[2]
     return x_NgPCD if x_NgPCD.shape[2] == G else x_NgPCD.unflatten(2, (G, -1)).sum(3)

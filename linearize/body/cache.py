@@ -62,7 +62,7 @@ class MixerLayer(CacheLayerMixin):
         self.length += n_tokens
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing to do: the mixer makes its state with the first tokens."""
+        """Do nothing: the mixer makes its state with the first tokens."""
 
     def get_seq_length(self) -> int:
         return self.length
@@ -115,7 +115,7 @@ class LinearizedCache(DynamicCache):
 def state_bytes(
     source: Cache | LinearizedConfig, *, context: int = 0, dtype: torch.dtype | None = None
 ) -> int:
-    """Bytes that a cache holds for one sequence.
+    """Return bytes that a cache holds for one sequence.
 
     Args:
         source: a filled cache (of a teacher too), or the configuration of a converted model.
@@ -131,7 +131,8 @@ def state_bytes(
 
 
 def break_even_length(config: LinearizedConfig, *, dtype: torch.dtype | None = None) -> int | None:
-    """The context, in tokens, from which on the converted layers hold less than their teachers'.
+    """Return the context, in tokens, from which on the converted layers hold less than their
+    teachers'.
 
     That is where the keys and values of these layers' softmax attention are as large as the
     states. None if they never are, the teacher's window being narrower.

@@ -125,7 +125,7 @@ class LinearizedConfig(_Architecture):
         """Replace transformers' rule, which does not know the type of a layer with a mixer."""
 
     def _resolved(self, name: str, **options: Any) -> dict[str, Any]:
-        """A mixer with all its options."""
+        """Return a mixer with all its options."""
         if name == SOFTMAX and not options:
             return {"name": SOFTMAX}
         with torch.device("meta"):  # finds every mistake at no cost
@@ -133,7 +133,7 @@ class LinearizedConfig(_Architecture):
         return {"name": name, **asdict(MIXERS[name][0](**options))}
 
     def converted_layers(self) -> list[int]:
-        """The layers that have a mixer."""
+        """Return the layers that have a mixer."""
         return [layer for layer, m in enumerate(self.mixers) if m["name"] != SOFTMAX]
 
     def softmax_window(self, layer: int) -> int | None:
@@ -153,7 +153,7 @@ class LinearizedConfig(_Architecture):
         )
 
     def build_mixer(self, layer: int, **changes: Any) -> Mixer:
-        """A new mixer for a converted layer, with some of its options changed."""
+        """Return a new mixer for a converted layer, with some of its options changed."""
         options = self.mixers[layer] | changes
         return build_mixer(options.pop("name"), options, self.head_shape(layer))
 

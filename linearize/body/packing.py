@@ -29,14 +29,16 @@ class Packing:
 
     @classmethod
     def of_padding(cls, real_BT: torch.Tensor) -> Packing:
-        """Every row a sequence; rows without a token in this stretch are sequences of length 0."""
+        """Return every row a sequence; rows without a token in this stretch are sequences of
+        length 0.
+        """
         B, T = real_BT.shape
         cu_seqlens = F.pad(real_BT.sum(1).cumsum(0), (1, 0))
         return cls(cu_seqlens, real_BT.flatten().nonzero()[:, 0], (B, T))
 
     @classmethod
     def of_starts(cls, starts_BT: torch.Tensor) -> Packing:
-        """A sequence from each start to the next."""
+        """Return a sequence from each start to the next."""
         B, T = starts_BT.shape
         starts = starts_BT.flatten().nonzero()[:, 0]
         return cls(F.pad(starts, (0, 1), value=B * T), None, (B, T))

@@ -51,7 +51,8 @@ class Item:
 
 
 def read_piqa(path: Path, limit: int | None = None) -> list[Item]:
-    """The items of a JSON-lines file with goal, sol1, sol2 and label; the first `limit` of them.
+    """Return the items of a JSON-lines file with goal, sol1, sol2 and label; the first `limit` of
+    them.
 
     Raises:
         ValueError: no such file, or a line that is no such item.
@@ -162,7 +163,7 @@ class Choices:
 
 
 def _mean(values: list[float]) -> tuple[float, float]:
-    """The mean and its standard error, from the sample's variance; 0 of a single value."""
+    """Return the mean and its standard error, from the sample's variance; 0 of a single value."""
     x = torch.tensor(values, dtype=torch.float64)
     error = x.std().item() / len(values) ** 0.5 if len(values) > 1 else 0.0
     return x.mean().item(), error

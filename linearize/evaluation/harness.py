@@ -84,7 +84,7 @@ class HarnessTask:
         return 0  # lm-eval shows its own progress
 
     def __call__(self, model: PreTrainedModel, advance: Advance) -> dict[str, float]:
-        """Every number that lm-eval reports of the task or group, by its name there."""
+        """Return every number that lm-eval reports of the task or group, by its name there."""
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 

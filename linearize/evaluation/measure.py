@@ -38,27 +38,27 @@ class Measure(Protocol):
         """How many tokens it runs, for a progress bar."""
 
     def __call__(self, model: PreTrainedModel, advance: Advance) -> Any:
-        """The scores, as JSON."""
+        """Return the scores, as JSON."""
 
 
 def quiet(tokens: int) -> None:
-    """An `Advance` that shows nothing."""
+    """Show nothing: an `Advance` for callers without a progress bar."""
 
 
 def digest(numbers: Iterable[Any]) -> str:
-    """A short name of what was asked, for `Measure.settings`."""
+    """Return a short name of what was asked, for `Measure.settings`."""
     return hashlib.sha256(repr(list(numbers)).encode()).hexdigest()[:16]
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before every text: a BOS token, or nothing."""
+    """Return what the tokenizer puts before every text: a BOS token, or nothing."""
     bos = tokenizer.bos_token_id
     ids = tokenizer("")["input_ids"]
     return [bos] if bos is not None and ids[:1] == [bos] else []
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a text, none added."""
+    """Return the tokens of a text, none added."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 

@@ -23,7 +23,7 @@ BASELINES = (":", "--", "-.")
 def plots(
     rows: Sequence[Row], measures: Sequence[Measure], results: Results
 ) -> Iterator[tuple[str, Figure]]:
-    """Names, without a suffix, and figures of what was measured."""
+    """Yield names, without a suffix, and figures of what was measured."""
     for measure in measures:
         scored = [(row, results.scores(row, measure)) for row in rows]
         scored = [(row, scores) for row, scores in scored if scores is not None]
@@ -50,7 +50,7 @@ def _figure(columns: int = 1, width: float = 6.4, height: float = 4.4) -> tuple[
 
 
 def _styles(scored: Scored) -> list[dict[str, Any]]:
-    """Converted models in colours, what they are compared with in black and grey."""
+    """Choose colours for converted models, black and grey for what they are compared with."""
     styles, colour, baseline = [], 0, 0
     for row, _ in scored:
         if row.converted:

@@ -36,7 +36,7 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """What an earlier evaluation wrote there, or nothing.
+        """Return what an earlier evaluation wrote there, or nothing.
 
         Raises:
             ValueError: a file that holds something else.
@@ -55,7 +55,7 @@ class Results:
         return cls(records)
 
     def scores(self, row: Row, measure: Measure) -> Any | None:
-        """What this measurement of this model gave; None if it was not made."""
+        """Return what this measurement of this model gave; None if it was not made."""
         key = [measure.task, measure.settings, row.identity]
         for record in self.records:
             if [record["task"], record["settings"], record["identity"]] == key:
@@ -73,7 +73,7 @@ class Results:
 def table(
     rows: Sequence[Row], measures: Sequence[Measure], results: Results, *, context: int
 ) -> Table:
-    """A line for each model, a column for each score that there is.
+    """Return a line for each model, a column for each score that there is.
 
     Looking up something is scored apart by distance: within the window of the converted models
     (the widest, if they differ), and beyond it.
@@ -101,7 +101,7 @@ def table(
 
 
 def explanation(measures: Sequence[Measure]) -> str:
-    """What the table's columns mean, a line each."""
+    """Return what the table's columns mean, a line each."""
     kinds = {
         Perplexity: "ppl @T: perplexity on text in rows of T tokens",
         SecondCopy: "copy: loss on the second copy of a random string, nats a token, by distance",
@@ -114,7 +114,7 @@ def explanation(measures: Sequence[Measure]) -> str:
 
 
 def _columns(measure: Measure, window: int) -> Iterator[tuple[str, Callable[[Any], str]]]:
-    """The columns of a measurement, and how their cells follow from its scores."""
+    """Yield the columns of a measurement, and how their cells follow from its scores."""
     if isinstance(measure, Perplexity):
         for n, context in enumerate(measure.contexts):
             yield f"ppl\n@{context}", partial(_perplexity, n)
@@ -133,7 +133,7 @@ def _columns(measure: Measure, window: int) -> Iterator[tuple[str, Callable[[Any
 def _others(
     measure: Measure, rows: Sequence[Row], results: Results
 ) -> Iterator[tuple[str, Callable[[Any], str]]]:
-    """The columns of a task of lm-eval that reports none of `METRICS`: its first number."""
+    """Yield the columns of a task of lm-eval that reports none of `METRICS`: its first number."""
     if not isinstance(measure, HarnessTask):
         return
     for row in rows:

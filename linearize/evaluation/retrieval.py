@@ -110,7 +110,7 @@ class Retrieval:
         return len(self.depths) * self.samples * sum(self.lengths)
 
     def question(self, length: int, depth: float, sample: int) -> Question:
-        """One prompt of `length` tokens."""
+        """Return one prompt of `length` tokens."""
         draw = random.Random(f"{self.seed} {length} {depth} {sample}")
         fact, ask, answer = _sentences(self.kind, draw)
         begin = beginning(self.tokenizer)
@@ -126,7 +126,7 @@ class Retrieval:
         return Question(ids, answer, len(fact_ids) + len(after) + len(ask_ids))
 
     def _around(self, hay: int, depth: float, draw: random.Random) -> tuple[list[int], list[int]]:
-        """The haystack before and after the fact, which goes between sentences if it can."""
+        """Return the haystack before and after the fact, which goes between sentences if it can."""
         if self.kind == "passkey":
             unit = encode(self.tokenizer, FILLER)
             text = unit * (1 + hay // len(unit))
@@ -149,7 +149,7 @@ class Retrieval:
         return str(self.tokenizer.decode([token])).rstrip(" ").endswith((".", "\n", "!", "?"))
 
     def _questions(self, length: int) -> list[Question]:
-        """Those of one length: every depth in turn, `samples` of each."""
+        """Return those of one length: every depth in turn, `samples` of each."""
         return [self.question(length, d, n) for d in self.depths for n in range(self.samples)]
 
     def __call__(self, model: PreTrainedModel, advance: Advance) -> list[RetrievalScore]:
@@ -177,14 +177,14 @@ class Retrieval:
         return scores
 
     def continued(self, model: PreTrainedModel, prompts: list[list[int]]) -> list[str]:
-        """What the model says after prompts of one length."""
+        """Return what the model says after prompts of one length."""
         answers = ("00000", *WORDS)
         new = 2 + max(len(encode(self.tokenizer, f" {answer}.")) for answer in answers)
         ids = greedy(model, torch.tensor(prompts), new)
         return [str(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def is_answered(self, question: Question, said: str) -> bool:
-        """Whether a continuation begins with the answer."""
+        """Return whether a continuation begins with the answer."""
         if self.kind == "passkey":
             number = re.search(r"\d+", said)
             return number is not None and number[0] == question.answer
@@ -192,7 +192,7 @@ class Retrieval:
 
 
 def _sentences(kind: Kind, draw: random.Random) -> tuple[str, str, str]:
-    """The fact, the question, the answer."""
+    """Return the fact, the question, the answer."""
     if kind == "passkey":
         key = f"{draw.randrange(10000, 100000)}"
         fact = f" The pass key is {key}. Remember it: {key} is the pass key."
@@ -206,7 +206,7 @@ def _sentences(kind: Kind, draw: random.Random) -> tuple[str, str, str]:
 def greedy(
     model: PreTrainedModel, ids_BT: torch.Tensor, new: int, cache: Cache | None = None
 ) -> torch.Tensor:
-    """The (B, new) likeliest tokens that follow, one by one, by the model's own cache.
+    """Return the (B, new) likeliest tokens that follow, one by one, by the model's own cache.
 
     Args:
         cache: of what came before `ids_BT`; it takes in all but the last token.

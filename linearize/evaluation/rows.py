@@ -58,12 +58,12 @@ class Row:
     linear_off: bool = False
 
     def state_bytes(self, context: int) -> int:
-        """What its cache holds for one sequence of so many tokens."""
+        """Return what its cache holds for one sequence of so many tokens."""
         return state_bytes(self.config, context=context, dtype=self.dtype)
 
 
 def rows_of(source: str, *, teacher: str | None, dtype: torch.dtype) -> list[Row]:
-    """The rows of a checkpoint: those above if it was converted, else itself alone.
+    """Return the rows of a checkpoint: those above if it was converted, else itself alone.
 
     Args:
         source: a hub id, a directory or a GGUF file.
@@ -113,7 +113,8 @@ def rows_of(source: str, *, teacher: str | None, dtype: torch.dtype) -> list[Row
 
 
 def window_of_state(config: LinearizedConfig, teacher: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """The widest window that, with `SINKS`, holds no more bytes than a converted model's states.
+    """Return the widest window that, with `SINKS`, holds no more bytes than a converted model's
+    states.
 
     At least 1, however small the states are.
     """
@@ -146,7 +147,7 @@ def _load(source: str, dtype: torch.dtype) -> PreTrainedModel:
 def _teacher(
     source: str, config: LinearizedConfig, teacher: str | None
 ) -> tuple[str, PreTrainedConfig]:
-    """The teacher's name and configuration."""
+    """Return the teacher's name and configuration."""
     name = teacher or config.teacher
     if name is None:
         raise LowlineError(f"{source} does not say what it was converted from; give its teacher")
@@ -175,7 +176,7 @@ def _has_both_parts(config: LinearizedConfig, layer: int) -> bool:
 
 
 def _identity(source: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The source, and of files their sizes and times."""
+    """Return the source, and of files their sizes and times."""
     path = Path(source)
     files = [path] if path.is_file() else sorted(x for x in path.glob("*") if x.is_file())
     stats = [(x.name, x.stat().st_size, x.stat().st_mtime_ns) for x in files]

@@ -30,7 +30,7 @@ class CopyScore(TypedDict):
 
 
 def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The vocabulary without special tokens."""
+    """Return the vocabulary without special tokens."""
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return sorted(set(tokenizer.get_vocab().values()) - special)
 
@@ -92,7 +92,7 @@ class SecondCopy:
         return sum(self.samples * (d + self.length) for d in self.distances)
 
     def sequences(self, distance: int) -> torch.Tensor:
-        """(samples, T), T = beginning + distance + length."""
+        """Return ids (samples, T), T = beginning + distance + length."""
         generator = torch.Generator().manual_seed(self.seed + distance)
         drawn = torch.randint(len(self.vocabulary), (self.samples, distance), generator=generator)
         once = torch.tensor(self.vocabulary)[drawn]

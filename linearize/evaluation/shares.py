@@ -75,7 +75,7 @@ class Shares:
 
 
 def has_both_parts(model: nn.Module) -> bool:
-    """Whether some layer has a linear part beside a window."""
+    """Return whether some layer has a linear part beside a window."""
     return any(mixer.has_window and mixer.has_linear for mixer in _mixers(model))
 
 

@@ -57,7 +57,7 @@ class Text:
 
     @classmethod
     def of(cls, documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, tokens: int) -> Text:
-        """The first `tokens` tokens of the documents, or all if they have fewer."""
+        """Return the first `tokens` tokens of the documents, or all if they have fewer."""
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         ids: list[int] = []
         for document in documents:
@@ -149,7 +149,7 @@ class Perplexity:
 
 
 def position_bins(context: int) -> list[tuple[int, int]]:
-    """First and last position of the bins from 2 to `context`: two to an octave from 16 on.
+    """Return first and last position of the bins from 2 to `context`: two to an octave from 16 on.
 
     >>> position_bins(40)
     [(2, 16), (17, 22), (23, 32), (33, 40)]

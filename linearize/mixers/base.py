@@ -107,7 +107,7 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def calibrate(self, k_TGD: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Parameters, by name, to begin with, from the teacher's attention on some text.
+        """Return parameters, by name, to begin with, from the teacher's attention on some text.
 
         Args:
             k_TGD: keys of its tokens, before the rotary embedding, sinks left out.

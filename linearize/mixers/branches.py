@@ -131,7 +131,7 @@ def beside(
     state: States | None,
     cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, States]:
-    """A linear part with the window beside it, as `options` and the mixer's attributes say.
+    """Return a linear part with the window beside it, as `options` and the mixer's attributes say.
 
     Args:
         linear: from the linear part's state to its output (B, T, H, D) and its next state.
@@ -161,7 +161,7 @@ def beside(
 
 
 def dropping_window(mixer: Mixer, state: State | None) -> bool:
-    """Whether this call leaves out the window.
+    """Return whether this call leaves out the window.
 
     Raises:
         ValueError: it would, in the middle of a sequence.
@@ -173,7 +173,7 @@ def dropping_window(mixer: Mixer, state: State | None) -> bool:
 
 
 def repeat_heads(x_BTGD: torch.Tensor, mixer: Mixer, state_heads: StateHeads) -> torch.Tensor:
-    """What each state has of its own: x as it is, or once for each query head."""
+    """Return what each state has of its own: x as it is, or once for each query head."""
     if state_heads == "kv" or mixer.shape.queries_per_kv_head == 1:
         return x_BTGD
     return x_BTGD.repeat_interleave(mixer.shape.queries_per_kv_head, 2)
@@ -185,7 +185,9 @@ def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
 
 
 def is_step(x_BTHD: torch.Tensor, cu_seqlens: torch.Tensor | None, *state: torch.Tensor) -> bool:
-    """Whether a call with this state can take the kernels' step, which changes it in place."""
+    """Return whether a call with this state can take the kernels' step, which changes it in
+    place.
+    """
     if x_BTHD.shape[1] != 1 or cu_seqlens is not None or torch.is_grad_enabled():
         return False
     frozen = not torch.is_inference_mode_enabled() and any(held.is_inference() for held in state)

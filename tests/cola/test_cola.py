@@ -256,7 +256,7 @@ def plain_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tenso
 
 
 def plain_rope(x_BLNH: torch.Tensor, positions_BL: torch.Tensor, theta: float) -> torch.Tensor:
-    """Turns pair (i, i + H/2) by positions · theta^(-2i/H), in complex numbers."""
+    """Turn pair (i, i + H/2) by positions · theta^(-2i/H), in complex numbers."""
     half = x_BLNH.shape[-1] // 2
     frequency = theta ** (-torch.arange(half, dtype=torch.float64) / half)
     angle = (positions_BL[:, :, None] * frequency)[:, :, None]
@@ -290,7 +290,7 @@ def test_rope_is_the_formula() -> None:
 def plain_block(
     w: dict[str, torch.Tensor], run: RunConfig, x: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
-    """A block in plain arithmetic from the weights `w` by their torchtitan names."""
+    """Return a block in plain arithmetic from the weights `w` by their torchtitan names."""
     m, (B, L, _) = run.model, x.shape
     sigma = FORMULAS[run.cola.activation]
 

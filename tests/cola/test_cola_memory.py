@@ -167,14 +167,14 @@ class Storages(TorchDispatchMode):
         return out
 
     def alive(self) -> dict[int, int]:
-        """Bytes of every storage still held, by its address."""
+        """Return bytes of every storage still held, by its address."""
         return {k: size for k, (ref, size) in self.made.items() if not ref.expired()}
 
 
 def measure(
     run: RunConfig, device: str, wrap: Callable[[nn.Module], Any] | None = None
 ) -> dict[str, float]:
-    """What two layers keep (by living storages, and by saved-tensor hooks) and compute."""
+    """Return what two layers keep (by living storages, and by saved-tensor hooks) and compute."""
     with torch.device(device):
         model = build_model_config(run).build()
     if device != "meta":

@@ -54,7 +54,7 @@ def check_by_building(run: RunConfig, world_size: int, rank: int = 0) -> Built:
 
 @contextlib.contextmanager
 def fake_process_group(world_size: int, rank: int = 0) -> Iterator[None]:
-    """A process group whose other ranks do not exist: collectives return at once.
+    """Return a process group whose other ranks do not exist: collectives return at once.
 
     Raises:
         RuntimeError: this process already has a process group.
@@ -72,7 +72,9 @@ def fake_process_group(world_size: int, rank: int = 0) -> Iterator[None]:
 
 
 def build_parts(run: RunConfig, world_size: int) -> list[torch.nn.Module]:
-    """The sharded model, or its pipeline stages, of this process's rank, on the meta device."""
+    """Return the sharded model, or its pipeline stages, of this process's rank, on the meta
+    device.
+    """
     import torchtitan.distributed.utils as titan_utils
     from torchtitan.config.configs import CompileConfig
     from torchtitan.distributed import ParallelDims

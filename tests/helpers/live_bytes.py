@@ -38,7 +38,7 @@ class LiveBytes(TorchDispatchMode):
             self._add(tensor)
 
     def now(self) -> int:
-        """Bytes alive at this moment."""
+        """Return bytes alive at this moment."""
         total, dead = 0, []
         for key, reference in self._storages.items():
             storage = reference()

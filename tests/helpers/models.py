@@ -84,20 +84,20 @@ def scrambled(model: Module, seed: int = 0) -> Module:
 
 
 def small_options(mixer: str) -> dict[str, Any]:
-    """The slow and exact backend, and a window that a short sequence leaves."""
+    """Return the slow and exact backend, and a window that a short sequence leaves."""
     names = {field.name for field in fields(MIXERS[mixer][0])}
     wanted = {"backend": "reference", "window": 5}
     return {name: value for name, value in wanted.items() if name in names}
 
 
 def converted(mixer: str, layers: Layers = "all", name: str = "llama") -> PreTrainedModel:
-    """A tiny model with mixers, which are away from where they begin."""
+    """Return a tiny model with mixers, which are away from where they begin."""
     return moved(convert(teacher(name), mixer=mixer, layers=layers, options=small_options(mixer)))
 
 
 @torch.no_grad()
 def moved(model: PreTrainedModel) -> PreTrainedModel:
-    """The parameters of mixers changed a little, as training would."""
+    """Return the parameters of mixers changed a little, as training would."""
     generator = torch.Generator().manual_seed(2)
     for name, weight in model.named_parameters():
         if ".mixer." in name:

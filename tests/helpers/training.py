@@ -35,7 +35,7 @@ ENVIRONMENT = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "COL
 
 
 def command(output: Path, *arguments: str, processes: int = 1) -> list[str]:
-    """The command line of a tiny run."""
+    """Return the command line of a tiny run."""
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     return [
@@ -78,7 +78,9 @@ def train_here(output: Path, *arguments: str) -> int:
 
 
 def save_teacher(folder: Path) -> Path:
-    """A dense `MODEL` as it begins, but for sharper predictions; its attention is near uniform."""
+    """Return a dense `MODEL` as it begins, but for sharper predictions; its attention is near
+    uniform.
+    """
     from transformers import AutoModelForCausalLM
 
     from lowline.train.hf.config import config_to_hf
@@ -118,7 +120,9 @@ def one_process() -> Iterator[None]:
 
 
 def curve(output: Path) -> list[tuple]:
-    """What must be equal of equal runs: step, loss, gradient norm, learning rate, held-out loss."""
+    """Return what must be equal of equal runs: step, loss, gradient norm, learning rate,
+    held-out loss.
+    """
     from lowline.train.engine.metrics import read_metrics
 
     keys = ("step", "loss", "grad_norm", "lr/AdamW", "tokens", "eval_loss")
@@ -130,7 +134,7 @@ def curve(output: Path) -> list[tuple]:
 
 
 def losses(output: Path) -> list[float]:
-    """The loss of every step, then the held-out losses."""
+    """Return the loss of every step, then the held-out losses."""
     rows = curve(output)
     return [r[1] for r in rows if r[1] is not None] + [r[5] for r in rows if r[5] is not None]
 

@@ -57,7 +57,7 @@ def inputs(
 
 
 def through(backend: Any) -> Any:
-    """A backend's `recurrence` with the arguments' names of `inputs`."""
+    """Return a backend's `recurrence` with the arguments' names of `inputs`."""
 
     def run(
         q: torch.Tensor,

@@ -65,7 +65,7 @@ def draw(
 
 
 def part(inputs: dict, start: int, end: int, state: torch.Tensor | None) -> dict:
-    """The tokens from `start` to `end`, from a state."""
+    """Return the tokens from `start` to `end`, from a state."""
     cut = {n: t[:, start:end] if "BT" in n else t for n, t in inputs.items()}
     return {**cut, "initial_state": state}
 

@@ -52,7 +52,7 @@ def tokenizer():
 
 @cache
 def reader() -> PreTrainedModel:
-    """A tiny random model for the embedded tokenizer's 4096 tokens."""
+    """Return a tiny random model for the embedded tokenizer's 4096 tokens."""
     config = architecture("llama")
     config.vocab_size, config.max_position_embeddings = len(tokenizer()), 512
     return scrambled(AutoModelForCausalLM.from_config(config))

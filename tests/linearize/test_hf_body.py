@@ -32,7 +32,7 @@ ANY = "lolcats"
 
 
 def padded(side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of several lengths and their mask; "mixed" has padding left, right and within."""
+    """Return rows of several lengths and their mask; "mixed" has padding left, right and within."""
     ids, time = tokens(len(LENGTHS), T), torch.arange(T)
     rows = {
         "left": [time >= T - n for n in LENGTHS],

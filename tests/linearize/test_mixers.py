@@ -56,7 +56,7 @@ OTHERS = [name for name in SHAPES if SHAPES[name] is not SHARED]
 
 
 def made(case: str, shape: HeadShape = SHARED, dtype=torch.float32, backend="reference") -> Mixer:
-    """A mixer whose parameters are away from where they begin."""
+    """Return a mixer whose parameters are away from where they begin."""
     name, options = CASES[case]
     torch.manual_seed(0)
     mixer = build_mixer(name, options | {"backend": backend}, shape).to(dtype).eval()
@@ -95,7 +95,7 @@ def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def masks(T: int, window: int, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which tokens are exact, and which of the past are not."""
+    """Return which tokens are exact, and which of the past are not."""
     t, j = torch.arange(T)[:, None], torch.arange(T)
     exact = (j <= t) & ((j > t - window) | (j < sinks))
     return exact, (j <= t) & ~exact
@@ -151,7 +151,7 @@ def convolved(x, taps):
 
 @torch.no_grad()
 def naive(mixer: Mixer, name: str, given: dict[str, torch.Tensor], b: int, h: int) -> torch.Tensor:
-    """The output of query head h in row b."""
+    """Return the output of query head h in row b."""
     o, shape = mixer.options, mixer.shape
     g = h // shape.queries_per_kv_head
     s = h if getattr(o, "state_heads", "kv") == "query" else g  # the state's head

@@ -218,7 +218,7 @@ print(json.dumps(heavy))
 
 
 def answers(*lines: list[str]) -> dict[str, list]:
-    """What commands say, in one process that has imported nothing slow by its end."""
+    """Return what commands say, in one process that has imported nothing slow by its end."""
     done = subprocess.run(
         [sys.executable, "-P", "-c", LIGHT, json.dumps(lines)], capture_output=True, text=True
     )

@@ -41,7 +41,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def lowline(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The real command in a process of its own."""
+    """Return the real command in a process of its own."""
     return subprocess.run(
         [sys.executable, "-P", "-m", "lowline.tools.cli", "evaluate", *map(str, arguments)],
         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},

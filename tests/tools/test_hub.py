@@ -52,7 +52,7 @@ def test_what_is_there_is_not_asked_for(tmp_path, monkeypatch) -> None:
 
 
 def calls() -> list[tuple[str, ast.Call]]:
-    """Every call of a `from_pretrained` in the package."""
+    """Return every call of a `from_pretrained` in the package."""
     found = []
     for folder in ("kernels", "cola", "linearize", "train", "tools"):
         for path in sorted((ROOT / folder).rglob("*.py")):

@@ -168,7 +168,7 @@ def test_another_gguf_file_is_refused(
 
 
 def job(teacher: Path, folder: Path, *more: str, processes: int = 2) -> list[str]:
-    """The command line of the same conversion as a job of torchrun."""
+    """Return the command line of the same conversion as a job of torchrun."""
     line = command(teacher, folder)
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
@@ -180,7 +180,7 @@ def job(teacher: Path, folder: Path, *more: str, processes: int = 2) -> list[str
 
 
 def converted_here(teacher: Path, folder: Path, *more: str) -> int:
-    """The same job of one process, in this one."""
+    """Return the same job of one process, in this one."""
     from lowline.train.__main__ import main as train
 
     with training.one_process():

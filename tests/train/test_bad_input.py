@@ -29,7 +29,9 @@ def _state(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def _refused(capsys, output: Path, *arguments: str) -> str:
-    """The message of a command that does not start anything and leaves its output as it was."""
+    """Return the message of a command that does not start anything and leaves its output as it
+    was.
+    """
     before = _state(output) if output.exists() else None
     assert training.train_here(output, *arguments) == 2
     said = capsys.readouterr().err

@@ -134,7 +134,7 @@ def records(*runs: Path) -> list[dict]:
 
 
 def of_layers(*runs: Path) -> dict[tuple[int, str], float]:
-    """Each layer's loss at each step."""
+    """Return each layer's loss at each step."""
     found = {}
     for record in records(*runs):
         for name, value in record.items():

@@ -146,7 +146,7 @@ GREETED = [{"role": "assistant", "content": "Hello!"}, *TALK[:2]]
 
 
 def answers(tokenizer, messages) -> list[str]:
-    """The texts between which there is no label."""
+    """Return the texts between which there is no label."""
     _, labels = document_rows(conversation(messages), tokenizer)
     runs = "".join(" " if label == IGNORE_INDEX else "x" for label in labels).split()
     kept = [label for label in labels.tolist() if label != IGNORE_INDEX]

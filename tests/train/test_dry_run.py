@@ -134,7 +134,7 @@ def small_run(case: str) -> tuple[RunConfig, int, int]:
 def run_as_script(
     build: Sequence[str] = (), overrides: Sequence[str] = (), measure: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What a process of its own finds: {"built": {case: ...}, "measured": {case: ...}}."""
+    """Return what a process of its own finds: {"built": {case: ...}, "measured": {case: ...}}."""
     arguments = json.dumps([build, overrides, measure])
     done = subprocess.run(
         [sys.executable, "-P", __file__, arguments],
@@ -271,7 +271,7 @@ def token_loss(
 
 
 def measure(run: RunConfig, world_size: int, microbatches: int) -> dict[str, int]:
-    """Bytes before, and the most within, a second training step of one rank."""
+    """Return bytes before, and the most within, a second training step of one rank."""
     with fake_process_group(world_size):
         (model,) = build_parts(run, world_size)
         model.to_empty(device="cpu")

@@ -30,7 +30,7 @@ def run_of(**model) -> RunConfig:
 
 
 def saved(run: RunConfig, step_folder: Path, **extra) -> torch.nn.Module:
-    """A checkpoint as training leaves it: model, optimizer state, config.toml."""
+    """Return a checkpoint as training leaves it: model, optimizer state, config.toml."""
     body = build(run, seed=int(step_folder.name.removeprefix("step-")))
     state = body.state_dict() | {"optimizer.state.x": torch.zeros(3), "train_state": b"7"} | extra
     dcp.save(state, checkpoint_id=step_folder, no_dist=True)

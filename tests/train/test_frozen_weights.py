@@ -24,7 +24,7 @@ def teacher(tmp_path_factory) -> Path:
 
 
 def stored_dtypes(output: Path) -> dict[str, torch.dtype]:
-    """The dtype of every parameter in a run's newest checkpoint."""
+    """Return the dtype of every parameter in a run's newest checkpoint."""
     folder = output / "checkpoint"
     reader = dcp.FileSystemReader(folder / f"step-{saved_steps(folder)[-1]}")
     stored = reader.read_metadata().state_dict_metadata

@@ -16,7 +16,7 @@ NUMBERS = ("loss 7.2472", "grad norm 1.234", "12,345 tokens/s", "10.25 GiB", "MF
 
 
 def line(width: int, completed: int = 120, numbers: tuple[str, ...] = NUMBERS) -> str:
-    """The bar as a terminal of so many columns shows it."""
+    """Return the bar as a terminal of so many columns shows it."""
     console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
     progress = step_progress(console)
     progress.add_task("steps", total=450, completed=completed, numbers=numbers)

@@ -73,7 +73,7 @@ def body_of(run: RunConfig, seed: int = 0) -> torch.nn.Module:
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, labels of which some do not count, positions of packed documents."""
+    """Return tokens, labels of which some do not count, positions of packed documents."""
     ids = torch.randint(97, (2, 17), generator=torch.Generator().manual_seed(1))
     labels = ids[:, 1:].clone()
     labels[0, :5] = labels[1, 11:] = -100

@@ -18,7 +18,7 @@ PEAK = 0.01
 
 
 def _rates(steps: int, **schedule) -> list[float]:
-    """The learning rate of each of a run's steps."""
+    """Return the learning rate of each of a run's steps."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=PEAK)
     schedulers = schedule_config(SCHEDULES.section(schedule["kind"])(**schedule)).build(
         optimizers=[optimizer], training_steps=steps

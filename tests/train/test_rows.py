@@ -223,7 +223,7 @@ def arrow(path: Path, table: pa.Table, stream: bool = True) -> Path:
 
 
 def tables(tmp_path: Path, table: pa.Table) -> list[Path]:
-    """The table in each kind of file; parquet knows some types of Arrow by other names."""
+    """Return the table in each kind of file; parquet knows some types of Arrow by other names."""
     parquet = tmp_path / "t.parquet"
     pq.write_table(table, parquet, row_group_size=2)
     return [

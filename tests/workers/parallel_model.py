@@ -55,7 +55,7 @@ def run_config(model: dict[str, Any], cola: dict[str, Any]) -> RunConfig:
 def laid_out(
     run: RunConfig, tensor: int, precision: str = "float32", mixers_apart: bool = False
 ) -> nn.Module:
-    """The model over all processes: `tensor`-way tensor parallel, FSDP over the rest."""
+    """Return the model over all processes: `tensor`-way tensor parallel, FSDP over the rest."""
     layout = ParallelismConfig(tensor_parallel_degree=tensor, spmd_backend="partial_dtensor")
     dims = ParallelDims.from_config(layout, dist.get_world_size())
     dims.build_mesh()
@@ -81,7 +81,7 @@ def laid_out(
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, labels and the positions of packed documents: the same on every process."""
+    """Return tokens, labels and the positions of packed documents: the same on every process."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(VOCAB, (BATCH, LENGTH + 1), generator=generator)
     positions = torch.cat([torch.arange(5), torch.arange(LENGTH - 5)]).expand(BATCH, -1)
@@ -97,7 +97,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def shards_differ(parameter: nn.Parameter) -> bool:
-    """Whether each process of a data-parallel mesh holds values of its own."""
+    """Return whether each process of a data-parallel mesh holds values of its own."""
     local = parameter.detach().to_local()
     shards = [torch.empty_like(local) for _ in range(dist.get_world_size())]
     dist.all_gather(shards, local)
@@ -158,7 +158,7 @@ def compare(run: RunConfig, tensor: int, precision: str = "float32") -> dict[str
 
 
 def traffic(run: RunConfig) -> dict[str, Any]:
-    """What the second block of a tensor-parallel model sends."""
+    """Return what the second block of a tensor-parallel model sends."""
     block = laid_out(run, dist.get_world_size()).layers["1"]
     mesh = block.attention_norm.weight.device_mesh
     x = torch.randn(BATCH, LENGTH, DIM, generator=torch.Generator().manual_seed(2))

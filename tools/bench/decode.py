@@ -161,7 +161,7 @@ def bench_decode(
 
 
 def rows_of_both(source: str, teacher: str | None, dtype: str) -> tuple[Row, Row]:
-    """A converted model, and its teacher, to compute in `dtype`."""
+    """Return a converted model, and its teacher, to compute in `dtype`."""
     import torch
 
     from lowline.linearize.evaluation.rows import rows_of
@@ -184,7 +184,7 @@ def load(row: Row, device: str) -> PreTrainedModel:
 def decode(
     setup: Setup, contexts: tuple[int, ...], batch: tuple[int, ...], max_gb: float
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The number of sequences, and of every context the seconds a token, bytes and ratios."""
+    """Yield the number of sequences, and of every context the seconds a token, bytes and ratios."""
     from lowline.linearize.body.cache import state_bytes
 
     states = read_contexts(setup, contexts)
@@ -222,7 +222,7 @@ def decode(
 
 
 def read_contexts(setup: Setup, contexts: tuple[int, ...]) -> dict[int, Cache]:
-    """The converted model's cache after each context of random tokens, of a batch of one."""
+    """Return the converted model's cache after each context of random tokens, of a batch of one."""
     from lowline.linearize.body.cache import LinearizedCache
 
     model: Any = setup.model
@@ -238,14 +238,14 @@ def read_contexts(setup: Setup, contexts: tuple[int, ...]) -> dict[int, Cache]:
 
 
 def state_of(cache: Cache, rows: int) -> Cache:
-    """A copy for so many sequences."""
+    """Return a copy for so many sequences."""
     cache = copy.deepcopy(cache)
     cache.batch_repeat_interleave(rows)
     return cache
 
 
 def random_keys(setup: Setup, context: int, rows: int, *, static: bool) -> Cache:
-    """A cache of transformers with so many tokens in it."""
+    """Return a cache of transformers with so many tokens in it."""
     import torch
     from transformers import DynamicCache, StaticCache
 
@@ -262,7 +262,7 @@ def random_keys(setup: Setup, context: int, rows: int, *, static: bool) -> Cache
 
 
 def decode_case(setup: Setup, cache: Cache, rows: int) -> Callable[[], object]:
-    """Decodes `setup.new` tokens; keys and values are then as many as before."""
+    """Decode `setup.new` tokens; keys and values are then as many as before."""
     import torch
 
     from lowline.linearize.body.cache import LinearizedCache
@@ -307,7 +307,7 @@ def random_ids(setup: Setup, length: int) -> torch.Tensor:
 
 
 def prefill(setup: Setup, prompt: int) -> dict[str, Any]:
-    """Seconds to read a prompt."""
+    """Return seconds to read a prompt."""
     ids = random_ids(setup, prompt)
 
     def case(model: Any) -> Callable[[], object]:
@@ -327,7 +327,7 @@ def prefill(setup: Setup, prompt: int) -> dict[str, Any]:
 
 
 def print_decode(console: Console, rows: str, report: dict[str, Any]) -> None:
-    """Tokens a second, ratios and bytes, a column a context."""
+    """Print tokens a second, ratios and bytes, one column for each context."""
     clock, entry = report["setup"]["clock"], report["decode"][rows]
     contexts = entry["contexts"]
 
@@ -361,7 +361,7 @@ def print_decode(console: Console, rows: str, report: dict[str, Any]) -> None:
 
 
 def print_prefill(console: Console, report: dict[str, Any]) -> None:
-    """One line."""
+    """Print one line."""
     clock, result = report["setup"]["clock"], report["prefill"]
     seconds = {name: timing[clock] for name, timing in result["seconds"].items()}
     console.print(
@@ -371,7 +371,7 @@ def print_prefill(console: Console, report: dict[str, Any]) -> None:
 
 
 def draw(report: dict[str, Any]) -> Figure:
-    """Milliseconds a token and bytes against the context."""
+    """Return milliseconds a token and bytes against the context."""
     from matplotlib.figure import Figure
 
     clock = report["setup"]["clock"]

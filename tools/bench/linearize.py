@@ -79,7 +79,7 @@ def bench_linearize(
 
 
 def _alone(run: RunConfig, output: Path) -> RunConfig:
-    """The run of a stage as it steps, without what came before it and what it leaves."""
+    """Return the run of a stage as it steps, without what came before it and what it leaves."""
     return replace(
         run,
         output=str(output),
@@ -103,7 +103,7 @@ def save_random(run: RunConfig, folder: Path) -> None:
 
 
 def bench_stage(run: RunConfig, repeats: int) -> dict[str, Any]:
-    """Time a step of a run beside its teacher's forward pass over as many tokens."""
+    """Return time a step of a run beside its teacher's forward pass over as many tokens."""
     with ExitStack() as stack:
         step, trainer = trainer_step(run, stack)
         forward = teacher_forward(run, next(iter(trainer.dataloader))[0])
@@ -116,7 +116,9 @@ def bench_stage(run: RunConfig, repeats: int) -> dict[str, Any]:
 
 
 def teacher_forward(run: RunConfig, batch: dict[str, Any]) -> Callable[[], None]:
-    """A function that runs what a run converts over the tokens of a step, given a local batch."""
+    """Return a function that runs what a run converts over the tokens of a step, given a local
+    batch.
+    """
     import torch
 
     from lowline.train.config.run import default_objective

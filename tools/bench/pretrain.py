@@ -97,7 +97,7 @@ def bench_pretrain(
 
 
 def bench_blocks(shape: ShapeName, tokens: int, layers: int, repeats: int) -> dict[str, Any]:
-    """Time forward + backward of the same blocks in every way of `BLOCKS`."""
+    """Return time forward + backward of the same blocks in every way of `BLOCKS`."""
     import torch
 
     from lowline.cola.accounting import flops_per_token
@@ -136,7 +136,7 @@ def bench_blocks(shape: ShapeName, tokens: int, layers: int, repeats: int) -> di
 
 
 def block_step(run: RunConfig, x_BLD: Any) -> Callable[[], None]:
-    """A function that runs forward + backward through the blocks of `run`.
+    """Return a function that runs forward + backward through the blocks of `run`.
 
     Gradients are made anew each time, as after `zero_grad`, and the input has one too.
     """
@@ -164,7 +164,7 @@ def block_step(run: RunConfig, x_BLD: Any) -> Callable[[], None]:
 
 
 def limits(tokens: int, dim: int, ffn: int, rank: int) -> dict[str, Callable[[], object]]:
-    """What bounds the blocks: products as wide and as narrow as theirs, and a copy."""
+    """Return what bounds the blocks: products as wide and as narrow as theirs, and a copy."""
     import torch
 
     x, wide, narrow = torch.randn(tokens, dim), torch.randn(ffn, dim), torch.randn(rank, dim)
@@ -179,7 +179,9 @@ def limits(tokens: int, dim: int, ffn: int, rank: int) -> dict[str, Callable[[],
 
 
 def bench_trainer(repeats: int, *overrides: str) -> dict[str, Any]:
-    """Time a step of the demo's CoLA model in the trainer and in a bare loop, in one process."""
+    """Return time a step of the demo's CoLA model in the trainer and in a bare loop, in one
+    process.
+    """
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         run = load_run(
             "demo_cola", *overrides, f"--output={folder}", "--checkpoint.enable=false",
@@ -200,7 +202,7 @@ def bench_trainer(repeats: int, *overrides: str) -> dict[str, Any]:
 
 
 def trainer_step(run: RunConfig, stack: ExitStack) -> tuple[Callable[[], None], Any]:
-    """A function that trains one step, data loading included; and the trainer it drives.
+    """Return a function that trains one step, data loading included; and the trainer it drives.
 
     What closes the trainer and sets the environment back goes onto the stack.
     """
@@ -230,7 +232,9 @@ def trainer_step(run: RunConfig, stack: ExitStack) -> tuple[Callable[[], None], 
 
 
 def bare_step(run: RunConfig, batch: Any) -> Callable[[], None]:
-    """The same training step in plain PyTorch: one batch in memory, AdamW, clipping, a schedule."""
+    """Return the same training step in plain PyTorch: one batch in memory, AdamW, clipping, a
+    schedule.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -259,7 +263,7 @@ def bare_step(run: RunConfig, batch: Any) -> Callable[[], None]:
 
 
 def load_run(name: str, *overrides: str) -> RunConfig:
-    """A configuration that comes with lowline, with some keys changed."""
+    """Return a configuration that comes with lowline, with some keys changed."""
     from lowline.train.config.load import load_config
 
     with as_file(files("lowline.configs") / f"{name}.toml") as path:
@@ -270,7 +274,7 @@ def load_run(name: str, *overrides: str) -> RunConfig:
 
 
 def print_blocks(result: dict[str, Any], threads: int) -> None:
-    """The blocks' times and rates, then the ratios that matter and the machine's limits."""
+    """Print the blocks' times and rates, then the ratios that matter and the machine's limits."""
     from rich.table import Table
 
     console = wide_console()
@@ -307,7 +311,7 @@ def print_blocks(result: dict[str, Any], threads: int) -> None:
 
 
 def print_trainer(result: dict[str, Any]) -> None:
-    """The two steps' times and their ratio."""
+    """Print the two steps' times and their ratio."""
     console = wide_console()
     console.print(
         f"a step of {result['config']} ({result['parameters'] / 1e6:.1f}M parameters, "

@@ -124,7 +124,7 @@ def ratio(of: Timing, to: Timing, factor: float = 1.0) -> dict[str, float]:
 
 
 def copy_case(device: str = "cpu") -> Callable[[], object]:
-    """A copy of `COPY_BYTES`: twice as many are moved."""
+    """Return a copy of `COPY_BYTES`: twice as many are moved."""
     import torch
 
     source = torch.zeros(COPY_BYTES // 4, device=device)
@@ -133,7 +133,7 @@ def copy_case(device: str = "cpu") -> Callable[[], object]:
 
 
 def copy_rate(timing: Timing, clock: str = "wall") -> float:
-    """Bytes a second of `copy_case`."""
+    """Return bytes a second of `copy_case`."""
     return 2 * COPY_BYTES / getattr(timing, clock)
 
 
@@ -176,13 +176,13 @@ def gemm_cases(size: int, device: str = "cpu") -> tuple[Cases, dict[str, float]]
 def gemm_limit(
     timings: Mapping[str, Timing], cases: Cases, size: int, clock: str = "wall"
 ) -> tuple[str, float]:
-    """The fastest of `gemm_cases` and its FLOPs a second."""
+    """Return the fastest of `gemm_cases` and its FLOPs a second."""
     fastest = min(cases, key=lambda name: getattr(timings[name], clock))
     return fastest, 2 * size**3 / getattr(timings[fastest], clock)
 
 
 def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
-    """How far memory in use rises while `call` runs.
+    """Return how far memory in use rises while `call` runs.
 
     On a CPU that is the resident memory of this process, of every allocator in it: call from a
     fresh process whose malloc gives freed blocks back (`MALLOC_MMAP_THRESHOLD_` set).
@@ -238,7 +238,7 @@ def threads_of_operators(threads: int) -> Iterator[None]:
 
 
 def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
-    """What a number was measured on, and when."""
+    """Return what a number was measured on, and when."""
     import torch
 
     info = Path("/proc/cpuinfo")

@@ -38,7 +38,7 @@ class Result:
     memory_gib: float
 
     def row(self) -> dict[str, Any]:
-        """The table's columns."""
+        """Return the table's columns."""
         from lowline.cola.accounting import flops_per_token, parameters, saved_by_model
         from lowline.train.cost.memory import policy_of, shape_of
 

@@ -53,7 +53,7 @@ def demo_linearize(
 
 
 def packaged_model() -> Path:
-    """The GGUF file in the installed package, which is not imported.
+    """Return the GGUF file in the installed package, which is not imported.
 
     Raises:
         ValueError: there is none.

@@ -184,7 +184,7 @@ def evaluate(
 
 
 def open_text(path: Path | None, text_key: str) -> list[str]:
-    """The documents of a file, or the embedded held-out ones."""
+    """Return the documents of a file, or the embedded held-out ones."""
     from lowline.train.data import SourceConfig, open_source
 
     config = SourceConfig(split="validation")
@@ -250,7 +250,7 @@ class Maker:
 
 
 def fits(row: Row, measure: Measure) -> bool:
-    """Whether a model is asked this."""
+    """Return whether a model is asked this."""
     if row.linear_off:
         return measure.task in LOSSES
     return row.converted or measure.task != "shares"
@@ -289,7 +289,7 @@ def run(plan: Plan, results: Results, console: Console) -> Iterator[None]:
 
 
 def named_apart(rows: Iterable[Row]) -> list[Row]:
-    """The rows, with their sources beside labels that several have."""
+    """Return the rows, with their sources beside labels that several have."""
     rows = list(rows)
     times = Counter(row.label for row in rows)
     return [

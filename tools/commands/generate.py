@@ -96,7 +96,9 @@ def generate(
 
 
 def _asked(tokenizer: Any, message: str, model: str) -> str:
-    """A user's message as the model's chat template has it, up to where the answer begins."""
+    """Return a user's message as the model's chat template has it, up to where the answer
+    begins.
+    """
     if tokenizer.chat_template is None:
         raise LowlineError(
             f"chat: {model} has no chat template; leave out --chat to continue a text"
@@ -126,7 +128,7 @@ class _Clocked:
 
 
 def _stats(config: Any, cache: Any, times: list[float]) -> str:
-    """One line about speed and memory."""
+    """Return one line about speed and memory."""
     from lowline.linearize.body.cache import break_even_length, state_bytes
     from lowline.linearize.body.hf import LinearizedConfig
 

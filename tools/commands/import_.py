@@ -71,7 +71,7 @@ def import_tables(
 
 
 def _set_fields(section: Any) -> dict[str, Any]:
-    """A section's fields that differ from their defaults."""
+    """Return a section's fields that differ from their defaults."""
     return {
         f.name: value if not dataclasses.is_dataclass(value) else _set_fields(value)
         for f in dataclasses.fields(section)

@@ -106,7 +106,7 @@ def inspect_rank(
 
 
 def load_model(checkpoint: str) -> tuple[Any, Any]:
-    """A causal language model in fp32 on the best device, and its tokenizer.
+    """Return a causal language model in fp32 on the best device, and its tokenizer.
 
     Raises:
         ValueError: there is no such model, or transformers cannot read it.
@@ -138,7 +138,7 @@ def load_model(checkpoint: str) -> tuple[Any, Any]:
 
 
 def read_text(path: Path | None) -> Iterator[str]:
-    """The documents to run on: a file as one, or the embedded held-out ones."""
+    """Yield the documents to run on: a file as one, or the embedded held-out ones."""
     if path is None:
         from lowline.train.data.embedded import embedded_documents
 
@@ -194,7 +194,7 @@ def measure(
 
 
 def passes(model: torch.nn.Module, which: Which) -> Iterator[list[str] | None]:
-    """Names to watch together, whose sums fit into `GRAM_BYTES`; None is all of them."""
+    """Yield names to watch together, whose sums fit into `GRAM_BYTES`; None is all of them."""
     if which == "bottleneck":  # r wide: small, and only low-rank layers have them
         yield None
         return
@@ -220,7 +220,7 @@ def _position(name: str) -> dict[str, Any]:
 
 
 def print_table(ranks: list[ProjectionRank], tokens: int, alpha: float, which: Which) -> None:
-    """One row a layer, one column a projection: rank and its share of the full dimension."""
+    """Print a row for each layer, a column for each projection: rank, share of the dimension."""
     from rich.table import Table
 
     columns = list(dict.fromkeys(r.projection for r in ranks))
@@ -246,14 +246,14 @@ def print_table(ranks: list[ProjectionRank], tokens: int, alpha: float, which: W
 
 
 def wide_console() -> Console:
-    """Prints to a terminal in its own width, to a file or pipe in 120 columns."""
+    """Print to a terminal in its own width, to a file or pipe in 120 columns."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def draw(ranks: list[ProjectionRank], alpha: float, which: Which) -> Any:
-    """Effective rank over full dimension, a line a projection over the layers."""
+    """Return effective rank over full dimension, a line a projection over the layers."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 

@@ -109,7 +109,7 @@ class Blocks:
         return {n: block_run(run, n, layers) for n, layers in blocks if mixed.intersection(layers)}
 
     def wanted(self, run: RunConfig) -> set[int]:
-        """The blocks of a stage that were chosen.
+        """Return the blocks of a stage that were chosen.
 
         Raises:
             ConfigError: one that is not there, or text that means nothing.

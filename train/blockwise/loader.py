@@ -89,7 +89,7 @@ class StoredLoader(BaseDataLoader):
             yield {"input": hidden, "positions": positions}, labels
 
     def _read(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """This rank's hidden states, labels and positions in a file: [S, b, T, D], [S, b, T]."""
+        """Read this rank's hidden states [S, b, T, D], labels and positions [S, b, T] of a file."""
         with self._hidden.open(number) as file:
             hidden_SBTD = file.get_slice("hidden")[:, self._rows]
         with self._tokens.open(number) as file:
@@ -107,7 +107,7 @@ class StoredLoader(BaseDataLoader):
 
 
 def stored_config(run: RunConfig) -> StoredLoader.Config:
-    """The loader of a run with [block], whose inputs are all there."""
+    """Return the loader of a run with [block], whose inputs are all there."""
     assert run.block is not None
     return StoredLoader.Config(
         folder=run.block.inputs,
@@ -123,7 +123,7 @@ def inputs_of(run: RunConfig) -> Inputs:
 
 
 def check_stored(run: RunConfig) -> None:
-    """That the inputs of a run with [block] are there and made for it; files are not read.
+    """Check that the inputs of a run with [block] are there and made for it; files are not read.
 
     Raises:
         ShardError: some are missing, cut short, or of another run; what differs, or which file.
@@ -161,7 +161,7 @@ def check_stored(run: RunConfig) -> None:
 
 
 def _number(run: RunConfig) -> int:
-    """Which block the run's is."""
+    """Return which block the run's is."""
     assert run.block is not None
     return run.block.first // Manifest.load(Path(run.block.inputs)).block_size
 

@@ -112,7 +112,7 @@ def plan_blockwise(
 def stored_bytes(
     *, tokens: int, dim: int, n_layers: int, block_size: int, itemsize: int = BF16
 ) -> int:
-    """Bytes of every block's inputs, in bf16 2·T·d·⌈L/k⌉."""
+    """Return bytes of every block's inputs, in bf16 2·T·d·⌈L/k⌉."""
     return itemsize * tokens * dim * -(-n_layers // block_size)
 
 

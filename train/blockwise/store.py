@@ -51,7 +51,7 @@ class ShardError(RunError, LowlineError):
 
 
 def blocks_of(n_layers: int, block_size: int) -> list[range]:
-    """The layers of each block; the last has what is left over.
+    """Return the layers of each block; the last has what is left over.
 
     Raises:
         ValueError: blocks of no layer, or of more than there are.
@@ -166,15 +166,15 @@ class Series:
 
     @classmethod
     def of_block(cls, folder: Path, block: int) -> Series:
-        """The inputs of a block in a folder of inputs."""
+        """Return the inputs of a block in a folder of inputs."""
         return cls(folder / f"block-{block:02d}")
 
     def path(self, number: int) -> Path:
-        """The place of a file, there or not."""
+        """Return the place of a file, there or not."""
         return self.folder / f"{number:05d}.safetensors"
 
     def has(self, number: int) -> bool:
-        """Whether a file is there and has the size it was written with.
+        """Return whether a file is there and has the size it was written with.
 
         Raises:
             ShardError: it is there, with another size.
@@ -206,7 +206,7 @@ class Series:
 
     @contextmanager
     def open(self, number: int) -> Iterator[Any]:
-        """A file, as `safetensors.safe_open` gives it, once its checksum is found right.
+        """Return a file, as `safetensors.safe_open` gives it, once its checksum is found right.
 
         Raises:
             ShardError: it is missing, or not what was written.
@@ -225,7 +225,7 @@ def _damaged(path: Path, how: str) -> ShardError:
 
 
 def check_space(folder: Path, manifest: Manifest) -> int:
-    """Bytes that are still to be written to a folder of inputs, which must exist.
+    """Return bytes that are still to be written to a folder of inputs, which must exist.
 
     Raises:
         ValueError: the file system has not as many; both numbers and the mend.

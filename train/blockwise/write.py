@@ -110,7 +110,7 @@ def write_inputs(
 
 
 def _origin(run: RunConfig, tokenizer: TextTokenizer) -> dict[str, Any]:
-    """What decides the inputs beside their sizes, but not how attention is computed."""
+    """Return what decides the inputs beside their sizes, but not how attention is computed."""
     assert run.checkpoint.initial_weights is not None
     tables = {name: dataclasses.asdict(getattr(run, name)) for name in ("model", "data")}
     for idle in (("model", "attention"), ("model", "max_seq_len"), ("data", "num_workers")):
@@ -129,7 +129,7 @@ def _origin(run: RunConfig, tokenizer: TextTokenizer) -> dict[str, Any]:
 
 
 def _decisions(manifest: Manifest) -> dict[str, Any]:
-    """What inputs of the same numbers have in common, by the keys that set it."""
+    """Return what inputs of the same numbers have in common, by the keys that set it."""
     return manifest.origin | {
         "model.n_layers": manifest.n_layers,
         "model.dim": manifest.dim,
@@ -182,7 +182,7 @@ def _write_hidden(folder: Path, block: int, number: int, step: Step, dtype: torc
 
 
 def _embedding(run: RunConfig) -> Step:
-    """Tokens of a step to the hidden states before the first layer."""
+    """Return tokens of a step to the hidden states before the first layer."""
     weight_VD = torch.empty(
         run.model.vocab_size, run.model.dim, dtype=TORCH_DTYPE_MAP[run.training.precision]
     )

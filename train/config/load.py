@@ -84,7 +84,7 @@ def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
 
 
 def to_toml(config: RunConfig) -> str:
-    """The resolved configuration as TOML; loading it gives an equal RunConfig."""
+    """Return the resolved configuration as TOML; loading it gives an equal RunConfig."""
     tree = dataclasses.asdict(config)
     if config.schedule.warmup is not None:  # which decides warmup_steps
         del tree["schedule"]["warmup_steps"]
@@ -93,7 +93,7 @@ def to_toml(config: RunConfig) -> str:
 
 @cache
 def known_keys() -> dict[str, str]:
-    """Every dotted key with its type, in the order of the sections: the text of `--help`."""
+    """Return every dotted key with its type, in the order of the sections: the text of `--help`."""
     return dict(_fields(RunConfig, ""))
 
 
@@ -119,7 +119,7 @@ def parse_override(argument: str) -> tuple[str, Any]:
 
 
 def validate(tree: dict[str, Any], origin: dict[str, str], default_origin: str) -> RunConfig:
-    """The typed configuration of merged tables.
+    """Return the typed configuration of merged tables.
 
     Args:
         tree: the tables.
@@ -170,7 +170,7 @@ def _specific(errors: list[Any]) -> list[Any]:
 
 
 def _join_alternatives(lines: list[str]) -> list[str]:
-    """One line for a value that fits none of a union's types: '... should be a or b'."""
+    """Return one line for a value that fits none of a union's types: '... should be a or b'."""
     joined: dict[str, list[str]] = {}
     for line in lines:
         start, _, wanted = line.partition(_WANTED)

@@ -161,7 +161,7 @@ class BlockConfig:
 
 
 def check_stage(run: RunConfig) -> None:
-    """The rules between [mixer], [lora], [objective], [block] and the rest of a run.
+    """Check the rules between [mixer], [lora], [objective], [block] and the rest of a run.
 
     Raises:
         ValueError: names the key that breaks one, what is allowed and the mend.

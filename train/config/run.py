@@ -226,18 +226,18 @@ class RunConfig:
             )
 
     def trainable(self) -> Literal["all", "mixers", "attention"]:
-        """Which parameters train; beside [lora] its adapters are among them."""
+        """Return which parameters train; beside [lora] its adapters are among them."""
         mixers_only = self.objective.mixers_only or self.lora is not None
         return self.objective.trainable or ("mixers" if mixers_only else "all")
 
     def layers(self) -> range:
-        """The layers that the run's model has: the whole model's, or those of [block]."""
+        """Return the layers that the run's model has: the whole model's, or those of [block]."""
         if self.block is None:
             return range(self.model.n_layers)
         return range(self.block.first, self.block.last + 1)
 
     def mixer_layers(self, *, whole: bool = False) -> set[int]:
-        """The layers of the run's model, or of the whole, that have the mixer of [mixer].
+        """Return the layers of the run's model, or of the whole, that have the mixer of [mixer].
 
         Raises:
             ValueError: a pattern that does not fit the model, an unknown mixer or option.
@@ -261,15 +261,15 @@ class RunConfig:
         return mixer_options(self.mixer.name, self.mixer.options)
 
     def held_out(self) -> SourceConfig:
-        """Where the evaluation's documents come from."""
+        """Return where the evaluation's documents come from."""
         return self.evaluation.data or SourceConfig(split="validation")
 
     def ranks(self) -> dict[str, int]:
-        """The rank of each of a block's seven projections; 0 where it is dense."""
+        """Return the rank of each of a block's seven projections; 0 where it is dense."""
         return resolve_ranks(self.cola.rank, self.model.dim, self.model.projection_shapes())
 
     def local_batch_size(self, world_size: int) -> int:
-        """Sequences a forward pass of one rank.
+        """Return sequences a forward pass of one rank.
 
         Raises:
             ValueError: the batch, a sequence or the layers cannot be divided as asked.

@@ -63,11 +63,11 @@ class Stages:
     origin: dict[str, str]
 
     def folder(self, stage: int) -> Path:
-        """Where a stage runs (counted from 0)."""
+        """Return where a stage runs (counted from 0)."""
         return self.output / "stages" / f"{stage + 1}-{self.names[stage]}"
 
     def newest_step(self, stage: int) -> Path | None:
-        """A stage's newest checkpoint."""
+        """Return a stage's newest checkpoint."""
         folder = self.folder(stage) / "checkpoint"
         steps = saved_steps(folder)
         return folder / f"step-{steps[-1]}" if steps else None
@@ -80,7 +80,7 @@ class Stages:
         model: dict[str, Any] | None = None,
         cola: dict[str, Any] | None = None,
     ) -> RunConfig:
-        """The configuration of a stage.
+        """Return the configuration of a stage.
 
         Args:
             stage: counted from 0.
@@ -211,7 +211,7 @@ def _same(theirs: Any, ours: Any) -> bool:
 
 
 def model_of(path: Path, tree: dict[str, Any]) -> tuple[ModelConfig, ColaConfig]:
-    """The [model] and [cola] of a file that has a [model].
+    """Return the [model] and [cola] of a file that has a [model].
 
     Raises:
         ConfigError: there is none, or it is not one.
@@ -234,7 +234,7 @@ def _free_of(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(section: Any) -> dict[str, Any]:
-    """A section as TOML has it, without what is None."""
+    """Return a section as TOML has it, without what is None."""
     tree = dataclasses.asdict(section)
     return {k: v for k, v in tree.items() if v is not None}
 

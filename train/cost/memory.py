@@ -63,14 +63,14 @@ class Memory:
 
 
 def policy_of(run: RunConfig) -> Policy:
-    """What a run's blocks keep for the backward pass."""
+    """Return what a run's blocks keep for the backward pass."""
     if run.cola.memory == "cola-m":
         return "cola-m"
     return "all" if run.activation_checkpoint == "none" else run.activation_checkpoint
 
 
 def predict_memory(run: RunConfig, world_size: int, device: Device) -> Memory:
-    """Memory of the fullest device of a run on `world_size` processes.
+    """Return memory of the fullest device of a run on `world_size` processes.
 
     Raises:
         ValueError: a layout that does not fit the world size, the batch or the model.
@@ -82,7 +82,9 @@ def predict_memory(run: RunConfig, world_size: int, device: Device) -> Memory:
 
 
 def stage_memory(run: RunConfig, world_size: int, device: Device, pp_rank: int) -> Memory:
-    """Memory of the devices that hold one rank's share of the pipeline (the whole without one)."""
+    """Return memory of the devices that hold one rank's share of the pipeline (the whole without
+    one).
+    """
     shape, policy, p = shape_of(run), policy_of(run), run.parallelism
     tp, itemsize = p.tensor_parallel, itemsize_of(run)
     shard = p.data_parallel(world_size) // p.data_parallel_replicate
@@ -170,7 +172,9 @@ def stage_memory(run: RunConfig, world_size: int, device: Device, pp_rank: int) 
 
 
 def _held_in_transfer(run: RunConfig, tokens: int) -> int:
-    """Bytes of every mixer's q, k, v and o, and of the two outputs that its loss compares."""
+    """Return bytes of every mixer's q, k, v and o, and of the two outputs that its loss
+    compares.
+    """
     m, itemsize = run.model, itemsize_of(run)
     tp = run.parallelism.tensor_parallel  # of which a rank has some heads
     heads = 2 * m.n_heads + 2 * m.kv_heads
@@ -179,7 +183,9 @@ def _held_in_transfer(run: RunConfig, tokens: int) -> int:
 
 
 def _names_on(run: RunConfig, pp_rank: int) -> list[str]:
-    """The model's top modules that a rank of the pipeline holds, as torchtitan deals them."""
+    """Return the model's top modules that a rank of the pipeline holds, as torchtitan deals
+    them.
+    """
     degree, layers = run.parallelism.pipeline_parallel, run.model.n_layers
     if degree == 1:
         return list(parameters_of(run))
@@ -224,6 +230,6 @@ def itemsize_of(run: RunConfig) -> int:
 
 
 def _masked(run: RunConfig, device: Device) -> bool:
-    """Whether attention runs through a mask of (L, L) a sequence, which all blocks share."""
+    """Return whether attention runs through a mask of (L, L) a sequence, which all blocks share."""
     attention = run.model.attention
     return attention == "sdpa" or attention == "auto" and device == "cpu"

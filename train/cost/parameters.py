@@ -47,14 +47,18 @@ class Parameter:
         return math.prod(self.shape)
 
     def unsharded(self, tp: int) -> int:
-        """Elements of a tensor-parallel rank's part (the first rank's, which is the largest)."""
+        """Return elements of a tensor-parallel rank's part (the first rank's, which is the
+        largest).
+        """
         sizes = list(self.shape)
         if self.tp_dim is not None:
             sizes[self.tp_dim] = math.ceil(sizes[self.tp_dim] / tp)
         return math.prod(sizes)
 
     def sharded(self, tp: int, shard: int) -> int:
-        """Elements of that part which FSDP leaves on a rank; it splits rows and pads the last."""
+        """Return elements of that part which FSDP leaves on a rank; it splits rows and pads the
+        last.
+        """
         rows, *columns = self.shape
         if self.tp_dim == 0:
             rows = math.ceil(rows / tp)
@@ -64,12 +68,14 @@ class Parameter:
 
 
 def shape_of(run: RunConfig) -> Shape:
-    """The sizes of a run's model, mixers and adapters left out; of [block] it has the layers."""
+    """Return the sizes of a run's model, mixers and adapters left out; of [block] it has the
+    layers.
+    """
     return replace(shape_of_model(run.model, run.cola), n_layers=len(run.layers()))
 
 
 def model_parameters(run: RunConfig) -> Parameters:
-    """Number of the model's parameters by kind, mixers and adapters left out."""
+    """Return number of the model's parameters by kind, mixers and adapters left out."""
     count = parameters(shape_of(run))
     if run.block is None:
         return count
@@ -77,7 +83,7 @@ def model_parameters(run: RunConfig) -> Parameters:
 
 
 def shape_of_model(m: ModelConfig, c: ColaConfig) -> Shape:
-    """The sizes of a model."""
+    """Return the sizes of a model."""
     return Shape(
         dim=m.dim,
         n_layers=m.n_layers,
@@ -98,7 +104,7 @@ def shape_of_model(m: ModelConfig, c: ColaConfig) -> Shape:
 
 
 def parameters_of(run: RunConfig) -> dict[str, list[Parameter]]:
-    """Every parameter, by the module at the model's top that holds it."""
+    """Return every parameter, by the module at the model's top that holds it."""
     shape, whole = shape_of(run), run.trainable() == "all"
     block = [Parameter(shape=(shape.dim,), trains=whole) for _ in range(2)]
     if shape.qk_norm:
@@ -157,13 +163,13 @@ def _projection(
 
 
 def count(run: RunConfig, part: str | None = None, *, trained: bool = False) -> int:
-    """Number of a run's parameters: of one part or all, all or those that train."""
+    """Return number of a run's parameters: of one part or all, all or those that train."""
     held = [p for group in parameters_of(run).values() for p in group]
     return sum(p.numel for p in held if part in (None, p.part) and (p.trains or not trained))
 
 
 def training_flops_of(run: RunConfig) -> int:
-    """FLOPs a token of a run's objective, forward and backward."""
+    """Return FLOPs a token of a run's objective, forward and backward."""
     shape, seq_len, mixed = shape_of(run), run.training.seq_len, len(run.mixer_layers())
     softmax = flops_per_token(shape, seq_len) // 3
     head = 2 * shape.vocab_size * shape.dim
@@ -184,7 +190,7 @@ def training_flops_of(run: RunConfig) -> int:
 
 
 def _window(run: RunConfig) -> int:
-    """Tokens that softmax sees in a mixer."""
+    """Return tokens that softmax sees in a mixer."""
     if run.mixer is None:
         return 0
     options = mixer_on_meta(run).options
@@ -192,7 +198,7 @@ def _window(run: RunConfig) -> int:
 
 
 def teacher_shape(run: RunConfig) -> Shape:
-    """The sizes of a run's teacher; those of the run's model where it cannot be read."""
+    """Return the sizes of a run's teacher; those of the run's model where it cannot be read."""
     from lowline.train.hf.config import config_from_hf
 
     source = Path(run.objective.teacher or "")
@@ -202,7 +208,7 @@ def teacher_shape(run: RunConfig) -> Shape:
 
 
 def teacher_count(run: RunConfig) -> int:
-    """Number of the teacher's parameters."""
+    """Return number of the teacher's parameters."""
     return parameters(teacher_shape(run)).total
 
 

@@ -41,7 +41,7 @@ class Conversation(tuple[Message, ...]):
     place: Place | None = None
 
     def strip(self) -> Conversation:
-        """The conversation if there is an answer in it with text, an empty one if not."""
+        """Return the conversation if there is an answer in it with text, an empty one if not."""
         answered = any(m.role == ASSISTANT and m.content.strip() for m in self)
         return self if answered else Conversation()
 
@@ -112,7 +112,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
 def conversation_tokens(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens (n,) int64, and whether each was written by the assistant (n,) bool.
+    """Return tokens (n,) int64, and whether each was written by the assistant (n,) bool.
 
     Raises:
         LowlineError: the tokenizer has no chat template, or one that does not end.

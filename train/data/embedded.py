@@ -49,7 +49,8 @@ _FORMAT = 1  # raise when the documents of one Python change
 
 
 def embedded_documents(split: str = "train") -> list[str]:
-    """The documents of a split, "train" or "validation" (about one in twenty, by their hash).
+    """Return the documents of a split, "train" or "validation" (about one in twenty, by their
+    hash).
 
     The same list, in the same order, in every process of one Python installation. Raises
     LowlineError for another split, or if this Python has no library sources.
@@ -113,7 +114,7 @@ def _module_name(path: Path) -> str:
 
 
 def _docstrings(tree: ast.Module, module: str) -> Iterator[str]:
-    """The module's docstring under its name, then those of its classes and functions."""
+    """Yield the module's docstring under its name, then those of its classes and functions."""
     text = ast.get_docstring(tree)
     if text:
         yield f"{module}\n\n{text}"

@@ -204,7 +204,7 @@ class LaneDataLoader(BaseDataLoader):
 
 
 def lane_config(run: "RunConfig") -> LaneDataLoader.Config:
-    """The loader of a run's training data."""
+    """Return the loader of a run's training data."""
     return LaneDataLoader.Config(
         source=run.data,
         global_batch_size=run.training.global_batch_size,
@@ -246,7 +246,7 @@ def _step_of(part: _Step | LowlineError) -> _Step:
 
 
 def _outlive_signals(worker: int) -> None:
-    """What stops a run goes to its whole group: its workers go on until the run ends them."""
+    """Ignore what stops a run: signals go to its whole group, and the run ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # not on macOS
         return

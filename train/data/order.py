@@ -70,12 +70,12 @@ class Order:
             )
 
     def pick(self, place: int, size: int) -> int:
-        """The item (0 <= item < size) at `place` of the endless order of items."""
+        """Return the item (0 <= item < size) at `place` of the endless order of items."""
         epoch, index = divmod(place, size)
         return permuted(index, size, self.seed, epoch) if self.shuffle else index
 
     def end(self, size: int) -> int | None:
-        """The place after the last, or None for an endless order."""
+        """Return the place after the last, or None for an endless order."""
         return None if self.epochs is None else self.epochs * size
 
 
@@ -83,12 +83,12 @@ class Dealer(Protocol):
     """Hands out documents lane by lane."""
 
     def next_document(self, lane: int) -> Document | None:
-        """The lane's next document, or None once its epochs are over."""
+        """Return the lane's next document, or None once its epochs are over."""
         ...
 
 
 def deal(source: Source, order: Order, cursors: Mapping[int, Cursor]) -> Dealer:
-    """A dealer for the lanes named by `cursors`, going on at those cursors."""
+    """Return a dealer for the lanes named by `cursors`, going on at those cursors."""
     if isinstance(source, IndexedSource):
         return IndexedDealer(source, order, cursors)
     return StreamedDealer(source, order, cursors)
@@ -191,7 +191,9 @@ class _Channel:
 
 
 def permuted(index: int, size: int, seed: int, epoch: int) -> int:
-    """Where a pseudo-random permutation of range(size), fixed by (seed, epoch), sends `index`."""
+    """Return where a pseudo-random permutation of range(size), fixed by (seed, epoch), sends
+    `index`.
+    """
     side = max(isqrt(size - 1) + 1, 8)
     keys = _round_keys(seed, epoch)
     while True:

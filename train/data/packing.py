@@ -51,7 +51,7 @@ class Encoder(TextEncoder, Protocol):
 
 
 def document_rows(document: Text, tokenizer: Encoder) -> tuple[np.ndarray, np.ndarray]:
-    """A document's tokens and labels, int64 [n] each."""
+    """Return a document's tokens and labels, int64 [n] each."""
     if isinstance(document, Conversation):
         tokens, trained = tokenizer.encode_chat(document)
     else:
@@ -167,7 +167,7 @@ class Rows:
 def evaluation_rows(
     source: Source, tokenizer: Encoder, seq_len: int, max_tokens: int | None = None
 ) -> Rows:
-    """All documents of `source`, in order, as rows of `seq_len`; the last one padded.
+    """Return all documents of `source`, in order, as rows of `seq_len`; the last one padded.
 
     The rows depend on nothing else, so a loss weighted by tokens over them is the same for any
     batch and world size. `max_tokens` keeps the first max_tokens // seq_len rows.

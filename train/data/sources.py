@@ -53,7 +53,7 @@ class _Documents(Protocol):
     bad_rows: BadRows
 
     def documents(self) -> Iterator[Text]:
-        """Every document once, in the order it is stored."""
+        """Return every document once, in the order it is stored."""
         ...
 
 
@@ -73,7 +73,7 @@ class StreamedSource(_Documents, Protocol):
     num_shards: int
 
     def shard(self, index: int, start: int) -> Iterator[Text]:
-        """The documents of shard `index` from number `start` on."""
+        """Return the documents of shard `index` from number `start` on."""
         ...
 
 

@@ -75,7 +75,7 @@ class TextTokenizer(BaseTokenizer):
         self._plain.encode_special_tokens = True  # pickling a Tokenizer drops it
 
     def encode(self, text: str, *, add_bos: bool = False, add_eos: bool = False) -> list[int]:
-        """Token ids of `text`; `add_bos` does nothing for a tokenizer without a BOS."""
+        """Return token ids of `text`; `add_bos` does nothing for a tokenizer without a BOS."""
         ids = self._plain.encode(text, add_special_tokens=False).ids
         if add_bos and self.bos_id is not None:
             ids.insert(0, self.bos_id)
@@ -92,7 +92,7 @@ class TextTokenizer(BaseTokenizer):
         return self._plain.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def get_vocab_size(self, special: bool = False) -> int:
-        """The smallest vocabulary a model needs for every id `encode` can return.
+        """Return the smallest vocabulary a model needs for every id `encode` can return.
 
         Special tokens other than BOS and EOS do not count, since text never makes them: 32000 for
         t5-base, whose 100 sentinels stand above its pieces.
@@ -110,7 +110,7 @@ class TextTokenizer(BaseTokenizer):
 
 
 def load_tokenizer(name_or_path: str) -> TextTokenizer:
-    """A tokenizer from "embedded", a directory, a tokenizer.json in one, or a hub id.
+    """Return a tokenizer from "embedded", a directory, a tokenizer.json in one, or a hub id.
 
     Raises FileNotFoundError if there is none, ValueError if it has no end-of-text token.
     """
@@ -145,7 +145,9 @@ def _load_hf(name_or_path: str) -> "PreTrainedTokenizerBase":
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
-    """A byte-level BPE of exactly `vocab_size` tokens, if the documents have enough pairs."""
+    """Return a byte-level BPE of exactly `vocab_size` tokens, if the documents have enough
+    pairs.
+    """
     if vocab_size < 257:
         raise LowlineError(
             f"vocab_size = {vocab_size}: must be at least 257 (256 bytes and {END_OF_TEXT})"

@@ -96,7 +96,7 @@ class Checkpointer(CheckpointManager):
         self.states[MODEL].load_state_dict(load_initial(ours, checkpoint_id, self.sd_adapter))
 
     def failed(self) -> bool:
-        """Whether a background save has failed on this rank and nobody has been told."""
+        """Return whether a background save has failed on this rank and nobody has been told."""
         future = self.save_future if self.enable else None
         return future is not None and future.done() and future.exception() is not None
 
@@ -106,7 +106,7 @@ class Checkpointer(CheckpointManager):
         raise self._failure(RuntimeError("another rank could not write its part"))
 
     def newest_saved(self) -> str:
-        """The newest whole checkpoint, for messages."""
+        """Return the newest whole checkpoint, for messages."""
         steps = saved_steps(self.folder) if self.enable else []
         return str(Path(self.folder) / f"step-{steps[-1]}") if steps else "none"
 
@@ -159,7 +159,7 @@ class Checkpointer(CheckpointManager):
         super()._close()
 
     def __del__(self) -> None:
-        """Nothing: `close` is called where its errors are heard."""
+        """Do nothing: `close` is called where its errors are heard."""
 
 
 def load_initial(
@@ -251,7 +251,7 @@ class _WholeFolderWriter(FileSystemWriter):
             raise error from None
 
     def finish(self, metadata: Any, results: Any) -> None:
-        """Called on one rank; what it raises is raised on all."""
+        """Call `write` on one rank; what it raises is raised on all."""
         super().finish(metadata, results)
         temporary = Path(self.path)
         write_text(temporary / "config.toml", self._run_config)
@@ -259,7 +259,9 @@ class _WholeFolderWriter(FileSystemWriter):
 
 
 def _present(wanted: dict[str, Any], stored: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What of a model is stored; only mixers, which the run may have added, can be missing."""
+    """Return what of a model is stored; only mixers, which the run may have added, can be
+    missing.
+    """
     if lacking := [n for n in wanted if n not in stored and ".mixer." not in n]:
         raise LowlineError(f"{where} lacks {', '.join(lacking[:5])}")
     return {name: weight for name, weight in wanted.items() if name in stored}
@@ -276,7 +278,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _root_cause(error: BaseException) -> str:
-    """The innermost message; DCP wraps what each rank raised."""
+    """Return the innermost message; DCP wraps what each rank raised."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (inner, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {_root_cause(inner)}"

@@ -27,7 +27,7 @@ DONE = "done.toml"
 
 
 def is_done(run: RunConfig) -> bool:
-    """Whether a run was trained to its end.
+    """Return whether a run was trained to its end.
 
     Raises:
         ConfigError: it was, under another configuration; what differs, and the mend.

@@ -86,7 +86,7 @@ class Evaluator(BaseValidator):
 
     @torch.no_grad()
     def means(self, model_parts: list[nn.Module]) -> tuple[dict[str, float], int]:
-        """(what the objective measures, a token's mean; number of tokens), on every rank."""
+        """Return (what the objective measures, a token's mean; number of tokens), on every rank."""
         if self.batches is None:
             rows = evaluation_rows(
                 open_source(self.source_config), self.tokenizer, self.seq_len, self.max_tokens
@@ -151,7 +151,9 @@ class Evaluator(BaseValidator):
 
     @staticmethod
     def _extra(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """What the model takes beside the tokens: positions, and masks if its attention needs."""
+        """Return what the model takes beside the tokens: positions, and masks if its attention
+        needs.
+        """
         extra: dict[str, Any] = {"positions": inputs["positions"]}
         attention = cast(Any, model).config.first_attention
         if isinstance(attention.inner_attention, FlexAttention.Config | VarlenAttention.Config):

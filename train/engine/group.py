@@ -124,7 +124,7 @@ def cleared() -> Iterator[None]:
 
 
 def single_process_defaults() -> None:
-    """What torchrun would set, for a run started without it."""
+    """Set what torchrun would set, for a run started without it."""
     # torchtitan sets the first itself. Through the second, torchrun would repeat every rank's
     # traceback for errors that have been reported already.
     for name in ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCHELASTIC_ERROR_FILE"):

@@ -41,7 +41,7 @@ logger = logging.getLogger("lowline")
 
 
 def read_metrics(output: str | Path) -> list[dict[str, Any]]:
-    """The records of OUTPUT/metrics.jsonl; a last line that a kill cut short is left out."""
+    """Return the records of OUTPUT/metrics.jsonl; a last line that a kill cut short is left out."""
     records = []
     path = Path(output) / "metrics.jsonl"
     for line in path.read_text().splitlines() if path.exists() else ():
@@ -203,7 +203,7 @@ class Metrics(MetricsProcessor):
         )
 
     def should_log(self, step: int) -> bool:
-        """Steps 1, the last, every `log_freq`-th, and those that something else follows."""
+        """Return steps 1, the last, every `log_freq`-th, and those that something else follows."""
         also = any(period and step % period == 0 for period in self.config.log_also)
         return super().should_log(step) or also or step == self.config.total_steps
 
@@ -228,11 +228,11 @@ class Metrics(MetricsProcessor):
             self.progress.start()
 
     def begin_step(self) -> None:
-        """A step starts; `log` ends it where the step is logged, `end_step` otherwise."""
+        """Start a step; `log` ends it where the step is logged, `end_step` otherwise."""
         self._begin = time.perf_counter()
 
     def end_step(self, step: int) -> None:
-        """A step is over."""
+        """End a step that is not logged."""
         self._count_step()
         if self.progress is not None:
             self.progress.update(self._task, completed=step)

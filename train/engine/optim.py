@@ -89,7 +89,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of every matrix that has a gradient."""
+        """Update every matrix that has a gradient."""
         assert closure is None
         for group in self.param_groups:
             for weight in group["params"]:
@@ -132,7 +132,9 @@ def _muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
 
 
 def optimizer_config(c: OptimizerConfig) -> Optimizers.Config:
-    """The parameter groups of [optimizer]; the first whose pattern matches a name takes it."""
+    """Return the parameter groups of [optimizer]; the first whose pattern matches a name takes
+    it.
+    """
 
     def adamw(pattern: str, lr: float) -> ParamGroupConfig:
         options = {"lr": lr, "betas": c.betas, "eps": c.eps, "weight_decay": c.weight_decay}

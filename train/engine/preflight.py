@@ -122,7 +122,7 @@ def check_same_parts(run: RunConfig, checkpoint: Path) -> None:
 
 
 def initial_mixer(run: RunConfig) -> MixerConfig | None:
-    """The mixer that comes with `checkpoint.initial_weights`, if one does."""
+    """Return the mixer that comes with `checkpoint.initial_weights`, if one does."""
     from lowline.train.hf.config import mixer_from_hf, read_config
 
     if run.checkpoint.initial_weights is None:

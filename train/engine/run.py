@@ -173,7 +173,7 @@ def _signals_to(trainer: Trainer) -> Iterator[None]:
 
 
 def _summary(run: RunConfig, trainer: Trainer) -> list[str]:
-    """What is about to be trained, on what, and where to watch it."""
+    """Return what is about to be trained, on what, and where to watch it."""
     shape, t, dims = shape_of(run), run.training, trainer.parallel_dims
     model = model_parameters(run)
     kind = f"{model.low_rank / 1e6:,.2f}M of them low-rank" if shape.low_rank else "dense"
@@ -220,7 +220,7 @@ def _changed(run: RunConfig) -> list[str]:
 
 
 def _stage(run: RunConfig) -> list[str]:
-    """What is not plain training: mixers, adapters, the objective, what trains."""
+    """Return what is not plain training: mixers, adapters, the objective, what trains."""
     lines = []
     if run.block is not None:
         lines.append(

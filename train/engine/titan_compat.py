@@ -76,7 +76,7 @@ class _CPU(types.ModuleType):
 
 
 def peak_memory_bytes() -> int:
-    """The process's largest resident set so far."""
+    """Return the process's largest resident set so far."""
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 

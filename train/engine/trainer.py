@@ -116,7 +116,9 @@ class Trainer(TitanTrainer):
         return ParallelDims.from_config(self.config.parallelism, dist.get_world_size())
 
     def state_dict(self) -> dict[str, Any]:
-        """The step, and the tokens seen by all ranks, which another number of ranks can share."""
+        """Return the step, and the tokens seen by all ranks, which another number of ranks can
+        share.
+        """
         ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
         return {**super().state_dict(), "ntokens_seen": self.ntokens_seen * ranks}
 
@@ -127,7 +129,7 @@ class Trainer(TitanTrainer):
     def batch_generator(
         self, data_iterable: Iterable[tuple[dict[str, torch.Tensor], torch.Tensor]]
     ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        """The batches from here on; torchtitan asks for them once a checkpoint is loaded."""
+        """Return the batches from here on; torchtitan asks for them once a checkpoint is loaded."""
         self.metrics_processor.resume(self.step)
         self._set_learning_rates()
         if self.step:  # the process that saved this step may not have come to its evaluation
@@ -201,7 +203,7 @@ class Trainer(TitanTrainer):
         return super().should_continue_training() and not self.stopped_by
 
     def forward_backward_step(self, **kwargs: Any) -> torch.Tensor:
-        """One microbatch; gradients are reduced over the ranks after the step's last one."""
+        """Return one microbatch; gradients are reduced over the ranks after the step's last one."""
         self._microbatch = (self._microbatch + 1) % self.gradient_accumulation_steps
         if self.gradient_accumulation_steps > 1:
             for part in self.model_parts:
@@ -227,7 +229,7 @@ class Trainer(TitanTrainer):
         return loss
 
     def _record_numbers(self) -> None:
-        """What the objective has to say of the step, beside its loss."""
+        """Record what the objective measures in a step beside its loss."""
         if not (numbers := self.objective.numbers()):
             return
         values = torch.stack(list(numbers.values()))
@@ -239,7 +241,7 @@ class Trainer(TitanTrainer):
 
     @torch.no_grad()
     def _record_ranks(self) -> None:
-        """Effective rank of every bottleneck over this step's last microbatch on all ranks."""
+        """Record every bottleneck's effective rank over the step's last microbatch, all ranks."""
         from lowline.cola.analysis import ActivationRanks
 
         assert self._last_inputs is not None

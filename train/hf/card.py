@@ -162,7 +162,9 @@ def license_of(source: str) -> str | None:
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a source is a model or data set of the Hub, as opposed to a file or directory."""
+    """Return whether a source is a model or data set of the Hub, as opposed to a file or
+    directory.
+    """
     local = Path(source).exists() or source.endswith((".gguf", ".jsonl", ".txt", ".parquet"))
     return HUB_ID.fullmatch(source) is not None and not local
 

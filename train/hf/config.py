@@ -42,7 +42,7 @@ def config_to_hf(
     max_seq_len: int,
     **tokens: int | None,
 ) -> PreTrainedConfig:
-    """The Hugging Face configuration of a training run's model.
+    """Return the Hugging Face configuration of a training run's model.
 
     A dense model becomes a plain Llama (with QK-norm Qwen3, with biases Qwen2) that needs no
     lowline to be used.
@@ -95,7 +95,7 @@ def config_to_hf(
 def config_from_hf(
     source: str | Path | PreTrainedConfig, *, gguf_file: str | None = None
 ) -> tuple[ModelConfig, ColaConfig]:
-    """The [model] and [cola] tables that describe a Hugging Face checkpoint.
+    """Return the [model] and [cola] tables that describe a Hugging Face checkpoint.
 
     `mixer_from_hf` gives the [mixer] table of one that was linearized. A sliding window of W tokens
     is full attention up to W tokens: `max_seq_len` is then at most W.
@@ -153,7 +153,8 @@ def config_from_hf(
 
 
 def mixer_from_hf(hf: PreTrainedConfig) -> MixerConfig | None:
-    """The [mixer] table that describes a Hugging Face checkpoint; None where softmax is in all.
+    """Return the [mixer] table that describes a Hugging Face checkpoint; None where softmax is in
+    all.
 
     Raises:
         ValueError: mixers of two kinds.
@@ -174,7 +175,7 @@ def mixer_from_hf(hf: PreTrainedConfig) -> MixerConfig | None:
 def check_mixers(
     before: MixerConfig | None, after: MixerConfig | None, n_layers: int, where: str
 ) -> None:
-    """That each mixer of a checkpoint goes on in a run that starts from it.
+    """Check that each mixer of a checkpoint stays in a run that starts from it.
 
     Raises:
         ValueError: a layer that had a mixer has another one, other options, or none.
@@ -190,7 +191,9 @@ def check_mixers(
 
 
 def resolved_mixers(mixer: MixerConfig | None, n_layers: int) -> dict[int, dict[str, Any]]:
-    """Name and options of each layer that has a mixer, all written out but how it is computed."""
+    """Return name and options of each layer that has a mixer, all written out but how it is
+    computed.
+    """
     if mixer is None:
         return {}
     options = asdict(MIXERS[mixer.name][0](**mixer.options))
@@ -200,7 +203,7 @@ def resolved_mixers(mixer: MixerConfig | None, n_layers: int) -> dict[int, dict[
 
 
 def essence(model: ModelConfig, cola: ColaConfig) -> dict[str, Any]:
-    """What the weights depend on, by the key that sets it."""
+    """Return what the weights depend on, by the key that sets it."""
     explicit = replace(model, n_kv_heads=model.kv_heads, head_dim=model.per_head)
     ignored = {"max_seq_len", "attention"}
     essence = {f"model.{k}": v for k, v in vars(explicit).items() if k not in ignored}
@@ -214,7 +217,8 @@ def essence(model: ModelConfig, cola: ColaConfig) -> dict[str, Any]:
 
 
 def read_config(source: str | Path, gguf_file: str | None = None) -> PreTrainedConfig:
-    """The Hugging Face configuration of a directory, a hub id, or a GGUF file in one of them.
+    """Return the Hugging Face configuration of a directory, a hub id, or a GGUF file in one of
+    them.
 
     Raises:
         ValueError: there is none.

@@ -114,7 +114,8 @@ def _dtype(run: RunConfig, weights: StepWeights) -> torch.dtype:
 
 
 def _origin(run: RunConfig) -> str | None:
-    """What a run converted: its teacher, or the Hugging Face directory that its stages began with.
+    """Return what a run converted: its teacher, or the Hugging Face directory that its stages began
+    with.
 
     None where the run began with random weights, or with a step folder that is gone.
     """
@@ -159,7 +160,7 @@ def import_weights(
 
 
 def find_checkpoint(path: str | Path) -> tuple[Path, RunConfig]:
-    """The step folder that `path` means and its run's resolved configuration.
+    """Return the step folder that `path` means and its run's resolved configuration.
 
     Raises:
         ValueError: `path` is neither a step folder nor the output folder of a run that has one, or
@@ -206,7 +207,9 @@ def open_weights(
 
 @contextmanager
 def _replaced_whole(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder beside `output` that takes its place when the block ends without an error."""
+    """Return a new folder beside `output` that takes its place when the block ends without an
+    error.
+    """
     if output.is_file() or output.is_dir() and any(output.iterdir()):
         if not overwrite:
             raise LowlineError(

@@ -60,7 +60,7 @@ class LlamaStateDictAdapter(StateDictAdapter):
 def check_same_model(
     source: str | Path, model: ModelConfig, cola: ColaConfig, mixer: MixerConfig | None = None
 ) -> None:
-    """That the weights of `source` fit a run's tables and mean the same there.
+    """Check that the weights of `source` fit a run's tables and mean the same there.
 
     What may differ is what no weight depends on: the longest context and how attention and memory
     are handled. Layers that are softmax in `source` may have a mixer in the run, which then begins
@@ -90,7 +90,7 @@ OTHERS = ["*/*", "consolidated*"]  # the same weights for other libraries
 
 
 def hf_directory(source: str | Path) -> Path:
-    """The local directory of a checkpoint; of a hub id what `FILES` names is downloaded.
+    """Return the local directory of a checkpoint; of a hub id what `FILES` names is downloaded.
 
     Raises:
         ValueError: there is neither such a directory nor such a model on the hub.
@@ -113,7 +113,7 @@ def hf_directory(source: str | Path) -> Path:
 def load_hf_state_dict(
     source: str | Path, *, gguf_file: str | None = None
 ) -> dict[str, torch.Tensor]:
-    """All weights of a Hugging Face checkpoint under the training body's names.
+    """Return all weights of a Hugging Face checkpoint under the training body's names.
 
     Safetensors are mapped, not read: memory is touched where a weight is used, in the dtype of the
     file. A GGUF file is dequantized to float32 by transformers.
@@ -145,7 +145,7 @@ def load_hf_state_dict(
 
 
 def hf_shapes(hf: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every weight such a checkpoint holds (tied heads left out)."""
+    """Return the name and shape of every weight such a checkpoint holds (tied heads left out)."""
     with torch.device("meta"):
         body = AutoModelForCausalLM.from_config(hf)
     shapes = {name: tuple(weight.shape) for name, weight in body.state_dict().items()}
@@ -157,7 +157,7 @@ def hf_shapes(hf: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
 def check_shapes(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str
 ) -> None:
-    """That a checkpoint holds exactly the expected weights.
+    """Check that a checkpoint holds exactly the expected weights.
 
     Raises:
         ValueError: names the first few weights that are missing, unexpected or of another shape.
@@ -187,7 +187,7 @@ def _check_fit(found: dict[str, tuple[int, ...]], hf: PreTrainedConfig, source: 
 def _safetensors(
     directory: Path,
 ) -> Iterator[tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]]:
-    """Name, shape and, on demand, value of every weight in a directory's safetensors."""
+    """Yield name, shape and, on demand, value of every weight in a directory's safetensors."""
     index = directory / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():

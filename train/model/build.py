@@ -81,7 +81,9 @@ class Llama(Llama3Model):
                 set_sharding(self)
 
         def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-            """Parameters, and FLOPs a token of forward + backward (`lowline.cola.accounting`)."""
+            """Return parameters, and FLOPs a token of forward + backward
+            (`lowline.cola.accounting`).
+            """
             attention = self.layers[0].attention
             looked_up = model.tok_embeddings is not None and not self.enable_weight_tying
             lookup = self.vocab_size * self.dim if looked_up else 0
@@ -114,7 +116,7 @@ class Llama(Llama3Model):
             super().parallelize(parallel_dims)
 
     def verify_module_protocol(self) -> None:
-        """Nothing: mixers are plain modules, whose beginnings `MixerAttention` sees to."""
+        """Do nothing: mixers are plain modules, which `MixerAttention` initializes."""
 
     def forward(
         self,
@@ -123,7 +125,8 @@ class Llama(Llama3Model):
         attention_masks: Any = None,
         transfer: Transfer | None = None,
     ) -> torch.Tensor:
-        """Token ids (B, L) to logits (B, L, V); of some layers alone, their input to their output.
+        """Return token ids (B, L) to logits (B, L, V); of some layers alone, their input to their
+        output.
 
         Args:
             positions: (B, L), 0 where a document starts.

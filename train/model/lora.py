@@ -39,7 +39,7 @@ Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def add_lora(model: Module.Config, lora: LoraConfig) -> Module.Config:
-    """The configuration of a model with adapters beside the named projections."""
+    """Return the configuration of a model with adapters beside the named projections."""
     for layer in model.layers:  # type: ignore[attr-defined]
         qkv = layer.attention.qkv_linear
         if isinstance(qkv, QKVLinear.Config):  # it has one configuration for k and v
@@ -64,7 +64,7 @@ def init_factors_unsharded(model: nn.Module) -> None:
 
 
 def is_lora(name: str) -> bool:
-    """Whether a parameter of the training body is one of an adapter's factors."""
+    """Return whether a parameter of the training body is one of an adapter's factors."""
     return name.endswith((_A, _B))
 
 
@@ -86,7 +86,7 @@ def merged(
 
 
 def stored_factors(step_folder: Path) -> Factors:
-    """The adapters in a run's step folder, whole and on the CPU; none of a run without."""
+    """Return the adapters in a run's step folder, whole and on the CPU; none of a run without."""
     stored = dcp.FileSystemReader(step_folder).read_metadata().state_dict_metadata
     found = {name: torch.empty(stored[name].size) for name in stored if is_lora(name)}  # type: ignore[union-attr]
     if found:

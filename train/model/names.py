@@ -38,7 +38,7 @@ _NAME = re.compile(
 
 
 def to_hf_name(name: str) -> str:
-    """A parameter's name in a Hugging Face checkpoint.
+    """Return a parameter's name in a Hugging Face checkpoint.
 
     Raises:
         ValueError: the training body has no such parameter.
@@ -47,7 +47,7 @@ def to_hf_name(name: str) -> str:
 
 
 def from_hf_name(name: str) -> str:
-    """The training body's name of a Hugging Face checkpoint's parameter.
+    """Return the training body's name of a Hugging Face checkpoint's parameter.
 
     Raises:
         ValueError: a Llama has no such parameter.

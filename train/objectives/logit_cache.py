@@ -58,7 +58,7 @@ class LogitCache:
             write_text(manifest, json.dumps(mine, indent=1) + "\n")
 
     def read(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor | None) -> TopK | None:
-        """What is kept of a batch; None unless all of its rows are there.
+        """Return what is kept of a batch; None unless all of its rows are there.
 
         Raises:
             ValueError: a file is not what was written.

@@ -85,7 +85,9 @@ def step(
     gate: str,
     scale: float,
 ) -> Tensor:
-    """One token; `state`, (B, H, K, V) in fp32, is changed in place. Returns o of (B, Q, V)."""
+    """Return one token; `state`, (B, H, K, V) in fp32, is changed in place. Returns o of (B, Q,
+    V).
+    """
     B, H, K, V = state.shape
     o_BQV = q_BQK.new_empty(B, q_BQK.shape[1], V)
     if o_BQV.numel():
@@ -133,7 +135,7 @@ def _forward(call: Call) -> tuple[Tensor, Tensor]:
 def _backward(
     grads: tuple[Tensor, ...], kept: tuple[Tensor, ...], call: Call
 ) -> list[Tensor | None]:
-    """The derivatives of q, k, v, g, beta and initial."""
+    """Return the derivatives of q, k, v, g, beta and initial."""
     do, dfinal = grads[0], grads[1].to(torch.float32).contiguous()
     if call.q.shape[1] == 0 or dfinal.numel() == 0:
         zeros = [None if x is None else torch.zeros_like(x) for x in call[:5]]
@@ -181,7 +183,7 @@ def _by_value(call: Call) -> bool:
 
 
 def _roles(call: Call, do: Tensor) -> Roles:
-    """What the kernels take, transposed for a value gate: `kernels` explains."""
+    """Return what the kernels take, transposed for a value gate: `kernels` explains."""
     q, k, v, do = (x.contiguous() for x in (*call[:3], do))
     chunks = Chunks.of(k, call.cu_seqlens)
     G, kind = cumulate(chunks, call.g, k.dtype), _kind(call.g, call.gate, scalar_dim=3)
@@ -195,7 +197,9 @@ def _fp32(x: Tensor | None) -> Tensor | None:
 
 
 def aot_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The shapes that the compile check covers: (dtype, K, V, gate, delta, groups, packed)."""
+    """Yield the shapes that the compile check covers: (dtype, K, V, gate, delta, groups,
+    packed).
+    """
     bf16, fp32 = torch.bfloat16, torch.float32
     for dtype, K, V, gate, delta, groups, packed in (
         (bf16, 64, 65, "none", False, 1, False),  # with a normaliser

@@ -40,7 +40,9 @@ STRONGEST = tl.constexpr(-128.0)
 
 @triton.jit
 def chunk_bounds(chunk, T, chunks, PACKED: tl.constexpr):
-    """First token (64-bit) and number of tokens of a chunk; the number may be 0 when packed."""
+    """Return first token (64-bit) and number of tokens of a chunk; the number may be 0 when
+    packed.
+    """
     if PACKED:
         first = tl.load(chunks + 4 * chunk + 2)
         rows = tl.load(chunks + 4 * chunk + 3).to(tl.int32)
@@ -54,7 +56,7 @@ def chunk_bounds(chunk, T, chunks, PACKED: tl.constexpr):
 
 @triton.jit
 def sequence_bounds(n, T, cu_seqlens, PACKED: tl.constexpr):
-    """First token (64-bit), number of tokens and first chunk of a sequence."""
+    """Return first token (64-bit), number of tokens and first chunk of a sequence."""
     if PACKED:
         first = tl.load(cu_seqlens + n).to(tl.int64)
         length = (tl.load(cu_seqlens + n + 1) - first).to(tl.int32)
@@ -68,13 +70,13 @@ def sequence_bounds(n, T, cu_seqlens, PACKED: tl.constexpr):
 
 @triton.jit
 def load_rows(x, first, at, there, head, H: tl.constexpr, D: tl.constexpr, columns):
-    """Rows `at` of a chunk, zero where not `there`: (rows, columns) of (tokens, H, D)."""
+    """Return rows `at` of a chunk, zero where not `there`: (rows, columns) of (tokens, H, D)."""
     return load_tile(x + (first * H + head) * D, at, there, H * D, columns, D)
 
 
 @triton.jit
 def load_chunk(x, first, rows, head, H: tl.constexpr, D: tl.constexpr, columns):
-    """A chunk of (tokens, H, D), zero after its end."""
+    """Return a chunk of (tokens, H, D), zero after its end."""
     r = tl.arange(0, CHUNK)
     return load_rows(x, first, r, r < rows, head, H, D, columns)
 
@@ -87,7 +89,9 @@ def store_chunk(x, tile, first, rows, head, H: tl.constexpr, D: tl.constexpr, co
 
 @triton.jit
 def load_gates(G, first, at, rows, head, H: tl.constexpr, D: tl.constexpr, columns):
-    """Rows `at` of G; those after the chunk's end are its last one, those before its begin 0."""
+    """Return rows `at` of G; those after the chunk's end are its last one, those before its
+    begin 0.
+    """
     inside = tl.minimum(at, rows - 1)
     return load_rows(G, first, inside, inside >= 0, head, H, D, columns)
 
@@ -104,7 +108,7 @@ def load_last_gate(G, first, rows, head, H: tl.constexpr, D: tl.constexpr, colum
 
 @triton.jit
 def square(x, chunk, head, H: tl.constexpr):
-    """Pointers to the (64, 64) tile of a chunk in (chunks, H, 64, 64)."""
+    """Return pointers to the (64, 64) tile of a chunk in (chunks, H, 64, 64)."""
     r = tl.arange(0, CHUNK)
     at = (chunk.to(tl.int64) * H + head) * (CHUNK * CHUNK)
     return x + at + r[:, None] * CHUNK + r[None, :]
@@ -112,7 +116,7 @@ def square(x, chunk, head, H: tl.constexpr):
 
 @triton.jit
 def state_block(x, index, D: tl.constexpr, E: tl.constexpr, rows, columns):
-    """Pointers and mask of a block of matrix `index` in (matrices, D, E)."""
+    """Return pointers and mask of a block of matrix `index` in (matrices, D, E)."""
     at = index.to(tl.int64) * (D * E)
     mask = (rows < D)[:, None] & (columns < E)[None, :]
     return x + at + rows[:, None] * E + columns[None, :], mask
@@ -120,7 +124,7 @@ def state_block(x, index, D: tl.constexpr, E: tl.constexpr, rows, columns):
 
 @triton.jit
 def below(STRICT: tl.constexpr):
-    """The (64, 64) mask j ≤ i, or j < i."""
+    """Return the (64, 64) mask j ≤ i, or j < i."""
     r = tl.arange(0, CHUNK)
     return (r[:, None] > r[None, :]) if STRICT else (r[:, None] >= r[None, :])
 
@@ -175,7 +179,7 @@ def scores_kernel(
     H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr,
     GATE: tl.constexpr, STRICT: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A, (chunks, query heads, 64, 64), with j < i alone when STRICT.
+    """Compute A, (chunks, query heads, 64, 64), with j < i alone when STRICT.
 
     Reads q, k and G, writes A: 4 K + 4 K + 128 bytes and 6·64·K FLOPs a token-head for a gate per
     key, beside 16·K exponentials; for the stated shape 0.9 GB and 39 GFLOP, 0.27 ms.

@@ -89,12 +89,12 @@ class Delta(NamedTuple):
 
 
 def block(width: int, most: int = 64) -> int:
-    """Columns a program takes of `width`: a power of two, 16 or more for the products."""
+    """Return columns a program takes of `width`: a power of two, 16 or more for the products."""
     return min(most, max(16, triton.next_power_of_2(width)))
 
 
 def columns(x: Tensor) -> int:
-    """The most columns a program takes of tensors like x.
+    """Return the most columns a program takes of tensors like x.
 
     64 are what fills Hopper's tensor cores; fp32 products do without and take more registers.
     """
@@ -117,7 +117,7 @@ def cumulate(chunks: Chunks, g: Tensor | None, inputs: torch.dtype) -> Tensor | 
 
 
 def scores(x: Roles, *, strict: bool = False, dtype: torch.dtype | None = None) -> Tensor:
-    """A, (C, query heads, 64, 64), in q's type where no other is given."""
+    """Return A, (C, query heads, 64, 64), in q's type where no other is given."""
     A = x.q.new_empty(x.chunks.count, x.q.shape[2], CHUNK, CHUNK, dtype=dtype or x.q.dtype)
     size = block(x.k.shape[3], columns(x.q))
     x.launch(scores_kernel, (x.chunks.count, x.q.shape[2]), A=A, STRICT=strict, BLOCK=size)
@@ -125,12 +125,12 @@ def scores(x: Roles, *, strict: bool = False, dtype: torch.dtype | None = None) 
 
 
 def scores_by_key(x: Roles) -> Tensor | None:
-    """A, where the kernels that need it do not compute it on their way."""
+    """Return A, where the kernels that need it do not compute it on their way."""
     return scores(x) if x.kind == KEY else None
 
 
 def transform(x: Roles, beta: Tensor, *, errors: bool) -> Delta:
-    """The delta rule's system of each chunk, solved; `errors`: whether e will be wanted."""
+    """Return the delta rule's system of each chunk, solved; `errors`: whether e will be wanted."""
     k, v = x.k, x.v
     R = scores(x._replace(q=k, scale=1.0), strict=True, dtype=torch.float32)
     M = torch.empty_like(R, dtype=k.dtype)

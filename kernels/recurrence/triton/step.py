@@ -17,7 +17,7 @@ def step_kernel(
     H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     GATE: tl.constexpr, DELTA: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """A program has all K rows of some columns of one state; GATE 3 is a gate per value.
+    """Advance all K rows of some columns of one state; GATE 3 is a gate per value.
 
     Reads and writes the state: 8 K V bytes a head, whatever came before; B 64, H 32, K = V = 128:
     268 MB, 0.08 ms on an H100 (3.35 TB/s).

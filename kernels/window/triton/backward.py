@@ -183,7 +183,7 @@ def reverse_states_kernel(
     GROUP_P: tl.constexpr, V: tl.constexpr, F: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of S after each chunk (a tile of F × V) and of the initial one."""
+    """Compute the gradient of S after each chunk (a tile of F × V) and of the initial one."""
     n, p, tile_f, tile_v = state_tile(P, V, F, BLOCK_V, BLOCK_F)
     f = tile_f * BLOCK_F + tl.arange(0, BLOCK_F)
     column = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -231,7 +231,7 @@ def backward_value_kernel(
     GROUP: tl.constexpr, GROUP_P: tl.constexpr, V: tl.constexpr, F: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """What the linear part adds to dv of a block of keys, in fp32."""
+    """Compute what the linear part adds to dv of a block of keys, in fp32."""
     g = tl.program_id(1).to(tl.int64)
     n, c = chunk_of(tl.program_id(0), chunks, per_sequence, PACKED)
     if n >= N:

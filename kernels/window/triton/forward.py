@@ -30,7 +30,9 @@ from lowline.kernels.triton_tools.tiles import load_tile, store_tile
 
 @triton.jit
 def load_rows(x, first, stride, low, high, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows `first` ... of x as far as they lie in [low, high); zeros elsewhere: (ROWS, BLOCK)."""
+    """Return rows `first` ... of x as far as they lie in [low, high); zeros elsewhere: (ROWS,
+    BLOCK).
+    """
     row = tl.arange(0, ROWS)
     inside = (first + row >= low) & (first + row < high)
     return load_tile(
@@ -49,7 +51,7 @@ def store_rows(x, value, first, stride, low, high, width):
 
 @triton.jit
 def sequence(n, cu, T, PREFIX: tl.constexpr, PACKED: tl.constexpr):
-    """Batch row, first query, first key row and queries of sequence n."""
+    """Return batch row, first query, first key row and queries of sequence n."""
     if PACKED:
         start = tl.load(cu + n)
         length = (tl.load(cu + n + 1) - start).to(tl.int32)
@@ -62,7 +64,9 @@ def sequence(n, cu, T, PREFIX: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def chunk_of(pid, chunks, per_sequence, PACKED: tl.constexpr):
-    """The sequence of a chunk (the number of sequences where it is empty) and its number in it."""
+    """Return the sequence of a chunk (the number of sequences where it is empty) and its number
+    in it.
+    """
     if PACKED:
         n = tl.load(chunks + 4 * pid).to(tl.int32)
         c = tl.load(chunks + 4 * pid + 1).to(tl.int32)
@@ -74,13 +78,14 @@ def chunk_of(pid, chunks, per_sequence, PACKED: tl.constexpr):
 
 @triton.jit
 def first_chunk(n, starts, per_sequence, PACKED: tl.constexpr):
-    """The number, over all sequences, of a sequence's first chunk."""
+    """Return the number, over all sequences, of a sequence's first chunk."""
     return tl.load(starts + n).to(tl.int64) if PACKED else n.to(tl.int64) * per_sequence
 
 
 @triton.jit
 def key_rows(n, length_N, PREFIX: tl.constexpr, SINKS: tl.constexpr):
-    """The first row that is a token, the first that joins S, and tokens seen before (at most 2^30).
+    """Return the first row that is a token, the first that joins S, and tokens seen before (at most
+    2^30).
 
     The prefix holds fewer tokens than rows while fewer than `window` have been seen.
     """
@@ -156,7 +161,7 @@ def sink_scores(q, sink_k, number, t, seen, scale, WINDOW: tl.constexpr, SINKS: 
 
 @triton.jit
 def _absorb(s, values, numbers, top, top_row, total, acc):
-    """One block of scores into the running softmax."""
+    """Return one block of scores into the running softmax."""
     m = tl.max(s, 1)
     where = tl.min(tl.where(s == m[:, None], numbers[None, :], 1 << 30), 1)
     top_row = tl.where(m > top, where, top_row)

@@ -96,7 +96,7 @@ def _chunks(call: WindowCall, C: int, more: int = 0) -> Chunks:
 
 
 def _arguments(call: WindowCall) -> tuple[Chunks, dict[str, Any]]:
-    """The chunks of queries, and what the kernels take, by the names they have for it."""
+    """Return the chunks of queries, and what the kernels take, by the names they have for it."""
     q, k, v, phi_q, phi_k = rows_dense(*call[:5])
     (B, T, H, D), (U, G, V), (P, F), sinks = q.shape, v.shape[1:], phi_k.shape[2:], call.sink_k
     C = 16 if q.dtype == torch.float32 else 64
@@ -167,7 +167,7 @@ def _forward(call: WindowCall) -> tuple[Tensor, ...]:
 def _backward(
     grads: tuple[Tensor, ...], kept: tuple[Tensor, ...], call: WindowCall
 ) -> list[Tensor]:
-    """The gradients of q ... S, in their order."""
+    """Return the gradients of q ... S, in their order."""
     (do, dS), (o, den, top, row) = grads, kept
     if o.numel() == 0:
         return [*(torch.zeros_like(x) for x in call[:9]), dS.clone()]
@@ -198,7 +198,9 @@ def _backward(
 
 
 def _over_chunks(part: Tensor, chunks: Chunks, like: Tensor) -> Tensor:
-    """The sinks' gradient (N, s, G, D) from what each chunk and query head adds: (…, H, s, D)."""
+    """Return the sinks' gradient (N, s, G, D) from what each chunk and query head adds: (…, H,
+    s, D).
+    """
     N, _, G, _ = like.shape
     part = part.unflatten(1, (G, -1)).sum(2)
     if chunks.table is None:
@@ -216,7 +218,7 @@ OP = define(
 
 
 def aot_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The shapes that the compile check covers: (dtype, D, F, sinks, query heads a key head,
+    """Yield the shapes that the compile check covers: (dtype, D, F, sinks, query heads a key head,
     packed)."""
     bf16, fp32 = torch.bfloat16, torch.float32
     for dtype, D, F, sinks, group, packed in (

@@ -60,7 +60,7 @@ def training_cases(shape: Shape, names: Iterable[str], length: int) -> Cases:
 def forward_backward(
     function: Callable[..., torch.Tensor], grad: torch.Tensor, *tensors: torch.Tensor
 ) -> Callable[[], None]:
-    """A function that runs `function` on the tensors and takes the gradient of each."""
+    """Return a function that runs `function` on the tensors and takes the gradient of each."""
     import torch
 
     leaves = [x.detach().requires_grad_() for x in tensors]
@@ -95,7 +95,9 @@ def recurrence_inputs(shape: Shape, length: int, kind: str) -> list[torch.Tensor
 
 
 def recurrence_call(backend: str, kind: str) -> Callable[..., torch.Tensor]:
-    """The recurrence's outputs, of tensors in the order of `recurrence_inputs`, None left out."""
+    """Return the recurrence's outputs, of tensors in the order of `recurrence_inputs`, None left
+    out.
+    """
     from lowline.kernels.recurrence import gated_linear_recurrence
 
     options: Any = {"gate": "value" if kind == "value" else "key", "backend": backend}
@@ -119,7 +121,9 @@ def window_call(backend: str) -> Callable[..., torch.Tensor]:
 
 
 def cache_case(shape: Shape, context: int) -> Callable[[], object]:
-    """A token of attention over a cache: written into its place, then read with all before it."""
+    """Return a token of attention over a cache: written into its place, then read with all
+    before it.
+    """
     import torch.nn.functional as F
 
     k_cache, v_cache = (shape.randn(1, shape.heads, context, shape.head_dim) for _ in range(2))
@@ -134,7 +138,7 @@ def cache_case(shape: Shape, context: int) -> Callable[[], object]:
 
 
 def step_case(shape: Shape, backend: str, kind: str, context: int) -> Callable[[], object]:
-    """A token of the recurrence after `context` others."""
+    """Return a token of the recurrence after `context` others."""
     from lowline.kernels.recurrence import gated_linear_recurrence, recurrence_step
 
     gate: Any = "value" if kind == "value" else "key"
@@ -146,7 +150,7 @@ def step_case(shape: Shape, backend: str, kind: str, context: int) -> Callable[[
 
 
 def verify_case(shape: Shape, backend: str) -> Callable[[], object]:
-    """A block of proposals on the recurrence, all of the block before accepted."""
+    """Return a block of proposals on the recurrence, all of the block before accepted."""
     import torch
 
     from lowline.kernels.recurrence import recurrence_verify
@@ -160,7 +164,7 @@ def verify_case(shape: Shape, backend: str) -> Callable[[], object]:
 
 
 def window_step_case(shape: Shape, backend: str, context: int) -> Callable[[], object]:
-    """A token of window-plus-linear attention after `context` others."""
+    """Return a token of window-plus-linear attention after `context` others."""
     from lowline.kernels.window import window_linear_attention, window_linear_step
 
     _, state = window_linear_attention(
@@ -188,7 +192,7 @@ def scan_case(shape: Shape, backend: str, length: int) -> Callable[[], None]:
 
 
 def scan_bytes(shape: Shape, length: int) -> int:
-    """What forward + backward must move.
+    """Return what forward + backward must move.
 
     The forward reads x, dt, B, C and writes y; the backward reads those four and dy, and writes
     four gradients.

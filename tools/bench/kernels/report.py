@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def print_part(console: Console, part: str, report: dict[str, Any]) -> None:
-    """One part's table, its ratios and the limits of the same run."""
+    """Print one part's table, its ratios and the limits of the same run."""
     shape = report["setup"]
     title = (
         f"{part}: batch 1, {shape['heads']} heads of {shape['head_dim']}, {shape['device']}, "
@@ -32,7 +32,7 @@ def print_part(console: Console, part: str, report: dict[str, Any]) -> None:
 def print_against_attention(
     console: Console, title: str, result: dict[str, Any], clock: str
 ) -> None:
-    """Milliseconds and speed-up over attention, a column a length; limits below."""
+    """Print milliseconds and speed-up over attention, one column for each length; limits below."""
     lengths = result["lengths"]
     names = list(next(iter(lengths.values()))["speedup"])
 
@@ -91,7 +91,7 @@ def print_decode(console: Console, title: str, result: dict[str, Any], clock: st
 
 
 def print_scan(console: Console, title: str, result: dict[str, Any], clock: str) -> None:
-    """Milliseconds and share of a copy's rate, a column a length."""
+    """Print milliseconds and share of a copy's rate, one column for each length."""
     lengths = result["lengths"]
     rows = {
         name: [
@@ -137,7 +137,7 @@ def milliseconds(seconds: float) -> str:
 
 
 def draw(report: dict[str, Any]) -> Any:
-    """Time and memory against length, both axes logarithmic."""
+    """Return time and memory against length, both axes logarithmic."""
     from matplotlib.figure import Figure
 
     clock = report["setup"]["clock"]

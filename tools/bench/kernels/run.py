@@ -192,7 +192,7 @@ def bench_kernels(
 
 
 def usable(backends: tuple[str, ...], device: str) -> tuple[str, ...]:
-    """The backends to time: those asked for, or all that run on the device.
+    """Return the backends to time: those asked for, or all that run on the device.
 
     Raises:
         ValueError: one that does not run here.
@@ -214,7 +214,7 @@ def usable(backends: tuple[str, ...], device: str) -> tuple[str, ...]:
 def against_attention(
     setup: Setup, part: str, kinds: tuple[str, ...], lengths: tuple[int, ...]
 ) -> dict[str, Any]:
-    """Every backend and kind at every length, in turns with attention and the limits."""
+    """Return every backend and kind at every length, in turns with attention and the limits."""
     device, size = setup.shape.device, GEMM[setup.shape.device]
     names = [f"{backend} {kind}" for backend in setup.backends for kind in kinds]
     gemms, errors = gemm_cases(size, device)
@@ -266,7 +266,7 @@ def recurrence_flops(length: int, heads: int, dim: int) -> int:
 def time_a_token(
     setup: Setup, part: str, names: list[str], short: int, long: int
 ) -> dict[str, Any]:
-    """Time a token at a long length over that at a short one, equally many tokens a turn."""
+    """Return time a token at a long length over that at a short one, equally many tokens a turn."""
     times = long // short
 
     def repeated(call: Callable[[], object]) -> Callable[[], None]:
@@ -298,7 +298,7 @@ def time_a_token(
 
 
 def bench_decode(setup: Setup) -> dict[str, Any]:
-    """One token a call: of each op after each context, and of attention over a cache."""
+    """Return one token a call: of each op after each context, and of attention over a cache."""
     import torch
 
     shape = setup.shape
@@ -328,7 +328,7 @@ def bench_decode(setup: Setup) -> dict[str, Any]:
 
 
 def bench_scan(setup: Setup, lengths: tuple[int, ...]) -> dict[str, Any]:
-    """The selective scan at every length, against a copy of the bytes it must move."""
+    """Return the selective scan at every length, against a copy of the bytes it must move."""
     channels, states = SCAN
     copy = {"copy": copy_case(setup.shape.device)}
     result: dict[str, Any] = {"channels": channels, "states": states, "lengths": {}}
@@ -370,7 +370,7 @@ def bench_memory(setup: Setup, lengths: tuple[int, ...]) -> dict[str, Any]:
 
 
 def print_peaks(job: str) -> None:
-    """The child of `bench_memory`: prints {length: peak bytes} as JSON."""
+    """Print {length: peak bytes} as JSON, in the child process of `bench_memory`."""
     import torch
 
     work = loads(job)
