@@ -166,18 +166,6 @@ def test_finite_data_ends_the_run(tmp_path):
     assert training.curve(output) == before
 
 
-def test_divergence_stops_with_the_step_and_the_checkpoint(tmp_path, capsys):
-    options = ("--optimizer.lr=1e30", "--schedule.warmup_steps=0", "--checkpoint.every=2")
-    assert training.train_here(tmp_path / "run", *options) == 1
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    found = re.search(r"diverged: .* at step (\d+).*checkpoint: (\S+)\. Lower optimizer.lr", said)
-    assert found is not None, said
-    steps = saved_steps(tmp_path / "run" / "checkpoint")
-    assert all(step < int(found[1]) for step in steps)
-    assert found[2] == (f"{tmp_path}/run/checkpoint/step-{steps[-1]}" if steps else "none")
-
-
 def test_a_bar_on_a_terminal(tmp_path):
     """The real command with its standard error on a terminal shows a bar below its lines."""
     ours, theirs = pty.openpty()

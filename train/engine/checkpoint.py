@@ -51,8 +51,11 @@ class Checkpointer(CheckpointManager):
     """torchtitan's checkpoint manager with whole folders only.
 
     `wanted`, when set, makes the next `save(step)` take place whatever the schedule says. A step
-    that is saved already is not saved again.
+    that is saved already is not saved again. `check(step)` is called before every save, on every
+    rank, and raises where the state is not worth saving.
     """
+
+    check: Callable[[int], None]
 
     @dataclass(kw_only=True, slots=True)
     class Config(CheckpointManager.Config):
@@ -139,6 +142,11 @@ class Checkpointer(CheckpointManager):
             f"{'starts anew' if newest == 'none' else 'goes on from it'}; or set a smaller "
             "checkpoint.keep, or put output on another disk"
         )
+
+    def _save(self, curr_step: int, last_step: bool = False) -> bool:
+        if self._should_save(curr_step, last_step):
+            self.check(curr_step)
+        return super()._save(curr_step, last_step)
 
     def _should_save(self, curr_step: int, last_step: bool = False) -> bool:
         due = self.wanted or super()._should_save(curr_step, last_step)

@@ -37,6 +37,7 @@ from lowline.train.cost.parameters import training_flops_of
 from lowline.train.data.tokenizer import TextTokenizer
 from lowline.train.engine.checkpoint import Checkpointer
 from lowline.train.engine.evaluation import Evaluator
+from lowline.train.engine.finite import all_finite
 from lowline.train.engine.group import comm_config
 from lowline.train.engine.inputs import DOCUMENTS, BatchLoader, Inputs
 from lowline.train.engine.metrics import DivergedError, Metrics
@@ -92,6 +93,7 @@ class Trainer(TitanTrainer):
         super().__init__(config)
         self.signal = self.stopped_by = 0
         self._agreement = Agreement()
+        self.checkpointer.check = self._check_finite
         run = config.run
         self.metrics_processor.num_flops_per_token = training_flops_of(run)
         self.objective = run.objective.build(run, self)
@@ -191,7 +193,16 @@ class Trainer(TitanTrainer):
             self.checkpointer.wanted = True
             self.config.validator.enable = False
 
-    def _divergence(self, error: Exception) -> str:
+    def _check_finite(self, step: int) -> None:
+        """Raise DivergedError unless weights and moments are finite; a logged step is not enough.
+
+        The gradient is looked at where a step is logged, and a run may be saved at any other.
+        """
+        if not all_finite(self.model_parts, self.optimizers, self.device):
+            reason = f"weights or moments of the optimizer are inf or nan after step {step}"
+            raise DivergedError(self._divergence(reason))
+
+    def _divergence(self, error: object) -> str:
         self.checkpointer.maybe_wait_for_saving()
         return (
             f"training diverged: {error}. Newest whole checkpoint: "
@@ -263,6 +274,7 @@ class Trainer(TitanTrainer):
             return
         if self.step < self.config.training.steps:  # the data ended first
             self.metrics_processor.say(f"the data ended after step {self.step}")
+            self._check_finite(self.step)
             self.checkpointer.save(self.step, last_step=True)
         self._evaluate_if_missing(last=True)
 
