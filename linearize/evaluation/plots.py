@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,15 @@ from lowline.linearize.evaluation.rows import Row
 from lowline.linearize.evaluation.second_copy import SecondCopy
 from lowline.linearize.evaluation.shares import Shares
 from lowline.linearize.evaluation.text import Perplexity
+from lowline.plotting import SHADES, colour, finish, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BASELINES = (":", "--", "-.")
+DASHES = (":", "--", "-.", (0, (5, 1)), (0, (1, 3)))  # of baselines
+MAPS = 3  # maps beside one another
+DECADE = 10.0  # largest over smallest score, from which bars are logarithmic
 
 
 def plots(
@@ -42,40 +46,31 @@ def plots(
 Scored = list[tuple[Row, Any]]
 
 
-def _figure(columns: int = 1, width: float = 6.4, height: float = 4.4) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns, height), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
-
-
 def _styles(scored: Scored) -> list[dict[str, Any]]:
     """Choose colours for converted models, black and grey for what they are compared with."""
-    styles, colour, baseline = [], 0, 0
+    styles: list[dict[str, Any]] = []
+    converted = baseline = 0
     for row, _ in scored:
         if row.converted:
-            styles.append({"color": f"C{colour}", "linewidth": 2.2, "zorder": 3})
-            colour += 1
+            styles.append({"color": colour(converted), "linewidth": 2.2, "zorder": 3})
+            converted += 1
         elif row.linear_off:
-            styles.append({"color": f"C{max(colour - 1, 0)}", "linestyle": ":", "linewidth": 1.3})
+            tone = colour(max(converted - 1, 0))
+            styles.append({"color": tone, "linestyle": ":", "linewidth": 1.3})
+        elif row.label == "teacher":
+            styles.append({"color": "black", "linestyle": "-", "linewidth": 1.4})
         else:
-            dashes = "-" if row.label == "teacher" else BASELINES[baseline % len(BASELINES)]
-            baseline += row.label != "teacher"
-            tone = "black" if dashes == "-" else "0.45"
-            styles.append({"color": tone, "linestyle": dashes, "linewidth": 1.4})
+            dashes = DASHES[baseline % len(DASHES)]
+            styles.append({"color": "0.45", "linestyle": dashes, "linewidth": 1.4})
+            baseline += 1
     return styles
 
 
-def _finish(axes: Axes, *, x: str, y: str, ticks: Sequence[int] = ()) -> None:
-    from matplotlib.ticker import NullLocator
-
-    if ticks:
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(list(ticks), [str(tick) for tick in ticks])
-        axes.xaxis.set_minor_locator(NullLocator())
-    axes.set(xlabel=x, ylabel=y)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+def _legend(figure: Figure, *, columns: int) -> None:
+    """Name the lines below the panels, in labels that fit the figure's width."""
+    lines, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(lines, [textwrap.fill(label, 40) for label in labels], fontsize=9,
+                  loc="outside lower center", ncols=columns, frameon=False)  # fmt: skip
 
 
 def _windows(axes: Axes, scored: Scored) -> None:
@@ -84,92 +79,121 @@ def _windows(axes: Axes, scored: Scored) -> None:
 
 
 def _perplexity(scored: Scored) -> Figure:
-    from matplotlib.ticker import StrMethodFormatter
-
-    figure, (left, right) = _figure(2)
-    for (row, scores), style in zip(scored, _styles(scored), strict=True):
-        longest = max(scores, key=lambda score: score["context"])
-        bins = longest["by_position"]
-        left.plot(
-            [(b["first"] * b["last"]) ** 0.5 for b in bins], [b["loss"] for b in bins], **style
-        )
-        right.plot(
-            [score["context"] for score in scores],
-            [score["perplexity"] for score in scores],
-            marker="o",
-            markersize=3.5,
-            label=row.label,
-            **style,
-        )
-    contexts = sorted(score["context"] for score in scored[0][1])
-    octaves = [2**n for n in range(3, contexts[-1].bit_length())]
+    figure, (left, right) = new_figure(2)
+    styles = _styles(scored)
+    longest = max(score["context"] for score in scored[0][1])
+    for (row, scores), style in zip(scored, styles, strict=True):
+        (bins,) = (score["by_position"] for score in scores if score["context"] == longest)
+        middles = [(b["first"] * b["last"]) ** 0.5 for b in bins]
+        left.plot(middles, [b["loss"] for b in bins], label=row.label, **style)
     _windows(left, scored)
-    _finish(left, x="position in the row", y="loss (nats a token)", ticks=octaves)
-    left.set_title(f"loss against position, rows of {contexts[-1]} tokens")
-    _finish(right, x="context (tokens)", y="perplexity", ticks=contexts)
-    right.set_yscale("log")
-    right.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    right.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
-    right.set_title("perplexity against context")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    finish(left, x="position in the row", y="loss (nats per token)",
+           ticks=[2**n for n in range(1, longest.bit_length())])  # fmt: skip
+    left.set_title(f"loss against position, rows of {longest} tokens")
+    contexts = sorted(score["context"] for score in scored[0][1])
+    if len(contexts) == 1:
+        values = [scores[0]["perplexity"] for _, scores in scored]
+        _bars(right, [row.label for row, _ in scored], values, styles)
+        right.set_title(f"perplexity, rows of {longest} tokens")
+    else:
+        for (_, scores), style in zip(scored, styles, strict=True):
+            line = [score["context"] for score in scores], [s["perplexity"] for s in scores]
+            right.plot(*line, marker="o", markersize=3.5, **style)
+        finish(right, x="context (tokens)", y="perplexity", ticks=contexts, plain_log_y=True)
+        right.set_title("perplexity against context")
+    _legend(figure, columns=3)
     return figure
 
 
+def _bars(
+    axes: Axes, labels: Sequence[str], values: Sequence[float], styles: Sequence[dict[str, Any]]
+) -> None:
+    """Draw a bar for each model, its name on the left and its value at the end."""
+    from matplotlib.ticker import NullLocator
+
+    bars = axes.barh(range(len(labels)), values, color=[style["color"] for style in styles])
+    for bar, style in zip(bars, styles, strict=True):
+        bar.set_alpha(0.45 if style.get("linestyle") == ":" and style["color"] != "0.45" else 1.0)
+    axes.bar_label(bars, [f"{value:,.4g}" for value in values], padding=3, fontsize=9)
+    axes.set_yticks(range(len(labels)), [textwrap.fill(label, 24) for label in labels], fontsize=9)
+    axes.invert_yaxis()
+    if max(values) > DECADE * min(values):
+        axes.set_xscale("log")
+        axes.set_xlim(1.0, max(values) ** 1.2)  # a perplexity of 1 is the lowest there is
+    else:
+        axes.set_xlim(0.0, 1.15 * max(values))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_locator(NullLocator())  # the bars have their values
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+
+
 def _second_copy(scored: Scored) -> Figure:
-    figure, (axes,) = _figure()
+    figure, (axes,) = new_figure()
     for (row, scores), style in zip(scored, _styles(scored), strict=True):
         distances = [score["distance"] for score in scores]
-        axes.plot(
-            distances,
-            [score["second"] for score in scores],
-            marker="o",
-            markersize=3.5,
-            label=row.label,
-            **style,
-        )
+        losses = [score["second"] for score in scores]
+        axes.plot(distances, losses, marker="o", markersize=3.5, label=row.label, **style)
     _windows(axes, scored)
-    _finish(axes, x="distance between the copies (tokens)", y="loss (nats a token)",
-            ticks=distances)  # fmt: skip
+    finish(axes, x="distance between the copies (tokens)", y="loss (nats per token)",
+           ticks=distances)  # fmt: skip
     axes.set_title("second copy of a random string")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    _legend(figure, columns=2)
     return figure
 
 
 def _retrieval(measure: Retrieval, scored: Scored) -> Figure:
-    figure, all_axes = _figure(len(scored), width=2.9, height=3.2)
     lengths, depths = measure.lengths, measure.depths
-    for axes, (row, scores) in zip(all_axes, scored, strict=True):
-        found = {(s["length"], s["depth"]): s["found"] / s["asked"] for s in scores}
-        image = axes.imshow(
-            [[found[length, depth] for length in lengths] for depth in depths],
-            vmin=0,
-            vmax=1,
-            cmap="RdYlGn",
-            aspect="auto",
-        )
-        axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
-        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-        axes.set_title(row.label, fontsize=9)
-        axes.set_xlabel("prompt (tokens)")
-    all_axes[0].set_ylabel("depth of the fact")
-    figure.colorbar(image, ax=all_axes, label="found", shrink=0.8)
-    figure.suptitle(f"{measure.task}: given back by generation")
+    how: dict[str, Any] = {"vmin": 0, "vmax": 1, "cmap": SHADES, "aspect": "auto"}
+    found = [{(s["length"], s["depth"]): s["found"] / s["asked"] for s in scores}
+             for _, scores in scored]  # fmt: skip
+    percent = [f"{depth:.0%}" for depth in depths]
+    if len(lengths) == 1:  # one map of models: a map of each would be a single column
+        figure, all_axes = new_figure(height=1.4 + 0.5 * len(scored))
+        shares = [[of_model[lengths[0], depth] for depth in depths] for of_model in found]
+        image = _map(all_axes[0], shares, percent, **how)
+        names = [textwrap.fill(row.label, 28) for row, _ in scored]
+        all_axes[0].set_yticks(range(len(names)), names, fontsize=9)
+        all_axes[0].set_xlabel(f"depth of the fact in a prompt of {lengths[0]} tokens")
+    else:
+        columns = min(MAPS, len(scored))
+        rows = -(-len(scored) // columns)
+        figure, all_axes = new_figure(columns, rows, width=3.4, height=3.0)
+        for axes in all_axes[len(scored) :]:
+            axes.set_visible(False)
+        for number, (axes, (row, _)) in enumerate(zip(all_axes, scored, strict=False)):
+            shares = [[found[number][length, depth] for length in lengths] for depth in depths]
+            image = _map(axes, shares, [str(length) for length in lengths], **how)
+            axes.set_yticks(range(len(depths)), percent)
+            axes.set_title(textwrap.fill(row.label, 34), fontsize=9)
+            axes.set_xlabel("prompt (tokens)")
+            if number % columns == 0:
+                axes.set_ylabel("depth of the fact")
+    figure.colorbar(image, ax=all_axes, label="share of answers found", shrink=0.8)
+    figure.suptitle(f"{measure.task}: facts of the prompt that generation gives back")
     return figure
 
 
+def _map(axes: Axes, shares: list[list[float]], x: Sequence[str], **how: Any) -> Any:
+    """Draw shares as shades with their numbers, so that no reader depends on colours."""
+    image = axes.imshow(shares, **how)
+    axes.set_xticks(range(len(x)), x)
+    for row, line in enumerate(shares):
+        for column, share in enumerate(line):
+            tone = "black" if share > 0.5 else "white"
+            axes.text(column, row, f"{share:.0%}", ha="center", va="center", color=tone, fontsize=8)
+    return image
+
+
 def _shares(scored: Scored) -> Figure:
-    figure, (axes,) = _figure()
+    from matplotlib.ticker import MaxNLocator
+
+    figure, (axes,) = new_figure()
     for (row, scores), style in zip(scored, _styles(scored), strict=True):
-        axes.plot(
-            [score["layer"] for score in scores],
-            [score["share"] for score in scores],
-            marker="o",
-            markersize=3.5,
-            label=row.label,
-            **style,
-        )
+        layers, shares = [s["layer"] for s in scores], [s["share"] for s in scores]
+        axes.plot(layers, shares, marker="o", markersize=3.5, label=row.label, **style)
     axes.set_ylim(0, None)
-    _finish(axes, x="layer", y="share of the linear part")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    finish(axes, x="layer", y="share of the linear part")
     axes.set_title("what the linear part carries of each layer's output")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    _legend(figure, columns=2)
     return figure

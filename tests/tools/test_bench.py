@@ -119,7 +119,15 @@ def test_blocks(tmp_path, capsys):
     ratio = seconds["dense"]["wall"] / seconds["cola"]["wall"]
     assert blocks["speedup"]["cola"]["wall"] == pytest.approx(ratio)
     printed = capsys.readouterr().out
-    assert "cola-m grouped" in printed and "FLOP ratio" in printed and "copy" in printed
+    assert "cola-m grouped" in printed
+    rates = blocks["gemm_flops_per_second"]
+    assert "limits of this machine, measured in the same turns:" in printed
+    assert f"gemm, wide {rates['gemm, wide'] / 1e9:.0f} GFLOP/s" in printed
+    assert f"copy {blocks['copy_bytes_per_second'] / 1e9:.1f} GB/s" in printed
+    assert f"CoLA has 1/{dense / cola:.2f} of dense's FLOPs; its speed-up" in printed
+    cola_wall = blocks["speedup"]["cola"]["wall"]
+    assert f"wall {cola_wall:.2f}x" in printed
+    assert f"that is {cola_wall / blocks['flop_ratio']:.0%}" in " ".join(printed.split())
 
 
 def test_every_way_of_a_block_computes_the_same_gradients():
@@ -201,6 +209,6 @@ def test_stages_of_a_file(tmp_path, capsys):
         assert over["wall"] > 0.5  # it has a forward pass of its own
     assert "MASTER_PORT" not in os.environ and not dist.is_initialized()
     printed = capsys.readouterr().out
-    assert "over it" in printed and "distill" in printed
+    assert "step /" in printed and "numbers: " in printed and "distill" in printed
     assert cli.main(["bench", "linearize", path.format("nothing")]) == 2
     assert "nothing_smollm2_135m.toml" in capsys.readouterr().err

@@ -60,6 +60,7 @@ def run(folder, tmp_path_factory):
 
 def test_what_is_written(run, folder):
     report, printed, plot = run
+    assert printed.endswith(f"numbers: {plot.with_suffix('.json')}\nplot: {plot}\n")
     assert list(report) == ["machine", "setup", "decode", "prefill"]
     assert list(report["decode"]) == ["1", "2"]
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -154,8 +155,8 @@ def test_the_converted_model_runs_on_its_state(folder):
         (["--contexts", "0"], "contexts = (0,); one or more, each at least 1"),
         (["--batch", "0"], "batch = (0,)"),
         (["--new", "0"], "new = 0; at least 1"),
-        (["--plot", "a.txt"], "its name ends in"),
-        (["--part", "prefill", "--plot", "a.png"], "of the part decode"),
+        (["--plot", "a.txt"], "a.txt; its name must end in .png, .pdf or .svg"),
+        (["--part", "prefill", "--plot", "a.png"], "only the part decode is drawn"),
         (["--teacher", "."], ".: cannot be loaded"),
     ],
 )

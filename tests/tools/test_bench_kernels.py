@@ -44,7 +44,8 @@ def run(tmp_path_factory):
 
 
 def test_what_is_written(run):
-    report, _, plot = run
+    report, printed, plot = run
+    assert f"plot: {plot}\n" in printed
     assert list(report) == ["machine", "setup", *PARTS]
     assert report["machine"]["threads"] == 1
     assert report["setup"] == {
@@ -187,7 +188,7 @@ def test_time_a_token_is_of_equally_many_tokens(monkeypatch):
         (["--heads", "0"], "heads = 0; at least 1"),
         (["--lengths", "0", "64"], "lengths = (0, 64); one or more, each at least 1"),
         (["--head-dim", "24"], "head_dim = 24; a multiple of 16"),
-        (["--plot", "a.txt"], "a.txt; its name ends in .png, .pdf or .svg"),
+        (["--plot", "a.txt"], "a.txt; its name must end in .png, .pdf or .svg"),
         (["--plot", "a.png", "--part", "decode"], "nothing in part 'decode' to draw"),
         (["--backends", "triton"], "backend 'triton'; choose from torch, cpu on cpu"),
         (["--part", "mamba"], "mamba"),

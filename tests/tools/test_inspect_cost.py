@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from rich.console import Console
+
+from lowline.tools.commands import inspect_cost as command
 from lowline.tools.commands.inspect_cost import costs
 
 CONFIG = Path(__file__).parents[2] / "configs" / "cola_60m.toml"
@@ -38,7 +41,20 @@ def test_table_and_numbers(tmp_path):
     assert costs["CoLA-M"]["saved_bytes"] < costs["CoLA"]["saved_bytes"]
     assert costs["CoLA"]["state_bytes"] == 12 * costs["CoLA"]["parameters"]
     for cost in costs.values():
-        assert f"{cost['parameters'] / 1e6:,.2f}M" in done.stdout
+        assert f"{cost['parameters'] / 1e6:,.2f} " in done.stdout
+        assert f"{cost['saved_bytes'] / 1024:,.1f} " in done.stdout
+
+
+def test_the_table_of_a_large_model_fits_80_columns(capsys, monkeypatch):
+    console = "lowline.tools.commands.inspect_cost.wide_console"
+    monkeypatch.setattr(console, lambda: Console(width=80))
+    shape = ("dim=16384", "ffn_dim=53248", "n_heads=128", "n_layers=126")
+    command.inspect_cost(str(CONFIG), overrides=tuple(f"--model.{key}" for key in shape))
+    printed = capsys.readouterr().out
+    assert "…" not in printed and max(map(len, printed.splitlines())) <= 80
+    for heading in ("params", "low-rank", "recomputed", "saved KiB", "AdamW, GiB", "checkpointed"):
+        assert heading in printed
+    assert "466,117.15" in printed  # multi-head attention, unlike Llama 3's 405B
 
 
 def test_a_key_of_the_configuration(tmp_path):

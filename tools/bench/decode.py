@@ -19,13 +19,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowline.errors import LowlineError
-from lowline.files import write_file, write_text
-from lowline.tools.bench.kernels.report import print_table
+from lowline.plotting import check_plot, colour, finish, new_figure
 from lowline.tools.bench.timing import (
     Cases,
     Timing,
@@ -35,7 +33,7 @@ from lowline.tools.bench.timing import (
     ratio,
     threads_of_operators,
 )
-from lowline.tools.commands.inspect_rank import wide_console
+from lowline.tools.show import print_table, wide_console, write_report
 
 if TYPE_CHECKING:
     import torch
@@ -130,10 +128,9 @@ def bench_decode(
             raise LowlineError(f"{name} = {numbers}; one or more, each at least 1")
     if not part:
         raise LowlineError("part is empty; choose from decode, prefill")
-    if plot is not None and (plot.suffix not in (".png", ".pdf", ".svg") or "decode" not in part):
-        raise LowlineError(
-            f"plot = {plot}; of the part decode, and its name ends in .png, .pdf, .svg"
-        )
+    check_plot(plot)
+    if plot is not None and "decode" not in part:
+        raise LowlineError(f"plot = {plot}: only the part decode is drawn; add it to --part")
     console, device = wide_console(), "cuda" if torch.cuda.is_available() else "cpu"
     converted, original = rows_of_both(model, teacher, dtype)
     report: dict[str, Any] = {"machine": machine(threads, device)}
@@ -152,11 +149,7 @@ def bench_decode(
         if "prefill" in part:
             report["prefill"] = prefill(setup, prompt)
             print_prefill(console, report)
-    if json is not None:
-        write_text(json, dumps(report, indent=1) + "\n")
-    if plot is not None:
-        figure = draw(report)
-        write_file(plot, lambda path: figure.savefig(path, format=plot.suffix[1:], dpi=150))
+    write_report(report, json, draw(report) if plot else None, plot)
     return report
 
 
@@ -371,31 +364,24 @@ def print_prefill(console: Console, report: dict[str, Any]) -> None:
 
 
 def draw(report: dict[str, Any]) -> Figure:
-    """Return milliseconds a token and bytes against the context."""
-    from matplotlib.figure import Figure
-
+    """Return milliseconds a step and bytes against the context."""
     clock = report["setup"]["clock"]
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    looks = {TEACHER: ("black", "-"), STATIC: ("0.5", "--"), CONVERTED: ("C0", "-")}
+    figure, (left, right) = new_figure(2, width=5.5)
+    looks = {TEACHER: ("black", "-"), STATIC: ("0.5", "--"), CONVERTED: (colour(0), "-")}
     for (rows, entry), marker in zip(report["decode"].items(), "os^Dv<>*", strict=False):
         contexts = entry["contexts"]
-        for name, (colour, dashes) in looks.items():
-            look = dict(color=colour, linestyle=dashes, marker=marker, markersize=4, linewidth=1.4)
+        for name, (tone, dashes) in looks.items():
+            look = dict(color=tone, linestyle=dashes, marker=marker, markersize=4, linewidth=1.4)
             times = {int(n): x["seconds"].get(name) for n, x in contexts.items()}
             times = {n: 1e3 * seconds[clock] for n, seconds in times.items() if seconds}
             left.plot(list(times), list(times.values()), label=f"{name}, batch {rows}", **look)
             held = {int(n): x["bytes"].get(name) for n, x in contexts.items()}
             held = {n: size / 1e6 for n, size in held.items() if size}
             right.plot(list(held), list(held.values()), **look)
-    left.set_ylabel(f"ms a step ({clock} time)")
-    right.set_ylabel("MB held between tokens")
-    for axes in (left, right):
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xlabel("context (tokens)")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+    lengths = sorted({int(n) for entry in report["decode"].values() for n in entry["contexts"]})
+    how: dict[str, Any] = {"x": "context (tokens)", "ticks": lengths, "plain_log_y": True}
+    finish(left, y=f"time per step (ms, {clock})", **how)
+    finish(right, y="memory between tokens (MB)", **how)
     left.legend(fontsize=8)
     figure.suptitle(f"Decoding, {report['machine']['threads']} thread(s)")
     return figure

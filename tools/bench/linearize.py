@@ -15,12 +15,10 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowline.command_line import Keys
-from lowline.files import write_text
 from lowline.tools.bench.pretrain import trainer_step
 from lowline.tools.bench.timing import (
     at_least_one,
@@ -29,7 +27,7 @@ from lowline.tools.bench.timing import (
     ratio,
     threads_of_operators,
 )
-from lowline.tools.commands.inspect_rank import wide_console
+from lowline.tools.show import print_table, wide_console, write_report
 
 if TYPE_CHECKING:
     from lowline.train.config.run import RunConfig
@@ -73,8 +71,7 @@ def bench_linearize(
                 save_random(run, teacher)
             report["stages"][name] = bench_stage(run, repeats)
     _print(report, repeats)
-    if json is not None:
-        write_text(json, dumps(report, indent=1) + "\n")
+    write_report(report, json)
     return report
 
 
@@ -140,18 +137,14 @@ def teacher_forward(run: RunConfig, batch: dict[str, Any]) -> Callable[[], None]
 
 
 def _print(report: dict[str, Any], repeats: int) -> None:
-    from rich.table import Table
-
-    table = Table(
-        title=f"{report['config']}, {report['machine']['threads']} thread(s), medians of {repeats}"
-    )
-    columns = ("stage", "tokens", "teacher's forward, s", "step, s", "over it", "cpu time over it")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "stage" else "right")
+    columns = ("stage", "tokens", "teacher's\nforward, s", "step, s", "step /\nteacher",
+               "the same in\nCPU time")  # fmt: skip
+    rows = {}
     for name, stage in report["stages"].items():
         seconds, over = stage["seconds"], stage["step_over_teacher"]
-        table.add_row(
-            *(name, f"{stage['tokens']:,}", f"{seconds['teacher']['wall']:.3f}"),
+        rows[name] = [
+            *(f"{stage['tokens']:,}", f"{seconds['teacher']['wall']:.3f}"),
             *(f"{seconds['step']['wall']:.3f}", f"{over['wall']:.2f}x", f"{over['cpu']:.2f}x"),
-        )
-    wide_console().print(table)
+        ]
+    title = f"{report['config']}, {report['machine']['threads']} thread(s), medians of {repeats}"
+    print_table(wide_console(), title, columns, rows)

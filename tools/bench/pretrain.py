@@ -20,12 +20,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.resources import as_file, files
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowline.errors import LowlineError
-from lowline.files import write_text
 from lowline.tools.bench.timing import (
     at_least_one,
     copy_case,
@@ -35,7 +33,7 @@ from lowline.tools.bench.timing import (
     ratio,
     threads_of_operators,
 )
-from lowline.tools.commands.inspect_rank import wide_console
+from lowline.tools.show import print_table, wide_console, write_report
 
 if TYPE_CHECKING:
     from lowline.train.config.run import RunConfig
@@ -88,8 +86,7 @@ def bench_pretrain(
         if part != "blocks":
             report["trainer"] = bench_trainer(repeats)
             print_trainer(report["trainer"])
-    if json is not None:
-        write_text(json, dumps(report, indent=1) + "\n")
+    write_report(report, json)
     return report
 
 
@@ -275,39 +272,41 @@ def load_run(name: str, *overrides: str) -> RunConfig:
 
 def print_blocks(result: dict[str, Any], threads: int) -> None:
     """Print the blocks' times and rates, then the ratios that matter and the machine's limits."""
-    from rich.table import Table
-
     console = wide_console()
     peak = result["gemm_flops_per_second"]["gemm, wide"]
-    table = Table(
-        title=f"{result['layers']} blocks of {result['shape']}, {result['tokens']} tokens, fp32, "
-        f"{threads} thread(s), forward + backward, medians of {result['repeats']}"
-    )
-    for column in ("", "wall ms", "min ms", "cpu ms", "GFLOP", "GFLOP/s", "of GEMM", "speed-up"):
-        table.add_column(column, justify="left" if not column else "right")
+    columns = ("", "wall ms", "min ms", "cpu ms", "GFLOP", "GFLOP/s", "of GEMM", "speed-up")
+    rows = {}
     for name, flops in result["flops"].items():
         t = result["seconds"][name]
         rate = flops / t["wall"]
-        table.add_row(
-            name, *(f"{1e3 * t[key]:.0f}" for key in ("wall", "wall_min", "cpu")),
+        rows[name] = [
+            *(f"{1e3 * t[key]:.0f}" for key in ("wall", "wall_min", "cpu")),
             f"{flops / 1e9:.1f}", f"{rate / 1e9:.0f}", f"{rate / peak:.0%}",
             f"{result['speedup'][name]['wall']:.2f}",
-        )  # fmt: skip
-    console.print(table)
-    speedup, flop_ratio = result["speedup"]["cola"], result["flop_ratio"]
-    kinds = ("wall", "wall_min", "cpu")
-    console.print(
-        f"FLOP ratio dense / CoLA {flop_ratio:.2f}; CoLA's speed-up over it: "
-        + ", ".join(f"{kind} {speedup[kind] / flop_ratio:.2f}" for kind in kinds)
+        ]  # fmt: skip
+    title = (
+        f"{result['layers']} blocks of {result['shape']}, {result['tokens']} tokens, fp32, "
+        f"{threads} thread(s), forward + backward, medians of {result['repeats']}"
     )
-    more = result["cola_m_over_cola"]
-    console.print("CoLA-M's time over CoLA's: " + ", ".join(f"{k} {more[k]:.2f}" for k in kinds))
+    print_table(console, title, columns, rows)
     rates = result["gemm_flops_per_second"]
     console.print(
-        "limits in the same run: "
+        "limits of this machine, measured in the same turns: "
         + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items())
-        + f", copy {result['copy_bytes_per_second'] / 1e9:.1f} GB/s"
+        + f", copy {result['copy_bytes_per_second'] / 1e9:.1f} GB/s; of GEMM: of the wide product"
     )
+    kinds = ("wall", "wall_min", "cpu")
+    cola, flop_ratio, more = (
+        result["speedup"]["cola"], result["flop_ratio"], result["cola_m_over_cola"],
+    )  # fmt: skip
+    console.print(
+        f"CoLA has 1/{flop_ratio:.2f} of dense's FLOPs; its speed-up over dense: "
+        + ", ".join(f"{kind} {cola[kind]:.2f}x" for kind in kinds)
+        + "; that is "
+        + ", ".join(f"{cola[kind] / flop_ratio:.0%}" for kind in kinds)
+        + " of what the FLOPs would give"
+    )
+    console.print("CoLA-M's time over CoLA's: " + ", ".join(f"{k} {more[k]:.2f}x" for k in kinds))
 
 
 def print_trainer(result: dict[str, Any]) -> None:

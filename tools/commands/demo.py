@@ -15,6 +15,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowline.plotting import colour, finish, new_figure, save_plot
 from lowline.tools.launch import lowline, train
 
 if TYPE_CHECKING:
@@ -153,17 +154,12 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _plot(results: list[Result], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for result, style in zip(results, ("-", "-", "--"), strict=True):
+    figure, (axes,) = new_figure(width=7, height=4)
+    for number, (result, style) in enumerate(zip(results, ("-", "-", "--"), strict=True)):
         label = f"{result.name}: {result.perplexity:.1f} held-out perplexity"
-        axes.plot(list(result.losses), list(result.losses.values()), style, label=label)
-    axes.set(xlabel="step", ylabel="training loss (nats / token)", title="lowline demo")
-    axes.grid(alpha=0.3)
+        line = list(result.losses), list(result.losses.values())
+        axes.plot(*line, style, color=colour(number), label=label)
+    finish(axes, x="step", y="training loss (nats per token)")
+    axes.set_title("lowline demo")
     axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_plot(figure, path)

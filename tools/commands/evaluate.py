@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lowline.errors import LowlineError
-from lowline.files import write_file, write_text
+from lowline.files import write_text
+from lowline.plotting import save_plot
 from lowline.tools.bench.timing import at_least_one, machine
-from lowline.tools.commands.inspect_rank import wide_console
+from lowline.tools.show import wide_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -178,7 +179,7 @@ def evaluate(
     console.print(table(rows, measures, results, context=context))
     console.print(explanation(measures), style="dim", highlight=False)
     for name, figure in plots(rows, measures, results):
-        write_file(output / f"{name}.png", partial(figure.savefig, format="png", dpi=150))
+        save_plot(figure, output / f"{name}.png")
     console.print(f"scores and plots: {output}")
     return results.records
 

@@ -8,18 +8,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowline.command_line import Keys
-from lowline.files import write_text
-from lowline.tools.commands.inspect_rank import wide_console
+from lowline.tools.show import print_table, wide_console, write_report
 
 if TYPE_CHECKING:
     from lowline.cola.accounting import Policy, Shape
 
 DEFAULT_RANK = 0.25  # of dim, for a configuration that has no rank of its own: the published ratio
+
+LEGEND = """\
+GFLOPs: forward + backward; recomputed: GFLOPs that the backward pass repeats;
+saved: activations kept for the backward pass; weights + AdamW: in fp32, on all
+devices together; checkpointed: only the input of each block is kept"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,30 +108,19 @@ def inspect_cost(
     from lowline.train.config.shipped import find_config
 
     found = costs(str(find_config(config)), overrides)
-    if json is not None:
-        text = dumps([dataclasses.asdict(cost) for cost in found], indent=2) + "\n"
-        write_text(json, text)
-    from rich.table import Table
-
-    table = Table(title=config)
-    for heading in (
-        "",
-        "parameters",
-        "of which low-rank",
-        "MFLOPs/token",
-        "recomputed",
-        "saved KiB/token",
-        "weights + AdamW, GiB",
-    ):
-        table.add_column(heading, justify="right" if heading else "left")
-    for c in found:
-        table.add_row(
-            c.name,
-            f"{c.parameters / 1e6:,.2f}M",
-            f"{c.low_rank_parameters / 1e6:,.2f}M",
-            f"{c.flops / 1e6:,.1f}",
-            f"{c.recomputed_flops / 1e6:,.1f}",
-            f"{c.saved_bytes / 1024:,.1f}",
-            f"{c.state_bytes / 1024**3:,.2f}",
-        )
-    wide_console().print(table)
+    columns = ("", "params\n(M)", "low-rank\n(M)", "GFLOPs\n/ token", "recomputed\n/ token",
+               "saved KiB\n/ token", "weights +\nAdamW, GiB")  # fmt: skip
+    rows = {
+        cost.name.replace(", whole-block checkpointing", ",\ncheckpointed"): [
+            f"{cost.parameters / 1e6:,.2f}",
+            f"{cost.low_rank_parameters / 1e6:,.2f}",
+            f"{cost.flops / 1e9:,.3f}",
+            f"{cost.recomputed_flops / 1e9:,.3f}",
+            f"{cost.saved_bytes / 1024:,.1f}",
+            f"{cost.state_bytes / 1024**3:,.2f}",
+        ]
+        for cost in found
+    }
+    print_table(wide_console(), config, columns, rows)
+    print(LEGEND)
+    write_report([dataclasses.asdict(cost) for cost in found], json)

@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowline.errors import LowlineError
-from lowline.files import write_file, write_text
+from lowline.plotting import check_plot, colour, finish, new_figure
+from lowline.tools.show import wide_console, write_report
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
+    from matplotlib.figure import Figure
 
 Which = Literal["bottleneck", "input", "output"]  # as lowline.cola.analysis has them
+MARKERS = "os^Dv<>"  # of lines: they cross too often for colours alone
 GRAM_BYTES = 2 << 30  # what the sums XᵀX of one pass over the text may take
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.(?:.*\.)?([^.]+)$")
@@ -82,26 +82,21 @@ def inspect_rank(
             raise LowlineError(f"{name} = {value}; at least 1")
     if not 0.0 < alpha < 1.0:
         raise LowlineError(f"alpha = {alpha}; the fraction of energy lies between 0 and 1")
-    if plot is not None and plot.suffix not in (".png", ".pdf", ".svg"):
-        raise LowlineError(f"plot = {plot}; its name ends in .png, .pdf or .svg")
+    check_plot(plot)
     model, tokenizer = load_model(checkpoint)
     rows = token_rows(tokenizer, read_text(text), tokens, seq_len)
     ranks = measure(model, rows, alpha, which)
     print_table(ranks, tokens, alpha, which)
-    if json is not None:
-        report = {
-            "checkpoint": checkpoint,
-            "text": "embedded" if text is None else str(text),
-            "tokens": tokens,
-            "seq_len": seq_len,
-            "alpha": alpha,
-            "which": which,
-            "projections": [asdict(rank) for rank in ranks],
-        }
-        write_text(json, dumps(report, indent=1) + "\n")
-    if plot is not None:
-        figure = draw(ranks, alpha, which)
-        write_file(plot, lambda path: figure.savefig(path, format=plot.suffix[1:], dpi=150))
+    report = {
+        "checkpoint": checkpoint,
+        "text": "embedded" if text is None else str(text),
+        "tokens": tokens,
+        "seq_len": seq_len,
+        "alpha": alpha,
+        "which": which,
+        "projections": [asdict(rank) for rank in ranks],
+    }
+    write_report(report, json, draw(ranks, alpha, which) if plot else None, plot)
     return ranks
 
 
@@ -245,26 +240,18 @@ def print_table(ranks: list[ProjectionRank], tokens: int, alpha: float, which: W
         )
 
 
-def wide_console() -> Console:
-    """Print to a terminal in its own width, to a file or pipe in 120 columns."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 120)
-
-
-def draw(ranks: list[ProjectionRank], alpha: float, which: Which) -> Any:
-    """Return effective rank over full dimension, a line a projection over the layers."""
-    from matplotlib.figure import Figure
+def draw(ranks: list[ProjectionRank], alpha: float, which: Which) -> Figure:
+    """Return effective rank over full dimension, a line for each projection over the layers."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for projection in dict.fromkeys(r.projection for r in ranks):
+    figure, (axes,) = new_figure(width=7.0, height=4.2)
+    for number, projection in enumerate(dict.fromkeys(r.projection for r in ranks)):
         line = [r for r in ranks if r.projection == projection]
         axes.plot(
             [r.layer for r in line],
             [r.rank / r.width for r in line],
-            marker="o",
+            color=colour(number),
+            marker=MARKERS[number % len(MARKERS)],
             markersize=3.5,
             linewidth=1.4,
             label=f"{projection} ({line[0].width})",
@@ -273,10 +260,7 @@ def draw(ranks: list[ProjectionRank], alpha: float, which: Which) -> Any:
     axes.set_ylim(0, 1.05)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("layer")
-    axes.set_ylabel("effective rank / full dimension")
+    finish(axes, x="layer", y="effective rank / full dimension")
     axes.set_title(f"Directions that hold {alpha:.0%} of the energy of each {which}")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(title=f"{which} (dimension)", loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from lowline.plotting import colour, finish, new_figure
 from lowline.tools.bench.kernels.cases import DRAFT
+from lowline.tools.show import print_table
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.console import Console
 
 
@@ -114,18 +117,6 @@ def print_memory(console: Console, title: str, result: dict[str, Any], clock: st
     print_table(console, f"{title}; forward + backward, peak MB", ["tokens", *lengths], rows)
 
 
-def print_table(console: Console, title: str, columns: list[str], rows: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    console.print(title)  # above, so that a narrow table does not wrap it
-    table = Table()
-    for column in columns:
-        table.add_column(column, justify="left" if column == columns[0] else "right")
-    for name, cells in rows.items():
-        table.add_row(name, *cells)
-    console.print(table)
-
-
 def print_errors(console: Console, errors: dict[str, float]) -> None:
     over = ", ".join(f"{name} {error:.0e}" for name, error in errors.items())
     console.print(f"error of the limits' products against fp64: {over}")
@@ -136,10 +127,8 @@ def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
 
 
-def draw(report: dict[str, Any]) -> Any:
+def draw(report: dict[str, Any]) -> Figure:
     """Return time and memory against length, both axes logarithmic."""
-    from matplotlib.figure import Figure
-
     clock = report["setup"]["clock"]
     times: dict[str, dict[int, float]] = {}
     for part in ("recurrence", "window"):
@@ -149,31 +138,31 @@ def draw(report: dict[str, Any]) -> Any:
     peaks = report.get("memory", {"peak_bytes": {}})["peak_bytes"]
     memory = {name: {int(n): b / 1e6 for n, b in p.items()} for name, p in peaks.items()}
     panels = [
-        (x, label) for x, label in ((times, f"{clock} time, ms"), (memory, "peak memory, MB")) if x
+        (x, label)
+        for x, label in ((times, f"{clock} time (ms)"), (memory, "peak memory (MB)"))
+        if x
     ]
-    figure = Figure(figsize=(5.5 * len(panels) + 1.8, 4.4), layout="constrained")
+    figure, all_axes = new_figure(len(panels), width=6.2)
     names = list(dict.fromkeys(name for lines, _ in panels for name in lines))
-    for axes, (lines, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):  # noqa: B905
+    kinds = list(dict.fromkeys(name.partition(" ")[2] for name in names))
+    for axes, (lines, label) in zip(all_axes, panels, strict=True):
         for name, line in lines.items():
             backend, _, kind = name.partition(" ")
-            number = list(dict.fromkeys(n.partition(" ")[2] for n in names)).index(kind)
             axes.plot(
                 list(line),
                 list(line.values()),
-                color="black" if name == "sdpa" else f"C{number - 1}",
+                color="black" if name == "sdpa" else colour(kinds.index(kind) - 1),
                 linestyle="--" if backend == "torch" else "-",
                 marker="o",
                 markersize=3.5,
                 linewidth=1.4,
                 label=name,
             )
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xlabel("tokens")
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        lengths = sorted({length for line in lines.values() for length in line})
+        finish(axes, x="length (tokens)", y=label, ticks=lengths, plain_log_y=True)
+    drawn = {text: line for axes in all_axes
+             for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}  # fmt: skip
+    figure.legend(drawn.values(), drawn.keys(), loc="outside right center")
     shape = report["setup"]
     figure.suptitle(
         f"Forward + backward, batch 1, {shape['heads']} heads of {shape['head_dim']}, "

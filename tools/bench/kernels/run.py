@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lowline.errors import LowlineError
-from lowline.files import write_file, write_text
+from lowline.plotting import check_plot
 from lowline.tools.bench.kernels.cases import (
     DRAFT,
     GATES,
@@ -63,7 +63,7 @@ from lowline.tools.bench.timing import (
     ratio,
     threads_of_operators,
 )
-from lowline.tools.commands.inspect_rank import wide_console
+from lowline.tools.show import wide_console, write_report
 
 Part = Literal["recurrence", "window", "decode", "scan", "memory"]
 Clock = Literal["wall", "cpu"]
@@ -146,8 +146,7 @@ def bench_kernels(
     if head_dim < 16 or head_dim % 16:
         raise LowlineError(f"head_dim = {head_dim}; a multiple of 16, which every backend covers")
     if plot is not None:
-        if plot.suffix not in (".png", ".pdf", ".svg"):
-            raise LowlineError(f"plot = {plot}; its name ends in .png, .pdf or .svg")
+        check_plot(plot)
         if not set(part) & {"recurrence", "window", "memory"}:
             raise LowlineError(
                 f"plot: nothing in part {' '.join(part)!r} to draw against length; "
@@ -183,11 +182,7 @@ def bench_kernels(
         for name in part:
             report[name] = measures[name]()
             print_part(console, name, report)
-    if json is not None:
-        write_text(json, dumps(report, indent=1) + "\n")
-    if plot is not None:
-        figure = draw(report)
-        write_file(plot, lambda path: figure.savefig(path, format=plot.suffix[1:], dpi=150))
+    write_report(report, json, draw(report) if plot else None, plot)
     return report
 
 
