@@ -12,8 +12,9 @@ Names are imported when first used: `import lowline.kernels` does not import tor
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from lowline._lazy import offer
 
 if TYPE_CHECKING:
     from lowline.kernels.conv import (
@@ -52,21 +53,19 @@ if TYPE_CHECKING:
     from lowline.kernels.window import window_linear_verify as window_verify
 
 _FORMS = ("", "_step", "_verify", "_advance")
-_DOORS = {  # public name: module, name there
-    **{
-        name: ("methods", name)
-        for name in ("linear_attention", "retention", "ssd", "gla", "gated_delta_rule", "kda")
-    },
-    "gated_linear_recurrence": ("recurrence", "gated_linear_recurrence"),
-    **{f"recurrence{form}": ("recurrence", f"recurrence{form}") for form in _FORMS[1:]},
-    "window_attention": ("window", "window_linear_attention"),
-    **{f"window{form}": ("window", f"window_linear{form}") for form in _FORMS[1:]},
-    "memory_attention": ("slots", "slot_window_attention"),
-    "memory_step": ("slots", "slot_window_step"),
-    **{f"selective_scan{form}": ("scan", f"selective_scan{form}") for form in _FORMS},
-    **{f"causal_conv{form}": ("conv", f"causal_conv{form}") for form in _FORMS},
-    "hedgehog": ("feature_map", "hedgehog"),
-    "grouped_linear": ("low_rank", "grouped_linear"),
+_NAMES = {  # public name: module, and its name there where that is another
+    **dict.fromkeys(("linear_attention", "retention", "ssd"), "methods"),
+    **dict.fromkeys(("gla", "gated_delta_rule", "kda"), "methods"),
+    "gated_linear_recurrence": "recurrence",
+    **{f"recurrence{form}": "recurrence" for form in _FORMS[1:]},
+    "window_attention": "window:window_linear_attention",
+    **{f"window{form}": f"window:window_linear{form}" for form in _FORMS[1:]},
+    "memory_attention": "slots:slot_window_attention",
+    "memory_step": "slots:slot_window_step",
+    **{f"selective_scan{form}": "scan" for form in _FORMS},
+    **{f"causal_conv{form}": "conv" for form in _FORMS},
+    "hedgehog": "feature_map",
+    "grouped_linear": "low_rank",
 }
 
 __all__ = [
@@ -98,15 +97,4 @@ __all__ = [
     "window_verify",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name not in _DOORS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, there = _DOORS[name]
-    found = getattr(import_module(f"{__name__}.{module}"), there)
-    globals()[name] = found
-    return found
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = offer(__name__, {n: f"{__name__}.{path}" for n, path in _NAMES.items()})

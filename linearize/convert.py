@@ -45,6 +45,7 @@ from lowline.errors import LowlineError
 from lowline.files import write_folder
 from lowline.hub import check_source
 from lowline.linearize.body.hf import FAMILIES, PREFIX, SOFTMAX, LinearizedConfig
+from lowline.linearize.card import CARD, is_hub_id, model_card
 from lowline.linearize.layers import Layers
 from lowline.linearize.layers import parse_layers as parse_layers
 
@@ -203,7 +204,7 @@ def load_tokenizer(source: str | Path, *, gguf_file: str | None = None) -> PreTr
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> Path:
-    """Write a Hugging Face directory: config.json, safetensors, the tokenizer; all or nothing.
+    """Write a Hugging Face directory, all or nothing: config.json, safetensors, tokenizer, card.
 
     Raises:
         ValueError: no tokenizer, or a directory that holds something.
@@ -219,7 +220,16 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: 
     with write_folder(directory) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        (folder / CARD).write_text(_card(model, directory.resolve().name), encoding="utf-8")
     return directory
+
+
+def _card(model: PreTrainedModel, name: str) -> str:
+    origin = getattr(model.config, "teacher", None) or model.config._name_or_path or None
+    made = "written by `lowline.save`"
+    if origin is not None:
+        made = f"made from {origin if is_hub_id(origin) else Path(origin).name} by lowline"
+    return model_card(name, model.config, model.num_parameters(), made=made, base_model=origin)
 
 
 @contextmanager

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
+import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
 import torch
 from helpers import training
 from helpers.models import architecture, error, scrambled, tokens
+from helpers.runs import make_run
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +26,7 @@ from lowline.linearize import Mixer, register_mixer
 from lowline.linearize.mixers import MIXERS
 from lowline.train.data.tokenizer import load_tokenizer
 from lowline.train.engine.errors import RunError
+from lowline.train.engine.run import _heard
 
 NAMES = (
     *("LowRankLinear", "to_cola", "convert", "save", "Mixer", "register_mixer"),
@@ -198,8 +204,15 @@ TINY, ARGUMENTS = training.TINY[1], training.TINY[2:]
 def test_train_returns_what_the_run_came_to(tmp_path):
     changes = ["--training.steps=4", f"--output={tmp_path / 'run'}"]
     config = lowline.load_config("demo_cola", [*ARGUMENTS, *changes])
+    root, lines = logging.getLogger(), logging.getLogger("lowline")
+
+    def logging_state():
+        return root.level, list(root.handlers), lines.level, list(lines.handlers), warnings.filters
+
+    before = [list(part) if isinstance(part, list) else part for part in logging_state()]
     with training.one_process():
         result = lowline.train(config)
+    assert list(logging_state()) == before  # a notebook's or program's own
     assert result.steps == 4 and result.output == tmp_path / "run" and not result.stopped_by
     assert result.checkpoint == tmp_path / "run" / "checkpoint" / "step-4"
     assert len(result.losses) == 4 and all(2 < loss < 10 for loss in result.losses)
@@ -207,6 +220,22 @@ def test_train_returns_what_the_run_came_to(tmp_path):
     assert any("eval_loss" in record for record in result.metrics)
     with pytest.raises(TypeError, match="training.*dataclasses.replace"):
         lowline.train(config, training={"steps": 5})
+
+
+def test_train_is_heard_where_nobody_configured_logging(capsys, monkeypatch):
+    """As in a notebook; and only while it trains."""
+    root, lines = logging.getLogger(), logging.getLogger("lowline")
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(lines, "handlers", [])
+    monkeypatch.setattr(lines, "level", logging.NOTSET)
+    run = make_run()
+    for inside in (True, False):
+        with _heard(run) if inside else nullcontext():
+            lines.info("step 1")
+            logging.getLogger("other").info("not ours")
+        printed = capsys.readouterr().err
+        assert re.fullmatch(r"\d\d:\d\d:\d\d  step 1\n" if inside else "", printed)
+    assert (root.handlers, lines.handlers, lines.level) == ([], [], logging.NOTSET)
 
 
 def test_train_raises(tmp_path):

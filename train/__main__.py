@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lowline import command_line
-from lowline.command_line import Keys, Mark, Positional
+from lowline.command_line import DType, Keys, Mark, Positional
 from lowline.errors import LowlineError
 from lowline.train.config.load import load_config
 from lowline.train.config.run import RunConfig
@@ -43,6 +43,7 @@ def train(
     block_size: int | None = None,
     blocks: str | None = None,
     inputs_dtype: InputsDtype | None = None,
+    dtype: DType | None = None,
     overrides: Keys = (),
 ) -> int:
     """Train a model from a TOML file, in this process or as one of torchrun's.
@@ -58,6 +59,7 @@ def train(
         block_size: Of a file with stages: run transfer stages in blocks of so many layers.
         blocks: Train these blocks only and stop, such as 0,3 or 0-3; none writes their inputs.
         inputs_dtype: Of the stored inputs of blocks; default: bfloat16.
+        dtype: Of the weights of the converted model; default: that of the model that is converted.
         overrides: Keys of the configuration.
 
     Raises:
@@ -67,7 +69,7 @@ def train(
 
     path, world_size = find_config(one_file(file, config)), int(os.environ.get("WORLD_SIZE", 1))
     options = {"source": source, "block_size": block_size, "blocks": blocks,
-               "inputs_dtype": inputs_dtype}  # fmt: skip
+               "inputs_dtype": inputs_dtype, "dtype": dtype}  # fmt: skip
     work = read(path, overrides, **options)
     if dry_run is not None:
         print_sizes(work, dry_run, world_size)

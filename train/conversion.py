@@ -36,11 +36,13 @@ class Conversion:
         stages: the file with stages.
         source: a hub id, a directory or a GGUF file; None: the file's.
         blocks: train transfer stages block by block, so.
+        dtype: of the converted model's weights; None: the source's.
     """
 
     stages: Stages
     source: str | None = None
     blocks: Blocks | None = None
+    dtype: str | None = None
 
     @property
     def model(self) -> Path:
@@ -111,6 +113,7 @@ def load_conversion(
     block_size: int | None = None,
     blocks: str | None = None,
     inputs_dtype: str | None = None,
+    dtype: str | None = None,
 ) -> Conversion:
     """Read a file with stages, `--key=value` arguments, and the options of the command line.
 
@@ -123,7 +126,8 @@ def load_conversion(
     chosen = None
     if block_size is not None:
         chosen = Blocks(size=block_size, chosen=blocks, dtype=inputs_dtype or "bfloat16")
-    return Conversion(stages=load_stages(path, overrides), source=source, blocks=chosen)
+    stages = load_stages(path, overrides)
+    return Conversion(stages=stages, source=source, blocks=chosen, dtype=dtype)
 
 
 def convert(conversion: Conversion) -> int:
@@ -204,15 +208,15 @@ def _first_to_do(conversion: Conversion, runs: list[RunConfig]) -> int:
 
 
 def _export(conversion: Conversion) -> None:
-    """Write OUTPUT/model, unless it is newer than the end of the last stage."""
+    """Write OUTPUT/model, unless it is newer than the last stage and of the dtype asked for."""
+    from lowline.linearize.card import add_to_card
     from lowline.train.engine.done import DONE
-    from lowline.train.hf.card import add_to_card
     from lowline.train.hf.export import export
 
     stages, model = conversion.stages, conversion.model
     last = stages.folder(len(stages.names) - 1)
-    if not _is_newer(model / "config.json", last / DONE):
-        export(last, model, overwrite=True)
+    if not (_is_newer(model / "config.json", last / DONE) and _has(model, conversion.dtype)):
+        export(last, model, dtype=conversion.dtype, overwrite=True)
         add_to_card(model, source=conversion.find_source())
     print(f"model    {model}", flush=True)
 
@@ -277,3 +281,10 @@ def prepare_source(source: str, folder: Path) -> Path:
 
 def _is_newer(file: Path, than: Path) -> bool:
     return file.is_file() and file.stat().st_mtime_ns > than.stat().st_mtime_ns
+
+
+def _has(model: Path, dtype: str | None) -> bool:
+    """Return whether a Hugging Face directory is of a dtype; always where none is asked for."""
+    from lowline.train.hf.config import read_config
+
+    return dtype is None or str(read_config(model).dtype) == f"torch.{dtype}"

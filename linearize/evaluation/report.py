@@ -87,10 +87,8 @@ def table(
     window = max(row.window for row in rows)
     columns = {f"state MB\n@{context}": [f"{row.state_bytes(context) / 1e6:.2f}" for row in rows]}
     for measure in measures:
-        for title, cell in (*_columns(measure, window), *_others(measure, rows, results)):
-            for n, row in enumerate(rows):
-                if (scores := results.scores(row, measure)) is not None and (text := cell(scores)):
-                    columns.setdefault(title, [""] * len(rows))[n] = text
+        for title, n, text in _cells(rows, measure, results, window):
+            columns.setdefault(title, [""] * len(rows))[n] = text
     shown = Table()
     shown.add_column("model")
     for title in columns:
@@ -98,6 +96,22 @@ def table(
     for row, *texts in zip(rows, *columns.values(), strict=True):
         shown.add_row(Text(row.label, style="bold" if row.converted else ""), *texts)
     return shown
+
+
+def headlines(row: Row, measure: Measure, results: Results) -> str:
+    """Return the scores of one measurement of one model in a line, as the table names them."""
+    cells = _cells([row], measure, results, row.window)
+    return ", ".join(f"{title.replace(chr(10), ' ')} {text}" for title, _, text in cells)
+
+
+def _cells(
+    rows: Sequence[Row], measure: Measure, results: Results, window: int
+) -> Iterator[tuple[str, int, str]]:
+    """Yield the column, row and text of each score of a measurement."""
+    for title, cell in (*_columns(measure, window), *_others(measure, rows, results)):
+        for n, row in enumerate(rows):
+            if (scores := results.scores(row, measure)) is not None and (text := cell(scores)):
+                yield title, n, text
 
 
 def explanation(measures: Sequence[Measure]) -> str:

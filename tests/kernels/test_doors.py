@@ -118,7 +118,7 @@ def test_linear_attention(backend):
 
 
 def test_every_name_is_there_and_no_other():
-    assert set(kernels.__all__) == set(kernels._DOORS)
+    assert set(kernels.__all__) == set(kernels._NAMES)
     for name in kernels.__all__:
         assert callable(getattr(kernels, name)) and getattr(kernels, name).__doc__
         assert name in dir(kernels)

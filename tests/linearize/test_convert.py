@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -240,6 +241,11 @@ def test_saved_model_gives_the_same_logits_bit_for_bit_in_a_new_process(tokenize
     folder = save(model, tokenizer, tmp_path / "model")
     assert json.loads((folder / "config.json").read_text())["model_type"] == "linearized_llama"
     assert load_tokenizer(folder).get_vocab() == tokenizer.get_vocab()
+    card = (folder / "README.md").read_text()
+    assert f"{model.num_parameters() / 1e6:.2f}M parameters" in card
+    assert "- linearized_llama\n" in card and "import lowline" in card
+    for layer, mixer in enumerate(sorted(MIXERS)):
+        assert re.search(rf"- mixer: {mixer} \{{.*\}} in layers {layer}\n", card), mixer
     program = (
         "import sys, torch, lowline\n"
         "from transformers import AutoModel, AutoModelForCausalLM\n"

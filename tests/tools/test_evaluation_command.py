@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -82,6 +84,23 @@ def test_every_model_stands_beside_its_teacher_and_windows(run):
     flat = printed.replace("\n", " ")
     for label in ("teacher", "window 8", "lolcats", "ppl", "copy", "passkey", "needle", "share"):
         assert label in flat
+
+
+def test_each_score_is_printed_as_it_ends(run):
+    printed, output = run
+    lines, _, table = printed.partition("model ")
+    lines = [re.sub(r"\(\d+ s\)$", "(- s)", line.rstrip()) for line in lines.splitlines()]
+    scores = records(output)
+    assert len([line for line in lines if line.endswith("(- s)")]) == len(scores)
+    for record in scores:
+        if record["task"] == "perplexity":
+            values = ", ".join(
+                f"ppl @{score['context']} {score['perplexity']:.2f}" for score in record["scores"]
+            )
+            assert f"{record['label']}: perplexity  {values}  (- s)" in lines
+        if record["task"] == "shares":
+            share = fmean(score["share"] for score in record["scores"])
+            assert f"{record['label']}: shares  linear share {share:.3f}  (- s)" in lines
 
 
 def test_what_each_of_them_was_asked(run):

@@ -136,6 +136,22 @@ def test_again_there_is_nothing_to_do(teacher: Path, converted: Path) -> None:
     assert times() == before  # nor is the model written again
 
 
+def test_the_model_in_another_dtype_needs_no_training(teacher: Path, converted: Path) -> None:
+    """The weights of the last stage, rounded; and back."""
+    exported = converted / "out" / "model" / "model.safetensors"
+    before, written = load_file(exported), []
+    for dtype in ("bfloat16", "bfloat16", "float32"):
+        done = run(*command(teacher, converted, "--dtype", dtype))
+        assert done.returncode == 0, done.stderr
+        assert "stage distill: done" in done.stdout
+        after = load_file(exported)
+        assert before.keys() == after.keys()
+        for name, weight in before.items():
+            assert torch.equal(after[name], weight.to(getattr(torch, dtype))), name
+        written.append(exported.stat().st_mtime_ns)
+    assert written[0] == written[1] < written[2]  # it was of that dtype already
+
+
 def test_another_configuration_is_refused(teacher: Path, converted: Path) -> None:
     done = run(*command(teacher, converted, "--stage.transfer.optimizer.lr=0.5"))
     assert done.returncode == 2

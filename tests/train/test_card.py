@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from lowline.linearize.card import add_to_card, is_hub_id, license_of, without_paths
 from lowline.train.config.load import load_config, to_toml
-from lowline.train.hf.card import add_to_card, is_hub_id, license_of, model_card, without_paths
+from lowline.train.hf.card import model_card
 from lowline.train.hf.config import config_to_hf
 
 ARGUMENTS = (
@@ -34,7 +35,7 @@ def test_header_names_base_model_license_and_data(tmp_path, monkeypatch):
     readme = tmp_path / "README.md"
     readme.write_text("---\nlicense: llama3\n---\n# A model\n")
     monkeypatch.setattr(
-        "lowline.train.hf.card.try_to_load_from_cache",
+        "lowline.linearize.card.try_to_load_from_cache",
         lambda repo, name: str(readme) if repo == "meta/llama" else None,
     )
     hub = ("--data.dataset=hub", "--data.path=allenai/c4", "--data.name=en")

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lowline.command_line import DType
 from lowline.errors import LowlineError
 from lowline.plotting import check_plot, colour, finish, new_figure
 from lowline.tools.bench.timing import (
@@ -89,7 +90,7 @@ def bench_decode(
     threads: int = 1,
     clock: Clock = "wall",
     max_gb: float = 4.0,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: DType = "float32",
     json: Path | None = None,
     plot: Path | None = None,
 ) -> dict[str, Any]:

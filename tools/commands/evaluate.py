@@ -12,14 +12,16 @@ was stopped goes on; plots.
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from lowline.command_line import DType
 from lowline.errors import LowlineError
 from lowline.files import write_text
 from lowline.plotting import save_plot
@@ -93,7 +95,7 @@ def evaluate(
     piqa: Path | None = None,
     limit: int | None = None,
     batch_tokens: int = 4096,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: DType = "float32",
     seed: int = 0,
     output: Path = Path("outputs/evaluation"),
 ) -> list[dict[str, Any]]:
@@ -258,10 +260,11 @@ def fits(row: Row, measure: Measure) -> bool:
 
 
 def run(plan: Plan, results: Results, console: Console) -> Iterator[None]:
-    """Make what is not in `results` yet, a pause after each; a model is loaded once."""
+    """Measure what is not in `results` yet; print a line and pause after each, load models once."""
     import torch
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from lowline.linearize.evaluation.report import headlines
     from lowline.linearize.evaluation.shares import linear_switched_off
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -278,13 +281,14 @@ def run(plan: Plan, results: Results, console: Console) -> Iterator[None]:
                 for measure in here:
                     if results.scores(row, measure) is not None:  # of another of the models
                         continue
-                    doing = f"{row.label}: {measure.task}"
+                    doing, start = f"{row.label}: {measure.task}", time.monotonic()
                     shown = progress.add_task(doing, total=measure.tokens)
-                    if not console.is_terminal:  # where no bar is drawn
-                        console.print(doing, style="dim", highlight=False)
                     scores = measure(model, partial(progress.advance, shown))
                     results.add(row, measure, scores)
                     progress.remove_task(shown)
+                    took = f"({time.monotonic() - start:.0f} s)"
+                    told = headlines(row, measure, results)
+                    console.print(f"{doing}  {told}  {took}", highlight=False, soft_wrap=True)
                     yield
             del model
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 from shlex import quote
-from typing import Literal
 
-DType = Literal["float32", "bfloat16", "float16"]
+from lowline.command_line import DType
 
 
 def export(

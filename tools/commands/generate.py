@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from lowline.command_line import DType
 from lowline.errors import LowlineError
 
 if TYPE_CHECKING:
     from transformers import TextStreamer
-
-DType = Literal["float32", "bfloat16", "float16"]
 
 
 def generate(

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from lowline.command_line import Keys, Positional
+from lowline.command_line import DType, Keys, Positional
 from lowline.tools.commands.export import next_step
 from lowline.tools.commands.train import start
 from lowline.train.__main__ import DryRun, InputsDtype
@@ -38,6 +38,7 @@ def linearize(
     block_size: int | None = None,
     blocks: str | None = None,
     inputs_dtype: InputsDtype | None = None,
+    dtype: DType | None = None,
     evaluation: Literal["quick", "full", "none"] = "quick",
     overrides: Keys = (),
 ) -> int:
@@ -59,6 +60,8 @@ def linearize(
         blocks: Train these blocks only and stop, such as 0,3 or 0-3, so that machines can share
             them; none writes the inputs alone.
         inputs_dtype: Of the stored inputs; default: bfloat16.
+        dtype: Of the weights in OUTPUT/model; default: that of the source. Another one, given
+            later, writes them again; the stages are trained in training.precision.
         evaluation: How much to evaluate at the end.
         overrides: Keys of the configuration.
 
@@ -74,10 +77,10 @@ def linearize(
         )
     path, processes = find_config(config), _gpus() if processes is None else processes
     options: dict[str, Any] = {"source": source, "block_size": block_size, "blocks": blocks,
-                               "inputs_dtype": inputs_dtype}  # fmt: skip
+                               "inputs_dtype": inputs_dtype, "dtype": dtype}  # fmt: skip
+    from lowline.linearize.card import add_to_card
     from lowline.tools.launch import lowline
     from lowline.train.conversion import load_conversion
-    from lowline.train.hf.card import add_to_card
 
     conversion = load_conversion(path, overrides, **options)
     code = start(path, processes, overrides, dry_run=dry_run, **options)

@@ -22,14 +22,16 @@ def offer(
 
     Args:
         package: its name.
-        names: the module that each public name is imported from; for a submodule its own name.
+        names: the module that each public name is imported from, with ":NAME" where it has another
+            name there; for a submodule its own name.
     """
 
     def get(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module = importlib.import_module(names[name])
-        return module if names[name] == f"{package}.{name}" else getattr(module, name)
+        path, _, there = names[name].partition(":")
+        module = importlib.import_module(path)
+        return module if path == f"{package}.{name}" else getattr(module, there or name)
 
     def names_of() -> list[str]:
         return sorted({*vars(sys.modules[package]), *names})

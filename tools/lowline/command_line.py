@@ -47,6 +47,7 @@ class Mark:
 
 Positional = Annotated[str | None, Mark("positional")]
 Keys = Annotated[tuple[str, ...], Mark("keys")]
+DType = Literal["float32", "bfloat16", "float16"]  # of weights, or to compute in
 
 
 class UsageError(LowlineError):

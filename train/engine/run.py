@@ -77,7 +77,7 @@ def train(run: RunConfig, inputs: Inputs | None = None) -> Result:
     """
     single_process_defaults()
     held = alone(Path(run.output), patience=PATIENCE) if _is_first() else nullcontext()
-    with held, cleared():
+    with held, cleared(), _heard(run):
         return _train(run, inputs)
 
 
@@ -86,7 +86,6 @@ def _train(run: RunConfig, inputs: Inputs | None) -> Result:
     from lowline.train.engine.metrics import read_metrics
     from lowline.train.engine.trainer import trainer_config
 
-    _set_up_logging(run)
     trainer = None
     try:
         if _is_first():
@@ -125,6 +124,7 @@ def attempt(run: RunConfig, inputs: Inputs | None = None) -> tuple[int, int]:
 
     What went wrong is written to standard error.
     """
+    _set_up_logging(run)
     try:
         result = train(run, inputs)
         return (128 + result.stopped_by if result.stopped_by else 0), result.signal
@@ -247,22 +247,46 @@ class _Lines(logging.Handler):
         print(self.format(record), file=sys.stderr, flush=True)
 
 
-def _set_up_logging(run: RunConfig) -> None:
-    """Ours at INFO; torchtitan, which logs to the root logger, at WARNING unless asked for."""
+def _lines() -> logging.Handler:
     handler = _Lines()
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
-    logging.basicConfig(handlers=[handler], force=True)
-    logging.getLogger().setLevel(
-        logging.INFO if _is_first() and run.metrics.verbose else logging.WARNING
-    )
+    return handler
+
+
+def _set_up_logging(run: RunConfig) -> None:
+    """Configure logging for the command line, which owns its process.
+
+    lowline logs at INFO; torchtitan, which logs to the root logger, at WARNING unless asked for.
+    """
+    logging.basicConfig(handlers=[_lines()], force=True)
+    first = os.environ.get("RANK", "0") == "0"
+    logging.getLogger().setLevel(logging.INFO if first and run.metrics.verbose else logging.WARNING)
     logger.setLevel(logging.INFO)
-    if run.metrics.verbose:
-        return
-    # torchtitan seeds DTensor's generators, which a CPU has none of. Nothing here draws from them:
-    # every rank draws the whole of a parameter and keeps its part.
-    warnings.filterwarnings("ignore", message=".*on cpu device mesh")
-    # torchtitan recomputes the schedules' values where it resumes, which torch warns about.
-    warnings.filterwarnings("ignore", message=".*please use `get_last_lr")
+
+
+@contextmanager
+def _heard(run: RunConfig) -> Iterator[None]:
+    """Show what lowline logs where nobody has configured logging, and hide warnings of no concern.
+
+    A caller's own loggers, levels and warning filters stay as they are, or are set back.
+    """
+    handler, level = None if logger.hasHandlers() else _lines(), logger.level
+    if handler is not None:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            if not run.metrics.verbose:
+                # torchtitan seeds DTensor's generators, which a CPU has none of. Nothing here draws
+                # from them: every rank draws a complete parameter and keeps its part.
+                warnings.filterwarnings("ignore", message=".*on cpu device mesh")
+                # torchtitan recomputes schedules where it resumes, which torch warns about.
+                warnings.filterwarnings("ignore", message=".*please use `get_last_lr")
+            yield
+    finally:
+        if handler is not None:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
 
 
 def _write_config(run: RunConfig) -> None:

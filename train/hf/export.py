@@ -26,11 +26,12 @@ from transformers import AutoTokenizer, PreTrainedConfig
 from lowline.errors import LowlineError
 from lowline.files import write_folder
 from lowline.linearize.body.hf import LinearizedConfig
+from lowline.linearize.card import CARD
 from lowline.train.config.folder import is_step_folder, saved_steps
 from lowline.train.config.load import load_config
 from lowline.train.config.run import RunConfig
 from lowline.train.data.tokenizer import load_tokenizer
-from lowline.train.hf.card import CARD, model_card
+from lowline.train.hf.card import model_card
 from lowline.train.hf.config import config_to_hf, read_config
 from lowline.train.hf.stream import StepWeights, save_directory
 from lowline.train.hf.weights import check_shapes, hf_shapes, load_hf_state_dict
