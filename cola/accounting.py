@@ -117,8 +117,9 @@ def parameters(shape: Shape) -> Parameters:
 
 
 def training_flops(*, matrix_parameters: int, n_layers: int, query_width: int, seq_len: int) -> int:
-    """Return FLOPs a token of forward + backward, 6 a matrix parameter and the attention's 12·n·d a
-    layer.
+    """Return the FLOPs per token of forward + backward.
+
+    They are 6 for each matrix parameter, and the attention's 12·n·d for each layer.
 
     `matrix_parameters` are those a token is multiplied by: not the embedding, norms and biases, but
     the output projection also when it is tied.
@@ -127,7 +128,7 @@ def training_flops(*, matrix_parameters: int, n_layers: int, query_width: int, s
 
 
 def flops_per_token(shape: Shape, seq_len: int) -> int:
-    """Return FLOPs a token of forward + backward with context `seq_len`; a third of it is the
+    """Return the FLOPs per token of forward + backward with context `seq_len`; a third of it is the
     forward.
     """
     return training_flops(
@@ -142,7 +143,7 @@ def flops_per_token(shape: Shape, seq_len: int) -> int:
 def recomputed_flops_per_token(
     shape: Shape, seq_len: int, policy: Policy, device: Device = "cuda"
 ) -> int:
-    """Return FLOPs a token that the backward pass spends on the forward pass once more."""
+    """Return the FLOPs per token that the backward pass spends on the forward pass once more."""
     attention = 4 * shape.query_width * seq_len
     products = _products(shape)
     if policy == "all":
@@ -176,9 +177,7 @@ class Saved:
         return Saved(elements=self.elements - other.elements, fp32=self.fp32 - other.fp32)
 
     def bytes(self, itemsize: int) -> float:
-        """Return bytes a token when an element of the compute type takes `itemsize`: 2 (bf16) or
-        4.
-        """
+        """Return the bytes per token with `itemsize` bytes for each element (2 in bf16, or 4)."""
         return self.elements * itemsize + self.fp32 * 4
 
 
@@ -320,7 +319,7 @@ def _saved_by_norm(width: int, device: Device, tp: int = 1) -> Saved:
 
 
 def _normed_input(shape: Shape, names: tuple[str, ...], tp: int) -> float:
-    """Return elements of norm(x) that the projections `names` keep as their input.
+    """Return the elements of norm(x) that the projections `names` keep as their input.
 
     A reads a rank's own part of the sequence. A dense projection reads all of it: torchtitan's
     block gathers once for all its projections, a block that has bottlenecks for each.

@@ -55,7 +55,7 @@ def _backward(
     cu_seqlens: Optional,
     silu: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return gradients of x, weight, bias and the initial states; the last three in fp32."""
+    """Return the gradients of x, weight, bias and the initial states; the last three in fp32."""
     dx, dweight, dbias, dstate = load("scan").conv_backward(
         rows(dy), dfinal_SWD, x, weight, bias, silu, state_SWD, cu_seqlens
     )

@@ -25,7 +25,7 @@ def causal_conv_step(
     activation: Activation | None = None,
     state: torch.Tensor,
 ) -> torch.Tensor:
-    """Return one token of `causal_conv`: returns y of (B, D) and moves `state` (B, D, W - 1) in
+    """Advance `causal_conv` by one token: return y of (B, D) and move `state` (B, D, W - 1) in
     place.
 
     Raises:

@@ -34,7 +34,7 @@ TILES = dict(N=16, BLOCK_D=64)
 
 @triton.jit
 def _place(D, BLOCK_D: tl.constexpr):
-    """Return block of tokens and of channels of a program, both on axis 0: the others end at
+    """Return the block of tokens and of channels of a program, both on axis 0: the others end at
     65535.
     """
     columns = tl.cdiv(D, BLOCK_D)

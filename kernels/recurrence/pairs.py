@@ -130,7 +130,7 @@ def scores_grad(
     A_RGCC: torch.Tensor | None = None,
     strict: bool = False,
 ) -> PairGrads:
-    """Return gradients of `scores`, and A itself, computed again where it is not given.
+    """Return the gradients of `scores`, and A itself, computed again where it is not given.
 
     dA is zero where A is by its mask; it is changed.
     """

@@ -69,7 +69,7 @@ def backward(
     decay: Decay,
     by_value: bool,
 ) -> tuple[Grads, torch.Tensor]:
-    """Return gradients from those of O and of the state after the last chunk; that of the one
+    """Return the gradients from those of O and of the state after the last chunk; that of the one
     before.
     """
     if not by_value:
@@ -97,8 +97,7 @@ def chunk_grads(
     A_RGCC: torch.Tensor | None = None,
     strict: bool = False,
 ) -> Grads:
-    """Return gradients of each chunk alone, from the state before it and the gradient of the one
-    after.
+    """Return each chunk's gradients, from the state before it and the gradient of the one after.
 
     A and `strict` as in `pairs.scores_grad`.
     """

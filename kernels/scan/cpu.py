@@ -98,7 +98,7 @@ def _backward(
     cu_seqlens: Optional,
     softplus: bool,
 ) -> list[torch.Tensor]:
-    """Return gradients of x, dt, A, B, C, D, z, dt_bias and the initial states."""
+    """Return the gradients of x, dt, A, B, C, D, z, dt_bias and the initial states."""
     dinitial = dstate.to(memory_format=torch.contiguous_format, copy=True)
     gradients = load("scan").scan_backward(
         rows(dy), x, dt, A, B, C, D, z, dt_bias, softplus, cu_seqlens, kept, dinitial

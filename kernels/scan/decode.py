@@ -42,7 +42,7 @@ def selective_scan_step(
     state: torch.Tensor,
     backend: Backend = "auto",
 ) -> torch.Tensor:
-    """Return one token of `selective_scan`: returns y of (B, D) and moves `state` (B, D, N) in
+    """Advance `selective_scan` by one token: return y of (B, D) and move `state` (B, D, N) in
     place.
 
     Raises:

@@ -27,7 +27,7 @@ def slot_window_step(
     scale: float | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Return one token of each sequence; advances the state in place.
+    """Compute one token of each sequence; advance the state in place.
 
     Arguments are `slot_window_attention`'s without the time dimension; window and sinks are the
     state's. `cpu` covers fp32 with D, V and M multiples of 16; for one token `torch` and

@@ -147,8 +147,8 @@ def _mend_reductions() -> None:
             raise TypeError("reductions of bfloat16 are not interpreted: cast to fp32 first")
 
     def scan(self: Any, inputs: Any) -> list[Any]:
-        """Return a step combines all elements of a row; as shipped it is one element, and
-        thousands.
+        """Scan rows: a step combines all elements of a row; the shipped one combines one element,
+        which takes thousands of steps.
         """
         axis = self.axis % inputs[0].handle.data.ndim
         rows = [

@@ -54,7 +54,7 @@ def window_linear_step(
     scale: float | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Return one token of each sequence; advances the state in place.
+    """Compute one token of each sequence; advance the state in place.
 
     Arguments are `window_linear_attention`'s without the time dimension; window and sinks are the
     state's. `triton` has no kernel of its own here: CUDA tensors take `torch`.

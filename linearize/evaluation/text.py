@@ -149,7 +149,7 @@ class Perplexity:
 
 
 def position_bins(context: int) -> list[tuple[int, int]]:
-    """Return first and last position of the bins from 2 to `context`: two to an octave from 16 on.
+    """Return the first and last position of the bins from 2 to `context`, two per octave from 16.
 
     >>> position_bins(40)
     [(2, 16), (17, 22), (23, 32), (33, 40)]

@@ -44,7 +44,7 @@ def run_of(**sections) -> RunConfig:
 
 
 def save(run: RunConfig, folder: Path) -> dict[str, torch.Tensor]:
-    """Return a step folder of a run whose parameters are all random; returns them."""
+    """Write a step folder of a run whose parameters are all random; return them."""
     torch.manual_seed(0)
     body = build_model_config(run).build()
     store_frozen(body, TORCH_DTYPE_MAP[run.training.precision])

@@ -301,7 +301,7 @@ def random_ids(setup: Setup, length: int) -> torch.Tensor:
 
 
 def prefill(setup: Setup, prompt: int) -> dict[str, Any]:
-    """Return seconds to read a prompt."""
+    """Measure the seconds to read a prompt."""
     ids = random_ids(setup, prompt)
 
     def case(model: Any) -> Callable[[], object]:
@@ -365,7 +365,7 @@ def print_prefill(console: Console, report: dict[str, Any]) -> None:
 
 
 def draw(report: dict[str, Any]) -> Figure:
-    """Return milliseconds a step and bytes against the context."""
+    """Plot milliseconds per step and bytes against the context."""
     clock = report["setup"]["clock"]
     figure, (left, right) = new_figure(2, width=5.5)
     looks = {TEACHER: ("black", "-"), STATIC: ("0.5", "--"), CONVERTED: (colour(0), "-")}

@@ -100,7 +100,7 @@ def save_random(run: RunConfig, folder: Path) -> None:
 
 
 def bench_stage(run: RunConfig, repeats: int) -> dict[str, Any]:
-    """Return time a step of a run beside its teacher's forward pass over as many tokens."""
+    """Measure the time per step of a run beside its teacher's forward pass over as many tokens."""
     with ExitStack() as stack:
         step, trainer = trainer_step(run, stack)
         forward = teacher_forward(run, next(iter(trainer.dataloader))[0])

@@ -94,7 +94,7 @@ def bench_pretrain(
 
 
 def bench_blocks(shape: ShapeName, tokens: int, layers: int, repeats: int) -> dict[str, Any]:
-    """Return time forward + backward of the same blocks in every way of `BLOCKS`."""
+    """Measure the time forward + backward of the same blocks in every way of `BLOCKS`."""
     import torch
 
     from lowline.cola.accounting import flops_per_token
@@ -176,7 +176,7 @@ def limits(tokens: int, dim: int, ffn: int, rank: int) -> dict[str, Callable[[],
 
 
 def bench_trainer(repeats: int, *overrides: str) -> dict[str, Any]:
-    """Return time a step of the demo's CoLA model in the trainer and in a bare loop, in one
+    """Measure the time per step of the demo's CoLA model in the trainer and in a bare loop, in one
     process.
     """
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:

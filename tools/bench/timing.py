@@ -124,7 +124,7 @@ def ratio(of: Timing, to: Timing, factor: float = 1.0) -> dict[str, float]:
 
 
 def copy_case(device: str = "cpu") -> Callable[[], object]:
-    """Return a copy of `COPY_BYTES`: twice as many are moved."""
+    """Return a call that copies `COPY_BYTES`: twice as many are moved."""
     import torch
 
     source = torch.zeros(COPY_BYTES // 4, device=device)
@@ -133,7 +133,7 @@ def copy_case(device: str = "cpu") -> Callable[[], object]:
 
 
 def copy_rate(timing: Timing, clock: str = "wall") -> float:
-    """Return bytes a second of `copy_case`."""
+    """Return the bytes per second of `copy_case`."""
     return 2 * COPY_BYTES / getattr(timing, clock)
 
 
@@ -182,7 +182,7 @@ def gemm_limit(
 
 
 def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
-    """Return how far memory in use rises while `call` runs.
+    """Measure how far memory in use rises while `call` runs.
 
     On a CPU that is the resident memory of this process, of every allocator in it: call from a
     fresh process whose malloc gives freed blocks back (`MALLOC_MMAP_THRESHOLD_` set).

@@ -241,7 +241,7 @@ def print_table(ranks: list[ProjectionRank], tokens: int, alpha: float, which: W
 
 
 def draw(ranks: list[ProjectionRank], alpha: float, which: Which) -> Figure:
-    """Return effective rank over full dimension, a line for each projection over the layers."""
+    """Plot effective rank over full dimension, a line for each projection over the layers."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     figure, (axes,) = new_figure(width=7.0, height=4.2)

@@ -182,7 +182,7 @@ def _write_hidden(folder: Path, block: int, number: int, step: Step, dtype: torc
 
 
 def _embedding(run: RunConfig) -> Step:
-    """Return tokens of a step to the hidden states before the first layer."""
+    """Map the tokens of a step to the hidden states before the first layer."""
     weight_VD = torch.empty(
         run.model.vocab_size, run.model.dim, dtype=TORCH_DTYPE_MAP[run.training.precision]
     )

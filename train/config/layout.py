@@ -38,7 +38,7 @@ class ParallelismConfig:
             raise LowlineError("data_parallel_shard = 0; give a degree, or -1 for what is left")
 
     def data_parallel(self, world_size: int) -> int:
-        """Return number of data-parallel ranks among `world_size` processes.
+        """Return the number of data-parallel ranks among `world_size` processes.
 
         Raises:
             ValueError: the degrees do not multiply to the world size.
@@ -56,7 +56,7 @@ class ParallelismConfig:
 
 
 def check_layout(run: RunConfig, world_size: int) -> int:
-    """Return sequences a forward pass of one rank.
+    """Return the number of sequences per forward pass of one rank.
 
     Raises:
         ValueError: the batch, a sequence or the layers cannot be divided as asked.

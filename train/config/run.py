@@ -269,7 +269,7 @@ class RunConfig:
         return resolve_ranks(self.cola.rank, self.model.dim, self.model.projection_shapes())
 
     def local_batch_size(self, world_size: int) -> int:
-        """Return sequences a forward pass of one rank.
+        """Return the number of sequences per forward pass of one rank.
 
         Raises:
             ValueError: the batch, a sequence or the layers cannot be divided as asked.

@@ -70,7 +70,7 @@ def policy_of(run: RunConfig) -> Policy:
 
 
 def predict_memory(run: RunConfig, world_size: int, device: Device) -> Memory:
-    """Return memory of the fullest device of a run on `world_size` processes.
+    """Return the memory of the fullest device of a run on `world_size` processes.
 
     Raises:
         ValueError: a layout that does not fit the world size, the batch or the model.
@@ -82,9 +82,7 @@ def predict_memory(run: RunConfig, world_size: int, device: Device) -> Memory:
 
 
 def stage_memory(run: RunConfig, world_size: int, device: Device, pp_rank: int) -> Memory:
-    """Return memory of the devices that hold one rank's share of the pipeline (the whole without
-    one).
-    """
+    """Return the memory of the devices that hold one rank's share of the pipeline, if there is one."""
     shape, policy, p = shape_of(run), policy_of(run), run.parallelism
     tp, itemsize = p.tensor_parallel, itemsize_of(run)
     shard = p.data_parallel(world_size) // p.data_parallel_replicate

@@ -47,7 +47,7 @@ class Parameter:
         return math.prod(self.shape)
 
     def unsharded(self, tp: int) -> int:
-        """Return elements of a tensor-parallel rank's part (the first rank's, which is the
+        """Return the elements of a tensor-parallel rank's part (the first rank's, which is the
         largest).
         """
         sizes = list(self.shape)
@@ -56,7 +56,7 @@ class Parameter:
         return math.prod(sizes)
 
     def sharded(self, tp: int, shard: int) -> int:
-        """Return elements of that part which FSDP leaves on a rank; it splits rows and pads the
+        """Return the elements of that part which FSDP leaves on a rank; it splits rows and pads the
         last.
         """
         rows, *columns = self.shape
@@ -75,7 +75,7 @@ def shape_of(run: RunConfig) -> Shape:
 
 
 def model_parameters(run: RunConfig) -> Parameters:
-    """Return number of the model's parameters by kind, mixers and adapters left out."""
+    """Return the number of the model's parameters by kind, mixers and adapters left out."""
     count = parameters(shape_of(run))
     if run.block is None:
         return count
@@ -163,13 +163,13 @@ def _projection(
 
 
 def count(run: RunConfig, part: str | None = None, *, trained: bool = False) -> int:
-    """Return number of a run's parameters: of one part or all, all or those that train."""
+    """Return the number of a run's parameters: of one part or all, all or those that train."""
     held = [p for group in parameters_of(run).values() for p in group]
     return sum(p.numel for p in held if part in (None, p.part) and (p.trains or not trained))
 
 
 def training_flops_of(run: RunConfig) -> int:
-    """Return FLOPs a token of a run's objective, forward and backward."""
+    """Return the FLOPs per token of a run's objective, forward and backward."""
     shape, seq_len, mixed = shape_of(run), run.training.seq_len, len(run.mixer_layers())
     softmax = flops_per_token(shape, seq_len) // 3
     head = 2 * shape.vocab_size * shape.dim
@@ -208,7 +208,7 @@ def teacher_shape(run: RunConfig) -> Shape:
 
 
 def teacher_count(run: RunConfig) -> int:
-    """Return number of the teacher's parameters."""
+    """Return the number of the teacher's parameters."""
     return parameters(teacher_shape(run)).total
 
 

@@ -107,7 +107,7 @@ def _zstandard(file: str, raw: IO[bytes]) -> Any:
 
 @contextmanager
 def _reading(file: str) -> Iterator[None]:
-    """Return name the file in what goes wrong while it is read."""
+    """Name the file in what goes wrong while it is read."""
     try:
         yield
     except LowlineError:

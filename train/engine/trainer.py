@@ -214,7 +214,7 @@ class Trainer(TitanTrainer):
         return super().should_continue_training() and not self.stopped_by
 
     def forward_backward_step(self, **kwargs: Any) -> torch.Tensor:
-        """Return one microbatch; gradients are reduced over the ranks after the step's last one."""
+        """Run one microbatch; gradients are reduced over the ranks after the step's last one."""
         self._microbatch = (self._microbatch + 1) % self.gradient_accumulation_steps
         if self.gradient_accumulation_steps > 1:
             for part in self.model_parts:

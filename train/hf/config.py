@@ -191,7 +191,7 @@ def check_mixers(
 
 
 def resolved_mixers(mixer: MixerConfig | None, n_layers: int) -> dict[int, dict[str, Any]]:
-    """Return name and options of each layer that has a mixer, all written out but how it is
+    """Return the name and options of each layer that has a mixer, all written out but how it is
     computed.
     """
     if mixer is None:

@@ -81,7 +81,7 @@ class Llama(Llama3Model):
                 set_sharding(self)
 
         def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-            """Return parameters, and FLOPs a token of forward + backward
+            """Return the parameters, and the FLOPs per token of forward + backward
             (`lowline.cola.accounting`).
             """
             attention = self.layers[0].attention
@@ -125,7 +125,7 @@ class Llama(Llama3Model):
         attention_masks: Any = None,
         transfer: Transfer | None = None,
     ) -> torch.Tensor:
-        """Return token ids (B, L) to logits (B, L, V); of some layers alone, their input to their
+        """Map token ids (B, L) to logits (B, L, V); of some layers alone, their input to their
         output.
 
         Args:

@@ -252,7 +252,7 @@ def query_head_backward(
 
 @triton.jit
 def sum_before(x):
-    """Return row t is the sum of the rows before it, none of them taken out of a larger sum."""
+    """Sum the rows before row t into row t, none of them taken out of a larger sum."""
     r = tl.arange(0, x.shape[0])[:, None]
     up_to = tl.cumsum(x, 0)
     previous = tl.gather(up_to, tl.broadcast_to(tl.maximum(r - 1, 0), x.shape), 0)

@@ -40,7 +40,7 @@ STRONGEST = tl.constexpr(-128.0)
 
 @triton.jit
 def chunk_bounds(chunk, T, chunks, PACKED: tl.constexpr):
-    """Return first token (64-bit) and number of tokens of a chunk; the number may be 0 when
+    """Return the first token (64-bit) and number of tokens of a chunk; the number may be 0 when
     packed.
     """
     if PACKED:
@@ -56,7 +56,7 @@ def chunk_bounds(chunk, T, chunks, PACKED: tl.constexpr):
 
 @triton.jit
 def sequence_bounds(n, T, cu_seqlens, PACKED: tl.constexpr):
-    """Return first token (64-bit), number of tokens and first chunk of a sequence."""
+    """Return the first token (64-bit), number of tokens and first chunk of a sequence."""
     if PACKED:
         first = tl.load(cu_seqlens + n).to(tl.int64)
         length = (tl.load(cu_seqlens + n + 1) - first).to(tl.int32)

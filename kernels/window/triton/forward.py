@@ -161,7 +161,7 @@ def sink_scores(q, sink_k, number, t, seen, scale, WINDOW: tl.constexpr, SINKS: 
 
 @triton.jit
 def _absorb(s, values, numbers, top, top_row, total, acc):
-    """Return one block of scores into the running softmax."""
+    """Fold one block of scores into the running softmax."""
     m = tl.max(s, 1)
     where = tl.min(tl.where(s == m[:, None], numbers[None, :], 1 << 30), 1)
     top_row = tl.where(m > top, where, top_row)

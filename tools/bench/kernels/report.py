@@ -128,7 +128,7 @@ def milliseconds(seconds: float) -> str:
 
 
 def draw(report: dict[str, Any]) -> Figure:
-    """Return time and memory against length, both axes logarithmic."""
+    """Plot time and memory against length, both axes logarithmic."""
     clock = report["setup"]["clock"]
     times: dict[str, dict[int, float]] = {}
     for part in ("recurrence", "window"):

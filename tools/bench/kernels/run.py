@@ -209,7 +209,7 @@ def usable(backends: tuple[str, ...], device: str) -> tuple[str, ...]:
 def against_attention(
     setup: Setup, part: str, kinds: tuple[str, ...], lengths: tuple[int, ...]
 ) -> dict[str, Any]:
-    """Return every backend and kind at every length, in turns with attention and the limits."""
+    """Time every backend and kind at every length, in turns with attention and the limits."""
     device, size = setup.shape.device, GEMM[setup.shape.device]
     names = [f"{backend} {kind}" for backend in setup.backends for kind in kinds]
     gemms, errors = gemm_cases(size, device)
@@ -261,7 +261,7 @@ def recurrence_flops(length: int, heads: int, dim: int) -> int:
 def time_a_token(
     setup: Setup, part: str, names: list[str], short: int, long: int
 ) -> dict[str, Any]:
-    """Return time a token at a long length over that at a short one, equally many tokens a turn."""
+    """Return the time per token at a long length over that at a short one, of as many tokens."""
     times = long // short
 
     def repeated(call: Callable[[], object]) -> Callable[[], None]:
@@ -293,7 +293,7 @@ def time_a_token(
 
 
 def bench_decode(setup: Setup) -> dict[str, Any]:
-    """Return one token a call: of each op after each context, and of attention over a cache."""
+    """Time one token per call: of each op after each context, and of attention over a cache."""
     import torch
 
     shape = setup.shape
@@ -323,7 +323,7 @@ def bench_decode(setup: Setup) -> dict[str, Any]:
 
 
 def bench_scan(setup: Setup, lengths: tuple[int, ...]) -> dict[str, Any]:
-    """Return the selective scan at every length, against a copy of the bytes it must move."""
+    """Time the selective scan at every length, against a copy of the bytes it must move."""
     channels, states = SCAN
     copy = {"copy": copy_case(setup.shape.device)}
     result: dict[str, Any] = {"channels": channels, "states": states, "lengths": {}}
