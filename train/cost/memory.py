@@ -82,7 +82,7 @@ def predict_memory(run: RunConfig, world_size: int, device: Device) -> Memory:
 
 
 def stage_memory(run: RunConfig, world_size: int, device: Device, pp_rank: int) -> Memory:
-    """Return the memory of the devices that hold one rank's share of the pipeline, if there is one."""
+    """Return the memory of the devices with one rank's share of the pipeline, if there is one."""
     shape, policy, p = shape_of(run), policy_of(run), run.parallelism
     tp, itemsize = p.tensor_parallel, itemsize_of(run)
     shard = p.data_parallel(world_size) // p.data_parallel_replicate

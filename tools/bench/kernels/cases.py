@@ -150,7 +150,7 @@ def step_case(shape: Shape, backend: str, kind: str, context: int) -> Callable[[
 
 
 def verify_case(shape: Shape, backend: str) -> Callable[[], object]:
-    """Return a call that verifies a block of proposals on the recurrence, all of the block before accepted."""
+    """Return a call that verifies proposals by the recurrence, all of those before accepted."""
     import torch
 
     from lowline.kernels.recurrence import recurrence_verify
