@@ -134,13 +134,17 @@ def _listed(commands: Sequence[str] | dict[str, Command]) -> str:
 
 def _call(words: str, arguments: list[str]) -> int:
     command = COMMANDS[words]
-    help_keys: Callable[[str | None], str] | None = None
-    if command.keys:
-        from lowline.train.__main__ import help_keys as help_keys_of_runs
 
-        help_keys = help_keys_of_runs
+    def help_keys(section: str | None) -> str:
+        from lowline.train.config.reference import help_keys as help_keys_of_runs
+
+        return help_keys_of_runs(section)
+
     return command_line.run(
-        command.function(), arguments, prog=f"lowline {words}", help_keys=help_keys
+        command.function(),
+        arguments,
+        prog=f"lowline {words}",
+        help_keys=help_keys if command.keys else None,
     )
 
 

@@ -31,6 +31,8 @@ InputsDtype = Literal["bfloat16", "float32"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (2: the configuration cannot run)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    from lowline.train.config.reference import help_keys
+
     return command_line.run(train, arguments, prog="lowline train", help_keys=help_keys)
 
 
@@ -140,21 +142,6 @@ def one_file(file: str | None, config: str | None) -> str:
     if file is None and config is None:
         raise LowlineError("give a TOML file, or the name of one that `lowline configs` lists")
     return str(file or config)
-
-
-def help_keys(section: str | None) -> str:
-    """Return the text about the keys of one section of a configuration, or of all.
-
-    Raises:
-        LowlineError: there is no such section.
-    """
-    from lowline.train.config.reference import TOP, help_text, sections
-
-    text = help_text(section)
-    if text is None:
-        known = ", ".join(name for name in sections() if name != TOP)
-        raise LowlineError(f"--help {section}: the sections are {known}")
-    return text
 
 
 if __name__ == "__main__":

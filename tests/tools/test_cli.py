@@ -205,43 +205,93 @@ def test_an_unknown_command(words: list[str], message: str, capsys) -> None:
 LIGHT = """
 import contextlib, io, json, sys
 from lowline.tools.cli import main
-heavy = {}
+slow = ("torch", "transformers", "torchtitan", "datasets", "tokenizers", "numpy", "rich")
+answers = {}
 for line in json.loads(sys.argv[1]):
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         code = main(line)
-    names = [name for name in ("torch", "transformers", "torchtitan") if name in sys.modules]
-    heavy[" ".join(line)] = [code, names, out.getvalue()]
+    names = [name for name in slow if name in sys.modules]
     assert not names, (line, names)
-print(json.dumps(heavy))
+    answers[" ".join(line)] = [code, out.getvalue()]
+print(json.dumps(answers))
 """
+PLAIN, STAGES = "demo_cola", "lolcats_smollm2_135m"
 
 
-def answers(*lines: list[str]) -> dict[str, list]:
+def answers(*lines: str) -> dict[str, list]:
     """Return what commands say, in one process that has imported nothing slow by its end."""
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", LIGHT, json.dumps(lines)], capture_output=True, text=True
-    )
+    given = [sys.executable, "-P", "-c", LIGHT, json.dumps([line.split() for line in lines])]
+    done = subprocess.run(given, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def test_help_imports_nothing_slow() -> None:
-    lines = [[*words.split(), "--help"] for words, command in COMMANDS.items() if not command.keys]
-    for line, (code, _, said) in answers(*lines).items():
+    lines = [f"{words} --help" for words in COMMANDS]
+    sections = [f"{words} --help training" for words, command in COMMANDS.items() if command.keys]
+    assert len(sections) == 4
+    for line, (code, said) in answers(*lines, *sections).items():
         assert code == 0, line
-        assert said.startswith(f"usage: lowline {line.removesuffix(' --help')} [OPTIONS]"), line
+        words = line.partition(" --help")[0]
+        if line in sections:
+            assert said.startswith("[training]: How long") and "--training.steps=" in said, line
+        else:
+            assert said.startswith(f"usage: lowline {words} [OPTIONS]"), line
+            assert ("\n  [optimizer] " in said) is COMMANDS[words].keys, line
+
+
+WRONG_PATHS = {  # of every command that takes one
+    "train": "no/where",
+    "configs": "no/where",
+    "export": "no/where out",
+    "import": "./nowhere",
+    "linearize": "./nowhere --config " + STAGES,
+    "plan blockwise": "./nowhere",
+    "generate": "./nowhere text",
+    "evaluate": "./nowhere",
+    "inspect cost": "no/where",
+    "inspect rank": "./nowhere",
+    "bench decode": "./nowhere",
+    "bench linearize": "no/where",
+}
 
 
 def test_mistakes_import_nothing_slow() -> None:
-    said = answers(["train"], ["train", "no/where.toml"], ["export", "a"], ["configs", "cola_60n"],
-                   ["generate", "a", "b", "--max-tokens=3"])  # fmt: skip
-    assert {code for code, _, _ in said.values()} == {2}
-    texts = [text for _, _, text in said.values()]
-    assert "give a TOML file, or the name of one that `lowline configs` lists" in texts[0]
-    assert texts[1].startswith("lowline train: no/where.toml: no such file")
-    assert "did you mean cola_60m" in texts[3]
-    assert "did you mean --max-new-tokens?" in texts[4]
+    without_path = {"bench pretrain", "bench kernels", "demo", "demo linearize"}
+    assert WRONG_PATHS.keys() == COMMANDS.keys() - without_path
+    wrong_options = [f"{words} --hepl" for words in COMMANDS]
+    wrong_keys = {
+        f"train {PLAIN} --trainin.steps=1": "trainin: unknown key. Did you mean training.seed?",
+        f"train {PLAIN} --training.stpes=1": "training.stpes = 1: unknown key. Did you mean "
+        "training.steps?",
+        f"train {STAGES} --training.stpes=1": "stage 'transfer': command line: training.stpes = 1",
+        f"linearize --config {STAGES} --stage.lora.lora.rnk=1":
+        "stage 'lora': command line: lora.rnk = 1: unknown key. Did you mean lora.rank?",
+        f"bench linearize {STAGES} --training.stpes=1": "training.stpes = 1: unknown key",
+        f"inspect cost {PLAIN} --optimizer.muon_lr=1": 'unknown key with name = "adamw"; "muon"',
+        f"inspect cost {PLAIN} --model.dim=x": "model.dim = 'x': Input should be a valid integer",
+    }  # fmt: skip
+    others = {
+        "train": "give a TOML file, or the name of one that `lowline configs` lists",
+        f"train {STAGES} --source=./nowhere": "./nowhere: no such file or directory",
+        f"linearize ./nowhere --config {PLAIN}": "no [[stage]]: a conversion needs one at least",
+        f"linearize --config {STAGES} --procesess=1": "did you mean --processes?",
+        "linearize": "--config is missing",
+        "generate a b --max-tokens=3": "did you mean --max-new-tokens?",
+        "configs cola_60n": "did you mean cola_60m",
+        "export a": "missing: OUTPUT",
+        "trian x": "did you mean `lowline train`?",
+    }
+    paths = [f"{words} {rest}" for words, rest in WRONG_PATHS.items()]
+    said = answers(*paths, *wrong_options, *wrong_keys, *others)
+    assert {line: code for line, (code, _) in said.items()} == dict.fromkeys(said, 2)
+    for line in wrong_options:
+        assert "--hepl: no such option; did you mean --help?" in said[line][1], line
+    for line in paths:
+        assert "where: no " in said[line][1] and "working directory" in said[line][1], line
+    for line, message in (wrong_keys | others).items():
+        assert message in said[line][1], line
 
 
 # --------------------------------------------------------------------------- configurations

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lowline.command_line import DType
 from lowline.errors import LowlineError
+from lowline.hub import check_source
 from lowline.plotting import check_plot, colour, finish, new_figure
 from lowline.tools.bench.timing import (
     Cases,
@@ -121,8 +122,6 @@ def bench_decode(
         ValueError: no such model or teacher, a model that was not converted, or a number out of
             its range.
     """
-    import torch
-
     at_least_one(prompt=prompt, new=new, repeats=repeats, threads=threads)
     for name, numbers in (("contexts", contexts), ("batch", batch)):
         if not numbers or min(numbers) < 1:
@@ -132,6 +131,10 @@ def bench_decode(
     check_plot(plot)
     if plot is not None and "decode" not in part:
         raise LowlineError(f"plot = {plot}: only the part decode is drawn; add it to --part")
+    for source in (model, *([] if teacher is None else [teacher])):
+        check_source(source)
+    import torch
+
     console, device = wide_console(), "cuda" if torch.cuda.is_available() else "cpu"
     converted, original = rows_of_both(model, teacher, dtype)
     report: dict[str, Any] = {"machine": machine(threads, device)}

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lowline.command_line import DType
 from lowline.errors import LowlineError
 from lowline.files import write_text
+from lowline.hub import check_source
 from lowline.plotting import save_plot
 from lowline.tools.bench.timing import at_least_one, machine
 from lowline.tools.show import wide_console
@@ -131,17 +132,10 @@ def evaluate(
         ValueError: no such model, teacher, tokenizer, text or task, a text that is shorter than a
             context, or a number out of its range; before anything is measured.
     """
-    import torch
-
-    from lowline.linearize.convert import load_tokenizer
-    from lowline.linearize.evaluation.plots import plots
-    from lowline.linearize.evaluation.report import Results, explanation, table
-    from lowline.linearize.evaluation.rows import rows_of
-    from lowline.quiet import quiet_libraries
-
-    quiet_libraries()
     if not models:
         raise LowlineError("no models; give directories, hub ids or GGUF files")
+    for source in (*models, *([] if teacher is None else [teacher])):
+        check_source(source)
     at_least_one(batch_tokens=batch_tokens)
     if limit is not None:
         at_least_one(limit=limit)
@@ -152,6 +146,15 @@ def evaluate(
     at_least_one(tokens=size.tokens, samples=size.samples)
     chosen = list(dict.fromkeys([*size.tasks, *(["piqa"] if piqa else [])]))
     check_tasks(chosen, piqa is not None)
+    import torch
+
+    from lowline.linearize.convert import load_tokenizer
+    from lowline.linearize.evaluation.plots import plots
+    from lowline.linearize.evaluation.report import Results, explanation, table
+    from lowline.linearize.evaluation.rows import rows_of
+    from lowline.quiet import quiet_libraries
+
+    quiet_libraries()
     documents = open_text(text, text_key)
     plan: Plan = []
     for source in models:

@@ -29,6 +29,9 @@ def export(
         adapter: Leave LoRA's factors out of them; OUTPUT/adapter has those, in PEFT's format.
         overwrite: Replace an earlier export.
     """
+    from lowline.train.config.folder import find_checkpoint
+
+    find_checkpoint(checkpoint)  # a mistake is reported before torch is imported
     from lowline.quiet import quiet_libraries
     from lowline.train.hf.export import export
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowline.command_line import DType
 from lowline.errors import LowlineError
+from lowline.hub import check_source
 
 if TYPE_CHECKING:
     from transformers import TextStreamer
@@ -48,6 +49,13 @@ def generate(
     Raises:
         ValueError: no such model, an empty prompt, no chat template, or a number out of its range.
     """
+    if temperature < 0:
+        raise LowlineError(f"temperature = {temperature}; 0 is greedy, above 0 samples")
+    if not 0 < top_p <= 1:
+        raise LowlineError(f"top_p = {top_p}; it lies in (0, 1]")
+    if max_new_tokens < 1:
+        raise LowlineError(f"max_new_tokens = {max_new_tokens}; at least 1")
+    check_source(model)
     import torch
     from transformers import TextStreamer
 
@@ -55,12 +63,6 @@ def generate(
     from lowline.quiet import quiet_libraries
 
     quiet_libraries()
-    if temperature < 0:
-        raise LowlineError(f"temperature = {temperature}; 0 is greedy, above 0 samples")
-    if not 0 < top_p <= 1:
-        raise LowlineError(f"top_p = {top_p}; it lies in (0, 1]")
-    if max_new_tokens < 1:
-        raise LowlineError(f"max_new_tokens = {max_new_tokens}; at least 1")
     try:
         tokenizer = load_tokenizer(model)
         body: Any = load_teacher(model, dtype=getattr(torch, dtype)).eval()

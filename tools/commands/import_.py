@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lowline.errors import LowlineError
+from lowline.hub import check_source
 
 START = {"steps": 100, "seq_len": 512, "global_batch_size": 8}
 HEADER = """\
@@ -36,12 +37,7 @@ def import_tables(
         gguf_file: The GGUF file to read of a directory or hub id that holds several.
         overwrite: Replace OUTPUT if it is a Hugging Face directory.
     """
-    import tomli_w
-
-    from lowline.quiet import quiet_libraries
-    from lowline.train.hf.config import config_from_hf
-
-    quiet_libraries()
+    check_source(source)
     if source.endswith(".gguf") and gguf_file is None:
         source, gguf_file = str(Path(source).parent), Path(source).name
     if output is None and not (Path(source) / "config.json").is_file():
@@ -49,6 +45,12 @@ def import_tables(
             f"{source} is no directory of safetensors: give --output, where its weights are "
             "copied to"
         )
+    import tomli_w
+
+    from lowline.quiet import quiet_libraries
+    from lowline.train.hf.config import config_from_hf
+
+    quiet_libraries()
     model, cola = config_from_hf(source, gguf_file=gguf_file)
     if output is not None:
         from lowline.train.hf.export import import_weights

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowline.errors import LowlineError
+from lowline.hub import check_source
 from lowline.plotting import check_plot, colour, finish, new_figure
 from lowline.tools.show import wide_console, write_report
 
@@ -106,18 +107,17 @@ def load_model(checkpoint: str) -> tuple[Any, Any]:
     Raises:
         ValueError: there is no such model, or transformers cannot read it.
     """
+    check_source(checkpoint)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import lowline.cola.hf  # noqa: F401  (registers cola_llama)
-    from lowline.hub import check_source
 
     source, options = checkpoint, {}
     if checkpoint.endswith(".gguf"):
         source, file = os.path.split(checkpoint)
         source, options = source or ".", {"gguf_file": file}
     try:
-        check_source(checkpoint)
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **options
         )

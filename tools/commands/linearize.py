@@ -26,6 +26,7 @@ from lowline.command_line import DType, Keys, Positional
 from lowline.tools.commands.export import next_step
 from lowline.tools.commands.train import start
 from lowline.train.__main__ import DryRun, InputsDtype
+from lowline.train.config.stages import load_stages
 from lowline.train.config.tables import ConfigError
 
 
@@ -75,17 +76,18 @@ def linearize(
             "--config is missing; give a TOML file with stages, or the name of one that "
             "`lowline configs` lists"
         )
-    path, processes = find_config(config), _gpus() if processes is None else processes
+    path = find_config(config)
+    load_stages(path, overrides)  # refuses a file without stages
     options: dict[str, Any] = {"source": source, "block_size": block_size, "blocks": blocks,
                                "inputs_dtype": inputs_dtype, "dtype": dtype}  # fmt: skip
+    code = start(path, processes, overrides, dry_run=dry_run, **options)
+    if code or dry_run is not None or blocks is not None:
+        return code
     from lowline.linearize.card import add_to_card
     from lowline.tools.launch import lowline
     from lowline.train.conversion import load_conversion
 
     conversion = load_conversion(path, overrides, **options)
-    code = start(path, processes, overrides, dry_run=dry_run, **options)
-    if code or dry_run is not None or blocks is not None:
-        return code
     model, report = conversion.model, conversion.stages.output / "report"
     if evaluation != "none":
         line = ["--teacher", str(conversion.teacher()), "--output", str(report)]
@@ -94,10 +96,3 @@ def linearize(
         print(f"model    {model}")
     print(next_step(model))
     return code
-
-
-def _gpus() -> int:
-    """Return the number of GPUs, 1 without any."""
-    import torch
-
-    return max(1, torch.cuda.device_count()) if torch.cuda.is_available() else 1

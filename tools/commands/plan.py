@@ -15,6 +15,7 @@ from typing import Literal
 from lowline.cola.accounting import Shape
 from lowline.errors import LowlineError
 from lowline.files import write_text
+from lowline.hub import check_source
 
 
 def plan_blockwise(
@@ -44,12 +45,12 @@ def plan_blockwise(
     Raises:
         ValueError: no such model, or a number out of its range.
     """
+    shape = _shape(model)
     from rich.console import Console
     from rich.table import Table
 
     from lowline.train.blockwise import plan
 
-    shape = _shape(model)
     if block_size is None:
         block_size = tuple(dict.fromkeys((1, min(9, shape.n_layers))))
     plans = [
@@ -109,6 +110,7 @@ def _shape(model: str) -> Shape:
             f"{model}: no such model; {hint}The names are {', '.join(known)}; a TOML file, a "
             "Hugging Face directory or a hub id OWNER/NAME will do, too"
         )
+    check_source(model)
     from lowline.train.hf.config import config_from_hf
 
     return shape_of_model(*config_from_hf(model))

@@ -13,8 +13,10 @@ from typing import Any
 
 from lowline.command_line import Keys, Positional
 from lowline.errors import LowlineError
+from lowline.hub import check_source
 from lowline.train.__main__ import DryRun, one_file, print_sizes, read
 from lowline.train.__main__ import train as train_here
+from lowline.train.config.stages import has_stages, load_stages
 
 
 def train(
@@ -50,13 +52,18 @@ def train(
 
 
 def start(
-    path: Path, processes: int, overrides: Sequence[str], *, dry_run: int | None, **options: Any
+    path: Path,
+    processes: int | None,
+    overrides: Sequence[str],
+    *,
+    dry_run: int | None,
+    **options: Any,
 ) -> int:
     """Do what `lowline.train` does in this process, or in several; return the exit code.
 
     Args:
         path: the configuration.
-        processes: how many.
+        processes: how many; None: one a GPU, or one.
         overrides: its keys.
         dry_run: print sizes on so many GPUs (0: on `processes` devices) and stop; None: train.
         options: what only a conversion has; None: not given.
@@ -64,8 +71,14 @@ def start(
     Raises:
         LowlineError: a configuration that cannot run.
     """
-    if processes < 1:
+    if processes is not None and processes < 1:
         raise LowlineError(f"--processes {processes}: give the number of processes, 1 or more")
+    if has_stages(path):  # mistakes are reported before torch is imported
+        source = options.get("source") or load_stages(path, overrides).source
+        if source is not None and dry_run is None:
+            check_source(source)
+    if processes is None:
+        processes = _gpus()
     if processes == 1 and dry_run is None:
         return train_here(config=str(path), overrides=tuple(overrides), **options)
     work = read(path, overrides, **options)
@@ -83,3 +96,10 @@ def start(
     given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()
              if value is not None]  # fmt: skip
     return launch.train("--config", str(path), *given, *overrides, processes=processes)
+
+
+def _gpus() -> int:
+    """Return the number of GPUs, 1 without any."""
+    import torch
+
+    return max(1, torch.cuda.device_count()) if torch.cuda.is_available() else 1

@@ -137,7 +137,7 @@ def parse(function: Callable[..., Any], arguments: Sequence[str], prog: str) -> 
             if dashed in bare and not equals:
                 equals, value = "=", str(bare[dashed].value)
             ours.append(dashed + equals + value)
-        elif keys_name is None:
+        elif keys_name is None or _resembles(dashed, known):
             near = difflib.get_close_matches(dashed, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise UsageError(f"{name}: no such option; {hint}`{prog} --help` lists what there is")
@@ -152,6 +152,11 @@ def parse(function: Callable[..., Any], arguments: Sequence[str], prog: str) -> 
     if keys_name is not None:
         values[keys_name] = tuple(keys)
     return values
+
+
+def _resembles(name: str, options: set[str]) -> bool:
+    """Tell whether what may be a key of the top level is rather an option with a typing error."""
+    return "." not in name and bool(difflib.get_close_matches(name, options, n=1, cutoff=0.8))
 
 
 def parser_of(function: Callable[..., Any], prog: str) -> argparse.ArgumentParser:

@@ -22,7 +22,7 @@ from lowline.errors import LowlineError
 from lowline.files import write_text
 from lowline.linearize.layers import parse_layers
 from lowline.train.blockwise.store import DTYPES, SHARD_BYTES, Manifest, blocks_of
-from lowline.train.config.folder import saved_steps
+from lowline.train.config.folder import find_checkpoint, saved_steps
 from lowline.train.config.load import ConfigError, to_toml
 from lowline.train.config.objective import BlockConfig
 from lowline.train.config.run import RunConfig
@@ -230,7 +230,7 @@ def _initial_weights(run: RunConfig) -> tuple[dict[str, Kind], Read]:
     Those of a Hugging Face directory are mapped, those of a step folder are read one by one.
     """
     from lowline.train.hf.config import config_to_hf
-    from lowline.train.hf.export import find_checkpoint, open_weights
+    from lowline.train.hf.export import open_weights
     from lowline.train.hf.weights import load_hf_state_dict
 
     assert run.checkpoint.initial_weights is not None

@@ -6,11 +6,13 @@ A table's class has `decides`, for all of its keys; `Annotated[..., NOTHING]` sa
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal, Union
+from functools import cache
+from typing import Annotated, Any, Literal, TypeVar, Union
 
-from pydantic import ConfigDict, Discriminator, Field, GetCoreSchemaHandler, Tag
+from pydantic import ConfigDict, Discriminator, Field, GetCoreSchemaHandler, Tag, TypeAdapter
 from pydantic_core import CoreSchema
 
 # Field names the section it annotates; pydantic checks the bounds.
@@ -21,9 +23,10 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeNumber = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
-# Attribute docstrings are the descriptions of the keys.
-Strict = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+# The string below a field describes its key (`lowline.train.config.reference`).
+Strict = ConfigDict(extra="forbid", strict=True)
 
+T = TypeVar("T")
 What = Literal["weights", "data", "run", "nothing"]
 
 
@@ -84,3 +87,19 @@ class Variants:
         tagged = tuple(Annotated[self.section(value), Tag(value)] for value in self.sections)
         union: Any = Annotated[Union[tagged], Discriminator(self.value_of)]  # type: ignore[valid-type]  # noqa: UP007
         return handler.generate_schema(union)
+
+
+@cache
+def adapter(cls: type[T]) -> TypeAdapter[T]:
+    """Return what pydantic makes of a table's class.
+
+    pydantic would look for its plugins in every installed package, which takes as long as all else.
+    """
+    key, before = "PYDANTIC_DISABLE_PLUGINS", os.environ.get("PYDANTIC_DISABLE_PLUGINS")
+    os.environ[key] = "__all__"
+    try:
+        return TypeAdapter(cls)
+    finally:
+        os.environ.pop(key)
+        if before is not None:
+            os.environ[key] = before

@@ -19,12 +19,12 @@ from collections.abc import Iterator, Sequence
 from datetime import date, time
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import tomli_w
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from lowline.train.config.fields import Variants
+from lowline.train.config.fields import Variants, adapter
 from lowline.train.config.run import RunConfig
 from lowline.train.config.saved import FORMAT, upgraded
 from lowline.train.config.tables import (
@@ -141,12 +141,49 @@ def validate(tree: dict[str, Any], origin: dict[str, str], default_origin: str) 
                 f"{where}: {section}.{key} = {table[key]!r} and {section}.{ONE_OF[key]} = "
                 f"{table[ONE_OF[key]]!r} say the same thing twice; keep one of them"
             )
-    text = json.dumps(upgraded(tree, default_origin))
+    tree = upgraded(tree, default_origin)
+    check_keys(tree, origin, default_origin)
     try:
-        return _adapter().validate_json(text)
+        return adapter(RunConfig).validate_json(json.dumps(tree))
     except ValidationError as error:
         lines = [_explain(e, origin, default_origin) for e in _specific(error.errors())]
         raise ConfigError("\n".join(_join_alternatives(lines))) from None
+
+
+def check_keys(tree: dict[str, Any], origin: dict[str, str], default_origin: str) -> None:
+    """Raise ConfigError for keys that no table has.
+
+    pydantic refuses them as well, but takes a while to be set up.
+    """
+    if unknown := list(_unknown(tree, RunConfig, ())):
+        raise ConfigError("\n".join(_explain(e, origin, default_origin) for e in unknown))
+
+
+def _unknown(table: dict[str, Any], cls: Any, place: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Yield the keys of a table that its class has not, as pydantic describes such errors."""
+    hints = get_type_hints(cls, include_extras=True)
+    known = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    for key, value in table.items():
+        if key not in known:
+            yield {
+                "type": "unexpected_keyword_argument",
+                "loc": (*place, key),
+                "input": value,
+            }
+        elif isinstance(value, dict):
+            if (variants := _variants_of(known[key])) is not None:
+                chosen = variants.value_of(value)
+                if chosen in variants.sections:
+                    yield from _unknown(value, variants.section(chosen), (*place, key, chosen))
+            elif (inner := _table_in(known[key])) is not None:
+                yield from _unknown(value, inner, (*place, key))
+
+
+def _table_in(hint: Any) -> Any:
+    """Return the class of a key's table, which may be annotated or left out; None for a value."""
+    parts = (hint, *getattr(hint, "__args__", ()))
+    inner = next((part for part in parts if dataclasses.is_dataclass(part)), None)
+    return inner or (_table_in(hint.__origin__) if hasattr(hint, "__metadata__") else None)
 
 
 def _values(value: Any) -> Iterator[Any]:
@@ -156,11 +193,6 @@ def _values(value: Any) -> Iterator[Any]:
             yield from _values(inner)
     else:
         yield value
-
-
-@cache
-def _adapter() -> TypeAdapter[RunConfig]:
-    return TypeAdapter(RunConfig)
 
 
 def _specific(errors: list[Any]) -> list[Any]:
@@ -247,17 +279,11 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _fields(cls: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    from typing import get_type_hints
-
-    hints, extras = get_type_hints(cls), get_type_hints(cls, include_extras=True)
+    hints = get_type_hints(cls, include_extras=True)
     for f in dataclasses.fields(cls):
-        kind = hints[f.name]
-        inner = next(
-            (t for t in (kind, *getattr(kind, "__args__", ())) if dataclasses.is_dataclass(t)), None
-        )
-        if (variants := _variants_of(extras[f.name])) is not None:
+        if (variants := _variants_of(hints[f.name])) is not None:
             yield from _fields_of_variants(variants, f"{prefix}{f.name}.")
-        elif inner is not None:
+        elif (inner := _table_in(hints[f.name])) is not None:
             yield from _fields(inner, f"{prefix}{f.name}.")
         else:
             yield prefix + f.name, _describe(_type_text(f.type))
@@ -284,8 +310,6 @@ def _variants_of(annotation: Any) -> Variants | None:
 
 def _without_tag(parts: list[str]) -> tuple[list[str], str, Variants | None, str | None]:
     """Return an error's path without the variant in it, and its table, variants and variant."""
-    from typing import get_type_hints
-
     for name, annotation in get_type_hints(RunConfig, include_extras=True).items():
         variants = _variants_of(annotation)
         if variants is not None and parts[:1] == [name]:

@@ -11,6 +11,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import itertools
 import json
 import re
 import sys
@@ -20,10 +21,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from pydantic import TypeAdapter
+from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core import to_jsonable_python
 
+from lowline.errors import LowlineError
 from lowline.linearize.mixers.options import OPTIONS
-from lowline.train.config.fields import Variants
+from lowline.train.config.fields import Variants, adapter
 from lowline.train.config.run import RunConfig
 
 PAGE, SCHEMA = Path("docs/reference/configuration.md"), Path("docs/reference/lowline.schema.json")
@@ -55,10 +58,17 @@ class Key:
     only: tuple[str, ...] = ()
 
 
+class _Schema(GenerateJsonSchema):
+    """Takes defaults as they are; pydantic would build a serializer for each of them."""
+
+    def encode_default(self, dft: Any) -> Any:
+        return to_jsonable_python(dft)
+
+
 @cache
 def schema() -> dict[str, Any]:
     """Return the JSON schema of a TOML file, of a run or of a conversion in stages."""
-    whole = TypeAdapter(RunConfig).json_schema(mode="validation")
+    whole = adapter(RunConfig).json_schema(schema_generator=_Schema)
     classes = {cls.__name__: cls for cls in _classes(RunConfig)}
     for name, table in (*whole["$defs"].items(), ("RunConfig", whole)):
         table.pop("title", None)
@@ -119,26 +129,53 @@ def _classes(cls: type) -> Iterator[type]:
     """Yield the class of every table, variants included."""
     yield cls
     for hint in get_type_hints(cls, include_extras=True).values():
-        notes = getattr(hint, "__metadata__", ())
-        variants = next((note for note in notes if isinstance(note, Variants)), None)
-        inner = hint.__origin__ if notes else hint
-        parts: list[Any] = [inner, *getattr(inner, "__args__", ())]
-        if variants is not None:
-            parts = [variants.section(value) for value in variants.sections]
-        for part in parts:
-            if dataclasses.is_dataclass(part):
-                yield from _classes(part)  # type: ignore[arg-type]
+        for part in _tables_of(hint):
+            yield from _classes(part)
+
+
+def _tables_of(hint: Any) -> list[type]:
+    """Return the classes of the tables that a key may be; none where it is a value."""
+    notes = getattr(hint, "__metadata__", ())
+    variants = next((note for note in notes if isinstance(note, Variants)), None)
+    if variants is not None:
+        return [variants.section(value) for value in variants.sections]
+    inner = hint.__origin__ if notes else hint
+    return [c for c in (inner, *getattr(inner, "__args__", ())) if dataclasses.is_dataclass(c)]
 
 
 @cache
+def about() -> dict[str, str]:
+    """Return a sentence about each table, or one about each of its variants, by its name."""
+    found = {TOP: "Keys outside of any table."}
+    for name, hint in get_type_hints(RunConfig, include_extras=True).items():
+        if classes := _tables_of(hint):
+            texts = [" ".join((c.__doc__ or "").split("\n\n")[0].split()) for c in classes]
+            texts = [re.sub(r"^\[[\w.]+\]:? ", "", text) for text in texts]
+            first = texts[0][:1].upper() + texts[0][1:]
+            found[name] = first if len(texts) == 1 else " ".join(texts)
+    return found
+
+
 def _descriptions(cls: type) -> dict[str, str]:
     """Return the string below each field of a class, its bases' included."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
-        body: Any = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
-        for field, text in zip(body.body, body.body[1:], strict=False):
+        found |= _descriptions_in(base.__module__).get(base.__name__, {})
+    return found
+
+
+@cache
+def _descriptions_in(module: str) -> dict[str, dict[str, str]]:
+    """Return the string below each field of every class of a module."""
+    found: dict[str, dict[str, str]] = {}
+    for part in ast.parse(inspect.getsource(sys.modules[module])).body:
+        if not isinstance(part, ast.ClassDef):
+            continue
+        texts = found[part.name] = {}
+        for field, text in itertools.pairwise(part.body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                found[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split())
+                words: Any = ast.literal_eval(text.value)
+                texts[ast.unparse(field.target)] = " ".join(words.split())
     return found
 
 
@@ -146,7 +183,7 @@ def _descriptions(cls: type) -> dict[str, str]:
 def sections() -> dict[str, tuple[str, list[Key]]]:
     """Return the tables by name, each with a sentence about it and its keys."""
     whole = schema()
-    found: dict[str, tuple[str, list[Key]]] = {TOP: ("Keys outside of any table.", [])}
+    found: dict[str, tuple[str, list[Key]]] = {TOP: (about()[TOP], [])}
     own = {"base", "format", "source", "stage"}
     for name, field in whole["properties"].items():
         if name in own:
@@ -155,7 +192,7 @@ def sections() -> dict[str, tuple[str, list[Key]]]:
         if not tables:
             found[TOP][1].append(_key(name, field))
             continue
-        found[name] = (_about(tables), list(_keys(name, tables)))
+        found[name] = (about()[name], list(_keys(name, tables)))
     return found
 
 
@@ -167,13 +204,6 @@ def _tables(field: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield table
     for part in field.get("anyOf", ()):
         yield from _tables(part)
-
-
-def _about(tables: list[dict[str, Any]]) -> str:
-    """Return a sentence about a table, or one about each of its variants."""
-    texts = [" ".join(table.get("description", "").split("\n\n")[0].split()) for table in tables]
-    texts = [re.sub(r"^\[[\w.]+\]:? ", "", text) for text in texts]
-    return " ".join(text[:1].upper() + text[1:] if len(texts) == 1 else text for text in texts)
 
 
 def _keys(prefix: str, tables: list[dict[str, Any]]) -> Iterator[Key]:
@@ -236,24 +266,29 @@ def _number(value: float) -> str:
     return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else f"{value:g}"
 
 
-def help_text(section: str | None = None) -> str | None:
-    """Return the text of `--help`: the tables, or the keys of one; None where it does not exist."""
-    known = sections()
+def help_keys(section: str | None = None) -> str:
+    """Return the text of `--help`: the tables, or the keys of one.
+
+    Raises:
+        LowlineError: there is no such section.
+    """
+    known = about()
     if section is None:
         width = max(map(len, known)) + 4
         lines = [
-            f"  {f'[{name}]' if name != TOP else name:{width}}{about}"
-            for name, (about, _) in known.items()
+            f"  {f'[{name}]' if name != TOP else name:{width}}{text}"
+            for name, text in known.items()
         ]
         return "keys (`--help SECTION` explains those of a section):\n" + "".join(
             f"{_cut(line)}\n" for line in lines
         )
     if section not in known:
-        return None
-    text = f"[{section}]: {known[section][0]}\n"
-    for key in known[section][1]:
+        names = ", ".join(name for name in known if name != TOP)
+        raise LowlineError(f"--help {section}: the sections are {names}")
+    text = f"[{section}]: {known[section]}\n"
+    for key in sections()[section][1]:
         text += f"\n  --{key.name}=  {key.kind}{_given(key)}\n"
-        text += "".join(f"      {line}\n" for line in _wrapped(key.about, 92))
+        text += "".join(f"      {line}\n" for line in textwrap.wrap(key.about, 92))
     return text
 
 
@@ -266,10 +301,6 @@ def _given(key: Key) -> str:
 
 def _cut(line: str, width: int = 100) -> str:
     return line if len(line) <= width else line[: width - 4].rsplit(" ", 1)[0] + " ..."
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, width)
 
 
 def page() -> str:

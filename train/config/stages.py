@@ -28,15 +28,17 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
+from lowline.train.config.fields import adapter
 from lowline.train.config.folder import saved_steps
-from lowline.train.config.load import COMMAND_LINE, parse_override, validate
+from lowline.train.config.load import COMMAND_LINE, check_keys, parse_override, validate
 from lowline.train.config.objective import KIND, OBJECTIVES
 from lowline.train.config.run import ColaConfig, ModelConfig, RunConfig
 from lowline.train.config.tables import ConfigError, assign, leaves, merged, read_layers, stages_of
@@ -102,13 +104,29 @@ class Stages:
         assign(tree, "checkpoint.initial_weights", initial)
         if _needs_teacher(tree):
             assign(tree, "objective.teacher", str(teacher))
+        with self._named(stage):
+            return validate(tree, self._origin_of(stage), str(self.path))
+
+    def check_keys(self) -> None:
+        """Raise ConfigError for a key of a stage that a run does not have."""
+        for stage, own in enumerate(self.own):
+            with self._named(stage):
+                tree = merged(self.common, own)
+                check_keys(tree, self._origin_of(stage), str(self.path))
+
+    def _origin_of(self, stage: int) -> dict[str, str]:
+        """Return where each key of a stage's run was written."""
         own = f"stage.{self.names[stage]}."
         origin = {k: place for k, place in self.origin.items() if not k.startswith("stage.")}
-        origin |= {
+        return origin | {
             k.removeprefix(own): place for k, place in self.origin.items() if k.startswith(own)
         }
+
+    @contextmanager
+    def _named(self, stage: int) -> Iterator[None]:
+        """Begin the message of an error with the stage's name."""
         try:
-            return validate(tree, origin, str(self.path))
+            yield
         except ConfigError as error:
             raise ConfigError(f"stage {self.names[stage]!r}: {error}") from None
 
@@ -170,7 +188,7 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> Stages:
                 f"{origin[prefix + derived]}: {derived} is not set in a conversion: "
                 f"{DERIVED[derived]}"
             )
-    return Stages(
+    made = Stages(
         path=path,
         source=source,
         output=Path(output or f"outputs/{path.stem}"),
@@ -179,6 +197,8 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> Stages:
         own=tuple(stages),
         origin=origin,
     )
+    made.check_keys()
+    return made
 
 
 def check_model(stages: Stages, model: dict[str, Any]) -> None:
@@ -219,8 +239,8 @@ def model_of(path: Path, tree: dict[str, Any]) -> tuple[ModelConfig, ColaConfig]
     if "model" not in tree:
         raise ConfigError(f"{path}: no [model]; give what is to be converted instead")
     try:
-        model = TypeAdapter(ModelConfig).validate_json(json.dumps(tree["model"]))
-        cola = TypeAdapter(ColaConfig).validate_json(json.dumps(tree.get("cola", {})))
+        model = adapter(ModelConfig).validate_json(json.dumps(tree["model"]))
+        cola = adapter(ColaConfig).validate_json(json.dumps(tree.get("cola", {})))
     except ValidationError as error:
         raise ConfigError(f"{path}: [model] or [cola]: {error}") from None
     return model, cola

@@ -27,7 +27,7 @@ from lowline.errors import LowlineError
 from lowline.files import write_folder
 from lowline.linearize.body.hf import LinearizedConfig
 from lowline.linearize.card import CARD
-from lowline.train.config.folder import is_step_folder, saved_steps
+from lowline.train.config.folder import find_checkpoint, is_step_folder
 from lowline.train.config.load import load_config
 from lowline.train.config.run import RunConfig
 from lowline.train.data.tokenizer import load_tokenizer
@@ -158,30 +158,6 @@ def import_weights(
         save_directory(folder, hf, shapes, dtype, lambda name: weights[name].clone())
         tokenizer.save_pretrained(folder)
     return Path(output)
-
-
-def find_checkpoint(path: str | Path) -> tuple[Path, RunConfig]:
-    """Return the step folder that `path` means and its run's resolved configuration.
-
-    Raises:
-        ValueError: `path` is neither a step folder nor the output folder of a run that has one, or
-            that run's model is a block of layers.
-    """
-    path = Path(path)
-    steps = saved_steps(path / "checkpoint")
-    folder = path / "checkpoint" / f"step-{steps[-1]}" if steps else path
-    if not is_step_folder(folder):
-        raise LowlineError(
-            f"{path}: no complete checkpoint (working directory {Path.cwd()}). Give a run's "
-            "output folder, which holds checkpoint/step-N, or one such step folder"
-        )
-    run = load_config(folder / "config.toml")
-    if run.block is not None:
-        raise LowlineError(
-            f"{path}: of layers {run.block.first} to {run.block.last} alone; `lowline linearize` "
-            "stitches the blocks of a stage"
-        )
-    return folder, run
 
 
 def open_weights(
