@@ -46,7 +46,7 @@ from torchtitan.models.llama3.model import Llama3TransformerBlock
 from torchtitan.protocols.model import ModelConfigConverter
 from torchtitan.protocols.module import Module
 
-from lowline.cola.low_rank import ACTIVATIONS, LowRankLinear, init_std
+from lowline.cola.low_rank import ACTIVATIONS, INITS, LowRankLinear, init_std
 from lowline.cola.projections import MLP_IN, PROJECTIONS, QKV
 from lowline.cola.sharded import init_unsharded
 from lowline.kernels.low_rank import grouped_linear
@@ -245,6 +245,7 @@ class ColaConverter(ModelConfigConverter):
         ranks: dict[str, int]  # by projection; 0 = dense
         activation: str = "silu"
         bias: bool = False
+        init: str = "published"
         mlp_activation: str = "silu"
         memory: Memory = "cola"
         grouped: bool = False
@@ -298,13 +299,16 @@ class ColaConverter(ModelConfigConverter):
             return linear
         c = self.config
         std = init_std(linear.in_features, linear.out_features, rank)
-        init = {"weight": init_unsharded(partial(nn.init.normal_, std=std)), "bias": nn.init.zeros_}
+        first, second = (
+            {"weight": init_unsharded(partial(INITS[init], std=std)), "bias": nn.init.zeros_}
+            for init in ("published", c.init)
+        )
         return TitanLowRankLinear.Config(
             A=Linear.Config(
-                in_features=linear.in_features, out_features=rank, bias=c.bias, param_init=init
+                in_features=linear.in_features, out_features=rank, bias=c.bias, param_init=first
             ),
             B=Linear.Config(
-                in_features=rank, out_features=linear.out_features, bias=c.bias, param_init=init
+                in_features=rank, out_features=linear.out_features, bias=c.bias, param_init=second
             ),
             activation=c.activation,
         )

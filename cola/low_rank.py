@@ -37,6 +37,31 @@ def init_std(in_features: int, out_features: int, rank: int) -> float:
     return (rank * (in_features + out_features)) ** -0.25
 
 
+@torch.no_grad()
+def published(weight: torch.Tensor, *, std: float) -> None:
+    """Draw a factor from N(0, std²)."""
+    nn.init.normal_(weight, std=std)
+
+
+@torch.no_grad()
+def skip(weight_OR: torch.Tensor, *, std: float) -> None:
+    """Set B (out, r) to half of N(0, std²) and half of a repeated identity of the same norm.
+
+    Output i then begins near σ(z)_(i mod r): each layer hands its bottleneck on, at full rank,
+    where a product of two Gaussian matrices damps most directions. Both halves have entries of
+    mean square std² before they are halved: an identity has one entry in a row of r.
+    """
+    rank = weight_OR.shape[1]
+    identity = torch.eye(rank, dtype=weight_OR.dtype, device=weight_OR.device)
+    copies = -(-weight_OR.shape[0] // rank)
+    nn.init.normal_(weight_OR, std=std / 2)
+    weight_OR.add_(identity.repeat(copies, 1)[: len(weight_OR)], alpha=std * rank**0.5 / 2)
+
+
+# How B begins; A is always `published`.
+INITS: dict[str, Callable[..., None]] = {"published": published, "skip": skip}
+
+
 class LowRankLinear(nn.Module):
     """y = B·σ(A·x): a linear layer's shape, with a bottleneck of `rank` features.
 
@@ -46,10 +71,11 @@ class LowRankLinear(nn.Module):
         rank: width of the bottleneck.
         activation: σ, a name from `ACTIVATIONS`.
         bias: whether A and B each have a bias.
+        init: how B begins, a name from `INITS`.
         device, dtype: of the weights, as in `nn.Linear`.
 
     Raises:
-        ValueError: a rank below 1, or an unknown activation.
+        ValueError: a rank below 1, an unknown activation, or an unknown init.
     """
 
     A: nn.Linear
@@ -63,6 +89,7 @@ class LowRankLinear(nn.Module):
         *,
         activation: str = "silu",
         bias: bool = False,
+        init: str = "published",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -72,7 +99,7 @@ class LowRankLinear(nn.Module):
         how: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         A, B = nn.Linear(in_features, rank, **how), nn.Linear(rank, out_features, **how)
         self._set_factors(A, B, activation)
-        self.reset_parameters()
+        self.reset_parameters(init)
 
     @classmethod
     def from_factors(cls, A: nn.Linear, B: nn.Linear, activation: str = "silu") -> LowRankLinear:
@@ -101,11 +128,14 @@ class LowRankLinear(nn.Module):
         self.activation = activation
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw both factors from N(0, `init_std`²), as published, and set biases to 0."""
+    def reset_parameters(self, init: str = "published") -> None:
+        """Give A the published values, B those of an init from `INITS`; set biases to 0."""
+        if init not in INITS:
+            raise LowlineError(f"init = {init!r}; choose from {sorted(INITS)}")
         std = init_std(self.in_features, self.out_features, self.rank)
+        published(self.A.weight, std=std)
+        INITS[init](self.B.weight, std=std)
         for factor in (self.A, self.B):
-            nn.init.normal_(factor.weight, std=std)
             if factor.bias is not None:
                 nn.init.zeros_(factor.bias)
 

@@ -109,6 +109,33 @@ def test_initial_values_have_the_published_deviations() -> None:
     assert init_std(256, 688, 64) == pytest.approx(64**-0.25 * (256 + 688) ** -0.25)
 
 
+@pytest.mark.parametrize(("into", "rank"), [(688, 64), (40, 64), (100, 48)])
+def test_skip_start_is_half_noise_and_half_a_repeated_identity(into: int, rank: int) -> None:
+    torch.manual_seed(0)
+    layer = LowRankLinear(256, into, rank, init="skip")
+    std = init_std(256, into, rank)
+    kept = std * rank**0.5 / 2
+    noise = layer.B.weight.detach().clone()
+    for row in range(into):
+        noise[row, row % rank] -= kept
+    slack = 5 / math.sqrt(2 * noise.numel())
+    assert noise.std().item() == pytest.approx(std / 2, rel=slack)
+    assert layer.A.weight.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * 256 * rank))
+    with pytest.raises(ValueError, match="init = 'zero'; choose from"):
+        LowRankLinear(256, into, rank, init="zero")
+
+
+def test_skip_start_of_a_run_is_that_of_the_layer() -> None:
+    run = run_config({"dim": 64, "ffn_dim": 160, "vocab_size": 97}, {"rank": 24, "init": "skip"})
+    layers = [m for m in build(run).modules() if isinstance(m, LowRankLinear)]
+    assert len(layers) == 2 * 7
+    for layer in layers:
+        std = init_std(layer.in_features, layer.out_features, 24)
+        diagonal = layer.B.weight.detach()[range(24), range(24)]
+        assert diagonal.mean().item() == pytest.approx(std * 24**0.5 / 2, rel=0.5)
+        assert abs(layer.A.weight.detach()[range(24), range(24)].mean().item()) < std
+
+
 def test_biases_start_at_zero_and_seeds_differ() -> None:
     run = run_config(cola={"bias": True})
     one, same, other = build(run, 0), build(run, 0), build(run, 1)

@@ -131,6 +131,8 @@ class ColaConfig:
     """σ, the bottleneck's non-linearity."""
     bias: bool = False
     """Whether A and B have biases."""
+    init: Annotated[Literal["published", "skip"], RUN] = "published"
+    """How B begins: Gaussian ("published"), or half of that and half of a repeated identity."""
     memory: Annotated[Literal["cola", "cola-m"], NOTHING] = "cola"
     """What the backward pass finds: all activations ("cola"), or those of rank width ("cola-m")."""
     grouped: Annotated[bool, NOTHING] = False

@@ -254,6 +254,7 @@ def build_model_config(run: RunConfig) -> Llama.Config:
             ranks=ranks,
             activation=run.cola.activation,
             bias=run.cola.bias,
+            init=run.cola.init,
             mlp_activation=m.mlp_activation,
             memory=run.cola.memory,
             grouped=run.cola.grouped,
