@@ -23,33 +23,23 @@ Left out: weights that are pickled (.bin) or quantized in another form than GGUF
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowline._lazy import make_callable
 from lowline.errors import LowlineError
 from lowline.files import write_folder
-from lowline.hub import check_source
-from lowline.linearize.body.hf import FAMILIES, PREFIX, SOFTMAX, LinearizedConfig
+from lowline.linearize.body.hf import FAMILIES, SOFTMAX, LinearizedConfig
 from lowline.linearize.card import CARD, is_hub_id, model_card
 from lowline.linearize.layers import Layers
 from lowline.linearize.layers import parse_layers as parse_layers
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+from lowline.linearize.source import family_of, load_teacher
+from lowline.linearize.source import load_config as load_config
+from lowline.linearize.source import load_tokenizer as load_tokenizer
 
 
 def convert(
@@ -85,6 +75,7 @@ def convert(
         teacher = load_teacher(source, dtype=dtype, gguf_file=gguf_file)
     config = linearized_config(teacher.config, mixer=mixer, layers=layers, options=options)
     config.dtype = dtype = dtype or teacher.dtype
+    config.tie_word_embeddings &= _is_tied(teacher)
     weights = teacher.state_dict()
     if given:
         weights = {name: weight.clone() for name, weight in weights.items()}
@@ -96,7 +87,7 @@ def convert(
             if config.mixers[layer]["name"] != SOFTMAX:
                 new = config.build_mixer(layer).state_dict()
                 weights |= {place + name: weight for name, weight in new.items()}
-    loaded: Any = FAMILIES[_family(config)].causal_lm.from_pretrained(
+    loaded: Any = FAMILIES[family_of(config)].causal_lm.from_pretrained(
         None,
         config=config,
         state_dict=weights,
@@ -119,7 +110,7 @@ def linearized_config(
     options: Mapping[str, Any] | None = None,
 ) -> LinearizedConfig:
     """Return the configuration of `teacher` with a mixer in the chosen layers; see `convert`."""
-    family = _family(teacher)
+    family = family_of(teacher)
     chosen = parse_layers(layers, teacher.num_hidden_layers)
     fields: dict[str, Any] = teacher.to_dict() | {"name_or_path": teacher.name_or_path}
     fields["mixers"] = _mixers(teacher)
@@ -129,78 +120,6 @@ def linearized_config(
     for stale in ("model_type", "architectures", "transformers_version", "quantization_config"):
         fields.pop(stale, None)
     return FAMILIES[family].config(**fields)
-
-
-def load_teacher(
-    source: str | Path, *, dtype: torch.dtype | None = None, gguf_file: str | None = None
-) -> PreTrainedModel:
-    """Return a checkpoint of a supported architecture, whole, as transformers loads it.
-
-    Args:
-        source: a hub id, a directory, a GGUF file or a directory with one.
-        dtype: of the weights; None for the checkpoint's (float32 of a GGUF file).
-        gguf_file: the GGUF file to read in a directory or hub id that holds several.
-
-    Raises:
-        ValueError: no such source, an architecture that is not supported, weights that are
-            quantized (but for GGUF), pickled, missing or of another shape.
-    """
-    place, gguf_file = locate(source, gguf_file)
-    with _named(source):
-        fields, _ = PreTrainedConfig.get_config_dict(place, gguf_file=gguf_file)
-    _family(fields, str(source))
-    packed = gguf_file is not None and hasattr(transformers, "GgufConfig")  # older ones unpack it
-    how = {"quantization_config": transformers.GgufConfig(dequantize=True)} if packed else {}
-    with _named(source):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place,
-            gguf_file=gguf_file,
-            dtype=dtype or ("auto" if gguf_file is None else torch.float32),
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **how,
-        )
-    model, found = loaded
-    wrong = [f"{key} is missing" for key in sorted(found["missing_keys"])]
-    wrong += [f"{key} is unexpected" for key in sorted(found["unexpected_keys"])]
-    if wrong:
-        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise LowlineError(
-            f"{source}: its weights do not fit its configuration: {'; '.join(wrong[:5])}{more}"
-        )
-    if gguf_file is not None:  # where it is found again; transformers names the directory alone
-        model.config.name_or_path = f"{place}/{gguf_file}"
-    return model
-
-
-def load_config(source: str | Path, *, gguf_file: str | None = None) -> PreTrainedConfig:
-    """Return the configuration of a checkpoint of a supported architecture, converted or not.
-
-    Arguments and errors are `load_teacher`'s.
-    """
-    place, gguf_file = locate(source, gguf_file)
-    with _named(source):
-        config = AutoConfig.from_pretrained(place, gguf_file=gguf_file, trust_remote_code=False)
-    _family(config, str(source))
-    return config
-
-
-def load_tokenizer(source: str | Path, *, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a hub id, a directory, a GGUF file or a directory with one.
-
-    Raises:
-        ValueError: there is none.
-    """
-    place, gguf_file = locate(source, gguf_file)
-    local = Path(place).is_dir() and gguf_file is None
-    if local and not any((Path(place) / name).is_file() for name in TOKENIZER_FILES):
-        raise LowlineError(
-            f"{source} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); "
-            "put the one its model was trained with there"
-        )
-    with _named(source):
-        return AutoTokenizer.from_pretrained(place, gguf_file=gguf_file, trust_remote_code=False)
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> Path:
@@ -232,57 +151,17 @@ def _card(model: PreTrainedModel, name: str) -> str:
     return model_card(name, model.config, model.num_parameters(), made=made, base_model=origin)
 
 
-@contextmanager
-def _named(source: str | Path) -> Iterator[None]:
-    """Whatever goes wrong in loading becomes a ValueError that names the source."""
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise LowlineError(
-            f"{source}: cannot be loaded as a directory (working directory {Path.cwd()}), a GGUF "
-            f"file or a model of the Hugging Face hub: {error}"
-        ) from error
+def _is_tied(model: PreTrainedModel) -> bool:
+    """Return whether a model's head is its embedding, whatever its configuration holds."""
+    parts: Any = model.get_output_embeddings(), model.get_input_embeddings()
+    head, embedding = (part.weight for part in parts)
+    return head is embedding or torch.equal(head, embedding)
 
 
 def _mixers(config: PreTrainedConfig) -> list[dict[str, Any]]:
     """Return what stands in each layer; softmax throughout before the first conversion."""
     softmax = [{"name": SOFTMAX} for _ in range(config.num_hidden_layers)]
     return copy.deepcopy(getattr(config, "mixers", softmax))
-
-
-def _family(config: PreTrainedConfig | Mapping[str, Any], name: str = "") -> str:
-    """Return the key of `FAMILIES` for a configuration, converted before or not."""
-    fields = config if isinstance(config, Mapping) else config.to_dict()
-    model_type = str(fields.get("model_type"))
-    name = name or fields.get("_name_or_path") or type(config).__name__
-    if model_type.removeprefix(PREFIX) not in FAMILIES:
-        raise LowlineError(
-            f"{name}: model_type = {model_type!r} cannot be converted; supported: "
-            f"{', '.join(FAMILIES)}"
-        )
-    quantized = fields.get("quantization_config")
-    if quantized and not quantized.get("dequantize"):  # which a GGUF file's may be
-        raise LowlineError(
-            f"{name}: its weights are quantized ({quantized.get('quant_method')}); give the "
-            "checkpoint they were made from, or a GGUF file"
-        )
-    return model_type.removeprefix(PREFIX)
-
-
-def locate(source: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
-    """Return the directory or hub id, and the GGUF file in it if that is what is to be read."""
-    check_source(source)
-    path = Path(source)
-    if gguf_file is not None:
-        return str(source), gguf_file
-    if path.suffix == ".gguf":
-        return str(path.parent), path.name
-    if path.is_dir() and not (path / "config.json").is_file():
-        files = sorted(file.name for file in path.glob("*.gguf"))
-        if len(files) > 1:
-            raise LowlineError(f"{source} holds {', '.join(files)}; say which as gguf_file")
-        return str(source), files[0] if files else None
-    return str(source), None
 
 
 make_callable(__name__, "convert")  # `from lowline.linearize import convert` may give the module

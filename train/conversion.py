@@ -255,9 +255,8 @@ def prepare_source(source: str, folder: Path) -> Path:
     Raises:
         LowlineError: no such source, one without a tokenizer, or a folder made of another file.
     """
-    from lowline.linearize.convert import load_tokenizer, locate
+    from lowline.linearize.source import hf_directory, load_tokenizer, locate
     from lowline.train.hf.export import import_weights
-    from lowline.train.hf.weights import hf_directory
 
     place, gguf_file = locate(source, None)
     if gguf_file is None:
@@ -285,6 +284,6 @@ def _is_newer(file: Path, than: Path) -> bool:
 
 def _has(model: Path, dtype: str | None) -> bool:
     """Return whether a Hugging Face directory is of a dtype; always where none is asked for."""
-    from lowline.train.hf.config import read_config
+    from lowline.linearize.source import read_config
 
     return dtype is None or str(read_config(model).dtype) == f"torch.{dtype}"

@@ -25,8 +25,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lowline.errors import LowlineError
 from lowline.linearize.body.cache import state_bytes
 from lowline.linearize.body.hf import SOFTMAX, LinearizedConfig
-from lowline.linearize.convert import convert, linearized_config, load_config, load_teacher
+from lowline.linearize.convert import convert, linearized_config
 from lowline.linearize.evaluation.measure import digest
+from lowline.linearize.source import load_config, load_teacher
 
 SINKS = 4
 WINDOW = 64  # of the windows beside a model that has none

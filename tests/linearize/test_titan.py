@@ -9,9 +9,9 @@ from helpers.runs import make_run
 from transformers import AutoModelForCausalLM
 
 from lowline.linearize.mixers import MIXERS
+from lowline.linearize.source import hf_shapes
 from lowline.train.config.run import RunConfig
 from lowline.train.hf import config as hf_config
-from lowline.train.hf import weights as train_hf
 from lowline.train.model.build import build_model_config
 from lowline.train.model.names import from_hf_names, to_hf_names
 
@@ -38,9 +38,7 @@ def training_body(theirs) -> torch.nn.Module:
         body = config.build()
     body.to_empty(device="cpu")
     body.init_states()
-    weights = {
-        k: v for k, v in theirs.state_dict().items() if k in train_hf.hf_shapes(theirs.config)
-    }
+    weights = {k: v for k, v in theirs.state_dict().items() if k in hf_shapes(theirs.config)}
     tied = theirs.config.tie_word_embeddings
     body.load_state_dict(from_hf_names(weights, tied=tied), strict=True)
     return body.eval()

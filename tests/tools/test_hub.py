@@ -51,24 +51,39 @@ def test_what_is_there_is_not_asked_for(tmp_path, monkeypatch) -> None:
     check_source(tmp_path)
 
 
-def calls() -> list[tuple[str, ast.Call]]:
-    """Return every call of a `from_pretrained` in the package."""
+def calls() -> list[tuple[str, str, ast.Call]]:
+    """Return place, class and call of what may load code in the package."""
     found = []
     for folder in ("kernels", "cola", "linearize", "train", "tools"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                method = getattr(getattr(node, "func", None), "attr", None)
-                if isinstance(node, ast.Call) and method == "from_pretrained":
-                    found.append((f"{path.relative_to(ROOT)}:{node.lineno}", node))
+                if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                    continue
+                owner, method = ast.unparse(node.func.value), node.func.attr
+                auto = owner.startswith("Auto") and method == "from_config"
+                if method in ("from_pretrained", "pipeline") or auto:
+                    found.append((f"{path.relative_to(ROOT)}:{node.lineno}", owner, node))
     return found
 
 
 def test_no_code_and_no_pickles_are_loaded() -> None:
     """`trust_remote_code=False` stands in every call, `use_safetensors=True` in every model's."""
     assert len(calls()) >= 9
-    for place, call in calls():
+    for place, owner, call in calls():
         options = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
         assert options.get("trust_remote_code") is False, place
-        loader = ast.unparse(call.func)
-        if not loader.startswith(("AutoConfig", "AutoTokenizer")):
+        assert isinstance(call.func, ast.Attribute)
+        if call.func.attr == "from_pretrained" and owner not in ("AutoConfig", "AutoTokenizer"):
             assert options.get("use_safetensors") is True, place
+
+
+def test_safetensors_are_opened_by_the_loader_and_for_files_of_our_own() -> None:
+    """Nothing else reads weights past the checks; `torch.load` only takes what is no pickle."""
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("kernels", "cola", "linearize", "train", "tools")
+        for path in (ROOT / folder).rglob("*.py")
+        if any(word in path.read_text() for word in ("safe_open(", "load_file(", "torch.load("))
+    }
+    ours = {"train/blockwise/store.py", "train/objectives/logit_cache.py"}
+    assert users == {"linearize/source.py", *ours}

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from lowline.cola.hf import CoLAConfig, CoLAForCausalLM
+from lowline.linearize.source import hf_shapes
 from lowline.train.config.run import (
     ColaConfig,
     ModelConfig,
@@ -168,7 +169,7 @@ def test_sliding_window_bounds_the_context():
 
 def test_every_name_goes_there_and_back():
     for config in HF_MODELS.values():
-        for name in train_hf.hf_shapes(config):
+        for name in hf_shapes(config):
             assert hf_names.to_hf_name(hf_names.from_hf_name(name)) == name
     for name in ("layers.0.attention.wqkv.weight", "rope.cache", "layers.x.ffn_norm.weight"):
         with pytest.raises(ValueError, match=name):

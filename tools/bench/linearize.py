@@ -96,7 +96,7 @@ def save_random(run: RunConfig, folder: Path) -> None:
     from lowline.train.hf.config import config_to_hf
 
     config = config_to_hf(run.model, run.cola, max_seq_len=run.training.seq_len)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, trust_remote_code=False).save_pretrained(folder)
 
 
 def bench_stage(run: RunConfig, repeats: int) -> dict[str, Any]:

@@ -148,10 +148,10 @@ def evaluate(
     check_tasks(chosen, piqa is not None)
     import torch
 
-    from lowline.linearize.convert import load_tokenizer
     from lowline.linearize.evaluation.plots import plots
     from lowline.linearize.evaluation.report import Results, explanation, table
     from lowline.linearize.evaluation.rows import rows_of
+    from lowline.linearize.source import load_tokenizer
     from lowline.quiet import quiet_libraries
 
     quiet_libraries()

@@ -59,7 +59,7 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    from lowline.linearize.convert import load_teacher, load_tokenizer
+    from lowline.linearize.source import load_teacher, load_tokenizer
     from lowline.quiet import quiet_libraries
 
     quiet_libraries()

@@ -10,7 +10,6 @@ has the definition). A table, and if asked for a plot and the numbers as JSON.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -109,25 +108,30 @@ def load_model(checkpoint: str) -> tuple[Any, Any]:
     """
     check_source(checkpoint)
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    import lowline.cola.hf  # noqa: F401  (registers cola_llama)
+    from lowline.linearize.body.hf import FAMILIES, PREFIX
+    from lowline.linearize.source import load_teacher, load_tokenizer, locate, named, read_config
 
-    source, options = checkpoint, {}
-    if checkpoint.endswith(".gguf"):
-        source, file = os.path.split(checkpoint)
-        source, options = source or ".", {"gguf_file": file}
+    model: Any
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **options
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        raise LowlineError(
-            f"{checkpoint}: no Hugging Face directory, hub id or GGUF file that can be read "
-            f"(working directory {Path.cwd()}); a training checkpoint becomes one with "
-            f"`lowline export`: {error}"
-        ) from None
+        family = read_config(checkpoint).model_type.removeprefix(PREFIX)
+        place, gguf_file = locate(checkpoint, None)
+        tokenizer = load_tokenizer(checkpoint)
+        if family in FAMILIES:
+            model = load_teacher(checkpoint, dtype=torch.float32)
+        else:  # any other decoder has projections, too
+            with named(checkpoint):
+                model = AutoModelForCausalLM.from_pretrained(
+                    place,
+                    gguf_file=gguf_file,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                )
+    except ValueError as error:
+        hint = "a training checkpoint becomes a model with `lowline export`"
+        raise LowlineError(f"{error}; {hint}") from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.eval().to(device), tokenizer
 

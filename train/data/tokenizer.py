@@ -137,7 +137,7 @@ def _load_hf(name_or_path: str) -> "PreTrainedTokenizerBase":
             check_source(name_or_path)
         source = str(path) if local else name_or_path
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged files: of any class, tokenizers' are bare Exceptions
         raise MissingFileError(
             f"cannot load tokenizer {name_or_path!r}: {error}. Give 'embedded', a directory with "
             "a tokenizer.json, or a hub id (needs the network, or the hub's cache)"

@@ -123,7 +123,8 @@ def check_same_parts(run: RunConfig, checkpoint: Path) -> None:
 
 def initial_mixer(run: RunConfig) -> MixerConfig | None:
     """Return the mixer that comes with `checkpoint.initial_weights`, if one does."""
-    from lowline.train.hf.config import mixer_from_hf, read_config
+    from lowline.linearize.source import read_config
+    from lowline.train.hf.config import mixer_from_hf
 
     if run.checkpoint.initial_weights is None:
         return None

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import (
-    AutoConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -27,10 +26,10 @@ from lowline.cola.hf import CoLAConfig
 from lowline.cola.projections import PROJECTIONS
 from lowline.cola.ranks import resolve_ranks
 from lowline.errors import LowlineError
-from lowline.hub import check_source
 from lowline.linearize.body.hf import FAMILIES, PREFIX, SOFTMAX, LinearizedConfig
 from lowline.linearize.convert import linearized_config, parse_layers
 from lowline.linearize.mixers import MIXERS
+from lowline.linearize.source import read_config
 from lowline.train.config.run import ColaConfig, MixerConfig, ModelConfig, RopeScaling
 
 
@@ -214,23 +213,6 @@ def essence(model: ModelConfig, cola: ColaConfig) -> dict[str, Any]:
         "cola.activation": cola.activation if low_rank else None,
         "cola.bias": cola.bias if low_rank else None,
     }
-
-
-def read_config(source: str | Path, gguf_file: str | None = None) -> PreTrainedConfig:
-    """Return the Hugging Face configuration of a directory, a hub id, or a GGUF file in one of
-    them.
-
-    Raises:
-        ValueError: there is none.
-    """
-    check_source(source)
-    try:
-        return AutoConfig.from_pretrained(source, gguf_file=gguf_file, trust_remote_code=False)
-    except OSError as error:
-        raise LowlineError(
-            f"{source}: neither a directory with a config.json (working directory {Path.cwd()}) "
-            f"nor a model of the Hugging Face hub: {error}"
-        ) from None
 
 
 def _refusal(source: str, field: str, value: Any, allowed: str) -> LowlineError:

@@ -21,20 +21,22 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from lowline.errors import LowlineError
 from lowline.files import write_folder
 from lowline.linearize.body.hf import LinearizedConfig
 from lowline.linearize.card import CARD
+from lowline.linearize.source import check_shapes, hf_directory, hf_shapes, locate, read_config
+from lowline.linearize.source import load_tokenizer as load_hf_tokenizer
 from lowline.train.config.folder import find_checkpoint, is_step_folder
 from lowline.train.config.load import load_config
 from lowline.train.config.run import RunConfig
 from lowline.train.data.tokenizer import load_tokenizer
 from lowline.train.hf.card import model_card
-from lowline.train.hf.config import config_to_hf, read_config
+from lowline.train.hf.config import config_to_hf
 from lowline.train.hf.stream import StepWeights, save_directory
-from lowline.train.hf.weights import check_shapes, hf_shapes, load_hf_state_dict
+from lowline.train.hf.weights import load_hf_state_dict
 from lowline.train.model.lora import save_adapter, stored_factors
 from lowline.train.model.names import from_hf_name, to_hf_names
 
@@ -148,10 +150,12 @@ def import_weights(
         ValueError: a model that cannot be trained, or an `output` that must not be overwritten.
         OSError: the disk is full or cannot be written; `output` is then as it was.
     """
-    hf = read_config(source, gguf_file)
-    weights = load_hf_state_dict(source, gguf_file=gguf_file)
+    place, gguf_file = locate(source, gguf_file)
+    place = str(hf_directory(place)) if gguf_file is None else place
+    hf = read_config(place, gguf_file)
+    weights = load_hf_state_dict(place, gguf_file=gguf_file)
     weights = to_hf_names(weights, tied=hf.tie_word_embeddings)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, trust_remote_code=False)
+    tokenizer = load_hf_tokenizer(place, gguf_file=gguf_file)
     with _replaced_whole(Path(output), overwrite) as folder:
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         dtype = next(iter(weights.values())).dtype

@@ -108,7 +108,7 @@ def save_directory(
         read: returns a weight in that dtype.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(hf, dtype=dtype, trust_remote_code=False)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(dtype).removeprefix("torch.")
     add_remote_code(model.config, folder)

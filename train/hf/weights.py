@@ -1,34 +1,48 @@
 """Hugging Face weights and the training body: names, shapes and values, both ways.
 
-Left out, each refused by name: quantized weights, pickled (.bin) weights.
+Which files are read, and what is refused, is `lowline.linearize.source`'s to say.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint._hf_utils import _HFStorageInfo
+from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
-from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from lowline.errors import LowlineError
-from lowline.hub import check_source
-from lowline.train.config.run import ColaConfig, MixerConfig, ModelConfig
-from lowline.train.hf.config import (
-    check_mixers,
-    config_from_hf,
-    essence,
-    mixer_from_hf,
+from lowline.linearize.source import (
+    checked_weights,
+    hf_directory,
+    hf_shapes,
+    load_teacher,
+    locate,
     read_config,
+    read_weights,
 )
+from lowline.train.config.run import ColaConfig, MixerConfig, ModelConfig
+from lowline.train.hf.config import check_mixers, config_from_hf, essence, mixer_from_hf
 from lowline.train.model.names import from_hf_names, to_hf_names
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
 
 
 class LlamaStateDictAdapter(StateDictAdapter):
@@ -54,7 +68,37 @@ class LlamaStateDictAdapter(StateDictAdapter):
     ) -> HuggingFaceStorageReader:
         if from_quantized:
             raise LowlineError("quantized Hugging Face weights cannot be trained; dequantize them")
-        return HuggingFaceStorageReader(path)
+        return SafetensorsReader(path)
+
+
+class SafetensorsReader(HuggingFaceStorageReader):
+    """Reads the weights of a Hugging Face directory, those that `checked_weights` finds.
+
+    torch's own takes every file of the directory that ends in .safetensors; where two hold one
+    name, the file system's order decides.
+    """
+
+    def read_metadata(self) -> Metadata:
+        """Return name, shape and dtype of every weight.
+
+        Raises:
+            LowlineError: the directory is damaged, or lacks a weight that its configuration has.
+        """
+        directory = Path(self.path)
+        weights, places = dict[str, STORAGE_TYPES](), dict[MetadataIndex, Any]()
+        for name, stored in checked_weights(directory, read_config(directory)).items():
+            shape, origin = torch.Size(stored.shape), torch.Size([0] * len(stored.shape))
+            dtype = _DTYPES[stored.dtype]
+            weights[name] = TensorStorageMetadata(
+                properties=TensorProperties(dtype=dtype),
+                size=shape,
+                chunks=[ChunkStorageMetadata(offsets=origin, sizes=shape)],
+            )
+            places[MetadataIndex(fqn=name, offset=origin)] = _HFStorageInfo(
+                relative_path=str(stored.file), shape=shape, dtype=dtype
+            )
+        meta = StorageMeta(load_id=self.load_id)
+        return Metadata(state_dict_metadata=weights, storage_data=places, storage_meta=meta)
 
 
 def check_same_model(
@@ -82,32 +126,7 @@ def check_same_model(
             "Set these keys to the checkpoint's values"
         )
     check_mixers(mixer_from_hf(hf), mixer, model.n_layers, str(source))
-    _check_fit({k: s for k, s, _ in _safetensors(hf_directory(source))}, hf, source)
-
-
-FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
-OTHERS = ["*/*", "consolidated*"]  # the same weights for other libraries
-
-
-def hf_directory(source: str | Path) -> Path:
-    """Return the local directory of a checkpoint; of a hub id what `FILES` names is downloaded.
-
-    Raises:
-        ValueError: there is neither such a directory nor such a model on the hub.
-    """
-    if Path(source).is_dir():
-        return Path(source)
-    check_source(source)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=FILES, ignore_patterns=OTHERS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise LowlineError(
-            f"{source}: neither a directory (working directory {Path.cwd()}) nor a model that the "
-            f"Hugging Face hub gives: {error}"
-        ) from None
+    checked_weights(hf_directory(source), hf)
 
 
 def load_hf_state_dict(
@@ -119,87 +138,21 @@ def load_hf_state_dict(
     file. A GGUF file is dequantized to float32 by transformers.
 
     Args:
-        source: a directory, or a hub id.
+        source: a directory, a hub id, or a GGUF file.
         gguf_file: a GGUF file in that directory to read instead of safetensors.
 
     Raises:
         ValueError: an unsupported model; no safetensors; a weight that is missing, unexpected or
             of another shape, named with both shapes.
     """
-    hf = read_config(source, gguf_file)
-    model, _ = config_from_hf(hf)
+    place, gguf_file = locate(source, gguf_file)
     if gguf_file is not None:
-        body = AutoModelForCausalLM.from_pretrained(
-            source,
-            gguf_file=gguf_file,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-        weights = body.state_dict()
+        body = load_teacher(place, gguf_file=gguf_file, dtype=torch.float32)
+        model, _ = config_from_hf(body.config)
+        weights = {name: body.state_dict()[name] for name in hf_shapes(body.config)}
     else:
-        weights = {name: read() for name, _, read in _safetensors(hf_directory(source))}
-    _check_fit({name: tuple(weight.shape) for name, weight in weights.items()}, hf, source)
-    known = hf_shapes(hf)
-    return from_hf_names({k: weights[k] for k in known}, tied=model.tie_embeddings)
-
-
-def hf_shapes(hf: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every weight such a checkpoint holds (tied heads left out)."""
-    with torch.device("meta"):
-        body = AutoModelForCausalLM.from_config(hf)
-    shapes = {name: tuple(weight.shape) for name, weight in body.state_dict().items()}
-    if hf.tie_word_embeddings:
-        del shapes["lm_head.weight"]
-    return shapes
-
-
-def check_shapes(
-    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str
-) -> None:
-    """Check that a checkpoint holds exactly the expected weights.
-
-    Raises:
-        ValueError: names the first few weights that are missing, unexpected or of another shape.
-    """
-    problems = [f"{k} is missing, expected {expected[k]}" for k in expected if k not in found]
-    problems += [f"{k} {found[k]} is unexpected" for k in found if k not in expected]
-    problems += [
-        f"{k} is {found[k]}, expected {expected[k]}"
-        for k in expected
-        if k in found and found[k] != expected[k]
-    ]
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise LowlineError(
-            f"{where}: the weights do not fit its configuration: {'; '.join(problems[:5])}{more}"
-        )
-
-
-def _check_fit(found: dict[str, tuple[int, ...]], hf: PreTrainedConfig, source: str | Path) -> None:
-    # Old checkpoints carry RoPE's frequencies, which are computed; some carry a tied head twice.
-    idle = {"lm_head.weight"} if hf.tie_word_embeddings else set()
-    idle |= {name for name in found if name.endswith("rotary_emb.inv_freq")}
-    found = {name: shape for name, shape in found.items() if name not in idle}
-    check_shapes(found, hf_shapes(hf), str(source))
-
-
-def _safetensors(
-    directory: Path,
-) -> Iterator[tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]]:
-    """Yield name, shape and, on demand, value of every weight in a directory's safetensors."""
-    index = directory / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    for name in names:
-        if Path(name).name != name:
-            raise LowlineError(f"{index}: {name!r} is not the name of a file beside it")
-        if not (directory / name).is_file():
-            raise LowlineError(
-                f"{directory / name}: no such file; weights are read from safetensors. Convert "
-                "others with transformers: from_pretrained(...).save_pretrained(...)"
-            )
-        with safe_open(directory / name, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                yield key, tuple(file.get_slice(key).get_shape()), partial(file.get_tensor, key)
+        directory = hf_directory(place)
+        hf = read_config(directory)
+        model, _ = config_from_hf(hf)
+        weights = read_weights(directory, hf)
+    return from_hf_names(weights, tied=model.tie_embeddings)

@@ -172,7 +172,8 @@ def teacher_run(run: RunConfig) -> RunConfig:
     Raises:
         ValueError: the teacher cannot be read, or cannot teach this run's model.
     """
-    from lowline.train.hf.config import config_from_hf, mixer_from_hf, read_config
+    from lowline.linearize.source import read_config
+    from lowline.train.hf.config import config_from_hf, mixer_from_hf
 
     source = run.objective.teacher
     assert source is not None
