@@ -81,13 +81,9 @@ def train(
 
         return convert(work)
     from lowline.train.blockwise.loader import inputs_of
-    from lowline.train.engine.preflight import check_run
-
-    inputs = inputs_of(work)
-    check_run(work, world_size, inputs)
     from lowline.train.engine.run import attempt
 
-    return attempt(work, inputs)[0]
+    return attempt(work, inputs_of(work))[0]
 
 
 def read(path: Path, overrides: Sequence[str], **options: Any) -> RunConfig | Conversion:

@@ -57,12 +57,9 @@ def train(config: RunConfig | str | os.PathLike[str], **changes: Any) -> Result:
     else:
         run = load_config(config, **changes)
     from lowline.train.blockwise.loader import inputs_of
-    from lowline.train.engine.preflight import check_run
     from lowline.train.engine.run import train as train_run
 
-    inputs = inputs_of(run)
-    check_run(run, int(os.environ.get("WORLD_SIZE", 1)), inputs)
-    return train_run(run, inputs)
+    return train_run(run, inputs_of(run))
 
 
 def _arguments(changes: Mapping[str, Any], table: str = "") -> Iterator[str]:

@@ -184,11 +184,11 @@ def _first_to_do(conversion: Conversion, runs: list[RunConfig]) -> int:
         ConfigError: a finished stage has another configuration, or one that is not finished is
             followed by others.
     """
-    from lowline.train.engine.done import is_done
+    from lowline.train.engine.done import is_to_do
 
     stages, blocks = conversion.stages, conversion.blocks
     for number, run in enumerate(runs):
-        if not is_done(run):
+        if is_to_do(run):
             break
         print(f"stage {stages.names[number]}: done, {stages.newest_step(number)}", flush=True)
     else:

@@ -12,6 +12,10 @@ import pytest
 import torch.distributed as dist
 from helpers import training
 
+from lowline.train.config.load import ConfigError, load_config
+from lowline.train.engine import lock, run
+from lowline.train.engine.lock import LOCK, alone
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -25,6 +29,7 @@ def _state(folder: Path) -> dict[str, tuple[int, int]]:
     return {
         str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.stat().st_size)
         for p in folder.rglob("*")
+        if p.name != LOCK  # a run is checked while it holds its folder
     }
 
 
@@ -105,6 +110,49 @@ def test_a_checkpoint_of_another_run(capsys, trained, argument, parts):
     said = _refused(capsys, trained, argument)
     for part in parts:
         assert part in said, said
+
+
+def test_a_run_is_checked_when_it_has_its_folder(tmp_path, monkeypatch):
+    """What another process saves while this one waits for it counts."""
+    output, locked, asked = tmp_path / "run", lock._locked, []
+
+    def held_at_first(file):
+        asked.append(file.name)
+        if len(asked) > 1:
+            return locked(file)
+        (output / "checkpoint" / "step-7").mkdir(parents=True)
+        return False
+
+    monkeypatch.setattr(lock, "_locked", held_at_first)
+    options = [f"--output={output}", "--checkpoint.resume=false"]
+    with pytest.raises(ConfigError, match=r"resume = false, but .*step-7 exists"):
+        run.train(load_config(training.TINY[1], options))
+    assert asked == [str(output / LOCK)] * 2
+
+
+def test_a_folder_that_is_held_is_not_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "PATIENCE", 0.0)
+    options = [f"--output={tmp_path}", "--tokenizer=./nowhere"]
+    with (
+        alone(tmp_path, patience=0.0),
+        pytest.raises(ConfigError, match="another process .* is writing to"),
+    ):
+        run.train(load_config(training.TINY[1], options))
+
+
+def test_a_folder_of_a_refused_run_goes_again(tmp_path):
+    folder = tmp_path / "made" / "run"
+    with pytest.raises(KeyError), alone(folder, patience=0.0):
+        assert (folder / LOCK).exists()
+        raise KeyError
+    assert not folder.exists()
+    with pytest.raises(KeyError), alone(folder, patience=0.0):
+        (folder / "config.toml").write_text("")
+        raise KeyError
+    assert (folder / "config.toml").exists()
+    with alone(tmp_path / "new", patience=0.0):
+        pass
+    assert (tmp_path / "new").exists()
 
 
 def test_initial_weights_of_another_shape(capsys, trained, tmp_path):

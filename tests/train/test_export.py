@@ -1,6 +1,7 @@
 """A training checkpoint to a Hugging Face directory and back into training."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lowline.tools.commands.generate import generate
 from lowline.tools.commands.import_ import import_tables
+from lowline.train.blockwise.store import Series
 from lowline.train.config.folder import is_step_folder
 from lowline.train.config.load import load_config, to_toml
 from lowline.train.config.run import RunConfig
@@ -120,6 +122,25 @@ def test_a_full_disk_leaves_the_earlier_export_whole(output, tmp_path, monkeypat
         tools_export.export(output, out, overwrite=True)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_killed_writers_left_goes(output, tmp_path):
+    """Of an export, and of stored inputs."""
+    left = tmp_path / ".out.0123abcd.partial"
+    left.mkdir()
+    (left / "model.safetensors").write_text("half")
+    shard = tmp_path / "inputs" / ".00003.safetensors.0123abcd.partial"
+    shard.parent.mkdir()
+    shard.write_text("half")
+    for path in (left, shard):
+        os.utime(path, (0, 0))
+    tools_export.export(output, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inputs", "out"]
+    Series(shard.parent).write(3, {"hidden": torch.zeros(2)})
+    assert sorted(path.name for path in shard.parent.iterdir()) == [
+        "00003.safetensors",
+        "shards.json",
+    ]
 
 
 def test_a_hugging_face_directory_is_no_step_folder(tmp_path):

@@ -98,9 +98,14 @@ def test_killed_before_its_evaluation(whole, tmp_path):
     assert training.curve(output) == training.curve(whole)
 
 
-def test_a_finished_run_is_left_alone(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "run")
-    assert training.train_here(tmp_path / "run") == 0
+def test_a_finished_run_is_left_alone(whole, tmp_path, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    assert training.train_here(output) == 0
+    said = capsys.readouterr().err
+    last = output / "checkpoint" / "step-12"
+    assert f"done     nothing is left to do: {last} is the last step; a larger training.st" in said
+    assert f"export   lowline export {output} {output}-hf" in said
     assert training.curve(tmp_path / "run") == training.curve(whole)
     assert read_metrics(tmp_path / "run") == read_metrics(whole)
 

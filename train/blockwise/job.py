@@ -132,13 +132,13 @@ def train_blocks(run: RunConfig, blocks: Blocks, job: Job) -> int | None:
         only chosen blocks were asked for, and they are trained.
     """
     from lowline.train.blockwise.loader import STORED
-    from lowline.train.engine.done import finish, is_done, mark
+    from lowline.train.engine.done import finish, is_done, is_to_do, mark
 
     runs, wanted = blocks.runs(run), blocks.wanted(run)
 
     def begin() -> list[int]:
         write_text(Path(run.output) / "config.toml", to_toml(run))
-        todo = [number for number in runs if number in wanted and not is_done(runs[number])]
+        todo = [number for number in runs if number in wanted and is_to_do(runs[number])]
         if todo or not wanted:
             _write_inputs(run, blocks)
         return todo

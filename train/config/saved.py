@@ -39,10 +39,15 @@ def upgraded(tree: dict[str, Any], where: str) -> dict[str, Any]:
     found = tree.pop("format", None)
     if found is None:
         return {name: _without_others(name, table) for name, table in tree.items()}
-    if not isinstance(found, int) or not 1 <= found <= FORMAT:
+    if type(found) is not int or found < 1:
         raise ConfigError(
-            f"{where}: format = {found!r}: this lowline reads formats 1 to {FORMAT}; the file was "
-            "written by a later version: install that one, or give another output"
+            f"{where}: format = {found!r}: must be an integer > 0; it is written by runs, so leave "
+            "it out of a file of your own"
+        )
+    if found > FORMAT:
+        raise ConfigError(
+            f"{where}: format = {found}: a later version of lowline wrote this file, and this one "
+            f"reads formats up to {FORMAT}; install the later version, or give another output"
         )
     return tree
 

@@ -9,14 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-
 from lowline.files import write_text
 from lowline.train.config.identity import differences
 from lowline.train.config.load import load_config, to_toml
 from lowline.train.config.run import RunConfig
 from lowline.train.config.tables import ConfigError
-from lowline.train.engine.preflight import check_run
 from lowline.train.engine.run import attempt
 
 if TYPE_CHECKING:
@@ -43,6 +40,21 @@ def is_done(run: RunConfig) -> bool:
     return True
 
 
+def is_to_do(run: RunConfig) -> bool:
+    """Return whether a run is not finished.
+
+    Raises:
+        ConfigError: it is, under another configuration or where checkpoint.resume = false.
+    """
+    done = is_done(run)
+    if done and not run.checkpoint.resume:
+        raise ConfigError(
+            f"checkpoint.resume = false, but {run.output} is finished; give another output, or "
+            "remove this folder and those of the stages after it"
+        )
+    return not done
+
+
 def finish(run: RunConfig, job: Job, inputs: Inputs | None = None) -> int:
     """Train a run of a job to its end and mark it as done; return the exit code.
 
@@ -52,7 +64,6 @@ def finish(run: RunConfig, job: Job, inputs: Inputs | None = None) -> int:
     Raises:
         LowlineError, OSError: the configuration cannot run.
     """
-    check_run(run, dist.get_world_size(), inputs)
     code, late = attempt(run, inputs)
     if code:
         return code

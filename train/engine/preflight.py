@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def check_run(run: RunConfig, world_size: int, inputs: Inputs | None = None) -> None:
-    """Make the output folder, or raise ConfigError, ValueError or OSError if `run` cannot work.
+    """Raise ConfigError, ValueError or OSError if `run` cannot work.
 
     Args:
         inputs: where its batches come from; default: the documents of [data].
@@ -41,7 +41,6 @@ def check_run(run: RunConfig, world_size: int, inputs: Inputs | None = None) -> 
         check_saved_lanes(newest, run.training.global_batch_size)
     elif run.checkpoint.initial_weights is not None:
         check_initial_weights(run)
-    _check_writable(Path(run.output))
 
 
 def check_inputs(run: RunConfig, world_size: int, inputs: Inputs | None = None) -> None:
@@ -178,10 +177,11 @@ def _check_rank_measurement(run: RunConfig) -> None:
         )
 
 
-def _check_writable(output: Path) -> None:
+def check_writable(output: Path) -> None:
+    """Raise ConfigError where a run's folder cannot be made or written to."""
+    place = next(path for path in (output, *output.absolute().parents) if path.exists())
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
+        tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
         raise ConfigError(
             f"output = {str(output)!r} cannot be written to: {error}; choose another folder"

@@ -31,6 +31,7 @@ from lowline.train.cost.parameters import count, model_parameters, shape_of, tra
 from lowline.train.engine.errors import RunError
 from lowline.train.engine.group import cleared, single_process_defaults
 from lowline.train.engine.lock import PATIENCE, alone
+from lowline.train.engine.preflight import check_run, check_writable
 from lowline.train.engine.titan_compat import prepare
 
 if TYPE_CHECKING:
@@ -71,14 +72,27 @@ def train(run: RunConfig, inputs: Inputs | None = None) -> Result:
     SIGTERM and Ctrl-C stop it after the step under way, with a checkpoint; `stopped_by` says so.
 
     Raises:
-        ConfigError: the output folder is in use, or the configuration cannot run.
+        LowlineError, OSError: the output folder is in use, or the configuration cannot run.
         RunError: training diverged, or something could not be read or written.
         KeyboardInterrupt: a second Ctrl-C.
     """
+    with _checked(run, inputs):
+        return _train(run, inputs)
+
+
+@contextmanager
+def _checked(run: RunConfig, inputs: Inputs | None) -> Iterator[None]:
+    """Hold a run's folder, so that no other run changes it, and check the run in it.
+
+    Raises:
+        LowlineError, OSError: the folder is in use, or the configuration cannot run.
+    """
     single_process_defaults()
+    check_writable(Path(run.output))
     held = alone(Path(run.output), patience=PATIENCE) if _is_first() else nullcontext()
     with held, cleared(), _heard(run):
-        return _train(run, inputs)
+        check_run(run, int(os.environ["WORLD_SIZE"]), inputs)
+        yield
 
 
 def _train(run: RunConfig, inputs: Inputs | None) -> Result:
@@ -87,6 +101,7 @@ def _train(run: RunConfig, inputs: Inputs | None) -> Result:
     from lowline.train.engine.trainer import trainer_config
 
     trainer = None
+    before = saved_steps(Path(run.output) / "checkpoint") if run.checkpoint.enable else []
     try:
         if _is_first():
             _write_config(run)
@@ -102,7 +117,8 @@ def _train(run: RunConfig, inputs: Inputs | None) -> Result:
             )
         else:
             newest = trainer.checkpointer.newest_saved()
-            trainer.metrics_processor.say(_next_step(run, newest))
+            nothing_left = before[-1:] == [trainer.step]
+            trainer.metrics_processor.say(_next_step(run, newest, nothing_left))
     finally:
         if trainer is not None:
             trainer.metrics_processor.close()
@@ -122,11 +138,19 @@ def _train(run: RunConfig, inputs: Inputs | None) -> Result:
 def attempt(run: RunConfig, inputs: Inputs | None = None) -> tuple[int, int]:
     """Train for the command line; return the exit code, and the last signal or 0.
 
-    What went wrong is written to standard error.
+    What went wrong in training is written to standard error.
+
+    Raises:
+        LowlineError, OSError: the output folder is in use, or the configuration cannot run.
     """
     _set_up_logging(run)
+    with _checked(run, inputs):
+        return _attempt(run, inputs)
+
+
+def _attempt(run: RunConfig, inputs: Inputs | None) -> tuple[int, int]:
     try:
-        result = train(run, inputs)
+        result = _train(run, inputs)
         return (128 + result.stopped_by if result.stopped_by else 0), result.signal
     except ConfigError as error:
         _complain(str(error))
@@ -200,11 +224,16 @@ def _summary(run: RunConfig, trainer: Trainer) -> list[str]:
     ]
 
 
-def _next_step(run: RunConfig, checkpoint: object) -> list[str]:
+def _next_step(run: RunConfig, checkpoint: object, nothing_left: bool) -> list[str]:
     """Return the lines on where the weights are, and what makes a model of them."""
     if not run.checkpoint.enable:
         return ["done     nothing was saved: checkpoint.enable = false"]
     lines = [f"done     {checkpoint}"]
+    if nothing_left:
+        lines = [
+            f"done     nothing is left to do: {checkpoint} is the last step; a larger "
+            "training.steps trains longer"
+        ]
     if run.block is None:
         lines.append(f"export   lowline export {quote(run.output)} {quote(f'{run.output}-hf')}")
     return lines
