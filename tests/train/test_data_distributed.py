@@ -26,6 +26,7 @@ from lowline.train.data import (
 )
 from lowline.train.data.loader import _LaneRows
 from lowline.train.data.order import Order
+from lowline.train.model.step_folder import stored
 
 SEQ_LEN = 8
 LANES = 8
@@ -291,10 +292,10 @@ def test_another_global_batch_is_refused_by_name(tmp_path, lanes):
     with pytest.raises(ValueError, match=message):
         build(source, lanes=lanes).load_state_dict(merged(loaders))
     with pytest.raises(ValueError, match=message):
-        check_saved_lanes(tmp_path / "ckpt", lanes)
-    check_saved_lanes(tmp_path / "ckpt", 8)
+        check_saved_lanes(stored(tmp_path / "ckpt"), lanes)
+    check_saved_lanes(stored(tmp_path / "ckpt"), 8)
     dcp.save({"other": torch.zeros(1)}, checkpoint_id=tmp_path / "none", no_dist=True)
-    check_saved_lanes(tmp_path / "none", 8)
+    check_saved_lanes(stored(tmp_path / "none"), 8)
 
 
 def test_other_data_is_refused(tmp_path):

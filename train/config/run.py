@@ -101,6 +101,8 @@ class CheckpointConfig:
     """Whether training runs on while a checkpoint is written."""
     resume: bool = True
     """Whether a run resumes from the newest checkpoint of its output; false refuses to find one."""
+    fallback: bool = False
+    """Whether an older checkpoint is used where the newest is damaged, which is then set aside."""
     allow_changes: bool = False
     """Whether a run may resume with other data, tokenizer, seed or initial weights than before."""
     initial_weights: Annotated[str | None, DATA] = None

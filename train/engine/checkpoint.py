@@ -2,19 +2,20 @@
 
 torchtitan's manager (DCP, asynchronous, resharding on load) with three changes. A save writes into
 `step-N.saving`; when every rank has finished, the one that writes DCP's metadata adds the run's
-config.toml and renames the folder. That is part of DCP's own agreement, so a save has succeeded on
-all ranks or failed on all. Deletions are renamed first too: a folder called step-N is whole,
-whenever the process was killed. A failed save stops the run with what is safe and the mend.
+config.toml and checksums, and renames the folder. That is part of DCP's own agreement, so a save
+has succeeded on all ranks or failed on all. Deletions are renamed first too: a folder called step-N
+is complete, whenever the process was killed. A failed save stops the run with what is safe and what
+to do. A step is compared with its checksums before it is loaded; `checkpoint.fallback` lets an
+older one take the place of a damaged one, which is renamed to step-N.damaged.
 
 A run may start from another's weights: mixers and LoRA's factors that only the run has then begin
 as they are initialized, and LoRA's factors of the other are merged into its weights.
-
-Left out: DCP's metadata file is a pickle. Load checkpoints of your own; weights from elsewhere come
-in as safetensors (`checkpoint.initial_weights` of a Hugging Face directory).
+A step folder from elsewhere cannot run code (`lowline.train.model.step_folder`).
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,21 +31,32 @@ from torch.distributed.checkpoint import (
     FileSystemWriter,
 )
 from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.futures import Future
 from torchtitan.components.checkpointer import AsyncMode, CheckpointManager
 from torchtitan.components.checkpointer.base import MODEL
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
 from lowline.errors import LowlineError
 from lowline.files import OLD, put_in_place, write_text
-from lowline.train.config.folder import is_step_folder, saved_steps
+from lowline.train.config.checksums import damage, digest, log_unsealed, seal
+from lowline.train.config.folder import (
+    damaged_error,
+    is_step_folder,
+    newest_intact,
+    saved_steps,
+)
 from lowline.train.engine.errors import RunError
+from lowline.train.model import step_folder
 from lowline.train.model.lora import is_lora, merge_stored_lora
+from lowline.train.model.step_folder import root_cause
 
-SAVING, DELETING = ".saving", ".deleting"
+SAVING, DELETING, DAMAGED = ".saving", ".deleting", ".damaged"
+
+logger = logging.getLogger("lowline")
 
 
 class CheckpointError(RunError, RuntimeError):
-    """A checkpoint could not be written or read; the message says what is safe and the mend."""
+    """A checkpoint could not be written or read; the message says what is safe and what to do."""
 
 
 class Checkpointer(CheckpointManager):
@@ -60,6 +72,9 @@ class Checkpointer(CheckpointManager):
     @dataclass(kw_only=True, slots=True)
     class Config(CheckpointManager.Config):
         run_config: str = ""  # the resolved TOML, saved as config.toml in every checkpoint
+        fallback: bool = False
+        accept: Callable[[Path], object] | None = None
+        """Raises ConfigError where an older step that is fallen back to does not fit the run."""
 
     def __init__(self, config: Config, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
@@ -67,6 +82,7 @@ class Checkpointer(CheckpointManager):
         if not self.enable:
             return
         self._run_config = config.run_config
+        self._fallback, self._accept = config.fallback, config.accept
         self._newest = max(saved_steps(self.folder), default=-1)  # saved, or being saved
         if dist.get_rank() == 0 and Path(self.folder).is_dir():
             for path in Path(self.folder).iterdir():
@@ -92,7 +108,8 @@ class Checkpointer(CheckpointManager):
     ) -> None:
         """Load a checkpoint of this run, or the model of another."""
         if checkpoint_id != self.initial_load_path:
-            super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
+            step_folder.load(state_dict, step_folder.StepReader(checkpoint_id))
+            self.states[MODEL].load_state_dict(state_dict)
             return
         ours = {name: weight for name, weight in state_dict.items() if not is_lora(name)}
         assert self.sd_adapter is not None
@@ -117,11 +134,14 @@ class Checkpointer(CheckpointManager):
         try:
             return super()._load(step)
         except (CheckpointException, ValueError, OSError) as error:
-            source = f"step-{self._newest} of {self.folder}"
-            if self._newest < 0:
-                source = str(self.initial_load_path)
-            cause = _root_cause(error)
-            raise CheckpointError(f"checkpoint {source} could not be loaded: {cause}") from error
+            source, instead = str(self.initial_load_path), ""
+            if self._newest >= 0:
+                source = f"step-{self._newest} of {self.folder}"
+                if older := [s for s in saved_steps(self.folder) if s < self._newest]:
+                    instead = f". Remove it to resume from the next older one, step-{older[-1]}"
+            raise CheckpointError(
+                f"checkpoint {source} could not be loaded: {root_cause(error)}{instead}"
+            ) from error
 
     def _wait_for_saving(self) -> None:
         try:
@@ -137,7 +157,7 @@ class Checkpointer(CheckpointManager):
         newest = self.newest_saved()
         return CheckpointError(
             f"checkpoint {self._create_checkpoint_id(self._newest)} could not be saved: "
-            f"{_root_cause(error)}. {free / 2**20:,.1f} MiB were free there. Newest whole "
+            f"{root_cause(error)}. {free / 2**20:,.1f} MiB were free there. Newest whole "
             f"checkpoint: {newest}. Free some space and give the same command again, which "
             f"{'starts anew' if newest == 'none' else 'goes on from it'}; or set a smaller "
             "checkpoint.keep, or put output on another disk"
@@ -153,7 +173,34 @@ class Checkpointer(CheckpointManager):
         return due and curr_step != self._newest
 
     def _find_load_step(self, folder: str = "") -> int:
-        return max(saved_steps(folder or self.folder), default=-1)
+        try:
+            found, damaged = newest_intact(
+                Path(self.folder),
+                lambda step: shared_damage(step) or step_folder.unreadable(step),
+                fallback=self._fallback,
+            )
+        except LowlineError as error:
+            raise CheckpointError(str(error)) from None
+        if found is None:
+            return -1
+        if damaged:
+            if self._accept is not None:
+                self._accept(found)
+            self._set_aside(damaged)
+            self._newest = int(found.name.removeprefix("step-"))
+        if dist.get_rank() == 0:
+            log_unsealed(found)
+        return int(found.name.removeprefix("step-"))
+
+    def _set_aside(self, damaged: list[Path]) -> None:
+        """Rename damaged folders, so that nothing takes them for checkpoints any more."""
+        dist.barrier()  # every rank has looked at them
+        for path in damaged if dist.get_rank() == 0 else ():
+            aside = path.with_name(path.name + DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            logger.warning("%s is damaged; it is now %s", path, aside.name)
+        dist.barrier()
 
     def _purge_stale_checkpoints(self) -> None:
         if self._should_purge():
@@ -186,8 +233,14 @@ def load_initial(
     """
     path = str(path)
     if is_step_folder(Path(path)):
-        stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        dcp.load(_present(weights, stored, path), checkpoint_id=path, no_dist=no_dist)
+        wrong = damage(Path(path)) if no_dist else shared_damage(Path(path))
+        if wrong is not None:
+            raise damaged_error(Path(path), wrong)
+        if no_dist or dist.get_rank() == 0:
+            log_unsealed(Path(path))
+        reader = step_folder.StepReader(path)
+        stored = reader.read_metadata().state_dict_metadata
+        step_folder.load(_present(weights, stored, path), reader, no_dist=no_dist)
         merge_stored_lora(weights, Path(path))
         return weights
     reader = adapter.get_hf_storage_reader(path)
@@ -221,7 +274,7 @@ def save_weights(
             no_dist=True,
         )
     except CheckpointException as error:
-        raise OSError(f"{folder} could not be written: {_root_cause(error)}") from error
+        raise OSError(f"{folder} could not be written: {root_cause(error)}") from error
 
 
 class _ReadingPlanner(DefaultSavePlanner):
@@ -250,8 +303,13 @@ class _WholeFolderWriter(FileSystemWriter):
         self._final, self._run_config = final, run_config
 
     def write_data(self, plan: Any, planner: Any) -> Any:
+        """Return, as a future, what DCP does and the digests of the files that this rank wrote."""
         try:
-            return super().write_data(plan, planner)
+            results = super().write_data(plan, planner).value()
+            names = {result.storage_data.relative_path for result in results}
+            done: Future = Future()
+            done.set_result((results, {name: digest(Path(self.path) / name) for name in names}))
+            return done
         except Exception as error:
             # DCP sends an error to the other ranks without its causes: send the first of them.
             while (earlier := error.__cause__ or error.__context__) is not None:
@@ -260,10 +318,21 @@ class _WholeFolderWriter(FileSystemWriter):
 
     def finish(self, metadata: Any, results: Any) -> None:
         """Call `write` on one rank; what it raises is raised on all."""
-        super().finish(metadata, results)
+        super().finish(metadata, [written for written, _ in results])
         temporary = Path(self.path)
         write_text(temporary / "config.toml", self._run_config)
+        seal(temporary, {name: one for _, digests in results for name, one in digests.items()})
         put_in_place(temporary, self._final)
+
+
+def shared_damage(folder: Path) -> str | None:
+    """Return what `damage` does to all ranks alike; each hashes its share of the files."""
+    parts = dist.get_world_size() if dist.is_initialized() else 1
+    if parts == 1:
+        return damage(folder)
+    found: list[str | None] = [None] * parts
+    dist.all_gather_object(found, damage(folder, part=dist.get_rank(), parts=parts))
+    return next((one for one in found if one is not None), None)
 
 
 def _present(wanted: dict[str, Any], stored: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -283,12 +352,3 @@ def _remove(folder: Path) -> None:
 
 def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
-
-
-def _root_cause(error: BaseException) -> str:
-    """Return the innermost message; DCP wraps what each rank raised."""
-    if isinstance(error, CheckpointException) and error.failures:
-        rank, (inner, _) = next(iter(error.failures.items()))
-        return f"rank {rank}: {_root_cause(inner)}"
-    cause = error.__cause__ or error.__context__
-    return _root_cause(cause) if cause is not None else f"{type(error).__name__}: {error}"

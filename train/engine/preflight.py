@@ -9,7 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowline.train.config.folder import is_step_folder, saved_steps
+from lowline.errors import LowlineError
+from lowline.train.config.checksums import damage
+from lowline.train.config.folder import check, is_step_folder, newest_intact, saved_steps
 from lowline.train.config.identity import differences
 from lowline.train.config.load import ConfigError, load_config
 from lowline.train.config.run import MixerConfig, RunConfig
@@ -24,23 +26,56 @@ def check_run(run: RunConfig, world_size: int, inputs: Inputs | None = None) -> 
     Args:
         inputs: where its batches come from; default: the documents of [data].
     """
-    from lowline.train.data import check_saved_lanes
-
     check_inputs(run, world_size, inputs)
     folder = Path(run.output) / "checkpoint"
     if run.checkpoint.enable and (steps := saved_steps(folder)):
-        newest = folder / f"step-{steps[-1]}"
         if not run.checkpoint.resume:
             raise ConfigError(
-                f"checkpoint.resume = false, but {newest} exists and would be overwritten; choose "
-                "another output folder, or remove this one"
+                f"checkpoint.resume = false, but {folder}/step-{steps[-1]} exists and would be "
+                "overwritten; choose another output folder, or remove this one"
             )
-        check_same_model(run, newest)
-        check_same_parts(run, newest)
-        check_same_data(run, newest)
-        check_saved_lanes(newest, run.training.global_batch_size)
+        newest = resume_point(run)
+        assert newest is not None
+        check_resumable(run, newest)
     elif run.checkpoint.initial_weights is not None:
         check_initial_weights(run)
+
+
+def resume_point(run: RunConfig, *, fallback: bool | None = None) -> Path | None:
+    """Return the step folder that a run resumes from, by its small files and the sizes of all.
+
+    Args:
+        fallback: instead of `checkpoint.fallback`.
+
+    Raises:
+        ConfigError: the newest is damaged and an older one may not be used, or all are damaged.
+    """
+    from lowline.train.model.step_folder import unreadable
+
+    seen: list[Path] = []
+
+    def look(step: Path) -> str | None:
+        seen.append(step)  # one that is to be named instead of another is read in full
+        return damage(step, shards=len(seen) > 1) or unreadable(step)
+
+    if fallback is None:
+        fallback = run.checkpoint.fallback
+    try:
+        folder = Path(run.output) / "checkpoint"
+        return newest_intact(folder, look, fallback=fallback)[0]
+    except LowlineError as error:
+        raise ConfigError(str(error)) from None
+
+
+def check_resumable(run: RunConfig, checkpoint: Path) -> None:
+    """Raise ConfigError or ValueError unless a run can resume from a step folder."""
+    from lowline.train.data import check_saved_lanes
+    from lowline.train.model.step_folder import stored
+
+    check_same_model(run, checkpoint)
+    check_same_parts(run, checkpoint)
+    check_same_data(run, checkpoint)
+    check_saved_lanes(stored(checkpoint), run.training.global_batch_size)
 
 
 def check_inputs(run: RunConfig, world_size: int, inputs: Inputs | None = None) -> None:
@@ -141,6 +176,7 @@ def check_initial_weights(run: RunConfig) -> None:
     if is_step_folder(folder):
         from lowline.train.hf.config import check_mixers
 
+        check(folder, shards=False)
         check_same_model(run, folder)
         check_mixers(initial_mixer(run), run.mixer, run.model.n_layers, path)
     elif (folder / "config.json").is_file():

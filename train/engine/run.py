@@ -23,7 +23,6 @@ import torch.distributed as dist
 
 from lowline.errors import LowlineError
 from lowline.files import write_text
-from lowline.train.config.folder import saved_steps
 from lowline.train.config.identity import differences
 from lowline.train.config.load import ConfigError, load_config, to_toml
 from lowline.train.config.run import RunConfig
@@ -31,7 +30,7 @@ from lowline.train.cost.parameters import count, model_parameters, shape_of, tra
 from lowline.train.engine.errors import RunError
 from lowline.train.engine.group import cleared, single_process_defaults
 from lowline.train.engine.lock import PATIENCE, alone
-from lowline.train.engine.preflight import check_run, check_writable
+from lowline.train.engine.preflight import check_run, check_writable, resume_point
 from lowline.train.engine.titan_compat import prepare
 
 if TYPE_CHECKING:
@@ -101,7 +100,7 @@ def _train(run: RunConfig, inputs: Inputs | None) -> Result:
     from lowline.train.engine.trainer import trainer_config
 
     trainer = None
-    before = saved_steps(Path(run.output) / "checkpoint") if run.checkpoint.enable else []
+    before = resume_point(run, fallback=True) if run.checkpoint.enable else None
     try:
         if _is_first():
             _write_config(run)
@@ -117,7 +116,7 @@ def _train(run: RunConfig, inputs: Inputs | None) -> Result:
             )
         else:
             newest = trainer.checkpointer.newest_saved()
-            nothing_left = before[-1:] == [trainer.step]
+            nothing_left = before is not None and before.name == f"step-{trainer.step}"
             trainer.metrics_processor.say(_next_step(run, newest, nothing_left))
     finally:
         if trainer is not None:
@@ -241,11 +240,10 @@ def _next_step(run: RunConfig, checkpoint: object, nothing_left: bool) -> list[s
 
 def _changed(run: RunConfig) -> list[str]:
     """Return a line for each key that has another value than in the newest checkpoint."""
-    folder = Path(run.output) / "checkpoint"
-    if not run.checkpoint.enable or not (steps := saved_steps(folder)):
+    if not run.checkpoint.enable or (folder := resume_point(run, fallback=True)) is None:
         return []
-    saved = load_config(folder / f"step-{steps[-1]}" / "config.toml")
-    return [f"changed  {d} (step {steps[-1]})" for d in differences(saved, run)]
+    saved = load_config(folder / "config.toml")
+    return [f"changed  {d} ({folder.name.replace('-', ' ')})" for d in differences(saved, run)]
 
 
 def _stage(run: RunConfig) -> list[str]:

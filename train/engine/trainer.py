@@ -42,7 +42,7 @@ from lowline.train.engine.group import comm_config
 from lowline.train.engine.inputs import DOCUMENTS, BatchLoader, Inputs
 from lowline.train.engine.metrics import DivergedError, Metrics
 from lowline.train.engine.optim import optimizer_config, schedule_config
-from lowline.train.engine.preflight import initial_mixer
+from lowline.train.engine.preflight import check_resumable, initial_mixer
 from lowline.train.engine.titan_compat import pipeline, without_assets
 from lowline.train.hf.weights import LlamaStateDictAdapter
 from lowline.train.model.build import build_model_config
@@ -341,6 +341,8 @@ def trainer_config(run: RunConfig, world_size: int, inputs: Inputs | None = None
             async_mode="async" if c.asynchronous else "disabled",
             last_save_model_only=False,
             run_config=to_toml(run),
+            fallback=c.fallback,
+            accept=partial(check_resumable, run),
             **weights,
         ),
         validator=Evaluator.Config(

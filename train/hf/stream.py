@@ -12,17 +12,17 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from lowline.cola.remote_code import add_remote_code
+from lowline.train.config.folder import check
 from lowline.train.config.load import load_config
 from lowline.train.model.lora import factor_names, is_lora, merged
+from lowline.train.model.step_folder import StepReader, load
 
 SHARD_BYTES = 5 * 10**9
 
@@ -40,7 +40,8 @@ class StepWeights:
     """
 
     def __init__(self, folder: Path, *, merge: bool = True) -> None:
-        self._reader = _Reader(folder)
+        check(folder)
+        self._reader = StepReader(folder)
         self._stored = {
             name: entry
             for name, entry in self._reader.read_metadata().state_dict_metadata.items()
@@ -71,7 +72,7 @@ class StepWeights:
             n: torch.empty(self._stored[n].size, dtype=self._stored[n].properties.dtype)
             for n in wanted
         }
-        dcp.load(found, storage_reader=self._reader, no_dist=True)
+        load(found, self._reader, no_dist=True)
         weight = found.pop(name)
         dtype = dtype or weight.dtype
         if found:
@@ -79,17 +80,6 @@ class StepWeights:
             A, B = found.values()
             weight = merged(weight, A, B, self._lora)
         return weight.to(dtype)
-
-
-class _Reader(dcp.FileSystemReader):
-    """DCP's reader, which reads the metadata once although weights are loaded one by one."""
-
-    _read: Metadata | None = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._read is None:
-            self._read = super().read_metadata(*args, **kwargs)
-        return self._read
 
 
 def _is_weight(name: str) -> bool:

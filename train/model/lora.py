@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -31,6 +30,7 @@ from lowline.cola.sharded import init_unsharded
 from lowline.train.config.load import load_config
 from lowline.train.config.run import LoraConfig
 from lowline.train.model.names import to_hf_name
+from lowline.train.model.step_folder import StepReader, load
 
 _A, _B = ".lora_a.weight", ".lora_b.weight"
 
@@ -87,10 +87,11 @@ def merged(
 
 def stored_factors(step_folder: Path) -> Factors:
     """Return the adapters in a run's step folder, whole and on the CPU; none of a run without."""
-    stored = dcp.FileSystemReader(step_folder).read_metadata().state_dict_metadata
+    reader = StepReader(step_folder)
+    stored = reader.read_metadata().state_dict_metadata
     found = {name: torch.empty(stored[name].size) for name in stored if is_lora(name)}  # type: ignore[union-attr]
     if found:
-        dcp.load(found, checkpoint_id=step_folder, no_dist=True)
+        load(found, reader, no_dist=True)
     adapted = [name.removesuffix(_A) for name in found if name.endswith(_A)]
     return {f"{name}.weight": (found[name + _A], found[name + _B]) for name in adapted}
 
