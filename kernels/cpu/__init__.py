@@ -3,10 +3,15 @@
     load("recurrence")   # the module built from recurrence.cpp, beside this file
 
 The compiler is `CXX` (which may have arguments), or c++; it needs Python's headers and OpenMP. A
-build goes to a temporary name and is renamed when it is whole, so that a killed or a simultaneous
-build leaves nothing half-written. The cache is `LOWLINE_CACHE`, or `~/.cache/lowline`; a file's
-name carries a hash of the source, the headers, the compiler's name, the flags, the processor and
-torch's version. A module that is there is loaded without a compiler.
+build goes to a temporary name, is flushed to disk and then renamed, so that a killed or a
+simultaneous build leaves nothing half-written. The cache is `LOWLINE_CACHE`, or `~/.cache/lowline`;
+a file's name carries a hash of the source, the headers, the compiler's name, the flags, the
+processor and torch's version. A module that is there is loaded without a compiler.
+
+A module is code, so a cache of somebody else is not used: folder and file belong to the user (or to
+root, as in an image of a container), and nobody else can write to them. A file ends with the
+SHA-256 of what is before it, which the loader of shared objects does not read; one that does not
+fit is built again.
 """
 
 from __future__ import annotations
@@ -20,13 +25,18 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
 from pathlib import Path
 from types import ModuleType
 
+from lowline.files import sync
+
 DAY = 24 * 3600  # seconds; no build takes that long
+FORMAT = "with SHA-256 at the end"  # of built files
+SEAL = 32  # bytes of it
 UNFINISHED = "lowline-build-"  # what the folder of a build is called
 CPU_INFO = Path("/proc/cpuinfo")
 FLAGS = ("-O3", "-std=c++20", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno")
@@ -51,10 +61,9 @@ def missing() -> str | None:
 
 @functools.cache
 def unavailable(name: str) -> str | None:
-    """Return why `load(name)` cannot work: the module is not built, and what a build lacks. Or
-    None.
-    """
-    return None if os.path.isfile(_library(name)) else missing()
+    """Return why `load(name)` cannot work: whose the cache is, or what a build lacks. Or None."""
+    library = _library(name)
+    return _foreign(library) or (None if _is_intact(library) else missing())
 
 
 @functools.cache
@@ -63,16 +72,44 @@ def load(name: str) -> ModuleType:
 
     Raises:
         RuntimeError: no compiler, the source does not compile (with the compiler's words), or a
-            cache that cannot be written.
+            cache that cannot be written or that others can write to.
     """
     library, module = _library(name), f"lowline_{name}"
-    if not os.path.isfile(library):  # unlike Path's, no error where the folder cannot be read
+    if reason := _foreign(library):
+        raise RuntimeError(f"cannot load {library.name}: {reason}")
+    if not _is_intact(library):
         _build(_source(name), module, library)
     spec = importlib.util.spec_from_file_location(module, library)
     assert spec is not None and spec.loader is not None
     built = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(built)
     return built
+
+
+def _foreign(library: Path) -> str | None:
+    """Return why others may have written a file of the cache, or its folder; None if not so."""
+    for path in (library.parent, library):
+        try:
+            found = path.stat()
+        except OSError:  # not there, or not to be looked at: nothing is loaded from it
+            continue
+        if found.st_uid not in (os.geteuid(), 0):
+            what = f"{path} belongs to another user (id {found.st_uid})"
+        elif found.st_mode & 0o022:
+            what = f"others can write to {path} (mode {found.st_mode & 0o777:o}): chmod go-w it"
+        else:
+            continue
+        return f"{what}; or set LOWLINE_CACHE to a folder of your own"
+    return None
+
+
+def _is_intact(library: Path) -> bool:
+    """Tell whether a file is there that ends with the SHA-256 of the rest."""
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-SEAL]).digest() == content[-SEAL:]
 
 
 def _source(name: str) -> Path:
@@ -100,14 +137,22 @@ def _build_facts() -> list[str]:
         features = ("flags", "Features")  # x86's word and ARM's
         processor = next((line for line in lines if line.startswith(features)), processor)
     headers = "".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.h")))
-    return [*FLAGS, *_compiler(), processor, torch.__version__, platform.python_version(), headers]
+    return [
+        FORMAT,
+        *FLAGS,
+        *_compiler(),
+        processor,
+        torch.__version__,
+        platform.python_version(),
+        headers,
+    ]
 
 
 def _build(source: Path, module: str, library: Path) -> None:
     if reason := missing():
         raise RuntimeError(f"cannot build {source.name}: {reason}")
     try:
-        library.parent.mkdir(parents=True, exist_ok=True)
+        library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         room = tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=library.parent)
     except OSError as error:
         raise RuntimeError(
@@ -117,8 +162,14 @@ def _build(source: Path, module: str, library: Path) -> None:
     with room as folder:
         _sweep(library.parent)
         made = Path(folder) / library.name
+        print(f"compiling {source.name}, once, about a minute", file=sys.stderr, flush=True)
         _compile(source, module, made)
+        content = made.read_bytes()
+        made.write_bytes(content + hashlib.sha256(content).digest())
+        made.chmod(0o700)
+        sync(made)
         os.replace(made, library)
+    sync(library.parent)
 
 
 def _sweep(cache: Path) -> None:

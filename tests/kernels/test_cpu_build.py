@@ -67,6 +67,67 @@ def test_a_build_is_kept_and_a_changed_header_makes_another(folder: Path) -> Non
 
 
 @needs_compiler
+def test_a_damaged_module_is_built_again(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A cut one ends the process with SIGBUS where it is loaded, an empty one raises."""
+    (folder / "tiny.cpp").write_text(SOURCE)
+    cpu.load("tiny")
+    assert capfd.readouterr().err == "compiling tiny.cpp, once, about a minute\n"
+    library = cpu._library("tiny")
+    content = library.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    for damaged in (b"", b"text", content[: len(content) // 2], bytes(flipped)):
+        library.unlink()  # this process has it in memory: its bytes must stay
+        library.write_bytes(damaged)
+        library.chmod(0o700)
+        cpu.load.cache_clear()
+        assert cpu.load("tiny").__name__ == "lowline_tiny"
+        assert library.read_bytes() == content or cpu._is_intact(library)
+        assert "compiling tiny.cpp" in capfd.readouterr().err
+    cpu.load.cache_clear()
+    cpu.load("tiny")
+    assert capfd.readouterr().err == ""
+
+
+@needs_compiler
+def test_what_others_can_write_is_not_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "tiny.cpp").write_text(SOURCE)
+    cpu.load("tiny")
+    library = cpu._library("tiny")
+    cache = library.parent
+    assert cache.stat().st_mode & 0o777 == 0o700 == library.stat().st_mode & 0o777
+    for path, mode in ((cache, 0o777), (cache, 0o720), (library, 0o702)):
+        path.chmod(mode)
+        for cached in (cpu.load, cpu.unavailable):
+            cached.cache_clear()
+        with pytest.raises(RuntimeError, match=rf"others can write to {path} .mode {mode:o}"):
+            cpu.load("tiny")
+        assert backends.choose("op", "auto", CPU, module="tiny") == "torch"
+        path.chmod(0o700)
+    monkeypatch.setattr(cpu.os, "geteuid", lambda: 12345)
+    owner = cache.stat().st_uid
+    cpu.load.cache_clear()
+    if owner:
+        with pytest.raises(RuntimeError, match=rf"belongs to another user .id {owner}"):
+            cpu.load("tiny")
+    else:
+        assert cpu.load("tiny").__name__ == "lowline_tiny"  # root's
+
+
+@needs_compiler
+@pytest.mark.skipif(os.geteuid() != 0, reason="giving a file away needs root")
+@pytest.mark.parametrize("planted", ["cache", "library"])
+def test_a_module_of_another_user_is_not_loaded(folder: Path, planted: str) -> None:
+    (folder / "tiny.cpp").write_text(SOURCE)
+    cpu.load("tiny")
+    library = cpu._library("tiny")
+    os.chown(library if planted == "library" else library.parent, 65534, 65534)
+    cpu.load.cache_clear()
+    with pytest.raises(RuntimeError, match=r"belongs to another user .id 65534.*LOWLINE_CACHE"):
+        cpu.load("tiny")
+
+
+@needs_compiler
 def test_a_broken_source_gives_the_compilers_words(folder: Path) -> None:
     (folder / "broken.cpp").write_text("int main() { return undeclared_name; }")
     with pytest.raises(RuntimeError, match="undeclared_name"):
