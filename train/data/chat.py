@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lowline.errors import LowlineError
-from lowline.train.data.template import TemplateRefusalError, check_source, render_chat
+from lowline.train.data.template import TemplateRefusalError, check_template_source, render_chat
 from lowline.train.data.values import BadRowError, Number, Place
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
             "conversations need a tokenizer with a chat template, and this one has none: take the "
             "tokenizer of an instruction-tuned model, or set data.text_key to train on plain text"
         )
-    check_source(tokenizer.get_chat_template())
+    check_template_source(tokenizer.get_chat_template())
 
 
 def conversation_tokens(

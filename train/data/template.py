@@ -41,7 +41,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Any, **options: An
     """
     import jinja2
 
-    check_source(tokenizer.get_chat_template())
+    check_template_source(tokenizer.get_chat_template())
     try:
         with _limited(_SECONDS):
             rendered: Any = tokenizer.apply_chat_template(messages, tokenize=False, **options)
@@ -71,7 +71,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Any, **options: An
 
 
 @lru_cache(maxsize=16)
-def check_source(template: str) -> None:
+def check_template_source(template: str) -> None:
     """Raise LowlineError for a template that could make a number of any size in one step."""
     import jinja2
 

@@ -84,6 +84,7 @@ def check_inputs(run: RunConfig, world_size: int, inputs: Inputs | None = None) 
     from lowline.train.data.chat import check_template
     from lowline.train.data.tokenizer import load_tokenizer
     from lowline.train.engine.inputs import DOCUMENTS
+    from lowline.train.hf.settings import check_exportable
 
     run.local_batch_size(world_size)
     _check_rank_measurement(run)
@@ -97,6 +98,8 @@ def check_inputs(run: RunConfig, world_size: int, inputs: Inputs | None = None) 
             f"tokenizer {run.tokenizer!r} makes ids up to {needed - 1}, but model.vocab_size = "
             f"{run.model.vocab_size}; set it to at least {needed}, or choose another tokenizer"
         )
+    if run.block is None:  # a group of layers is exported with the others of its stage
+        check_exportable(run, tokenizer.hf)
     run.objective.check_files(run)
     (inputs or DOCUMENTS).check(run)
     if run.evaluation.enable:

@@ -9,11 +9,13 @@ Qwen2's, other RoPE scalings, layers that mix window and full attention, quantiz
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
 from transformers import (
     LlamaConfig,
     MistralConfig,
@@ -29,8 +31,10 @@ from lowline.errors import LowlineError
 from lowline.linearize.body.hf import FAMILIES, PREFIX, SOFTMAX, LinearizedConfig
 from lowline.linearize.convert import linearized_config, parse_layers
 from lowline.linearize.mixers import MIXERS
-from lowline.linearize.source import read_config
+from lowline.linearize.source import named, read_config
 from lowline.train.config.run import ColaConfig, MixerConfig, ModelConfig, RopeScaling
+
+Table = TypeVar("Table")
 
 
 def config_to_hf(
@@ -110,6 +114,11 @@ def config_from_hf(
         hf, name = source, source.name_or_path or source.model_type
     else:
         hf, name = read_config(source, gguf_file), str(source)
+    with named(name):  # fields of any type may be in a file
+        return _tables(hf, name)
+
+
+def _tables(hf: PreTrainedConfig, name: str) -> tuple[ModelConfig, ColaConfig]:
     family = hf.model_type.removeprefix(PREFIX)
     if family not in FAMILIES:
         raise _refusal(name, "model_type", hf.model_type, ", ".join(FAMILIES))
@@ -121,9 +130,11 @@ def config_from_hf(
         if getattr(hf, field, False):
             raise _refusal(name, field, getattr(hf, field), "false or 0")
     if getattr(hf, "quantization_config", None) is not None:
-        method = hf.quantization_config.get("quant_method", "unknown")
+        method = dict(hf.quantization_config).get("quant_method", "unknown")
         raise _refusal(name, "quantization_config", method, "weights that are not quantized")
-    model = ModelConfig(
+    model = _checked(
+        ModelConfig,
+        name,
         dim=hf.hidden_size,
         n_layers=hf.num_hidden_layers,
         n_heads=hf.num_attention_heads,
@@ -132,23 +143,40 @@ def config_from_hf(
         ffn_dim=hf.intermediate_size,
         vocab_size=hf.vocab_size,
         max_seq_len=min(hf.max_position_embeddings, window or hf.max_position_embeddings),
-        rope_theta=float(hf.rope_parameters["rope_theta"]),
+        rope_theta=hf.rope_parameters["rope_theta"],
         rope_scaling=_rope_from_hf(hf.rope_parameters, name),
         norm_eps=hf.rms_norm_eps,
         tie_embeddings=hf.tie_word_embeddings,
         qk_norm=family == "qwen3" or getattr(hf, "qk_norm", False),
         qkv_bias=family == "qwen2",
-        mlp_activation=activations[hf.hidden_act],  # type: ignore[arg-type]
+        mlp_activation=activations[hf.hidden_act],
     )
     if family != CoLAConfig.model_type:
         return model, ColaConfig(rank=0)
     ranks = hf.ranks
     uniform = len(set(ranks.values())) == 1
-    return model, ColaConfig(
+    return model, _checked(
+        ColaConfig,
+        name,
         rank=ranks["q"] if uniform else {p: ranks[p] for p in PROJECTIONS if ranks[p]},
-        activation=hf.bottleneck_activation,  # type: ignore[arg-type]
+        activation=hf.bottleneck_activation,
         bias=hf.bottleneck_bias,
     )
+
+
+def _checked(table: type[Table], name: str, **fields: Any) -> Table:
+    """Return a table whose values are those that a TOML file may have.
+
+    Raises:
+        LowlineError: names the first that is not.
+    """
+    try:
+        return TypeAdapter(table).validate_json(json.dumps(fields, default=asdict))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        what = f"{key} = {first['input']!r} cannot be trained: " if key else ""
+        raise LowlineError(f"{name}: {what}{first['msg']}") from None
 
 
 def mixer_from_hf(hf: PreTrainedConfig) -> MixerConfig | None:
@@ -265,7 +293,9 @@ def _rope_from_hf(rope: Mapping[str, Any], name: str) -> RopeScaling | None:
         raise _refusal(name, "rope_parameters.truncate", rope["truncate"], "true")
     names = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
     bounds = {key: float(rope[key]) for key in names if rope.get(key) is not None}
-    return RopeScaling(
+    return _checked(
+        RopeScaling,
+        name,
         kind=kind,
         factor=float(rope["factor"]),
         original_max_seq_len=rope["original_max_position_embeddings"],

@@ -25,16 +25,19 @@ from transformers import PreTrainedConfig
 
 from lowline.errors import LowlineError
 from lowline.files import write_folder
-from lowline.linearize.body.hf import LinearizedConfig
 from lowline.linearize.card import CARD
 from lowline.linearize.source import check_shapes, hf_directory, hf_shapes, locate, read_config
 from lowline.linearize.source import load_tokenizer as load_hf_tokenizer
-from lowline.train.config.folder import find_checkpoint, is_step_folder
-from lowline.train.config.load import load_config
+from lowline.train.config.folder import find_checkpoint
 from lowline.train.config.run import RunConfig
 from lowline.train.data.tokenizer import load_tokenizer
 from lowline.train.hf.card import model_card
-from lowline.train.hf.config import config_to_hf
+from lowline.train.hf.settings import (
+    began_with,
+    exported_config,
+    generation_settings,
+    origin,
+)
 from lowline.train.hf.stream import StepWeights, save_directory
 from lowline.train.hf.weights import load_hf_state_dict
 from lowline.train.model.lora import save_adapter, stored_factors
@@ -76,29 +79,24 @@ def export(
     if adapter and run.lora is None:
         raise LowlineError(f"{step_folder}: a run without [lora] has no adapter; export the model")
     tokenizer = load_tokenizer(run.tokenizer).hf
-    hf = config_to_hf(
-        run.model,
-        run.cola,
-        run.mixer,
-        max_seq_len=run.training.seq_len,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    if isinstance(hf, LinearizedConfig):
-        hf.teacher = _origin(run)
+    hf = exported_config(run, tokenizer)
+    generation = generation_settings(began_with(run), hf)
     weights, names = open_weights(step_folder, hf, merge=not adapter)
     kind = DTYPES[dtype] if dtype is not None else _dtype(run, weights)
     shapes = {name: weights.kinds[ours][0] for name, ours in names.items()}
+
+    def read(name: str) -> torch.Tensor:
+        return weights.read(names[name], kind)
+
     with _replaced_whole(Path(output), overwrite) as folder:
-        save_directory(folder, hf, shapes, kind, lambda name: weights.read(names[name], kind))
+        save_directory(folder, hf, shapes, kind, read, generation)
         if adapter:
             assert run.lora is not None
             save_adapter(folder / "adapter", stored_factors(step_folder), run.lora, str(output))
         tokenizer.save_pretrained(folder)
         parameters = sum(map(math.prod, shapes.values()))
         name, step = Path(output).resolve().name, step_folder.name
-        card = model_card(name, run, hf, parameters, step, base_model=_origin(run))
+        card = model_card(name, run, hf, parameters, step, base_model=origin(run))
         (folder / CARD).write_text(card, encoding="utf-8")
     return Path(output)
 
@@ -108,29 +106,12 @@ def _dtype(run: RunConfig, weights: StepWeights) -> torch.dtype:
     stored = {dtype for _, dtype in weights.kinds.values()}
     if len(stored) == 1:
         return stored.pop()
-    origin = _origin(run)
-    if origin is not None and (Path(origin) / "config.json").is_file():
-        dtype = read_config(origin).dtype
+    source = origin(run)
+    if source is not None and (Path(source) / "config.json").is_file():
+        dtype = read_config(source).dtype
         if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
             return dtype
     return torch.float32
-
-
-def _origin(run: RunConfig) -> str | None:
-    """Return what a run converted: its teacher, or the Hugging Face directory that its stages began
-    with.
-
-    None where the run began with random weights, or with a step folder that is gone.
-    """
-    if run.objective.teacher is not None or run.checkpoint.initial_weights is None:
-        return run.objective.teacher
-    source = Path(run.checkpoint.initial_weights)
-    if is_step_folder(source):
-        return _origin(load_config(source / "config.toml"))
-    if not (source / "config.json").is_file():
-        return None
-    hf = read_config(source)
-    return hf.teacher if isinstance(hf, LinearizedConfig) else str(source)
 
 
 def import_weights(
@@ -156,10 +137,11 @@ def import_weights(
     weights = load_hf_state_dict(place, gguf_file=gguf_file)
     weights = to_hf_names(weights, tied=hf.tie_word_embeddings)
     tokenizer = load_hf_tokenizer(place, gguf_file=gguf_file)
+    generation = generation_settings(None if gguf_file is not None else Path(place), hf)
     with _replaced_whole(Path(output), overwrite) as folder:
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         dtype = next(iter(weights.values())).dtype
-        save_directory(folder, hf, shapes, dtype, lambda name: weights[name].clone())
+        save_directory(folder, hf, shapes, dtype, lambda name: weights[name].clone(), generation)
         tokenizer.save_pretrained(folder)
     return Path(output)
 

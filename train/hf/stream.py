@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -87,7 +88,12 @@ def _is_weight(name: str) -> bool:
 
 
 def save_directory(
-    folder: Path, hf: PreTrainedConfig, shapes: Shapes, dtype: torch.dtype, read: Read
+    folder: Path,
+    hf: PreTrainedConfig,
+    shapes: Shapes,
+    dtype: torch.dtype,
+    read: Read,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the configuration and the weights of a model as `save_pretrained` would.
 
@@ -96,14 +102,22 @@ def save_directory(
         shapes: of all weights, by their Hugging Face names.
         dtype: of the weights.
         read: returns a weight in that dtype.
+        generation: what generation_config.json holds; None: what follows from `hf`.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf, dtype=dtype, trust_remote_code=False)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(dtype).removeprefix("torch.")
+    for elsewhere in ("auto_map", "transformers_weights"):  # files that are not written here
+        if getattr(model.config, elsewhere, None) is not None:
+            delattr(model.config, elsewhere)
     add_remote_code(model.config, folder)
     model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
+    if generation is None:
+        model.generation_config.save_pretrained(folder)
+    else:
+        text = json.dumps(generation, indent=2) + "\n"
+        (folder / "generation_config.json").write_text(text, encoding="utf-8")
     write_shards(folder, shapes, dtype, read)
 
 
