@@ -1,4 +1,4 @@
-"""The causal short convolution in C++ (`kernels/cpu/scan.cpp`), as operators for torch.compile."""
+"""The causal short convolution in C++ (`kernels/cpu/conv.h`), as operators for torch.compile."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 // The softmaxes of the Hedgehog feature map on a CPU, in one pass over rows that a GEMM has just left
 // in the cache.
+#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <vector>
 

@@ -6,92 +6,16 @@
 // are N vectors, and no sum over lanes stands in the forward loop. Tokens go in chunks of 64, all
 // groups of channels of a chunk before the next, so that a chunk's rows are read while they are in
 // the cache; rows lie too far apart for the processor to fetch the next ones by itself. For the
-// backward pass the forward one keeps the states at the chunks' beginnings; a
-// chunk's states and decays are computed anew from them. A group belongs to one thread, for all
-// sequences, so only the gradients of B and C, sums over channels, need a copy a thread.
-#include <ATen/Parallel.h>
-#include <torch/extension.h>
+// backward pass the forward one keeps the states at the chunks' beginnings; a chunk's states and
+// decays are computed from them again. A group belongs to one thread, for all sequences, so only
+// the gradients of B and C, sums over channels, need a copy per thread.
+#include <torch/csrc/utils/pybind.h>
 
-#include <algorithm>
-#include <array>
-#include <optional>
-#include <vector>
-
-#include "functions.h"
+#include "conv.h"
 
 namespace {
 
 using namespace lowline;
-using at::Tensor;
-using Optional = std::optional<Tensor>;
-
-constexpr int64_t CHUNK = 64;
-constexpr int64_t AHEAD = 4;  // tokens between a row's prefetch and its use
-
-// (batch, time, channels) in memory, channels next to one another; null where there is no tensor.
-template <class T> struct Rows {
-  T* data = nullptr;
-  int64_t batch = 0, time = 0;
-  Rows() = default;
-  explicit Rows(const Tensor& t) : data((T*)t.data_ptr()), batch(t.stride(0)), time(t.stride(1)) {
-    TORCH_INTERNAL_ASSERT(t.size(2) <= 1 || t.stride(2) == 1);
-  }
-  explicit Rows(const Optional& t) { if (t) *this = Rows(*t); }
-  T* at(int64_t b, int64_t t) const { return data + b * batch + t * time; }
-};
-
-template <class... R> void prefetch(int64_t b, int64_t t, int64_t channel, const R&... rows) {
-  ((rows.data ? __builtin_prefetch(rows.at(b, t) + channel) : void()), ...);
-}
-
-// Where a sequence lies: rows [start, start + length) of a batch row, and its first chunk's number.
-struct Sequence { int64_t batch, start, length, chunk; };
-
-int64_t chunks_of(int64_t length) { return (length + CHUNK - 1) / CHUNK; }
-
-std::vector<Sequence> sequences(int64_t batch, int64_t time, const Optional& cu_seqlens) {
-  std::vector<Sequence> found;
-  int64_t chunk = 0;
-  auto add = [&](int64_t b, int64_t start, int64_t length) {
-    found.push_back({b, start, length, chunk});
-    chunk += chunks_of(length);
-  };
-  if (cu_seqlens) {
-    const Tensor bounds = cu_seqlens->to(at::kLong).contiguous();
-    const int64_t* at = bounds.data_ptr<int64_t>();
-    for (int64_t s = 0; s + 1 < bounds.numel(); s++) add(0, at[s], at[s + 1] - at[s]);
-  } else {
-    for (int64_t b = 0; b < batch; b++) add(b, 0, time);
-  }
-  return found;
-}
-
-int64_t chunk_count(const std::vector<Sequence>& all) {
-  return all.empty() ? 0 : all.back().chunk + chunks_of(all.back().length);
-}
-
-Tensor in_float(const Tensor& t) { return t.to(at::kFloat).contiguous(); }
-
-// (..., channels) in fp32, filled with zeros to whole vectors.
-Tensor whole_vectors(const Tensor& t) {
-  return in_float(at::constant_pad_nd(t, {0, (W - t.size(-1) % W) % W}));
-}
-
-struct Channels {  // one number a channel; zeros where there is no tensor
-  Tensor kept;
-  const float* data = nullptr;
-  explicit Channels(const Optional& t) {
-    if (t) kept = whole_vectors(*t), data = kept.data_ptr<float>();
-  }
-  vec operator[](int64_t group) const { return data ? load(data + group * W) : vec{}; }
-};
-
-struct Buffer {  // room for n vectors
-  struct alignas(4 * W) Line { float lane[W]; };
-  std::vector<Line> lines;
-  explicit Buffer(int64_t n) : lines(n) {}
-  float* at(int64_t i) { return lines.data()[i].lane; }
-};
 
 template <class T> struct Scan {
   Rows<T> x, dt, z;
@@ -291,13 +215,6 @@ template <class T> struct Scan {
   }
 };
 
-// Calls f with an element of x's type.
-template <class F> void with_type(const Tensor& x, F f) {
-  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, "fp32 or bf16");
-  if (x.scalar_type() == at::kFloat) f(float{});
-  else f(bf16{});
-}
-
 // The state is (S, channels, N) in fp32; it is moved over the sequences in place. `kept` is empty, or
 // has room for the states at the chunks' beginnings: for every chunk N times whole vectors.
 Tensor scan_forward(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
@@ -345,139 +262,6 @@ std::vector<Tensor> scan_backward(const Tensor& dy, const Tensor& x, const Tenso
   dA = dA.transpose(1, 2).flatten(0, 1).narrow(0, 0, channels);
   return {dx, ddt, dA, dBs.sum(0), dCs.sum(0),
           dD.narrow(0, 0, channels), dz, dbias.narrow(0, 0, channels)};
-}
-
-// y_t = act(bias + Σ_k weight_k x_{t-taps+1+k}) a channel; rows before the first are the state's.
-template <class T> struct Conv {
-  Rows<T> x;
-  Tensor weight_tensor;
-  const float* weight;  // (taps, channels), whole vectors
-  Channels bias;
-  bool silu;
-  const T* state;  // (S, taps - 1, channels)
-  int64_t taps, channels, groups;
-  std::vector<Sequence> all;
-
-  Conv(const Tensor& x_, const Tensor& weight_, const Optional& bias_, bool silu_,
-       const Tensor& state_, const Optional& cu_seqlens)
-      : x(x_), weight_tensor(whole_vectors(weight_.t())), weight(weight_tensor.data_ptr<float>()),
-        bias(bias_), silu(silu_), state((const T*)state_.data_ptr()), taps(weight_.size(1)),
-        channels(x_.size(2)), groups((channels + W - 1) / W),
-        all(sequences(x_.size(0), x_.size(1), cu_seqlens)) {}
-
-  int lanes_of(int64_t group) const { return std::min<int64_t>(W, channels - group * W); }
-  vec tap(int64_t k, int64_t group) const { return load(weight + (k * groups + group) * W); }
-
-  // Row t of a sequence; before its first token, the state's.
-  const T* row(size_t s, int64_t t) const {
-    return t >= 0 ? x.at(all[s].batch, all[s].start + t)
-                  : state + (s * (taps - 1) + taps - 1 + t) * channels;
-  }
-
-  vec before_activation(const T* const* rows, int64_t group, int lanes) const {
-    vec sum = bias[group];
-    for (int64_t k = 0; k < taps; k++) sum += tap(k, group) * load(rows[k] + group * W, lanes);
-    return sum;
-  }
-
-  // Calls f(sequence, first group, last group + 1) for all, a thread's channels side by side: rows
-  // are read in order.
-  template <class F> void each_sequence(F f) const {
-    at::parallel_for(0, groups, 4, [&](int64_t begin, int64_t end) {
-      for (size_t s = 0; s < all.size(); s++) f(s, begin, end);
-    });
-  }
-
-  void forward(Rows<T> y, T* final_state) const {
-    each_sequence([&](size_t s, int64_t begin, int64_t end) {
-      std::vector<const T*> rows(taps);
-      for (int64_t t = 0; t < all[s].length; t++) {
-        for (int64_t k = 0; k < taps; k++) rows[k] = row(s, t - taps + 1 + k);
-        T* to = y.at(all[s].batch, all[s].start + t);
-        for (int64_t g = begin; g < end; g++) {
-          vec out = before_activation(rows.data(), g, lanes_of(g));
-          if (silu) out *= sigmoid(out);
-          store(to + g * W, out, lanes_of(g));
-        }
-      }
-      for (int64_t r = 0; r < taps - 1; r++)
-        for (int64_t g = begin; g < end; g++)
-          store(final_state + (s * (taps - 1) + r) * channels + g * W,
-                load(row(s, all[s].length - taps + 1 + r) + g * W, lanes_of(g)), lanes_of(g));
-    });
-  }
-
-  // From the last token down to the state's first row: dx_t = Σ_k weight_k d_{t+taps-1-k}, where d
-  // is the gradient before the activation; recent[j] holds d_{t+j}.
-  void backward(Rows<T> dy, const float* dfinal, Rows<T> dx, float* dstate, float* dweight,
-                float* dbias) const {
-    each_sequence([&](size_t s, int64_t begin, int64_t end) {
-      const auto& [batch, start, length, chunk] = all[s];
-      Buffer buffer(taps * (end - begin));
-      std::vector<float*> recent(taps);
-      for (int64_t j = 0; j < taps; j++) recent[j] = buffer.at(j * (end - begin));
-      std::vector<const T*> rows(taps);
-      for (int64_t t = length - 1; t > -taps; t--) {
-        std::rotate(recent.begin(), recent.end() - 1, recent.end());
-        if (t >= 0)
-          for (int64_t k = 0; k < taps; k++) rows[k] = row(s, t - taps + 1 + k);
-        const int64_t left = t - length + taps - 1;  // the row's place in the final state
-        for (int64_t g = begin; g < end; g++) {
-          const int lanes = lanes_of(g);
-          vec d = {}, sum = {};
-          if (t >= 0) {
-            d = load(dy.at(batch, start + t) + g * W, lanes);
-            if (silu) {
-              const vec out = before_activation(rows.data(), g, lanes);
-              d *= silu_slope(out, sigmoid(out));
-            }
-            for (int64_t k = 0; k < taps; k++) {
-              float* at = dweight + (k * groups + g) * W;
-              store(at, load(at) + d * load(rows[k] + g * W, lanes));
-            }
-            store(dbias + g * W, load(dbias + g * W) + d);
-          }
-          store(recent[0] + (g - begin) * W, d);
-          for (int64_t k = 0; k < taps; k++)
-            sum += tap(k, g) * load(recent[taps - 1 - k] + (g - begin) * W);
-          if (left >= 0)
-            sum += load(dfinal + (s * (taps - 1) + left) * channels + g * W, lanes);
-          if (t >= 0) store(dx.at(batch, start + t) + g * W, sum, lanes);
-          else store(dstate + (s * (taps - 1) + taps - 1 + t) * channels + g * W, sum, lanes);
-        }
-      }
-    });
-  }
-};
-
-// States are (S, taps - 1, channels) here, in x's type; their gradients are in fp32.
-std::array<Tensor, 2> conv_forward(const Tensor& x, const Tensor& weight, const Optional& bias,
-                                   bool silu, const Tensor& state, const Optional& cu_seqlens) {
-  Tensor y = at::empty(x.sizes(), x.options()), final_state = at::empty_like(state);
-  with_type(x, [&](auto element) {
-    using T = decltype(element);
-    Conv<T>(x, weight, bias, silu, state, cu_seqlens)
-        .forward(Rows<T>(y), (T*)final_state.data_ptr());
-  });
-  return {y, final_state};
-}
-
-// Gradients of x, weight, bias and the initial state.
-std::array<Tensor, 4> conv_backward(const Tensor& dy, const Tensor& dfinal, const Tensor& x,
-                                    const Tensor& weight, const Optional& bias, bool silu,
-                                    const Tensor& state, const Optional& cu_seqlens) {
-  const int64_t channels = x.size(2), filled = (channels + W - 1) / W * W;
-  const Tensor wide = in_float(dfinal);
-  Tensor dx = at::empty(x.sizes(), x.options()), dstate = at::empty_like(wide);
-  Tensor dweight = at::zeros({weight.size(1), filled}, wide.options());
-  Tensor dbias = at::zeros({filled}, wide.options());
-  with_type(x, [&](auto element) {
-    using T = decltype(element);
-    Conv<T>(x, weight, bias, silu, state, cu_seqlens)
-        .backward(Rows<T>(dy), wide.data_ptr<float>(), Rows<T>(dx), dstate.data_ptr<float>(),
-                  dweight.data_ptr<float>(), dbias.data_ptr<float>());
-  });
-  return {dx, dweight.narrow(1, 0, channels).t(), dbias.narrow(0, 0, channels), dstate};
 }
 
 }  // namespace
