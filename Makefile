@@ -1,4 +1,4 @@
-# make demo   pretrain three small models and compare them      make test   the tests
+# make demo   pretrain three small models and compare them      make test   the tests      make smoke   a few
 # make demo-linearize   convert a real 135M Llama, evaluate it, decode beside its teacher
 # make docs   the documentation site, in build/site
 # make lint   ruff and mypy      make test-slow, make test-gpu  the marked tests
@@ -9,7 +9,16 @@ FOLDERS := kernels cola linearize train configs tools
 # The folders at the top (kernels/, train/, ...) must not shadow packages of those names.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo demo-linearize test test-slow test-gpu lint docs clean
+# A file's tests share fixtures, so one worker runs all of them; tests/conftest.py orders the files.
+WORKERS := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# A few cheap tests of every folder: formulas, one training run, configurations, commands.
+SMOKE := tests/test_files.py tests/kernels/test_doors.py tests/kernels/test_packs.py \
+	tests/cola/test_cola.py tests/cola/test_projections.py tests/linearize/test_titan.py \
+	tests/linearize/test_mixers.py::test_formula tests/train/test_objectives.py tests/train/test_stages.py \
+	tests/train/test_train.py::test_it_learns_and_records_everything \
+	tests/tools/test_cli.py::test_help_imports_nothing_slow
+
+.PHONY: demo demo-linearize test smoke test-slow test-gpu lint docs clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("lowline needs Python 3.11 or newer; set PYTHON=python3.x" if sys.version_info < (3, 11) else 0)'
@@ -25,7 +34,10 @@ demo-linearize: $(VENV)/installed
 	$(BIN)/lowline demo linearize
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS) --durations 20
+
+smoke: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS) $(SMOKE)
 
 test-slow: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow

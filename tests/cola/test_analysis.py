@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 from helpers import runs
+from helpers.processes import FOR_HELPERS
 from helpers.runs import make_run
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -268,51 +269,55 @@ TWO_PROCESSES = """
     from torchtitan.distributed import ParallelDims
     from torchtitan.distributed.utils import set_spmd_backend
     from torchtitan.trainer import Trainer
+    from helpers.ranks import fork_ranks
     from lowline.train.model.build import build_model_config
     from lowline.train.model.parallelize import parallelize
     from test_analysis import build, measured, run_config
 
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    mesh = init_device_mesh("cpu", (2,))
-    tokens = torch.randint(0, 128, (4, 32), generator=torch.Generator().manual_seed(1))
-    expected = measured(build(), tokens)
+    def main():
+        dist.init_process_group("gloo")
+        rank = dist.get_rank()
+        mesh = init_device_mesh("cpu", (2,))
+        tokens = torch.randint(0, 128, (4, 32), generator=torch.Generator().manual_seed(1))
+        expected = measured(build(), tokens)
 
-    # Each process sees half of the tokens; their sums make the whole.
-    model = build()
-    with torch.no_grad(), ActivationRanks(model) as seen:
-        model(tokens[2 * rank : 2 * rank + 2])
-    assert seen.ranks(group=mesh.get_group()) == expected
-    assert seen.ranks(group=mesh.get_group()) == expected  # asking again does not add again
-    assert seen.ranks() != expected
+        # Each process sees half of the tokens; their sums make the whole.
+        model = build()
+        with torch.no_grad(), ActivationRanks(model) as seen:
+            model(tokens[2 * rank : 2 * rank + 2])
+        assert seen.ranks(group=mesh.get_group()) == expected
+        assert seen.ranks(group=mesh.get_group()) == expected  # asking again does not add again
+        assert seen.ranks() != expected
 
-    # An activation split by tokens stays local, one split by features is made whole.
-    x = torch.arange(32.0).view(2, 4, 4)
-    assert torch.equal(_whole_rows(distribute_tensor(x, mesh, [Shard(1)])), x.chunk(2, 1)[rank])
-    assert torch.equal(_whole_rows(distribute_tensor(x, mesh, [Shard(2)])), x)
-    assert torch.equal(_whole_rows(distribute_tensor(x, mesh, [Replicate()])), x)
-    assert torch.equal(_whole_rows(DTensor.from_local(x, mesh, [Partial()])), 2 * x)
+        # An activation split by tokens stays local, one split by features is made whole.
+        x = torch.arange(32.0).view(2, 4, 4)
+        assert torch.equal(_whole_rows(distribute_tensor(x, mesh, [Shard(1)])), x.chunk(2, 1)[rank])
+        assert torch.equal(_whole_rows(distribute_tensor(x, mesh, [Shard(2)])), x)
+        assert torch.equal(_whole_rows(distribute_tensor(x, mesh, [Replicate()])), x)
+        assert torch.equal(_whole_rows(DTensor.from_local(x, mesh, [Partial()])), 2 * x)
 
-    # Tensor parallelism: o's and down's bottlenecks are split by tokens, the others are whole.
-    parallelism = ParallelismConfig(tensor_parallel_degree=2, spmd_backend="partial_dtensor")
-    training = TrainingConfig(seq_len=32, mixed_precision_param="float32")
-    set_spmd_backend("partial_dtensor")
-    config = build_model_config(run_config())
-    config.update_from_config(config=Trainer.Config(parallelism=parallelism, training=training))
-    split = config.build()
-    parallelize(
-        split, parallel_dims=ParallelDims.from_config(parallelism, 2), training=training,
-        parallelism=parallelism, compile_config=CompileConfig(), ac_config=None, dump_folder="",
-    )
-    torch.manual_seed(0)
-    with torch.no_grad():
-        split.init_states()
-    with torch.no_grad(), ActivationRanks(split) as seen:
-        split(tokens)
-    found = seen.ranks(group=mesh.get_group())
-    assert all(abs(found[name] - expected[name]) <= 1 for name in expected), (found, expected)
-    print("ok", rank, flush=True)
-    dist.destroy_process_group()
+        # Tensor parallelism: o's and down's bottlenecks are split by tokens, the others are whole.
+        parallelism = ParallelismConfig(tensor_parallel_degree=2, spmd_backend="partial_dtensor")
+        training = TrainingConfig(seq_len=32, mixed_precision_param="float32")
+        set_spmd_backend("partial_dtensor")
+        config = build_model_config(run_config())
+        config.update_from_config(config=Trainer.Config(parallelism=parallelism, training=training))
+        split = config.build()
+        parallelize(
+            split, parallel_dims=ParallelDims.from_config(parallelism, 2), training=training,
+            parallelism=parallelism, compile_config=CompileConfig(), ac_config=None, dump_folder="",
+        )
+        torch.manual_seed(0)
+        with torch.no_grad():
+            split.init_states()
+        with torch.no_grad(), ActivationRanks(split) as seen:
+            split(tokens)
+        found = seen.ranks(group=mesh.get_group())
+        assert all(abs(found[name] - expected[name]) <= 1 for name in expected), (found, expected)
+        print("ok", rank, flush=True)
+        dist.destroy_process_group()
+
+    fork_ranks(main, processes=2)
 """
 
 
@@ -320,12 +325,12 @@ def test_two_processes(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(textwrap.dedent(TWO_PROCESSES))
     result = subprocess.run(
-        [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc_per_node=2",
-         "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", script],
-        env=os.environ | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1",
-                          "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent)))},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [sys.executable, "-P", str(script)],
+        env=FOR_HELPERS | {"PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent)))},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 0, result.stderr[-9000:]
     assert result.stdout.count("ok") == 2
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import training
+from helpers.processes import FOR_HELPERS
 
 WORKER = Path(__file__).parents[1] / "workers" / "parallel_model.py"
 SHAPES = (
@@ -33,11 +33,9 @@ TOLERANCE = 1e-5
 
 def launch(processes: int, folder: Path) -> dict[str, Any]:
     report = folder / "report.json"
-    command = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(WORKER)]
     run = subprocess.run(
-        [sys.executable, "-P", *command, str(report)],
-        env=training.ENVIRONMENT | {"PYTHONPATH": str(WORKER.parents[1])},
+        [sys.executable, "-P", str(WORKER), str(processes), str(report)],
+        env=FOR_HELPERS,
         capture_output=True,
         text=True,
         timeout=600,

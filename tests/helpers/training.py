@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from unittest import mock
 
 import torch
 
+from helpers.processes import ENVIRONMENT, train_line
 from lowline.train.config.run import ColaConfig, ModelConfig
 
 TINY = (
@@ -31,17 +31,11 @@ TINY = (
 )
 MODEL = ModelConfig(dim=64, n_layers=2, n_heads=2, ffn_dim=172, vocab_size=4096)
 MIXER = ('--mixer.name="lolcats"', "--mixer.options={window = 8}", "--cola.rank=0")
-ENVIRONMENT = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
 
 def command(output: Path, *arguments: str, processes: int = 1) -> list[str]:
     """Return the command line of a tiny run."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    return [
-        *(sys.executable, "-P", *(launcher if processes > 1 else ()), "-m", "lowline.train"),
-        *(*TINY, f"--output={output}", *arguments),
-    ]
+    return train_line(*TINY, f"--output={output}", *arguments, processes=processes)
 
 
 def launch(output: Path, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.processes import FOR_HELPERS, TESTS
 
 from lowline.linearize.mixers import MIXERS
 from lowline.train.config.load import ConfigError, load_config
 
-TESTS = Path(__file__).parents[1]
 BASE = TESTS.parent / "configs" / "demo_dense.toml"
 OTHERS = ("lora", "lora beside a mixer", "qk_norm", "low-rank")
 LEARNED = ("gated_deltanet", "hedgehog", "kda", "lolcats", "low-rank", "qk_norm", "retention",
@@ -27,12 +25,10 @@ TOLERANCE = 1e-4
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     report = tmp_path_factory.mktemp("two") / "report.json"
-    command = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    more = {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    worker = TESTS / "workers" / "parallel_stages.py"
     run = subprocess.run(
-        [sys.executable, "-P", *command, str(TESTS / "workers" / "parallel_stages.py"), report],
-        env=os.environ | more,
+        [sys.executable, "-P", str(worker), str(report)],
+        env=FOR_HELPERS,
         capture_output=True,
         text=True,
         timeout=600,

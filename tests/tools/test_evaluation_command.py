@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -268,6 +269,8 @@ def test_a_mistake_is_told_before_anything_is_measured(
     folder, tmp_path, capsys, monkeypatch, arguments, words
 ):
     monkeypatch.chdir(tmp_path)
+    theirs = SimpleNamespace(all_tasks=["piqa"])  # lm-eval takes many seconds to list its own
+    monkeypatch.setattr("lowline.linearize.evaluation.harness._task_manager", lambda _: theirs)
     output = tmp_path / "out"
     command = ["evaluate", str(folder / "lolcats"), "--quick", *arguments, "--output", str(output)]
     assert main(command) == 2

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import training
+from helpers.processes import ENVIRONMENT, train_line
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -83,15 +84,21 @@ def command(teacher: Path, folder: Path, *more: str) -> list[str]:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    return subprocess.run(arguments, env=environment, capture_output=True, text=True)
+    return subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True)
 
 
 def called(*arguments: str) -> object:
+    """Run `lowline ARGUMENTS` in this process, which spares its imports; return the exit code."""
     try:
-        return main(arguments)
+        with training.one_process():
+            return main(arguments)
     except SystemExit as ended:
         return ended.code
+
+
+def command_here(teacher: Path, folder: Path, *more: str) -> object:
+    line = command(teacher, folder, *more)
+    return called(*line[line.index("linearize") :])
 
 
 def losses(folder: Path) -> list[float]:
@@ -125,25 +132,28 @@ def test_a_model_comes_out(teacher: Path, converted: Path) -> None:
     assert model.config.teacher == str(teacher)
 
 
-def test_again_there_is_nothing_to_do(teacher: Path, converted: Path) -> None:
+def test_again_there_is_nothing_to_do(
+    teacher: Path, converted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def times() -> list[int]:
         return [p.stat().st_mtime_ns for p in sorted((converted / "out").rglob("*"))]
 
     before = times()
-    done = run(*command(teacher, converted))
-    assert done.returncode == 0, done.stderr
-    assert "stage transfer: done" in done.stdout and "stage distill: done" in done.stdout
+    assert command_here(teacher, converted) == 0
+    said = capsys.readouterr().out
+    assert "stage transfer: done" in said and "stage distill: done" in said
     assert times() == before  # nor is the model written again
 
 
-def test_the_model_in_another_dtype_needs_no_training(teacher: Path, converted: Path) -> None:
+def test_the_model_in_another_dtype_needs_no_training(
+    teacher: Path, converted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The weights of the last stage, rounded; and back."""
     exported = converted / "out" / "model" / "model.safetensors"
     before, written = load_file(exported), []
     for dtype in ("bfloat16", "bfloat16", "float32"):
-        done = run(*command(teacher, converted, "--dtype", dtype))
-        assert done.returncode == 0, done.stderr
-        assert "stage distill: done" in done.stdout
+        assert command_here(teacher, converted, "--dtype", dtype) == 0
+        assert "stage distill: done" in capsys.readouterr().out
         after = load_file(exported)
         assert before.keys() == after.keys()
         for name, weight in before.items():
@@ -152,10 +162,12 @@ def test_the_model_in_another_dtype_needs_no_training(teacher: Path, converted: 
     assert written[0] == written[1] < written[2]  # it was of that dtype already
 
 
-def test_another_configuration_is_refused(teacher: Path, converted: Path) -> None:
-    done = run(*command(teacher, converted, "--stage.transfer.optimizer.lr=0.5"))
-    assert done.returncode == 2
-    assert "optimizer.lr = 0.01, now 0.5" in done.stderr and "1-transfer" in done.stderr
+def test_another_configuration_is_refused(
+    teacher: Path, converted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_here(teacher, converted, "--stage.transfer.optimizer.lr=0.5") == 2
+    said = capsys.readouterr().err
+    assert "optimizer.lr = 0.01, now 0.5" in said and "1-transfer" in said
 
 
 def test_another_gguf_file_is_refused(
@@ -185,14 +197,9 @@ def test_another_gguf_file_is_refused(
 
 def job(teacher: Path, folder: Path, *more: str, processes: int = 2) -> list[str]:
     """Return the command line of the same conversion as a job of torchrun."""
-    line = command(teacher, folder)
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    given = ["--config", str(folder / "stages.toml"), f"--source={teacher}"]
-    return [
-        *(line[0], *(launcher if processes > 1 else ()), "-m", "lowline.train", *given),
-        *(f"--output={folder / 'out'}", *more),
-    ]
+    command(teacher, folder)  # writes the file
+    given = ("--config", str(folder / "stages.toml"), f"--source={teacher}")
+    return train_line(*given, f"--output={folder / 'out'}", *more, processes=processes)
 
 
 def converted_here(teacher: Path, folder: Path, *more: str) -> int:
@@ -200,7 +207,7 @@ def converted_here(teacher: Path, folder: Path, *more: str) -> int:
     from lowline.train.__main__ import main as train
 
     with training.one_process():
-        return train(job(teacher, folder, *more, processes=1)[3:])
+        return train(job(teacher, folder, *more, processes=1)[4:])
 
 
 def stage(folder: Path, name: str) -> Path:
@@ -245,13 +252,12 @@ def test_a_job_of_one_process_is_the_command(
 
 
 def test_a_stage_is_a_run_of_its_own(teacher: Path, tmp_path: Path) -> None:
-    """The second stage, which draws random numbers, alone in a process gives the same."""
+    """The second stage, which draws random numbers, alone gives the same."""
     more = ("--stage.distill.objective.window_dropout=0.5",)
     assert converted_here(teacher, tmp_path, *more) == 0
     second = stage(tmp_path, "2-distill")
-    line = ["-m", "lowline.train", "--config", str(second / "config.toml")]
-    alone = run(sys.executable, *line, f"--output={tmp_path / 'alone'}")
-    assert alone.returncode == 0, alone.stderr
+    line = ("train", "--config", str(second / "config.toml"), f"--output={tmp_path / 'alone'}")
+    assert called(*line) == 0
     assert training.curve(tmp_path / "alone") == training.curve(second)
 
 
@@ -261,7 +267,7 @@ def test_a_job_is_killed_and_resumes(
     teacher: Path, converted_by_two: Path, tmp_path: Path, name: str
 ) -> None:
     line = job(teacher, tmp_path)
-    process = subprocess.Popen(line, env=training.ENVIRONMENT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(line, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     while process.poll() is None and not saved_steps(stage(tmp_path, name) / "checkpoint"):
         time.sleep(0.02)
     assert process.poll() is None
@@ -284,7 +290,7 @@ def test_a_signal_stops_a_job(teacher: Path, tmp_path: Path) -> None:
     """In its second stage, with a checkpoint; then it resumes there."""
     more = ("--stage.distill.checkpoint.every=1000", "--stage.distill.training.steps=40")
     line = job(teacher, tmp_path, *more, processes=1)
-    process = subprocess.Popen(line, env=training.ENVIRONMENT, text=True,
+    process = subprocess.Popen(line, env=ENVIRONMENT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     second = stage(tmp_path, "2-distill")
     while process.poll() is None and not read_metrics(second):
@@ -345,7 +351,7 @@ def interrupted(arguments: list[str], stage: Path, number: int) -> int:
     """Give the command alone a signal once the stage has a checkpoint; its exit code."""
     process = subprocess.Popen(
         arguments,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
+        env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -392,11 +398,6 @@ def test_bad_input(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (str(teacher), ("--evaluation", "some"), "choose from quick, full, none"),
         (str(teacher), ("--training.global_batch_size=3", "--processes=2"), "cannot be dealt out"),
     ):
-        line = command(Path(source), tmp_path, *more)
-        if message == "has no tokenizer":  # the real command once, the same function then
-            done = run(*line)
-            code, said = done.returncode, done.stderr
-        else:
-            code, said = called(*line[line.index("linearize") :]), capsys.readouterr().err
-        assert code == 2 and message in said, said
+        code = command_here(Path(source), tmp_path, *more)
+        assert code == 2 and message in (said := capsys.readouterr().err), said
         assert not (tmp_path / "out" / "stages").exists()

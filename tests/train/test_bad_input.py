@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 from helpers import training
+from helpers.processes import ENVIRONMENT, train_line
 
 from lowline.train.config.load import ConfigError, load_config
 from lowline.train.engine import lock, run
@@ -192,8 +191,7 @@ def test_the_real_command_says_it_once():
 
 
 def test_the_exit_code_of_the_real_command():
-    line = [sys.executable, "-P", "-m", "lowline.train", "--config", "no.toml"]
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    result = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+    line = train_line("--config", "no.toml")
+    result = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
     assert result.stderr.startswith("lowline train: no.toml: no such file")

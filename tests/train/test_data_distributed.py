@@ -4,16 +4,15 @@ Every test reads documents that spell their own number, so that what came out ca
 """
 
 import json
-import os
 import pickle
 import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from helpers.processes import ENVIRONMENT, torchrun
 
 from lowline.errors import LowlineError
 from lowline.train.data import (
@@ -395,11 +394,9 @@ dist.destroy_process_group()
 def launch(root, world, streaming, steps, die_at=-1):
     script = root / "train.py"
     script.write_text(TRAIN)
-    command = f"{sys.executable} -P -m torch.distributed.run --nproc_per_node={world}".split()
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    command += [str(script), str(root), str(int(streaming)), str(steps), str(die_at)]
-    env = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    words = (str(root), str(int(streaming)), str(steps), str(die_at))
+    command = torchrun(str(script), *words, processes=world)
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
 def logged(root):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers import training
+from helpers.processes import FOR_HELPERS
 from helpers.runs import build, make_run
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -170,13 +170,8 @@ def test_shards_of_two_ranks_go_in_and_out(tmp_path):
     run = run_of(tie_embeddings=True, qk_norm=True)
     saved(run, tmp_path / "one" / "checkpoint" / "step-1")
     first = tools_export.export(tmp_path / "one", tmp_path / "first", dtype="bfloat16")
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    subprocess.run(
-        [*command, str(WORKER), str(first), str(tmp_path / "two")],
-        check=True,
-        env=training.ENVIRONMENT | {"PYTHONPATH": str(WORKER.parents[1])},
-    )
+    line = [sys.executable, "-P", str(WORKER), str(first), str(tmp_path / "two")]
+    subprocess.run(line, check=True, env=FOR_HELPERS)
     step = tmp_path / "two" / "checkpoint" / "step-1"
     (step / "config.toml").write_text(to_toml(run))
     second = tools_export.export(step, tmp_path / "second", dtype="bfloat16")

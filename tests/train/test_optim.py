@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-from pathlib import Path
+import sys
 
 import pytest
 import torch
 from helpers import training
+from helpers.processes import FOR_HELPERS, TESTS
 
 from lowline.train.config.optimizer import SCHEDULES, MuonConfig, OptimizerConfig
 from lowline.train.engine.optim import Muon, optimizer_config, schedule_config
@@ -102,14 +103,10 @@ def test_options_of_a_resumed_run_are_the_configured_ones():
 def sharded(tmp_path_factory):
     """Three steps on two ranks with Muon and AdamW, in two microbatches each."""
     output = tmp_path_factory.mktemp("sharded") / "run"
-    line = training.command(output, processes=2)
-    line[line.index("-m", 4) : line.index("--config") + 1] = [
-        str(Path(__file__).parents[1] / "workers" / "engine_on_two_ranks.py")
-    ]
+    worker = TESTS / "workers" / "engine_on_two_ranks.py"
+    line = [sys.executable, "-P", str(worker), *training.TINY[1:], f"--output={output}"]
     line += ["--optimizer.name=muon", "--training.local_batch_size=2", "--schedule.warmup_steps=0"]
-    result = subprocess.run(
-        line, env=training.ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
+    result = subprocess.run(line, env=FOR_HELPERS, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 

@@ -12,15 +12,13 @@ weights moved by 1.2e-7, gradient norms by 3.1e-7.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import training
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -41,25 +39,12 @@ def unpack(folder: Path, *names: str) -> None:
             tar.extractall(folder, filter="data")
 
 
-def command(folder: Path, *arguments: str) -> None:
-    """Run `lowline ARGUMENTS` in a folder to its end."""
-    environment = {
-        **os.environ,
-        **{"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        "HF_HOME": str(folder / "cache"),
-    }
-    line = [sys.executable, "-m", "lowline.tools.cli", *arguments]
-    done = subprocess.run(
-        line, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def command_here(patch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> None:
+def command(patch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> None:
     """Run `lowline ARGUMENTS` in a folder, but in this process, which spares its imports."""
     patch.chdir(folder)
     patch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder / "cache"))
-    assert main(arguments) == 0
+    with training.one_process():
+        assert main(arguments) == 0
 
 
 def expected(name: str) -> Any:
@@ -106,39 +91,41 @@ def logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
 def test_a_pretraining_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unpack(tmp_path, "inputs", "pretraining", "finished")
     before = recorded(tmp_path / "run")
-    command(tmp_path, "train", "--config", "train.toml")
+    command(monkeypatch, tmp_path, "train", "--config", "train.toml")
     check_curve(tmp_path / "run", "pretraining", before=before)
-    command_here(monkeypatch, tmp_path, "export", "run", "exported")
+    command(monkeypatch, tmp_path, "export", "run", "exported")
     check_weights(tmp_path / "exported" / MODEL, tmp_path / "cola" / MODEL)
 
 
 def test_a_checkpoint_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that the older code wrote, without being trained on."""
     unpack(tmp_path, "inputs", "pretraining", "finished")
-    command_here(monkeypatch, tmp_path, "export", "run", "exported")
+    command(monkeypatch, tmp_path, "export", "run", "exported")
     check_weights(tmp_path / "exported" / MODEL, tmp_path / "step-4.safetensors")
 
 
-def test_a_conversion_is_resumed_in_its_second_stage(tmp_path: Path) -> None:
+def test_a_conversion_is_resumed_in_its_second_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     unpack(tmp_path, "inputs", "conversion", "finished")
     stages = tmp_path / "conversion" / "stages"
     first = stages / "1-transfer"
     finished, before = times(first), recorded(stages / "2-lora")
     line = ("linearize", "--config", "stages.toml", "--processes", "1", "--evaluation", "none")
-    command(tmp_path, *line)
+    command(monkeypatch, tmp_path, *line)
     assert times(first) == finished
     check_curve(stages / "2-lora", "lora", before=before)
     check_weights(tmp_path / "conversion" / "model" / MODEL, tmp_path / "converted" / MODEL)
 
 
-def test_a_conversion_in_blocks_is_resumed(tmp_path: Path) -> None:
+def test_a_conversion_in_blocks_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first of two blocks is trained; the inputs of the second lie on disk."""
     unpack(tmp_path, "inputs", "blocks", "finished")
     stage = tmp_path / "blocks" / "stages" / "1-transfer"
     first = stage / "blocks" / "00"
     before = times(first)
     line = ("linearize", "--config", "blocks.toml", "--processes", "1", "--evaluation", "none")
-    command(tmp_path, *line, "--block-size", "1")
+    command(monkeypatch, tmp_path, *line, "--block-size", "1")
     assert times(first) == before
     assert (stage / "blocks" / "01" / "done.toml").is_file()
     check_weights(tmp_path / "blocks" / "model" / MODEL, tmp_path / "blocks.safetensors")
@@ -150,7 +137,7 @@ def test_finished_directories_are_evaluated(
     unpack(tmp_path, "inputs", "finished")
     arguments = ("--tasks", "perplexity", "--text", "text/held_out.jsonl", "--contexts", "32")
     more = ("--tokens", "512", "--no-baselines", "--output", "report")
-    command_here(monkeypatch, tmp_path, "evaluate", "cola", "converted", *arguments, *more)
+    command(monkeypatch, tmp_path, "evaluate", "cola", "converted", *arguments, *more)
     records = json.loads((tmp_path / "report" / "results.json").read_text())["records"]
     found = {record["label"]: record["scores"][0]["loss"] for record in records}
     assert found == pytest.approx(expected("held_out"), rel=1e-6)

@@ -1,6 +1,6 @@
 """Three steps of a sharded run, each compared with plain torch optimizers on gathered tensors.
 
-    torchrun --nproc_per_node=2 tests/workers/engine_on_two_ranks.py OUTPUT KEY=VALUE...
+    python tests/workers/engine_on_two_ranks.py CONFIG KEY=VALUE...
 
 Prints, as JSON on rank 0: the number of microbatches and of each step's reduce-scatters, and by
 optimizer its parameters and their largest difference from the reference's.
@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from helpers.ranks import fork_ranks
 
 from lowline.train.config.load import load_config
 from lowline.train.engine.titan_compat import prepare
@@ -22,7 +23,6 @@ STEPS = 3
 
 
 def main(config: str, *overrides: str) -> None:
-    prepare()
     from lowline.train.engine.trainer import trainer_config
 
     trainer = trainer_config(load_config(config, overrides), 2).build()
@@ -73,4 +73,7 @@ def _reference(ours: torch.optim.Optimizer, copies: dict) -> torch.optim.Optimiz
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    prepare()
+    import lowline.train.engine.trainer  # noqa: F401  (once, for both ranks)
+
+    fork_ranks(main, *sys.argv[1:], processes=2)

@@ -1,4 +1,6 @@
-"""Import every module of the project as the first one, each in a process of its own.
+"""Import every module of the project, or each of its packages, as the first one of a process.
+
+    python tests/workers/import_first.py [packages]
 
 Prints a line for each module that cannot be. Libraries are imported once, before the processes
 fork; `transformers` is then hidden again, so that the first module that imports it sets off what
@@ -27,16 +29,16 @@ LIBRARIES = (
 )
 
 
-def modules() -> list[str]:
-    """Return the names of all modules, but for those that are scripts or tests."""
-    found = []
+def modules() -> dict[str, Path]:
+    """Return all modules by name, but for those that are scripts or tests."""
+    found = {}
     for folder in ("kernels", "cola", "linearize", "train", "tools"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = list(path.relative_to(ROOT).with_suffix("").parts)
             parts = ["lowline", *parts[2:]] if parts[:2] == ["tools", "lowline"] else parts
             parts = parts if parts[0] == "lowline" else ["lowline", *parts]
-            found.append(".".join(parts).removesuffix(".__init__"))
-    return [name for name in found if not name.endswith("__main__")]
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return {name: path for name, path in found.items() if not name.endswith("__main__")}
 
 
 class _Ready(Loader):
@@ -64,11 +66,13 @@ def hide(name: str) -> None:
     PathFinder.find_spec = find_spec  # type: ignore[method-assign]
 
 
-def main() -> None:
+def main(only_packages: bool) -> None:
     for library in LIBRARIES:
         importlib.import_module(library)
     assert not any(name.split(".")[0] == "lowline" for name in sys.modules)
-    for name in modules():
+    for name, path in modules().items():
+        if only_packages and path.name != "__init__.py":
+            continue
         if os.fork() == 0:
             hide("transformers")
             try:
@@ -81,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(only_packages=sys.argv[1:] == ["packages"])

@@ -1,6 +1,6 @@
-"""Run by torchrun: the CoLA Llama laid out over processes against the same model on one.
+"""The CoLA Llama laid out over processes against the same model on one.
 
-    torchrun --nproc_per_node=2 tests/workers/parallel_model.py REPORT.json
+    python tests/workers/parallel_model.py PROCESSES REPORT.json
 
 Two processes: tensor parallel, then FSDP2. Four: FSDP2 over two times tensor parallel over two.
 Every rank also holds the whole model, seeded alike, and compares: initial values, logits, loss,
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from helpers.ranks import fork_ranks
 from helpers.runs import build, make_run
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -175,7 +176,7 @@ def traffic(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def main(report: Path) -> None:
+def main(report: str) -> None:
     dist.init_process_group("gloo")
     set_spmd_backend("partial_dtensor")
     torch.set_num_threads(1)
@@ -191,10 +192,10 @@ def main(report: Path) -> None:
         names = ("cola", "cola-m", "grouped", "cola-m grouped")
         result["traffic"] = {name: traffic(run_config(*SHAPES[name])) for name in names}
     if dist.get_rank() == 0:
-        report.write_text(json.dumps(result))
+        Path(report).write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    fork_ranks(main, sys.argv[2], processes=int(sys.argv[1]))

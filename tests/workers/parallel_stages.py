@@ -1,6 +1,6 @@
-"""Run by torchrun: models with mixers and LoRA over two processes against the same on one.
+"""Models with mixers and LoRA over two processes against the same on one.
 
-    torchrun --nproc_per_node=2 tests/workers/parallel_stages.py REPORT.json
+    python tests/workers/parallel_stages.py REPORT.json
 
 Tensor parallel over both. Every rank also holds the whole model and compares initial values, loss
 and every gradient, of next-token prediction and of a transfer. The assertions are in
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from helpers.ranks import fork_ranks
 from helpers.runs import build
 from torchtitan.components.loss import cross_entropy_loss
 from torchtitan.distributed.utils import set_spmd_backend
@@ -110,7 +111,7 @@ def compare(run: RunConfig, kind: str) -> dict[str, Any]:
     }
 
 
-def main(report: Path) -> None:
+def main(report: str) -> None:
     dist.init_process_group("gloo")
     set_spmd_backend("partial_dtensor")
     torch.set_num_threads(1)
@@ -121,10 +122,10 @@ def main(report: Path) -> None:
         if learns and run.lora is None:
             result["transfer"][name] = compare(run, "transfer")
     if dist.get_rank() == 0:
-        report.write_text(json.dumps(result))
+        Path(report).write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    fork_ranks(main, sys.argv[1], processes=2)
