@@ -79,7 +79,6 @@ def load_teacher(
         family_of(fields, str(source))
     directory = hf_directory(place)
     config = read_config(directory)
-    config.name_or_path = place
     weights = read_weights(directory, config)
     kind: Any = dtype or config.dtype
     if not isinstance(kind, torch.dtype):  # a configuration need not name one
@@ -95,6 +94,7 @@ def load_teacher(
     )
     model, found = loaded
     assert not any(found.values()), found
+    model.config.name_or_path = place  # from_pretrained writes the None it was given
     if (generation := read_json(directory / GENERATION)) is not None:
         model.generation_config = GenerationConfig.from_dict(generation)
     return model

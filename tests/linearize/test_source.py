@@ -90,6 +90,12 @@ def test_all_readers_have_one_answer(one, shards):
             assert all(torch.equal(first[name], other[name]) for name in first)
 
 
+def test_a_conversion_names_its_teacher(one):
+    """By the place that was given, as an evaluation beside the teacher needs it."""
+    assert load_teacher(str(one)).config.name_or_path == str(one)
+    assert convert(one, mixer="sink_window").config.teacher == str(one)
+
+
 def test_an_index_beside_a_single_file_that_it_does_not_name_is_refused(one, shards, tmp_path):
     folder = copied(shards, tmp_path / "both")
     shutil.copy(one / MODEL, folder / MODEL)
