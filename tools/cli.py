@@ -44,11 +44,11 @@ COMMANDS = {
     ),
     "import": Command(
         "tools.commands.import_:import_tables",
-        "print the configuration under which a Hugging Face model trains",
+        "print the configuration that trains a Hugging Face model",
     ),
     "linearize": Command(
         "tools.commands.linearize:linearize",
-        "convert a pretrained Transformer to linear attention, in stages",
+        "convert a Transformer to linear attention, in stages",
         keys=True,
     ),
     "plan blockwise": Command(
@@ -57,11 +57,11 @@ COMMANDS = {
     "generate": Command("tools.commands.generate:generate", "continue a prompt, or answer a chat"),
     "evaluate": Command(
         "tools.commands.evaluate:evaluate",
-        "score converted models beside their teacher and untrained windows",
+        "score models beside their teacher and untrained windows",
     ),
     "inspect cost": Command(
         "tools.commands.inspect_cost:inspect_cost",
-        "show parameters, FLOPs and memory: dense, CoLA, CoLA-M, checkpointing",
+        "show parameters, FLOPs and memory of a shape's variants",
         keys=True,
     ),
     "inspect rank": Command(
@@ -72,11 +72,11 @@ COMMANDS = {
         "tools.bench.pretrain:bench_pretrain", "time CoLA's blocks and the trainer"
     ),
     "bench decode": Command(
-        "tools.bench.decode:bench_decode", "time a converted model's decoding beside its teacher's"
+        "tools.bench.decode:bench_decode", "time decoding of a converted model and its teacher"
     ),
     "bench linearize": Command(
         "tools.bench.linearize:bench_linearize",
-        "time a step of each stage against the teacher's forward pass",
+        "time each stage's step against the teacher's forward",
         keys=True,
     ),
     "bench kernels": Command(
@@ -123,8 +123,8 @@ def overview() -> str:
     return (
         "usage: lowline COMMAND [options]\n\n"
         f"{_listed(COMMANDS)}\n\n"
-        "`lowline COMMAND --help` explains a command, `lowline --version` prints the version.\n"
-        "With --debug a mistake is shown with its traceback."
+        "`lowline COMMAND --help` explains a command, `lowline --version` prints the\n"
+        "version. With --debug a mistake is shown with its traceback."
     )
 
 

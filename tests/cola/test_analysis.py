@@ -375,7 +375,11 @@ def test_inspect_rank(exported, tmp_path, capsys, monkeypatch):
     assert saved["projections"][0] == vars(ranks[0])
     assert plot.read_bytes().startswith(b"\x89PNG") and len(plot.read_bytes()) > 10_000
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "rank.png", "text.txt"]
-    printed = capsys.readouterr().out
+    printed, errors = capsys.readouterr()
+    assert "Loading weights" not in errors
+    assert max(map(len, printed.splitlines()[:7])) <= 80 and "│" not in printed
+    first = ranks[0]
+    assert f" {first.rank} {first.rank / 64:.0%} " in printed
     assert "gate_proj" in printed and "until about --tokens 384" in printed
     # In several passes over the text, for want of memory: the same.
     monkeypatch.setattr(command, "GRAM_BYTES", 8 * 64**2)

@@ -55,6 +55,7 @@ def run(folder, tmp_path_factory):
         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "Loading weights" not in done.stderr
     return json.loads((out / "decode.json").read_text()), done.stdout, out / "decode.png"
 
 

@@ -178,6 +178,7 @@ def test_the_overview_lists_every_command(capsys) -> None:
     out = capsys.readouterr().out
     for words, command in COMMANDS.items():
         assert f"  {words:16} {command.about}\n" in out
+    assert max(map(len, out.splitlines())) <= 80
     assert max(map(len, out.splitlines())) <= 100
 
 

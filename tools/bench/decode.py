@@ -135,6 +135,9 @@ def bench_decode(
         check_source(source)
     import torch
 
+    from lowline.quiet import quiet_libraries
+
+    quiet_libraries()
     console, device = wide_console(), "cuda" if torch.cuda.is_available() else "cpu"
     converted, original = rows_of_both(model, teacher, dtype)
     report: dict[str, Any] = {"machine": machine(threads, device)}
@@ -345,7 +348,7 @@ def print_decode(console: Console, rows: str, report: dict[str, Any]) -> None:
     table = {name: line(rate(name)) for name in (TEACHER, STATIC, CONVERTED)}
     table[f"{CONVERTED} / {TEACHER}"] = line(faster(TEACHER))
     table[f"{CONVERTED} / {STATIC}"] = line(faster(STATIC))
-    over = f"{CONVERTED}, time / that @ {entry['short']}"
+    over = f"{CONVERTED}, time / time @ {entry['short']}"
     table[over] = line(lambda x: f"{x['over_short'][clock]:.2f}")
     table[f"{TEACHER}, MB"] = line(held(TEACHER))
     table[f"{CONVERTED}, MB"] = line(held(CONVERTED))

@@ -93,8 +93,10 @@ def save_random(run: RunConfig, folder: Path) -> None:
     """Write the dense model of a run with random weights, as a Hugging Face directory."""
     from transformers import AutoModelForCausalLM
 
+    from lowline.quiet import quiet_libraries
     from lowline.train.hf.config import config_to_hf
 
+    quiet_libraries()
     config = config_to_hf(run.model, run.cola, max_seq_len=run.training.seq_len)
     AutoModelForCausalLM.from_config(config, trust_remote_code=False).save_pretrained(folder)
 

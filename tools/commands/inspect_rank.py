@@ -14,12 +14,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowline.errors import LowlineError
 from lowline.hub import check_source
 from lowline.plotting import check_plot, colour, finish, new_figure
-from lowline.tools.show import wide_console, write_report
+from lowline.tools.show import print_table, wide_console, write_report
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +87,7 @@ def inspect_rank(
     model, tokenizer = load_model(checkpoint)
     rows = token_rows(tokenizer, read_text(text), tokens, seq_len)
     ranks = measure(model, rows, alpha, which)
-    print_table(ranks, tokens, alpha, which)
+    print_ranks(ranks, tokens, alpha, which)
     report = {
         "checkpoint": checkpoint,
         "text": "embedded" if text is None else str(text),
@@ -112,7 +113,9 @@ def load_model(checkpoint: str) -> tuple[Any, Any]:
 
     from lowline.linearize.body.hf import FAMILIES, PREFIX
     from lowline.linearize.source import load_teacher, load_tokenizer, locate, named, read_config
+    from lowline.quiet import quiet_libraries
 
+    quiet_libraries()
     model: Any
     try:
         family = read_config(checkpoint).model_type.removeprefix(PREFIX)
@@ -218,24 +221,20 @@ def _position(name: str) -> dict[str, Any]:
     return {"layer": int(match[1]), "projection": match[2]}
 
 
-def print_table(ranks: list[ProjectionRank], tokens: int, alpha: float, which: Which) -> None:
+def print_ranks(ranks: list[ProjectionRank], tokens: int, alpha: float, which: Which) -> None:
     """Print a row for each layer, a column for each projection: rank, share of the dimension."""
-    from rich.table import Table
-
     columns = list(dict.fromkeys(r.projection for r in ranks))
-    cell = {(r.layer, r.projection): f"{r.rank} ({r.rank / r.width:.0%})" for r in ranks}
+    cell = {(r.layer, r.projection): f"{r.rank} {r.rank / r.width:.0%}" for r in ranks}
     widths = {r.projection: r.width for r in ranks}
-    table = Table(title=f"effective rank of the {which} at α = {alpha}, {tokens} tokens")
-    table.add_column("layer", justify="right")
-    for column in columns:
-        table.add_column(f"{column}\nof {widths[column]}", justify="right")
-    for layer in sorted({r.layer for r in ranks}):
-        table.add_row(str(layer), *(cell.get((layer, column), "") for column in columns))
-    means = [[r.rank / r.width for r in ranks if r.projection == column] for column in columns]
-    table.add_section()
-    table.add_row("mean", *(f"{sum(m) / len(m):.0%}" for m in means))
+    rows = {
+        str(layer): [cell.get((layer, column), "") for column in columns]
+        for layer in sorted({r.layer for r in ranks})
+    }
+    shares = [[r.rank / r.width for r in ranks if r.projection == column] for column in columns]
+    rows["mean"] = [f"{fmean(share):.0%}" for share in shares]
     console = wide_console()
-    console.print(table)
+    title = f"effective rank of the {which} at α = {alpha}, {tokens} tokens"
+    print_table(console, title, ["layer", *(f"{c}\nof {widths[c]}" for c in columns)], rows)
     widest = max(widths.values())
     if tokens < 4 * widest:
         console.print(
