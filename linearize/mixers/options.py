@@ -6,6 +6,7 @@ Importable without torch: by these alone a configuration is checked.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
@@ -17,13 +18,16 @@ StateHeads = Literal["query", "kv"]
 """Whether each query head has a state of its own, or those of a key and value head share one."""
 STATE_HEADS = ("query", "kv")
 MIXINGS = ("window", "both", "linear")  # of lolcats
+LARGEST = 2**31 - 1
 SLOT_BACKENDS = ("auto", "reference", "torch")
 
 
 def check_int(name: str, value: int, least: int) -> None:
-    """Raise ValueError for what is no integer, or below `least`."""
+    """Raise ValueError for what is no integer, below `least` or beyond what a tensor can have."""
     if type(value) is not int or value < least:
         raise LowlineError(f"{name} = {value!r}; give an integer of at least {least}")
+    if value > LARGEST:
+        raise LowlineError(f"{name} = {value}; give an integer of at most {LARGEST}")
 
 
 def check_bool(name: str, value: bool) -> None:
@@ -36,6 +40,12 @@ def check_fraction(name: str, value: float) -> None:
     """Raise ValueError for what does not lie between 0 and 1."""
     if not isinstance(value, float | int) or isinstance(value, bool) or not 0 < value < 1:
         raise LowlineError(f"{name} = {value!r}; give a number between 0 and 1, both excluded")
+
+
+def check_finite(name: str, value: float) -> None:
+    """Raise ValueError for what is no number, or an infinite one."""
+    if not isinstance(value, float | int) or isinstance(value, bool) or not math.isfinite(value):
+        raise LowlineError(f"{name} = {value!r}; give a number")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -92,10 +102,10 @@ class HedgehogOptions(MixerOptions):
     """Options of `Hedgehog`.
 
     Args:
-        features: columns F of W; φ has 2F. The head dimension when None; published is its half.
+        features: columns F of W; φ has 2F. Default: the head dimension; published is its half.
         state_heads: "query": maps of keys, and states, for each query head; "kv": one for each key
             and value head, which is smaller by their ratio.
-        backend: see `lowline.kernels.backends`.
+        backend: which kernels compute it; see `lowline.kernels.backends`.
     """
 
     is_average = True
@@ -115,10 +125,10 @@ class T2ROptions(MixerOptions):
     """Options of `T2R`.
 
     Args:
-        features: of φ, a head; the head dimension when None. Published is 32.
+        features: features of φ in each head. Default: the head dimension; published is 32.
         state_heads: "query": maps of keys, and states, for each query head; "kv": one for each key
             and value head, which is smaller by their ratio.
-        backend: see `lowline.kernels.backends`.
+        backend: which kernels compute it; see `lowline.kernels.backends`.
     """
 
     is_average = True
@@ -140,13 +150,13 @@ class LolcatsOptions(MixerOptions):
     Args:
         window: tokens that softmax sees, the own included.
         sinks: tokens at a sequence's start that it sees for ever.
-        features: columns F of W; φ has 2F. The head dimension when None; published is its half.
+        features: columns F of W; φ has 2F. Default: the head dimension; published is its half.
         state_heads: "query": maps of keys, and states, for each query head; "kv": one for each key
             and value head, which is smaller by their ratio.
         mixing: what of the ratio is learned, a number of each head. "window": γ = σ(a), λ = 1;
             "both": γ = σ(a), λ = 1 - γ; "linear": γ = 1, λ = e^b.
         mixing_init: what γ, or λ where mixing is "linear", begins with.
-        backend: see `lowline.kernels.backends`.
+        backend: which kernels compute it; see `lowline.kernels.backends`.
     """
 
     is_average = True
@@ -191,6 +201,7 @@ class SlotsOptions(MixerOptions):
     def __post_init__(self) -> None:
         check_window(self.window, self.sinks, least=1)
         check_int("slots", self.slots, 1)
+        check_finite("bias_init", self.bias_init)
         check_choice("backend", self.backend, SLOT_BACKENDS)
 
 
@@ -204,7 +215,7 @@ class RetentionOptions(MixerOptions):
         share_init: m at the beginning, the weight of the recurrence beside a window.
         state_heads: "query": states and decays for each query head; "kv": one for each key and
             value head, which is smaller by their ratio.
-        backend: see `lowline.kernels.backends`.
+        backend: which kernels compute it; see `lowline.kernels.backends`.
     """
 
     window: int = 64
@@ -232,7 +243,7 @@ class DeltaOptions(MixerOptions):
         conv: taps of the convolution before the recurrence; 0 for none, published is 4.
         state_heads: "query": states and gates for each query head; "kv": one for each key and
             value head, which is smaller by their ratio.
-        backend: see `lowline.kernels.backends`.
+        backend: which kernels compute it; see `lowline.kernels.backends`.
     """
 
     window: int = 64
@@ -259,7 +270,7 @@ class LigerOptions(MixerOptions):
     Args:
         window: tokens that softmax sees, the own included; 0 for the recurrence alone.
         sinks: tokens at a sequence's start that it sees for ever; none as published.
-        backend: see `lowline.kernels.backends`.
+        backend: which kernels compute it; see `lowline.kernels.backends`.
     """
 
     learns = False
@@ -279,7 +290,7 @@ class SinkWindowOptions(MixerOptions):
     Args:
         window: tokens that a token sees, itself included.
         sinks: tokens at a sequence's start that all see; 0 for the window only.
-        backend: see `lowline.kernels.backends`.
+        backend: which kernels compute it; see `lowline.kernels.backends`.
     """
 
     learns = False

@@ -1,6 +1,10 @@
 """Every key is described; help, the reference page and the JSON schema say the same."""
 
+import dataclasses
 import json
+import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -8,6 +12,7 @@ import jsonschema
 import pytest
 
 from lowline.errors import LowlineError
+from lowline.linearize.mixers.options import OPTIONS
 from lowline.train.config.load import known_keys
 from lowline.train.config.reference import PAGE, SCHEMA, help_keys, page, schema, sections
 
@@ -32,8 +37,26 @@ def test_the_reference_has_the_keys_that_are_accepted() -> None:
 
 def test_committed_reference_is_what_the_sources_say() -> None:
     """`python -m lowline.train.config.reference --write` renews both files."""
-    assert (ROOT / PAGE).read_text() == page()
-    assert json.loads((ROOT / SCHEMA).read_text()) == schema()
+    assert PAGE == ROOT / "docs" / "reference" / "configuration.md"
+    assert PAGE.read_text() == page()
+    assert json.loads(SCHEMA.read_text()) == schema()
+
+
+def test_the_files_are_compared_from_any_folder(tmp_path) -> None:
+    line = [sys.executable, "-P", "-m", "lowline.train.config.reference"]
+    assert subprocess.run(line, cwd=tmp_path).returncode == 0
+
+
+def test_every_option_of_a_mixer_is_described() -> None:
+    rows = page().partition("## Options of mixers")[2]
+    for name, cls in OPTIONS.items():
+        for field in dataclasses.fields(cls):
+            row = re.search(
+                rf"^\| `{name}` \| `{field.name}` \| (.*) \| (.+) \|$", rows, re.MULTILINE
+            )
+            assert row is not None and len(row[2].split()) > 2, (name, field.name)
+            assert row[1] == ("" if field.default is None else f"`{json.dumps(field.default)}`")
+    assert "| `lolcats` | `features` |  | Columns F of W; φ has 2F." in rows
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.relative_to(ROOT).as_posix())

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lowline.errors import LowlineError
-from lowline.train.config.fields import DATA, NOTHING, RUN, NonNegative, Positive, Strict
+from lowline.train.config.fields import DATA, NOTHING, RUN, Name, NonNegative, Positive, Strict
 
 ACCEPTED = (
     "data.path takes a file, a glob such as 'data/*.jsonl', a list of these, or a directory "
@@ -28,23 +28,23 @@ class SourceConfig:
     """Where documents come from: "embedded" (Python's documentation), "files", or "hub"."""
     path: str | tuple[str, ...] = ()
     """A file, a glob, a list of these or a saved dataset's directory; on the hub a dataset's id."""
-    name: str | None = None
+    name: Name | None = None
     """The configuration of a dataset on the hub, such as "en"."""
-    split: str = "train"
+    split: Name = "train"
     """The part that is read: "train" or "validation" of the embedded text, any of a dataset's."""
-    text_key: str = "text"
+    text_key: Name = "text"
     """The column that holds the text of a document."""
-    messages_key: str | None = None
+    messages_key: Name | None = None
     """The column that holds conversations, lists of {role, content}, in place of plain text."""
-    prompt_key: str | None = None
+    prompt_key: Name | None = None
     """The column that holds what the user says, for conversations of one exchange."""
-    response_key: str | None = None
+    response_key: Name | None = None
     """The column that holds what the model answers, beside `prompt_key`."""
     streaming: bool = False
     """Whether documents are read as they come, without an index on disk."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Whether a row that cannot be read is an "error", or left out and counted ("skip")."""
-    revision: str | None = None
+    revision: Name | None = None
     """The branch, tag or commit of a dataset on the hub; its newest state without."""
 
     def __post_init__(self) -> None:
@@ -70,6 +70,12 @@ class SourceConfig:
                 "data.dataset = 'embedded' holds no conversations: remove data.messages_key and "
                 "data.prompt_key, or set data.dataset to 'files' or 'hub'"
             )
+        for key, default in (("text_key", "text"), ("on_bad_row", "error")):
+            if self.dataset == "embedded" and getattr(self, key) != default:
+                raise LowlineError(
+                    f"data.{key} = {getattr(self, key)!r} with data.dataset = 'embedded', which "
+                    "has no rows of files: remove it, or set data.dataset to 'files' or 'hub'"
+                )
         for key in ("name", "revision"):
             if self.dataset != "hub" and getattr(self, key) is not None:
                 raise LowlineError(

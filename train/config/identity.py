@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, get_type_hints
 
+from lowline.cola.ranks import resolve_ranks
 from lowline.linearize.layers import parse_layers
-from lowline.train.config.fields import NOTHING, Decides, What
-from lowline.train.config.run import RunConfig
+from lowline.train.config.fields import NOTHING, WEIGHTS, Decides, What
+from lowline.train.config.run import ColaConfig, ModelConfig, RunConfig
 
 RESULT: tuple[What, ...] = ("weights", "data", "run")
 
@@ -32,10 +33,19 @@ class Difference:
         return f"{self.key} = {self.before!r}, now {self.now!r}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Body:
+    """A model without a run, such as a Hugging Face directory's."""
+
+    decides = WEIGHTS
+    model: ModelConfig
+    cola: ColaConfig
+
+
 def differences(
-    before: RunConfig, now: RunConfig, *, by: Collection[What] = RESULT
+    before: RunConfig | Body, now: RunConfig | Body, *, by: Collection[What] = RESULT
 ) -> list[Difference]:
-    """Return the keys in which two runs differ, of those that decide one of `by`.
+    """Return the keys in which two runs or models differ, of those that decide one of `by`.
 
     Values are compared by what they mean: ranks of projections, layers and all options of a mixer,
     warm-up in steps.
@@ -51,12 +61,18 @@ def differences(
     return found
 
 
-def _decisions(run: RunConfig) -> Iterator[tuple[str, tuple[Decides, Any]]]:
+def keys_that_decide(cls: type, what: What) -> set[str]:
+    """Return the keys of a table that decide this."""
+    own: Decides = cls.decides  # type: ignore[attr-defined]
+    return {key for key, hint in _hints(cls).items() if (_note(hint) or own).what == what}
+
+
+def _decisions(run: RunConfig | Body) -> Iterator[tuple[str, tuple[Decides, Any]]]:
     """Yield each key with what it decides and its value."""
-    low_rank = any(run.ranks().values())
+    ranks = resolve_ranks(run.cola.rank, run.model.dim, run.model.projection_shapes())
     for key, what, value in _leaves(run, ""):
         if key == "cola.rank":
-            value = run.ranks()
+            value = ranks
         elif key == "model.n_kv_heads":
             value = run.model.kv_heads
         elif key == "model.head_dim":
@@ -64,10 +80,10 @@ def _decisions(run: RunConfig) -> Iterator[tuple[str, tuple[Decides, Any]]]:
         elif key == "mixer.layers":
             value = sorted(parse_layers(value, run.model.n_layers))
         elif key == "mixer.options":
-            options: Any = run.mixer_options()
+            options: Any = run.mixer_options()  # type: ignore[union-attr]
             value = dataclasses.asdict(options)
             value.pop("backend", None)  # how it is computed
-        if low_rank or not key.startswith("cola.") or key == "cola.rank":
+        if any(ranks.values()) or not key.startswith("cola.") or key == "cola.rank":
             yield key, (what, value)
 
 
@@ -77,8 +93,11 @@ def _leaves(table: Any, prefix: str) -> Iterator[tuple[str, Decides, Any]]:
         if dataclasses.is_dataclass(value):
             yield from _leaves(value, f"{prefix}{name}.")
         else:
-            notes = [n for n in getattr(hint, "__metadata__", ()) if isinstance(n, Decides)]
-            yield prefix + name, notes[0] if notes else type(table).decides, value
+            yield prefix + name, _note(hint) or type(table).decides, value
+
+
+def _note(hint: Any) -> Decides | None:
+    return next((n for n in getattr(hint, "__metadata__", ()) if isinstance(n, Decides)), None)
 
 
 @cache

@@ -16,7 +16,6 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
-from datetime import date, time
 from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -31,7 +30,7 @@ from lowline.train.config.tables import (
     ONE_OF,
     ConfigError,
     assign,
-    leaves,
+    check_values,
     merged,
     read_layers,
     stages_of,
@@ -41,6 +40,7 @@ COMMAND_LINE = "command line"
 _WANTED = ": Input should be "  # pydantic's words
 _KINDS = {  # the type names of lowline.train.config.fields, and others, in words
     "Positive": "integer > 0",
+    "Width": "integer > 0",
     "NonNegative": "integer >= 0",
     "Fraction": "number from 0 to 1",
     "PositiveNumber": "number > 0",
@@ -109,12 +109,14 @@ def parse_override(argument: str) -> tuple[str, Any]:
     start = stage.end() if stage else 2
     name = key[start:].replace("-", "_")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        table = tomllib.loads(f"value = {text}")
+        value = table["value"] if len(table) == 1 else text
+    except (ValueError, RecursionError):
         value = text
     kind = "string" if name == "source" else known_keys().get(name, "")
     if re.search(r"\bstring\b", kind) and not isinstance(value, str | list | dict):
         value = text  # a name such as 2024, or a folder such as 2026-01-31
+    check_values({key[2:start] + name: value}, COMMAND_LINE)
     return key[2:start] + name, value
 
 
@@ -129,10 +131,6 @@ def validate(tree: dict[str, Any], origin: dict[str, str], default_origin: str) 
     Raises:
         ConfigError: a key or value that is not allowed.
     """
-    for key, value in leaves(tree):
-        if dates := [v for v in _values(value) if isinstance(v, date | time)]:
-            where = origin.get(key, default_origin)
-            raise ConfigError(f"{where}: {key} = {dates[0]}: dates and times have no use here")
     for section, key in (("schedule", "warmup"),):
         table = tree.get(section)
         if isinstance(table, dict) and key in table and ONE_OF[key] in table:
@@ -186,15 +184,6 @@ def _table_in(hint: Any) -> Any:
     return inner or (_table_in(hint.__origin__) if hasattr(hint, "__metadata__") else None)
 
 
-def _values(value: Any) -> Iterator[Any]:
-    """Yield what is in a value, however deep in lists and tables."""
-    if isinstance(value, list | dict):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _values(inner)
-    else:
-        yield value
-
-
 def _specific(errors: list[Any]) -> list[Any]:
     """Drop a union's complaints about the alternatives that the value was not meant as."""
     unknown = [e for e in errors if e["type"] == "unexpected_keyword_argument"]
@@ -230,10 +219,14 @@ def _explain(error: Any, origin: dict[str, str], default_origin: str) -> str:
             break
         parts.pop()
         key = ".".join(parts)
-    # A rule over a table may be broken by any of its keys: name every place they come from.
-    inside = {o for k, o in origin.items() if not key or k.startswith(key + ".")}
-    where = origin.get(key) or " and ".join(sorted(inside)) or default_origin
-    given = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"
+    # Any of its keys may break a rule over a table: name the places of those that the message
+    # names, or of all.
+    inside = {k: o for k, o in origin.items() if not key or k.startswith(key + ".")}
+    message = error.get("msg", "").removeprefix("Value error, ")
+    named = {o for k, o in inside.items() if re.search(rf"(?<![\w.]){re.escape(k)}\b", message)}
+    named = named or set(inside.values())
+    where = origin.get(key) or " and ".join(sorted(named)) or default_origin
+    given = "" if isinstance(error["input"], dict) else f" = {_shown(error['input'])}"
     if error["type"] == "union_tag_invalid" and variants is not None:
         value, wanted = variants.value_of(error["input"]), [repr(v) for v in variants.sections]
         near = difflib.get_close_matches(value, variants.sections, n=1, cutoff=0.5)
@@ -263,10 +256,17 @@ def _explain(error: Any, origin: dict[str, str], default_origin: str) -> str:
         )
     if error["type"] == "missing":
         return f"{where}: {key} is missing: {known_keys().get(key, 'a table')} is required"
-    message = error["msg"].removeprefix("Value error, ")
     if key == "evaluation.data":  # its rules are those of [data], and speak of it
         message = re.sub(r"(?<![\w.])data\.", "evaluation.data.", message)
-    return f"{where}: {key}{given}: {message}" if key else f"{where}: {message}"
+    if not key or message.startswith(f"{key}."):
+        return f"{where}: {message}"
+    return f"{where}: {key}{given}: {message}"
+
+
+def _shown(value: Any) -> str:
+    """Return a value as a message has it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from lowline.train.config.fields import (
     Positive,
     PositiveNumber,
     Strict,
+    Width,
 )
 
 
@@ -41,6 +42,16 @@ class RopeScaling:
     beta_slow: NonNegativeNumber = 1.0
     """yarn: turns within the original context below which a frequency is scaled in full."""
 
+    def __post_init__(self) -> None:
+        small, large = ("low_freq_factor", "high_freq_factor")
+        if self.kind == "yarn":
+            small, large = ("beta_slow", "beta_fast")
+        if getattr(self, small) >= getattr(self, large):
+            raise ValueError(
+                f"{small} = {getattr(self, small)} with {large} = {getattr(self, large)}; the "
+                "first must be the smaller one"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -48,27 +59,27 @@ class ModelConfig:
 
     __pydantic_config__ = Strict
     decides = WEIGHTS
-    dim: Positive
+    dim: Width
     """Features of the residual stream."""
     n_layers: Annotated[Positive, Field(le=10_000)]
     """Number of transformer blocks."""
-    n_heads: Positive
+    n_heads: Width
     """Query heads of each layer."""
-    ffn_dim: Positive
+    ffn_dim: Width
     """Features inside the SwiGLU."""
-    vocab_size: Positive
+    vocab_size: Annotated[Positive, Field(le=10**9)]
     """Number of token ids; at least as many as the tokenizer makes."""
-    n_kv_heads: Positive | None = None
+    n_kv_heads: Width | None = None
     """Key and value heads of each layer; n_heads without."""
-    head_dim: Positive | None = None
+    head_dim: Width | None = None
     """Features of a head; dim / n_heads without."""
     max_seq_len: Annotated[Positive | None, RUN] = None
     """The longest context of the exported model, in tokens; training.seq_len without."""
-    rope_theta: PositiveNumber = 10000.0
+    rope_theta: Annotated[PositiveNumber, Field(le=1e15)] = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
     """How rotary frequencies are scaled for longer contexts; not at all without."""
-    norm_eps: PositiveNumber = 1e-6
+    norm_eps: Annotated[PositiveNumber, Field(le=1)] = 1e-6
     """What RMSNorm adds to the mean square."""
     tie_embeddings: bool = False
     """Whether the output head is the embedding's weight."""

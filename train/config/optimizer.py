@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from pydantic import Field
+
 from lowline.train.config.fields import (
     NOTHING,
     RUN,
@@ -31,7 +33,7 @@ class OptimizerConfig:
     """The largest learning rate of AdamW."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """AdamW's averaging of gradients and of their squares."""
-    eps: PositiveNumber = 1e-8
+    eps: Annotated[PositiveNumber, Field(le=1)] = 1e-8
     """What AdamW adds to the root of the mean square."""
     weight_decay: NonNegativeNumber = 0.01
     """Decoupled weight decay."""

@@ -24,12 +24,14 @@ from typing import Any, get_type_hints
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import to_jsonable_python
 
+from lowline.command_line import described
 from lowline.errors import LowlineError
 from lowline.linearize.mixers.options import OPTIONS
-from lowline.train.config.fields import Variants, adapter
+from lowline.train.config.fields import MOST, Variants, adapter
 from lowline.train.config.run import RunConfig
 
-PAGE, SCHEMA = Path("docs/reference/configuration.md"), Path("docs/reference/lowline.schema.json")
+FOLDER = Path(__file__).resolve().parents[2] / "docs" / "reference"  # of a clone of the project
+PAGE, SCHEMA = FOLDER / "configuration.md", FOLDER / "lowline.schema.json"
 TOP = "top level"
 SIGNS = {
     "exclusiveMinimum": "> ",
@@ -253,7 +255,8 @@ def _kind(field: dict[str, Any]) -> str:
     if "anyOf" in field:
         parts = [_kind(part) for part in field["anyOf"] if part.get("type") != "null"]
         return " or ".join(dict.fromkeys(parts))
-    limits = [sign + _number(field[limit]) for limit, sign in SIGNS.items() if limit in field]
+    given = {s: field[limit] for limit, s in SIGNS.items() if field.get(limit, MOST) != MOST}
+    limits = [sign + _number(value) for sign, value in given.items()]
     kind = {"boolean": "true or false", "object": "table", "array": "list"}.get(
         field.get("type", "value"), field.get("type", "value")
     )
@@ -336,11 +339,17 @@ def page() -> str:
             cells = [f"`{short}`", key.kind, default, key.about + only]
             lines.append(f"| {' | '.join(map(_escape, cells))} |")
     lines += ["", "## Options of mixers", "", "The keys of `mixer.options`, by `mixer.name`.", ""]
-    lines += ["| mixer | options and their defaults |", "|---|---|"]
+    lines += ["| mixer | option | default | |", "|---|---|---|---|"]
     for name, cls in sorted(OPTIONS.items()):
         known: Any = cls
-        options = [f"`{f.name} = {json.dumps(f.default)}`" for f in dataclasses.fields(known)]
-        lines.append(f"| `{name}` | {', '.join(options)} |")
+        texts = described(known)[1]
+        for field in dataclasses.fields(known):
+            default = "" if field.default is None else f"`{json.dumps(field.default)}`"
+            text = texts[field.name]
+            if text[1:2] != " ":  # a symbol, such as m
+                text = text[:1].upper() + text[1:]
+            cells = [f"`{name}`", f"`{field.name}`", default, text]
+            lines.append(f"| {' | '.join(map(_escape, cells))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -352,8 +361,12 @@ def main() -> int:
     """Write or check the generated files; return 1 where one differs."""
     parser = argparse.ArgumentParser(description="Generate the configuration reference.")
     parser.add_argument("--write", action="store_true", help="write the files of docs/reference")
+    write = parser.parse_args().write
+    if not FOLDER.is_dir():
+        print(f"{FOLDER} is not there: this is no clone of lowline", file=sys.stderr)
+        return 2
     made = {PAGE: page(), SCHEMA: json.dumps(schema(), indent=1, ensure_ascii=False) + "\n"}
-    if parser.parse_args().write:
+    if write:
         for path, text in made.items():
             path.write_text(text, encoding="utf-8")
         return 0

@@ -105,7 +105,7 @@ class CheckpointConfig:
     """Whether an older checkpoint is used where the newest is damaged, which is then set aside."""
     allow_changes: bool = False
     """Whether a run may resume with other data, tokenizer, seed or initial weights than before."""
-    initial_weights: Annotated[str | None, DATA] = None
+    initial_weights: Annotated[Name | None, DATA] = None
     """A Hugging Face directory or a run's step folder whose weights the run starts from."""
 
     def __post_init__(self) -> None:
@@ -149,7 +149,7 @@ class RunConfig:
     optimizer: AnyOptimizer
     output: Annotated[Name, NOTHING] = "outputs/run"
     """The folder of the run, relative to the working directory."""
-    tokenizer: Annotated[str, DATA] = "embedded"
+    tokenizer: Annotated[Name, DATA] = "embedded"
     """The tokenizer: "embedded" (4,096 tokens), a directory, a tokenizer.json, or a hub id."""
     activation_checkpoint: Annotated[Literal["none", "selective", "full"], NOTHING] = "none"
     """torchtitan's recomputation in the backward pass, of whole blocks or of chosen operators."""
@@ -177,11 +177,11 @@ class RunConfig:
         ranks = self.ranks()
         bottleneck = ColaConfig(rank=self.cola.rank, memory=self.cola.memory)
         if not any(ranks.values()) and self.cola != bottleneck:
-            given = [f"cola.{n}" for n in ("activation", "bias", "grouped")
-                     if getattr(self.cola, n) != getattr(bottleneck, n)]  # fmt: skip
+            values = {n: getattr(self.cola, n) for n in ("activation", "bias", "grouped")}
+            given = [f"cola.{n} = {v!r}" for n, v in values.items() if v != getattr(bottleneck, n)]
             raise ValueError(
-                f"{' and '.join(given)} without bottlenecks (cola.rank = 0); give a rank, or leave "
-                "them out"
+                f"{' and '.join(given)} without bottlenecks (cola.rank = 0); set cola.rank, or "
+                "leave it out"
             )
         dense = [name for name, rank in ranks.items() if rank == 0]
         if dense and self.cola.memory == "cola-m":

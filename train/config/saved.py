@@ -37,6 +37,10 @@ def upgraded(tree: dict[str, Any], where: str) -> dict[str, Any]:
     """
     tree = dict(tree)
     found = tree.pop("format", None)
+    data = tree.get("data")
+    if isinstance(data, dict) and data.get("dataset") == "embedded" and "streaming" in data:
+        # As runs list it. Earlier versions took a text_key here, which nothing read.
+        tree["data"] = {key: value for key, value in data.items() if key != "text_key"}
     if found is None:
         return {name: _without_others(name, table) for name, table in tree.items()}
     if type(found) is not int or found < 1:

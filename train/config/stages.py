@@ -38,6 +38,7 @@ from pydantic import ValidationError
 
 from lowline.train.config.fields import adapter
 from lowline.train.config.folder import saved_steps
+from lowline.train.config.identity import keys_that_decide
 from lowline.train.config.load import COMMAND_LINE, check_keys, parse_override, validate
 from lowline.train.config.objective import KIND, OBJECTIVES
 from lowline.train.config.run import ColaConfig, ModelConfig, RunConfig
@@ -50,6 +51,9 @@ DERIVED = {  # keys that a stage gets from its place, and from what is converted
     "objective.teacher": "it is the source",
     "checkpoint.enable": "a stage hands its weights on as a checkpoint",
 }
+
+
+WEIGHTS = keys_that_decide(ModelConfig, "weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,8 +181,11 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> Stages:
     stages = [merged(*pair) for pair in zip(stages, given, strict=True)]
     source, output = tree.pop("source", None), tree.pop("output", None)
     for key, value in (("source", source), ("output", output)):
-        if value is not None and not isinstance(value, str):
-            raise ConfigError(f"{origin[key]}: {key} = {value!r} should be a string")
+        if value is not None and (not isinstance(value, str) or not value):
+            raise ConfigError(
+                f"{origin.get(key, path)}: {key} = {value!r} should be a string of at least 1 "
+                "character"
+            )
     for prefix, part in (
         ("", tree),
         *((f"stage.{n}.", s) for n, s in zip(names, stages, strict=True)),
@@ -208,7 +215,7 @@ def check_model(stages: Stages, model: dict[str, Any]) -> None:
     wrong = [
         f"model.{key} = {value!r} (source: {theirs.get(key)!r})"
         for key, value in ours.items()
-        if key not in FREE and not _same(theirs.get(key), value)
+        if key.partition(".")[0] in WEIGHTS and not _same(theirs.get(key), value)
     ]
     if wrong:
         raise ConfigError(
@@ -246,11 +253,8 @@ def model_of(path: Path, tree: dict[str, Any]) -> tuple[ModelConfig, ColaConfig]
     return model, cola
 
 
-FREE = ("attention", "max_seq_len")  # of [model]: no weight depends on them
-
-
 def _free_of(model: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in model.items() if key in FREE}
+    return {key: value for key, value in model.items() if key not in WEIGHTS}
 
 
 def table(section: Any) -> dict[str, Any]:

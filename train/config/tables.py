@@ -8,9 +8,12 @@ values are those of the file wherever the file has none. Stages are merged by th
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import re
 import tomllib
 from collections.abc import Iterator
+from datetime import date, time
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,11 +24,16 @@ from lowline.train.config.optimizer import OPTIMIZERS, SCHEDULES
 
 VARIANTS = {"objective": KIND, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
 """The tables of which one key decides what the others are."""
-# Keys of [data] that belong to one dataset.
+# Keys of [data] that belong to one dataset, and those of rows, which "embedded" does not have.
 OF_DATASET = ("path", "name", "revision", "split", "streaming")
+OF_ROWS = ("text_key", "messages_key", "prompt_key", "response_key", "on_bad_row")
 
 # Two keys for one thing, of which a table has one.
 ONE_OF = {"warmup": "warmup_steps", "warmup_steps": "warmup"}
+
+
+DEEPEST, LONGEST = 16, 4096
+_DEEP = f"tables or lists lie in each other more than {DEEPEST} deep; no key needs more than 5"
 
 
 class ConfigError(LowlineError):
@@ -44,14 +52,72 @@ def read_layers(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 def read_toml(path: Path) -> dict[str, Any]:
     """Return the tables of one TOML file, or raise ConfigError."""
     try:
-        return tomllib.loads(path.read_text())
+        # Some editors begin a file with a byte order mark.
+        tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such file (working directory {Path.cwd()}); "
             "`lowline configs` lists those that come with lowline"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: not readable as TOML: byte {error.start} is not UTF-8; save it as UTF-8"
+        ) from None
+    except RecursionError:
+        raise ConfigError(f"{path}: {_DEEP}") from None
+    except (ValueError, OSError) as error:  # Python refuses integers of thousands of digits, too
         raise ConfigError(f"{path}: not readable as TOML: {error}") from None
+    if _depth(tree) > DEEPEST:
+        raise ConfigError(f"{path}: {_DEEP}")
+    check_values(tree, str(path))
+    return tree
+
+
+def check_values(tree: dict[str, Any], where: str) -> None:
+    """Raise ConfigError for what TOML can write and no key takes.
+
+    Args:
+        tree: tables.
+        where: the file, or the command line.
+    """
+    for key, value in leaves(tree):
+        if len(key) > 200 or "\0" in key:
+            raise ConfigError(f"{where}: {key[:200]!r}: this is no name of a key")
+        for inner in _values(value):
+            if isinstance(inner, date | time):
+                raise ConfigError(f"{where}: {key} = {inner}: dates and times have no use here")
+            if isinstance(inner, int) and inner.bit_length() > 128:  # which Python may not print
+                raise ConfigError(
+                    f"{where}: {key}: an integer of {inner.bit_length()} bits is larger than any "
+                    "key takes"
+                )
+            if isinstance(inner, str) and len(inner) > LONGEST:
+                raise ConfigError(
+                    f"{where}: {key}: a text of {len(inner)} characters; at most {LONGEST} are read"
+                )
+            if isinstance(inner, str) and re.search("[\0\ud800-\udfff]", inner):
+                raise ConfigError(
+                    f"{where}: {key} = {inner!r}: null characters and bytes that are not UTF-8 are "
+                    "not allowed"
+                )
+
+
+def _values(value: Any) -> Iterator[Any]:
+    """Yield what is in a value, however deep in lists and tables."""
+    if isinstance(value, list | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _values(inner)
+    else:
+        yield value
+
+
+def _depth(value: Any) -> int:
+    """Return how deep tables and lists are nested."""
+    depth, level = 0, [value]
+    while level := [v for v in level if isinstance(v, dict | list)]:
+        depth += 1
+        level = [inner for v in level for inner in (v.values() if isinstance(v, dict) else v)]
+    return depth
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -88,8 +154,9 @@ def _find(path: Path, name: str) -> Path:
     """Return the base file `name` of the file at `path`."""
     beside, shipped = path.parent / name, Path(str(files("lowline.configs"))) / name
     for place in (beside, shipped):
-        if place.is_file():
-            return place
+        with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+            if place.is_file():
+                return place
     raise ConfigError(
         f"{path}: base = {name!r}: neither {beside} nor {shipped} is a file; a base is relative to "
         "the file that names it, or to the folder that `lowline configs` lists"
@@ -127,7 +194,7 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _leave_behind(name: str, base: dict[str, Any], over: dict[str, Any]) -> None:
     """Remove from a table the keys that the variant chosen by `over` does not have."""
     if name == "data" and over.get("dataset", base.get("dataset")) != base.get("dataset"):
-        for key in OF_DATASET:
+        for key in OF_DATASET + (OF_ROWS if over["dataset"] == "embedded" else ()):
             base.pop(key, None)
     variants = VARIANTS.get(name)
     if variants is None or variants.key not in over:
@@ -148,6 +215,8 @@ def stages_of(tree: dict[str, Any]) -> list[dict[str, Any]]:
 def assign(tree: dict[str, Any], key: str, value: Any) -> None:
     """Put a value of the command line at a dotted key."""
     *sections, last = key.split(".")
+    if len(sections) + _depth(value) > DEEPEST:
+        raise ConfigError(f"command line: {key}: {_DEEP}")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):

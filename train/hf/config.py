@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -227,20 +227,6 @@ def resolved_mixers(mixer: MixerConfig | None, n_layers: int) -> dict[int, dict[
     options.pop("backend", None)
     layers = sorted(parse_layers(mixer.layers, n_layers))
     return {layer: {"name": mixer.name, **options} for layer in layers}
-
-
-def essence(model: ModelConfig, cola: ColaConfig) -> dict[str, Any]:
-    """Return what the weights depend on, by the key that sets it."""
-    explicit = replace(model, n_kv_heads=model.kv_heads, head_dim=model.per_head)
-    ignored = {"max_seq_len", "attention"}
-    essence = {f"model.{k}": v for k, v in vars(explicit).items() if k not in ignored}
-    ranks = resolve_ranks(cola.rank, model.dim, model.projection_shapes())
-    low_rank = any(ranks.values())
-    return essence | {
-        "cola.rank": ranks,
-        "cola.activation": cola.activation if low_rank else None,
-        "cola.bias": cola.bias if low_rank else None,
-    }
 
 
 def _refusal(source: str, field: str, value: Any, allowed: str) -> LowlineError:

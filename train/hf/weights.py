@@ -33,8 +33,9 @@ from lowline.linearize.source import (
     read_config,
     read_weights,
 )
+from lowline.train.config.identity import Body, differences
 from lowline.train.config.run import ColaConfig, MixerConfig, ModelConfig
-from lowline.train.hf.config import check_mixers, config_from_hf, essence, mixer_from_hf
+from lowline.train.hf.config import check_mixers, config_from_hf, mixer_from_hf
 from lowline.train.model.names import from_hf_names, to_hf_names
 
 _DTYPES = {
@@ -114,11 +115,11 @@ def check_same_model(
         ValueError: names every key that differs, or every weight that does, with both values.
     """
     hf = read_config(source)
-    ours, theirs = essence(model, cola), essence(*config_from_hf(hf))
+    their_model, their_cola = config_from_hf(hf)
+    theirs, ours = Body(model=their_model, cola=their_cola), Body(model=model, cola=cola)
     wrong = [
-        f"{key} = {ours[key]} (run), {theirs[key]} (checkpoint)"
-        for key in ours
-        if ours[key] != theirs[key]
+        f"{d.key} = {d.now} (run), {d.before} (checkpoint)"
+        for d in differences(theirs, ours, by={"weights"})
     ]
     if wrong:
         raise LowlineError(
