@@ -4,6 +4,7 @@ import ast
 import graphlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -191,3 +192,11 @@ def test_torchtitan_stays_in_train_and_a_file_each_of_cola_and_linearize() -> No
     }
     outside = {user for user in users if not user.startswith("train/")}
     assert outside == {"cola/block.py", "cola/parallel.py", "linearize/titan.py"}
+
+
+def test_the_page_of_additions_names_files_that_are_there() -> None:
+    """All but the italic ones, which the additions would make."""
+    text = (ROOT / "docs" / "dev" / "additions.md").read_text()
+    named = re.findall(r"(?<!\*)`((?:cola|kernels|linearize|tools|train)/[\w/]+\.py)`", text)
+    assert len(set(named)) >= 12
+    assert [name for name in named if not (ROOT / name).is_file()] == []
