@@ -12,8 +12,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers import training
+from helpers.runs import make_run
 
 from lowline.errors import LowlineError
+from lowline.train.blockwise.job import stitch
 from lowline.train.config.checksums import CHECKSUMS, damage, seal
 from lowline.train.config.folder import check, saved_steps
 from lowline.train.hf.export import export
@@ -211,6 +213,12 @@ def test_an_index_names_files_of_its_folder_alone(tmp_path):
     (folder / ".metadata").write_bytes(pickle.dumps(index))
     with pytest.raises(LowlineError, match=r"\.metadata is damaged, or no index"):
         step_folder.stored(folder)
+
+
+def test_a_finished_block_whose_checkpoint_is_gone_is_named(tmp_path):
+    run, block = (make_run(output=str(tmp_path / name)) for name in ("stage", "stage/blocks/00"))
+    with pytest.raises(LowlineError, match="stage/blocks/00: finished, but its checkpoint is gone"):
+        stitch(run, {0: block})
 
 
 @pytest.mark.slow

@@ -198,7 +198,14 @@ def stitch(run: RunConfig, runs: dict[int, RunConfig]) -> Path:
     from lowline.train.engine.checkpoint import save_weights
     from lowline.train.hf.stream import StepWeights
 
-    steps = {number: saved_steps(Path(r.output) / "checkpoint")[-1] for number, r in runs.items()}
+    saved = {number: saved_steps(Path(r.output) / "checkpoint") for number, r in runs.items()}
+    if gone := [number for number, steps in saved.items() if not steps]:
+        folders = ", ".join(str(runs[number].output) for number in gone)
+        raise LowlineError(
+            f"{folders}: finished, but its checkpoint is gone; remove the folder, and give the "
+            "same command again to train these layers once more"
+        )
+    steps = {number: found[-1] for number, found in saved.items()}
     if len(set(steps.values())) > 1:
         raise LowlineError(f"{run.output}/blocks ended after different steps: {steps}")
     step = f"step-{min(steps.values())}"

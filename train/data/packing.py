@@ -19,7 +19,7 @@ Left out: best-fit packing (reorders documents, and cuts none, at the price of a
 depends on their lengths).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -165,12 +165,17 @@ class Rows:
 
 
 def evaluation_rows(
-    source: Source, tokenizer: Encoder, seq_len: int, max_tokens: int | None = None
-) -> Rows:
+    source: Source,
+    tokenizer: Encoder,
+    seq_len: int,
+    max_tokens: int | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Rows | None:
     """Return all documents of `source`, in order, as rows of `seq_len`; the last one padded.
 
     The rows depend on nothing else, so a loss weighted by tokens over them is the same for any
-    batch and world size. `max_tokens` keeps the first max_tokens // seq_len rows.
+    batch and world size. `max_tokens` keeps the first max_tokens // seq_len rows. Returns None as
+    soon as `stopped` is true.
     """
     if max_tokens is not None and max_tokens < seq_len:
         raise LowlineError(
@@ -181,6 +186,8 @@ def evaluation_rows(
     packer = LanePacker(_InOrder(source), tokenizer, lane=0, bad_rows=source.bad_rows)
     rows: list[np.ndarray] = []
     while limit is None or len(rows) < limit:
+        if stopped():
+            return None
         row = np.empty((3, seq_len), np.int64)
         packer.fill(*row)
         if packer.exhausted:

@@ -13,6 +13,7 @@ transformers' AutoTokenizer, without running any code from there.
 """
 
 import argparse
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -87,6 +88,11 @@ class TextTokenizer(BaseTokenizer):
     def encode_chat(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray]:
         """`lowline.train.data.chat.conversation_tokens` with this tokenizer's template."""
         return conversation_tokens(conversation, self.hf)
+
+    def fingerprint(self) -> str:
+        """Return a digest of what makes ids of text: pieces, rules, special tokens, template."""
+        parts = self._plain.to_str(), self.bos_id, self.eos_id, self.hf.chat_template
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
         return self._plain.decode(token_ids, skip_special_tokens=skip_special_tokens)

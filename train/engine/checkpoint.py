@@ -15,6 +15,7 @@ A step folder from elsewhere cannot run code (`lowline.train.model.step_folder`)
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
@@ -46,6 +47,7 @@ from lowline.train.config.folder import (
     saved_steps,
 )
 from lowline.train.engine.errors import RunError
+from lowline.train.engine.preflight import INPUTS
 from lowline.train.model import step_folder
 from lowline.train.model.lora import is_lora, merge_stored_lora
 from lowline.train.model.step_folder import root_cause
@@ -68,6 +70,7 @@ class Checkpointer(CheckpointManager):
     """
 
     check: Callable[[int], None]
+    inputs: Mapping[str, str] = {}  # digests of what the run reads, saved beside its weights
 
     @dataclass(kw_only=True, slots=True)
     class Config(CheckpointManager.Config):
@@ -94,7 +97,7 @@ class Checkpointer(CheckpointManager):
     ) -> Any:
         """Save into `checkpoint_id`; a Future in the asynchronous mode, otherwise None."""
         self._newest = int(Path(checkpoint_id).name.removeprefix("step-"))
-        writer = _WholeFolderWriter(Path(checkpoint_id), self._run_config)
+        writer = _WholeFolderWriter(Path(checkpoint_id), self._run_config, self.inputs)
         try:
             if async_mode == AsyncMode.ASYNC:
                 return dcp.async_save(state_dict, storage_writer=writer, process_group=self.pg)
@@ -294,13 +297,21 @@ class _WholeFolderWriter(FileSystemWriter):
     Args:
         final: the folder.
         run_config: the text of its config.toml.
+        inputs: what its inputs.json says; without, it has none.
         a_file_each: write a file for each tensor; DCP holds all tensors of a file until its end.
     """
 
-    def __init__(self, final: Path, run_config: str, *, a_file_each: bool = False) -> None:
+    def __init__(
+        self,
+        final: Path,
+        run_config: str,
+        inputs: Mapping[str, str] | None = None,
+        *,
+        a_file_each: bool = False,
+    ) -> None:
         temporary = final.with_name(final.name + SAVING)
         super().__init__(temporary, single_file_per_rank=not a_file_each)
-        self._final, self._run_config = final, run_config
+        self._final, self._run_config, self._inputs = final, run_config, inputs
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         """Return, as a future, what DCP does and the digests of the files that this rank wrote."""
@@ -321,6 +332,8 @@ class _WholeFolderWriter(FileSystemWriter):
         super().finish(metadata, [written for written, _ in results])
         temporary = Path(self.path)
         write_text(temporary / "config.toml", self._run_config)
+        if self._inputs:
+            write_text(temporary / INPUTS, json.dumps(dict(self._inputs), indent=1) + "\n")
         seal(temporary, {name: one for _, digests in results for name, one in digests.items()})
         put_in_place(temporary, self._final)
 

@@ -9,7 +9,7 @@ an objective wants to know of held-out text (`held_out`) is added up beside it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn as nn
@@ -24,6 +24,22 @@ from lowline.train.data import EvaluationBatches, SourceConfig, evaluation_rows,
 from lowline.train.engine.metrics import Metrics
 from lowline.train.engine.titan_compat import forward_only
 from lowline.train.objectives.next_token import Objective
+
+
+class Watch(Protocol):
+    """What ranks agree on beside a batch: whether one of them was told to stop."""
+
+    signal: int
+
+    def begin(self) -> None:
+        """Start to agree; every rank calls this before a batch."""
+
+    def end(self) -> bool:
+        """Return, on every rank alike, whether to stop."""
+
+
+class _StoppedError(Exception):
+    """An evaluation was stopped by a signal, after the same batch on every rank."""
 
 
 class Evaluator(BaseValidator):
@@ -67,6 +83,7 @@ class Evaluator(BaseValidator):
         self.schedule = pp_schedule
         self.first_stage, self.last_stage = pp_has_first_stage, pp_has_last_stage
         self.batches: EvaluationBatches | None = None
+        self.watch: Watch | None = None  # the trainer
         self.objective = Objective(loss_fn)  # the trainer sets its own
 
     def should_validate(self, step: int) -> bool:
@@ -76,7 +93,11 @@ class Evaluator(BaseValidator):
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """Measure and record the held-out loss after `step`."""
-        means, tokens = self.means(model_parts)
+        try:
+            means, tokens = self.means(model_parts)
+        except _StoppedError:
+            self.metrics.say(f"step {step}  the evaluation is stopped")
+            return
         self.metrics.log_evaluation(step, means.pop("loss"), tokens, means)
 
     def loss(self, model_parts: list[nn.Module]) -> tuple[float, int]:
@@ -89,8 +110,15 @@ class Evaluator(BaseValidator):
         """Return (what the objective measures, a token's mean; number of tokens), on every rank."""
         if self.batches is None:
             rows = evaluation_rows(
-                open_source(self.source_config), self.tokenizer, self.seq_len, self.max_tokens
+                open_source(self.source_config),
+                self.tokenizer,
+                self.seq_len,
+                self.max_tokens,
+                lambda: self.watch is not None and bool(self.watch.signal),
             )
+            self._begin()
+            self._stop_if_told()
+            assert rows is not None
             self.batches = EvaluationBatches(
                 rows,
                 dp_rank=self.dp_rank,
@@ -99,14 +127,25 @@ class Evaluator(BaseValidator):
             )
         for part in model_parts:
             part.eval()
+        try:
+            return self._means(model_parts, self.batches)
+        finally:
+            for part in model_parts:
+                part.train()
+
+    def _means(
+        self, model_parts: list[nn.Module], batches: EvaluationBatches
+    ) -> tuple[dict[str, float], int]:
         tokens = torch.zeros((), dtype=torch.float64, device=utils.device_type)
         sums: dict[str, torch.Tensor] = {}
-        for inputs, labels in self.batches:
+        for inputs, labels in batches:
+            self._begin()
             inputs = {k: v.to(utils.device_type) for k, v in inputs.items()}
             labels = labels.to(utils.device_type)
             for name, summed in self._sums(model_parts, inputs, labels).items():
                 sums[name] = sums.get(name, 0.0) + summed.double()
             tokens += (labels != IGNORE_INDEX).sum()
+            self._stop_if_told()
         total = torch.stack([*sums.values(), tokens])
         if self.schedule is not None:  # the other stages know no loss
             mesh = self.parallel_dims.get_mesh("pp")
@@ -116,11 +155,17 @@ class Evaluator(BaseValidator):
         if self.parallel_dims.dp_enabled:
             mesh = self.parallel_dims.get_mesh("batch")
             torch.distributed.all_reduce(total, group=mesh.get_group())
-        for part in model_parts:
-            part.train()
         *numbers, count = total.tolist()
         means = {name: one / max(count, 1.0) for name, one in zip(sums, numbers, strict=True)}
         return means, int(count)
+
+    def _begin(self) -> None:
+        if self.watch is not None:
+            self.watch.begin()
+
+    def _stop_if_told(self) -> None:
+        if self.watch is not None and self.watch.end():
+            raise _StoppedError
 
     def _sums(
         self, model_parts: list[nn.Module], inputs: dict[str, torch.Tensor], labels: torch.Tensor

@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -39,9 +39,9 @@ def alone(folder: Path, *, patience: float) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         with path.open("a+") as file:
             if _locked(file) and _is_at(path, file):
-                file.truncate(0)
-                file.write(f"{os.getpid()} on {socket.gethostname()}\n")
-                file.flush()
+                with suppress(OSError):  # a full disk: it is held, others cannot read by whom
+                    os.ftruncate(file.fileno(), 0)
+                    os.write(file.fileno(), f"{os.getpid()} on {socket.gethostname()}\n".encode())
                 try:
                     yield
                 except BaseException:

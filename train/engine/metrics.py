@@ -17,13 +17,14 @@ import json
 import logging
 import math
 import os
+import threading
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,15 +42,20 @@ logger = logging.getLogger("lowline")
 
 
 def read_metrics(output: str | Path) -> list[dict[str, Any]]:
-    """Return the records of OUTPUT/metrics.jsonl; a last line that a kill cut short is left out."""
-    records = []
+    """Return the records of OUTPUT/metrics.jsonl; lines that are none are left out."""
     path = Path(output) / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [record for line in lines if (record := _record(line)) is not None]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """Return the record of a line; None of one that a kill has cut short, or that is damaged."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    valid = isinstance(record, dict) and type(record.get("step")) is int
+    return record if valid else None
 
 
 GROUPS = {  # of TensorBoard's tags; a name that has a group already keeps it
@@ -83,16 +89,22 @@ class Recorder(BaseLogger):
         self.wanted = {"tensorboard": tensorboard, "wandb": wandb}
         self.writer: SummaryWriter | None = None
         self.wandb: WandBLogger | None = None
-        self.file: TextIO | None = None
+        self._file = -1  # its descriptor
+        self._unwritten = b""  # records that await space on the disk
 
     def open(self, last_step: int) -> list[dict[str, Any]]:
         """Start after `last_step`; forgets what was recorded beyond it, returns what was kept."""
         self.output.mkdir(parents=True, exist_ok=True)
         path = self.output / "metrics.jsonl"
+        complete = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        if bad := [n for n, line in enumerate(complete, 1) if _record(line) is None]:
+            logger.warning("%s: lines that are no records are dropped: %s", path, bad)
         kept = [r for r in read_metrics(self.output) if r["step"] <= last_step]
         write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
-        self.file = path.open("a")
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
         if self.wanted["tensorboard"]:
+            self._thread_hook = threading.excepthook
+            threading.excepthook = self._of_thread
             self.writer = SummaryWriter(str(self.output / "tb"), purge_step=last_step + 1)
             code = "".join(f"    {line}\n" for line in self.config.splitlines())  # in Markdown
             self.writer.add_text("config", code, last_step)
@@ -101,22 +113,53 @@ class Recorder(BaseLogger):
         return kept
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        assert self.file is not None, "open() comes first"
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.file.flush()
+        assert self._file >= 0, "open() comes first"
+        self._append(json.dumps({"step": step, **metrics}).encode() + b"\n")
         tagged = {tag_of(name): value for name, value in metrics.items()}
         if self.writer is not None:
-            for tag, value in tagged.items():
-                self.writer.add_scalar(tag, value, step)
-            self.writer.flush()  # a killed process leaves no hole in the curve
+            try:
+                for tag, value in tagged.items():
+                    self.writer.add_scalar(tag, value, step)
+                self.writer.flush()  # a killed process leaves no hole in the curve
+            except OSError as error:
+                self.writer = None  # its thread has ended
+                logger.warning(
+                    "%s/tb could not be written: %s; training continues without", self.output, error
+                )
         if self.wandb is not None:
             self.wandb.log(tagged, step)
 
+    def _append(self, lines: bytes) -> None:
+        """Write to metrics.jsonl; what a full disk has no room for is written with what follows."""
+        waiting, self._unwritten = bool(self._unwritten), self._unwritten + lines
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
+        except OSError as error:
+            if not waiting:
+                logger.warning(
+                    "%s/metrics.jsonl could not be written: %s; training continues, and its "
+                    "records are written once there is space",
+                    *(self.output, error),
+                )
+
+    def _of_thread(self, error: Any) -> None:
+        """Keep silent about TensorBoard's thread: `log` gets its error, and logs it once."""
+        ours = type(error.thread).__module__.startswith("tensorboard.")
+        if not (ours and isinstance(error.exc_value, OSError)):
+            self._thread_hook(error)
+
     def close(self) -> None:
-        sinks: tuple[Any, ...] = (self.file, self.writer, self.wandb)
-        for sink in sinks:
+        if threading.excepthook == self._of_thread:
+            threading.excepthook = self._thread_hook
+        if self._file >= 0:
+            self._append(b"")
+            os.close(self._file)
+            self._file = -1
+        for sink in (self.writer, self.wandb):
             if sink is not None:
-                sink.close()
+                with suppress(OSError):  # it was logged where it was first seen
+                    sink.close()
 
 
 def open_wandb(output: Path, config: str) -> WandBLogger:

@@ -5,6 +5,7 @@ Every rank checks the same, so all stop alike and none waits for another.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from lowline.train.config.run import MixerConfig, RunConfig
 
 if TYPE_CHECKING:
     from lowline.train.engine.inputs import Inputs
+
+INPUTS = "inputs.json"  # of a step folder: digests of what the run reads
 
 
 def check_run(run: RunConfig, world_size: int, inputs: Inputs | None = None) -> None:
@@ -130,6 +133,24 @@ def check_same_data(run: RunConfig, checkpoint: Path) -> None:
             f"{checkpoint} was trained with {'; '.join(map(str, changed))}: one curve of both "
             "would mean nothing. Set it back, choose another output folder, or allow it with "
             "--checkpoint.allow_changes=true"
+        )
+    if not run.checkpoint.allow_changes:
+        _check_same_tokenizer(run, checkpoint)
+
+
+def _check_same_tokenizer(run: RunConfig, checkpoint: Path) -> None:
+    """Raise ConfigError if a tokenizer's files have changed; its name has not."""
+    from lowline.train.data.tokenizer import load_tokenizer
+
+    file = checkpoint / INPUTS
+    if not file.exists():  # an earlier version wrote the checkpoint, or a conversion made it
+        return
+    before = json.loads(file.read_bytes()).get("tokenizer")
+    if before is not None and load_tokenizer(run.tokenizer).fingerprint() != before:
+        raise ConfigError(
+            f"{checkpoint} was trained with other contents of the tokenizer {run.tokenizer!r}: its "
+            "files have changed, and a row of the weights is another token's. Restore them, choose "
+            "another output folder, or allow it with --checkpoint.allow_changes=true"
         )
 
 

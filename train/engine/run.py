@@ -6,6 +6,7 @@ Exit codes of the command: 0 trained, 1 failed, 2 nothing was started, 128 + n s
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -30,6 +31,7 @@ from lowline.train.cost.parameters import count, model_parameters, shape_of, tra
 from lowline.train.engine.errors import RunError
 from lowline.train.engine.group import cleared, single_process_defaults
 from lowline.train.engine.lock import PATIENCE, alone
+from lowline.train.engine.output import unbreakable_output
 from lowline.train.engine.preflight import check_run, check_writable, resume_point
 from lowline.train.engine.titan_compat import prepare
 
@@ -39,7 +41,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lowline")
 
-STOPPING = (signal.SIGTERM, signal.SIGINT)
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +71,7 @@ class Result:
 def train(run: RunConfig, inputs: Inputs | None = None) -> Result:
     """Train as `run` says, from the newest checkpoint of its output folder if there is one.
 
-    SIGTERM and Ctrl-C stop it after the step under way, with a checkpoint; `stopped_by` says so.
+    SIGTERM, SIGHUP and Ctrl-C stop it after the step under way, with a checkpoint: `stopped_by`.
 
     Raises:
         LowlineError, OSError: the output folder is in use, or the configuration cannot run.
@@ -89,7 +92,7 @@ def _checked(run: RunConfig, inputs: Inputs | None) -> Iterator[None]:
     single_process_defaults()
     check_writable(Path(run.output))
     held = alone(Path(run.output), patience=PATIENCE) if _is_first() else nullcontext()
-    with held, cleared(), _heard(run):
+    with held, cleared(), unbreakable_output(), _heard(run):
         check_run(run, int(os.environ["WORLD_SIZE"]), inputs)
         yield
 
@@ -163,8 +166,11 @@ def _attempt(run: RunConfig, inputs: Inputs | None) -> tuple[int, int]:
         if _is_first():
             _complain("interrupted")
         return 128 + signal.SIGINT, signal.SIGINT
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK:
+            _complain(f"{error}. Free some space and give the same command again")
+        else:
+            traceback.print_exc()
     return 1, 0
 
 
@@ -178,16 +184,24 @@ def _complain(text: str) -> None:
 
 @contextmanager
 def _signals_to(trainer: Trainer) -> Iterator[None]:
-    """SIGTERM and Ctrl-C stop the run after its step; a second one stops it at once."""
+    """SIGTERM, SIGHUP and Ctrl-C stop the run after its step; a second one stops it at once.
+
+    SIGHUP comes twice where a terminal is closed, from the kernel and from the shell, and not at
+    all to what nohup started.
+    """
 
     def note(number: int, frame: object) -> None:
+        if trainer.signal and number == signal.SIGHUP:
+            return
         if trainer.signal:
             raise KeyboardInterrupt
         trainer.signal = number
         name = signal.Signals(number).name
         trainer.metrics_processor.say(f"{name}: saving a checkpoint after this step, then stopping")
 
-    before = {number: signal.signal(number, note) for number in STOPPING}
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    heard = [number for number in STOPPING if number != signal.SIGHUP or not ignored]
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield
     finally:

@@ -75,8 +75,9 @@ class Agreement:
 class Trainer(TitanTrainer):
     """Trains one model on packed text; built by `trainer_config(run, world_size).build()`.
 
-    `signal` may be set to a signal's number at any time: the step under way is finished, a
-    checkpoint saved, and `train` returns with `stopped_by` set on every rank.
+    `signal` may be set to a signal's number at any time: the step under way is finished, or a
+    batch of an evaluation, a checkpoint saved, and `train` returns with `stopped_by` set on every
+    rank.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -94,11 +95,14 @@ class Trainer(TitanTrainer):
         self.signal = self.stopped_by = 0
         self._agreement = Agreement()
         self.checkpointer.check = self._check_finite
+        assert isinstance(self.tokenizer, TextTokenizer)
+        self.checkpointer.inputs = {"tokenizer": self.tokenizer.fingerprint()}
         run = config.run
         self.metrics_processor.num_flops_per_token = training_flops_of(run)
         self.objective = run.objective.build(run, self)
         if config.validator.enable:
             self.validator.objective = self.objective
+            self.validator.watch = self
         self._window_dropout = None
         if run.objective.window_dropout:
             steps, seed = run.training.steps, run.training.seed
@@ -270,13 +274,24 @@ class Trainer(TitanTrainer):
     def train(self) -> None:
         """Train to the last step, from the newest checkpoint if there is one, then evaluate."""
         super().train()
-        if self.stopped_by:
-            return
-        if self.step < self.config.training.steps:  # the data ended first
+        if not self.stopped_by and self.step < self.config.training.steps:  # the data ended first
             self.metrics_processor.say(f"the data ended after step {self.step}")
             self._check_finite(self.step)
             self.checkpointer.save(self.step, last_step=True)
-        self._evaluate_if_missing(last=True)
+        if not self.stopped_by:
+            self._evaluate_if_missing(last=True)
+        if self.stopped_by:  # maybe in an evaluation, after a step that is not saved on schedule
+            self.checkpointer.wanted = True
+            self.checkpointer.save(self.step)
+
+    def begin(self) -> None:
+        """Start to agree on whether a signal has come; an evaluation does so beside each batch."""
+        self._agreement.begin(self.signal, 0)
+
+    def end(self) -> bool:
+        """Return whether a signal has come, on all ranks alike."""
+        self.stopped_by = self._agreement.end()[0]
+        return bool(self.stopped_by)
 
     def _evaluate_if_missing(self, last: bool = False) -> None:
         if not self.config.validator.enable:
