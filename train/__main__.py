@@ -17,11 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from lowline import command_line
 from lowline.command_line import DType, Keys, Mark, Positional
 from lowline.errors import LowlineError
-from lowline.train.config.load import load_config
-from lowline.train.config.run import RunConfig
-from lowline.train.config.stages import has_stages
 
 if TYPE_CHECKING:
+    from lowline.train.config.run import RunConfig
     from lowline.train.conversion import Conversion
 
 DryRun = Annotated[int | None, Mark("bare", 0)]  # 0: without a number
@@ -76,6 +74,8 @@ def train(
     if dry_run is not None:
         print_sizes(work, dry_run, world_size)
         return 0
+    from lowline.train.config.run import RunConfig
+
     if not isinstance(work, RunConfig):
         from lowline.train.conversion import convert
 
@@ -97,6 +97,9 @@ def read(path: Path, overrides: Sequence[str], **options: Any) -> RunConfig | Co
     Raises:
         LowlineError: a key, value or option that is not allowed.
     """
+    from lowline.train.config.load import load_config
+    from lowline.train.config.stages import has_stages
+
     if has_stages(path):
         from lowline.train.conversion import load_conversion
 
@@ -116,6 +119,8 @@ def print_sizes(work: RunConfig | Conversion, gpus: int, world_size: int) -> Non
     """
     if gpus < 0:
         raise LowlineError(f"--dry-run={gpus}: write --dry-run, or --dry-run=N for N GPUs")
+    from lowline.train.config.run import RunConfig
+
     if isinstance(work, RunConfig):
         from lowline.train.cost.dry_run import print_dry_run
 

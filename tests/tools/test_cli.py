@@ -206,9 +206,10 @@ def test_an_unknown_command(words: list[str], message: str, capsys) -> None:
 LIGHT = """
 import contextlib, io, json, sys
 from lowline.tools.cli import main
-slow = ("torch", "transformers", "torchtitan", "datasets", "tokenizers", "numpy", "rich")
-answers = {}
-for line in json.loads(sys.argv[1]):
+slow = ["torch", "transformers", "torchtitan", "datasets", "tokenizers", "numpy", "rich"]
+lines, more = json.loads(sys.argv[1])
+answers, slow = {}, slow + more
+for line in lines:
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         code = main(line)
@@ -220,9 +221,10 @@ print(json.dumps(answers))
 PLAIN, STAGES = "demo_cola", "lolcats_smollm2_135m"
 
 
-def answers(*lines: str) -> dict[str, list]:
+def answers(*lines: str, slow: tuple[str, ...] = ()) -> dict[str, list]:
     """Return what commands say, in one process that has imported nothing slow by its end."""
-    given = [sys.executable, "-P", "-c", LIGHT, json.dumps([line.split() for line in lines])]
+    words = json.dumps([[line.split() for line in lines], slow])
+    given = [sys.executable, "-P", "-c", LIGHT, words]
     done = subprocess.run(given, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -266,7 +268,7 @@ def test_mistakes_import_nothing_slow() -> None:
         f"train {PLAIN} --trainin.steps=1": "trainin: unknown key. Did you mean training.seed?",
         f"train {PLAIN} --training.stpes=1": "training.stpes = 1: unknown key. Did you mean "
         "training.steps?",
-        f"train {STAGES} --training.stpes=1": "stage 'transfer': command line: training.stpes = 1",
+        f"train {STAGES} --source=./nowhere --training.stpes=1": "training.stpes = 1: unknown key",
         f"linearize --config {STAGES} --stage.lora.lora.rnk=1":
         "stage 'lora': command line: lora.rnk = 1: unknown key. Did you mean lora.rank?",
         f"bench linearize {STAGES} --training.stpes=1": "training.stpes = 1: unknown key",
@@ -284,8 +286,11 @@ def test_mistakes_import_nothing_slow() -> None:
         "export a": "missing: OUTPUT",
         "trian x": "did you mean `lowline train`?",
     }
-    paths = [f"{words} {rest}" for words, rest in WRONG_PATHS.items()]
-    said = answers(*paths, *wrong_options, *wrong_keys, *others)
+    paths = [f"{words} {rest}" for words, rest in WRONG_PATHS.items() if words != "linearize"]
+    said = answers(*paths, "linearize --config no/where", slow=("pydantic", "huggingface_hub"))
+    paths = list(said)
+    paths.append(f"linearize {WRONG_PATHS['linearize']}")
+    said |= answers(paths[-1], *wrong_options, *wrong_keys, *others)
     assert {line: code for line, (code, _) in said.items()} == dict.fromkeys(said, 2)
     for line in wrong_options:
         assert "--hepl: no such option; did you mean --help?" in said[line][1], line

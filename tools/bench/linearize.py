@@ -58,10 +58,12 @@ def bench_linearize(
         ValueError: a number that is not positive, or a file or key that is not right.
     """
     from lowline.train.config.shipped import find_config
-    from lowline.train.config.stages import load_stages
 
     at_least_one(repeats=repeats, threads=threads)
-    stages = load_stages(find_config(config), overrides)
+    path = find_config(config)
+    from lowline.train.config.stages import load_stages
+
+    stages = load_stages(path, overrides)
     report: dict[str, Any] = {"config": config, "machine": machine(threads), "stages": {}}
     with threads_of_operators(threads), tempfile.TemporaryDirectory() as folder:
         teacher = Path(folder) / "teacher"

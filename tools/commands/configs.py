@@ -12,7 +12,6 @@ from typing import Any
 
 from lowline.command_line import Positional
 from lowline.train.config.shipped import find_config, shipped_configs
-from lowline.train.config.tables import read_layers
 
 
 def configs(name: Positional = None) -> None:
@@ -46,6 +45,8 @@ def resolved(path: Path) -> str:
     """Return a configuration as one TOML text, with the values of its base files in it."""
     import tomli_w
 
+    from lowline.train.config.tables import read_layers
+
     text = path.read_text(encoding="utf-8")
     tree, _ = read_layers(path)
     if not re.search(r"^base\s*=", text, re.MULTILINE):
@@ -71,6 +72,7 @@ def size(path: Path) -> str:
     """Return the number of parameters of a configuration's model, such as "42.8M"."""
     from lowline.cola.accounting import parameters
     from lowline.train.config.stages import model_of
+    from lowline.train.config.tables import read_layers
     from lowline.train.cost.parameters import shape_of_model
 
     tree: dict[str, Any] = read_layers(path)[0]

@@ -26,8 +26,7 @@ from lowline.command_line import DType, Keys, Positional
 from lowline.tools.commands.export import next_step
 from lowline.tools.commands.train import start
 from lowline.train.__main__ import DryRun, InputsDtype
-from lowline.train.config.stages import load_stages
-from lowline.train.config.tables import ConfigError
+from lowline.train.config.errors import ConfigError
 
 
 def linearize(
@@ -77,6 +76,8 @@ def linearize(
             "`lowline configs` lists"
         )
     path = find_config(config)
+    from lowline.train.config.stages import load_stages
+
     load_stages(path, overrides)  # refuses a file without stages
     options: dict[str, Any] = {"source": source, "block_size": block_size, "blocks": blocks,
                                "inputs_dtype": inputs_dtype, "dtype": dtype}  # fmt: skip

@@ -89,9 +89,6 @@ def plan_blockwise(
 
 def _shape(model: str) -> Shape:
     from lowline.train.config.shipped import find_config, shipped_configs
-    from lowline.train.config.stages import model_of
-    from lowline.train.config.tables import read_layers
-    from lowline.train.cost.parameters import shape_of_model
 
     known = {
         name.removeprefix("lowline_"): path
@@ -102,6 +99,10 @@ def _shape(model: str) -> Shape:
     if path is None and model.endswith(".toml"):
         path = find_config(model)
     if path is not None:
+        from lowline.train.config.stages import model_of
+        from lowline.train.config.tables import read_layers
+        from lowline.train.cost.parameters import shape_of_model
+
         return shape_of_model(*model_of(path, read_layers(path)[0]))
     if not Path(model).exists() and "/" not in model:
         near = difflib.get_close_matches(model, known, n=1)
@@ -111,6 +112,7 @@ def _shape(model: str) -> Shape:
             "Hugging Face directory or a hub id OWNER/NAME will do, too"
         )
     check_source(model)
+    from lowline.train.cost.parameters import shape_of_model
     from lowline.train.hf.config import config_from_hf
 
     return shape_of_model(*config_from_hf(model))

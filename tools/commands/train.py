@@ -16,7 +16,6 @@ from lowline.errors import LowlineError
 from lowline.hub import check_source
 from lowline.train.__main__ import DryRun, one_file, print_sizes, read
 from lowline.train.__main__ import train as train_here
-from lowline.train.config.stages import has_stages, load_stages
 
 
 def train(
@@ -73,8 +72,11 @@ def start(
     """
     if processes is not None and processes < 1:
         raise LowlineError(f"--processes {processes}: give the number of processes, 1 or more")
+    from lowline.train.config.stages import has_stages, load_stages
+
     if has_stages(path):  # mistakes are reported before torch is imported
-        source = options.get("source") or load_stages(path, overrides).source
+        stages = load_stages(path, overrides)
+        source = options.get("source") or stages.source
         if source is not None and dry_run is None:
             check_source(source)
     if processes is None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lowline.errors import LowlineError
 from lowline.train.config.checksums import CHECKSUMS, damage, log_unsealed
-from lowline.train.config.load import load_config
-from lowline.train.config.run import RunConfig
+
+if TYPE_CHECKING:
+    from lowline.train.config.run import RunConfig
 
 
 def saved_steps(folder: str | Path) -> list[int]:
@@ -44,6 +46,8 @@ def find_checkpoint(path: str | Path) -> tuple[Path, RunConfig]:
             f"{path}: no complete checkpoint (working directory {Path.cwd()}). Give a run's "
             "output folder, which holds checkpoint/step-N, or one such step folder"
         )
+    from lowline.train.config.load import load_config
+
     run = load_config(folder / "config.toml")
     if run.block is not None:
         raise LowlineError(

@@ -141,8 +141,9 @@ def _tables_of(hint: Any) -> list[type]:
     variants = next((note for note in notes if isinstance(note, Variants)), None)
     if variants is not None:
         return [variants.section(value) for value in variants.sections]
-    inner = hint.__origin__ if notes else hint
-    return [c for c in (inner, *getattr(inner, "__args__", ())) if dataclasses.is_dataclass(c)]
+    inner: Any = hint.__origin__ if notes else hint
+    parts: list[Any] = [inner, *getattr(inner, "__args__", ())]
+    return [part for part in parts if dataclasses.is_dataclass(part)]
 
 
 @cache

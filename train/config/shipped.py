@@ -6,7 +6,7 @@ import difflib
 from importlib.resources import files
 from pathlib import Path
 
-from lowline.train.config.tables import ConfigError
+from lowline.train.config.errors import ConfigError
 
 FOLDERS = ("", "linearize")  # below the package's configs
 

@@ -18,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lowline.errors import LowlineError
+from lowline.train.config.errors import ConfigError as ConfigError
 from lowline.train.config.objective import KIND
 from lowline.train.config.optimizer import OPTIMIZERS, SCHEDULES
 
@@ -34,10 +34,6 @@ ONE_OF = {"warmup": "warmup_steps", "warmup_steps": "warmup"}
 
 DEEPEST, LONGEST = 16, 4096
 _DEEP = f"tables or lists lie in each other more than {DEEPEST} deep; no key needs more than 5"
-
-
-class ConfigError(LowlineError):
-    """A configuration that cannot run; the message says where and what to do."""
 
 
 def read_layers(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
