@@ -173,7 +173,7 @@ def test_every_module_can_be_the_first_one(which: str) -> None:
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["files", "errors"])
+@pytest.mark.parametrize("name", ["files", "errors", "fingerprint", "weight_files"])
 def test_what_all_folders_import_imports_no_torch(name: str) -> None:
     code = f"import sys, lowline.{name}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowline.files import fingerprint, write_text
+from lowline.files import write_text
+from lowline.fingerprint import fingerprint
 from lowline.train.blockwise.job import Blocks, print_blocks, train_blocks
 from lowline.train.config.run import RunConfig
 from lowline.train.config.stages import Stages, check_model, load_stages, table
@@ -265,11 +266,11 @@ def prepare_source(source: str, folder: Path) -> Path:
         path, origin = Path(place, gguf_file), folder / "source.txt"
         if not path.is_file():
             raise ConfigError(f"{path}: no such file (working directory {Path.cwd()})")
-        this = fingerprint(path)
-        if not origin.is_file():
+        made_of = origin.read_text().splitlines() if origin.is_file() else None
+        if made_of is None:
             import_weights(place, folder, gguf_file=gguf_file, overwrite=True)
-            write_text(origin, f"{path.resolve()}\n{this}\n")
-        elif (made_of := origin.read_text().splitlines())[1:] != [this]:
+            write_text(origin, f"{path.resolve()}\n{fingerprint(path)}\n")
+        elif made_of[1:] != [fingerprint(path, like=(made_of or [""])[-1])]:
             raise ConfigError(
                 f"{folder} was made of {''.join(made_of[:1])}, which is not {path}: give another "
                 f"output, or remove {folder.parent}"

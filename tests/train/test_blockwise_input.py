@@ -12,7 +12,7 @@ import torch
 from helpers.blockwise import by_blocks, copied, linearize, save_teacher, stage
 from safetensors.torch import load_file, save_file
 
-from lowline.files import fingerprint
+from lowline.fingerprint import fingerprint
 from lowline.train.blockwise.store import Manifest, Series, ShardError, blocks_of
 from lowline.train.config.stages import load_stages
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 import time
@@ -24,7 +23,6 @@ from typing import Any
 PARTIAL, OLD = ".partial", ".old"
 _DAY = 86_400.0  # seconds; the age of a leftover where the file system has no locks
 _GRACE = 1.0  # seconds; a writer locks its temporary right after it has created it
-_SAMPLES, _SAMPLE = 64, 4096  # of a file's fingerprint, and bytes of each
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -131,25 +129,6 @@ def sync_folder(folder: Path) -> None:
         for name in names:
             sync(Path(root, name))
         sync(Path(root))
-
-
-def fingerprint(source: Path) -> str:
-    """Return a digest of the weights in a folder, or of a file, without reading all of them.
-
-    It covers name, size and evenly spread samples of every file of weights: reading the whole of a
-    large model takes hours. Files that differ in a few bytes only may have the same.
-    """
-    digest, files = hashlib.sha256(), [source]
-    if source.is_dir():
-        files = sorted(p for p in source.iterdir() if p.suffix in (".safetensors", ".distcp"))
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for sample in range(_SAMPLES):
-                file.seek(max(0, size - _SAMPLE) * sample // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager

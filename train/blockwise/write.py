@@ -33,7 +33,7 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools import utils
 
 from lowline.errors import LowlineError
-from lowline.files import fingerprint
+from lowline.fingerprint import fingerprint
 from lowline.linearize.titan import document_bounds
 from lowline.train.blockwise.job import inputs_folder, stored_inputs
 from lowline.train.blockwise.store import (
@@ -80,6 +80,9 @@ def write_inputs(
     manifest = stored_inputs(run, block_size, dtype, **_origin(run, tokenizer))
     if (folder / "manifest.json").is_file():
         before = Manifest.load(folder)
+        now, held = manifest.origin["weights"], str(before.origin.get("weights"))
+        if held == fingerprint(Path(str(run.checkpoint.initial_weights)), like=held):
+            before = replace(before, origin=before.origin | {"weights": now})
         if changed := changes(_decisions(before), _decisions(manifest)):
             raise LowlineError(
                 f"{folder} was written with {'; '.join(changed)}. Set it back, or remove that "

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 from lowline.errors import LowlineError
-from lowline.files import fingerprint, write_tensors, write_text
+from lowline.files import write_tensors, write_text
+from lowline.fingerprint import OLD_LENGTH, fingerprint, sha256
 from lowline.train.config.run import RunConfig
 from lowline.train.objectives.distill import DistillSection
 from lowline.train.objectives.losses import full_logits
@@ -43,12 +44,18 @@ class LogitCache:
     def __init__(self, folder: Path, teacher: Path, k: int, temperature: float) -> None:
         self.folder, self.k, self.temperature = folder, k, temperature
         mine = {"teacher": fingerprint(teacher), "top_k": k, "temperature": temperature}
+        mine["config"] = sha256(teacher / "config.json")
         manifest = folder / "manifest.json"
         if manifest.is_file():
             try:
                 held = json.loads(manifest.read_text())
             except ValueError as error:
                 raise LowlineError(f"{manifest} is damaged ({error}); remove {folder}") from None
+            if isinstance(held, dict) and len(str(held.get("teacher"))) == OLD_LENGTH:
+                old = held | {"teacher": mine["teacher"], "config": mine["config"]}
+                if old == mine and held["teacher"] == fingerprint(teacher, like=held["teacher"]):
+                    held = mine
+                    write_text(manifest, json.dumps(mine, indent=1) + "\n")
             if held != mine:
                 raise LowlineError(
                     f"objective.logit_cache = {str(folder)!r} was written with {held}, this run "
