@@ -6,8 +6,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 
+from lowline.kernels.cpu import missing
+
+needs_compiler = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+CPU = pytest.param("cpu", marks=needs_compiler)
+COVERED = [  # backends and the types that they take
+    ("torch", torch.float64),
+    ("torch", torch.float32),
+    ("torch", torch.bfloat16),
+    pytest.param("cpu", torch.float32, marks=needs_compiler),
+    pytest.param("cpu", torch.bfloat16, marks=needs_compiler),
+]
 TOLERANCE = {
     torch.float64: 1e-10,
     torch.float32: 1e-5,
@@ -38,6 +50,18 @@ def poisoned() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def assert_compiles(
+    loss: Callable[..., torch.Tensor], inputs: dict[str, torch.Tensor], tolerance: float
+) -> None:
+    """Every gradient under torch.compile, without a break in the graph, against the eager one."""
+    leaves = {name: t.requires_grad_() for name, t in inputs.items()}
+    want = torch.autograd.grad(loss(**leaves), list(leaves.values()))
+    compiled = torch.compile(loss, fullgraph=True)
+    got = torch.autograd.grad(compiled(**leaves), list(leaves.values()))
+    for a, b in zip(got, want, strict=True):
+        assert relative_error(a, b) < tolerance
 
 
 def assert_matches(

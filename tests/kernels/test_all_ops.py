@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.kernels import CPU
 
 from lowline import kernels
 from lowline.kernels.conv import causal_conv
-from lowline.kernels.cpu import missing
 from lowline.kernels.feature_map import hedgehog
 from lowline.kernels.recurrence import gated_linear_recurrence
 from lowline.kernels.scan import selective_scan
@@ -20,7 +20,6 @@ from lowline.kernels.slots import slot_window_attention
 from lowline.kernels.triton_tools.launch import recording
 from lowline.kernels.window import window_linear_attention
 
-CPU = pytest.param("cpu", marks=pytest.mark.skipif(missing() is not None, reason=str(missing())))
 LONGEST = 65535  # CUDA's limit of a grid's second and third axes
 
 

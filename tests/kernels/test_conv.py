@@ -8,7 +8,15 @@ from itertools import pairwise, product
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.kernels import TOLERANCE, assert_matches, relative_error
+from helpers.kernels import (
+    COVERED,
+    CPU,
+    TOLERANCE,
+    assert_compiles,
+    assert_matches,
+    needs_compiler,
+    relative_error,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,17 +26,7 @@ from lowline.kernels.conv import (
     causal_conv_step,
     causal_conv_verify,
 )
-from lowline.kernels.cpu import missing
 
-needs_compiler = pytest.mark.skipif(missing() is not None, reason=str(missing()))
-CPU = pytest.param("cpu", marks=needs_compiler)
-COVERED = [
-    ("torch", torch.float64),
-    ("torch", torch.float32),
-    ("torch", torch.bfloat16),
-    pytest.param("cpu", torch.float32, marks=needs_compiler),
-    pytest.param("cpu", torch.bfloat16, marks=needs_compiler),
-]
 reference = partial(causal_conv, backend="reference")
 
 
@@ -192,17 +190,11 @@ def test_a_refused_verify_leaves_the_state(backend: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_inside_torch_compile(backend: str) -> None:
-    leaves = {n: t.requires_grad_() for n, t in draw(70, 20, 4, torch.float32).items()}
-
     def loss(**tensors: torch.Tensor) -> torch.Tensor:
         y, state = causal_conv(**tensors, activation="silu", backend=backend)
         return y.square().sum() + state.square().sum()
 
-    want = torch.autograd.grad(loss(**leaves), list(leaves.values()))
-    compiled = torch.compile(loss, fullgraph=True)
-    got = torch.autograd.grad(compiled(**leaves), list(leaves.values()))
-    for a, b in zip(got, want, strict=True):
-        assert relative_error(a, b) < 1e-5
+    assert_compiles(loss, draw(70, 20, 4, torch.float32), 1e-5)
 
 
 @pytest.mark.parametrize(

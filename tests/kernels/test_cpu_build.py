@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.kernels import needs_compiler
 
 from lowline.kernels import backends, cpu
 
 CPU = torch.device("cpu")
-needs_compiler = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
 
 SOURCE = """
 #include <Python.h>

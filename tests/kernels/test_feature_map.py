@@ -7,22 +7,11 @@ from itertools import product
 
 import pytest
 import torch
-from helpers.kernels import TOLERANCE, assert_matches, relative_error
+from helpers.kernels import COVERED, CPU, TOLERANCE, assert_matches, needs_compiler, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowline.kernels.cpu import missing
 from lowline.kernels.feature_map import hedgehog
-
-needs_compiler = pytest.mark.skipif(missing() is not None, reason=str(missing()))
-CPU = pytest.param("cpu", marks=needs_compiler)
-COVERED = [
-    ("torch", torch.float64),
-    ("torch", torch.float32),
-    ("torch", torch.bfloat16),
-    pytest.param("cpu", torch.float32, marks=needs_compiler),
-    pytest.param("cpu", torch.bfloat16, marks=needs_compiler),
-]
 
 
 def draw(

@@ -11,10 +11,9 @@ from helpers import kernels as cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowline.kernels.cpu import missing
 from lowline.kernels.recurrence import cpu, gated_linear_recurrence, reference
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+pytestmark = cases.needs_compiler
 
 VARIANTS = ["none", "scalar", "key", "value", "delta", "scalar delta", "key delta"]
 LENGTHS = [1, 2, 15, 63, 64, 65, 500, 1000]

@@ -7,11 +7,18 @@ from itertools import pairwise, product
 
 import pytest
 import torch
-from helpers.kernels import TOLERANCE, assert_matches, relative_error
+from helpers.kernels import (
+    COVERED,
+    CPU,
+    TOLERANCE,
+    assert_compiles,
+    assert_matches,
+    needs_compiler,
+    relative_error,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowline.kernels.cpu import missing
 from lowline.kernels.scan import (
     ScanBlock,
     selective_scan,
@@ -20,17 +27,6 @@ from lowline.kernels.scan import (
     selective_scan_verify,
 )
 
-needs_compiler = pytest.mark.skipif(missing() is not None, reason=str(missing()))
-CPU = pytest.param("cpu", marks=needs_compiler)
-TYPES = {  # what each backend covers
-    "torch": (torch.float64, torch.float32, torch.bfloat16),
-    "cpu": (torch.float32, torch.bfloat16),
-}
-COVERED = [
-    pytest.param(backend, dtype, marks=needs_compiler if backend == "cpu" else ())
-    for backend, dtypes in TYPES.items()
-    for dtype in dtypes
-]
 reference = partial(selective_scan, backend="reference")
 
 
@@ -127,19 +123,19 @@ def test_infinite_rate_forgets(backend: str) -> None:
     assert relative_error(y[:, 69:], alone) < 1e-6
 
 
-def test_softplus_is_exact_at_both_ends() -> None:
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("torch", torch.float64), pytest.param("cpu", torch.float32, marks=needs_compiler)],
+)
+def test_softplus_is_exact_at_both_ends(backend: str, dtype: torch.dtype) -> None:
     dt = torch.tensor([-80.0, -20.0, -1.0, 0.0, 1.0, 19.0, 21.0, 39.0, 41.0, 80.0])
     ones = torch.ones(1, 1, dt.numel())
     rates, into = torch.zeros(dt.numel(), 1), torch.ones(1, 1, 1)
     exact = torch.log1p(torch.exp(dt.double()))
-    for backend, dtypes in TYPES.items():
-        if backend == "cpu" and missing():
-            continue
-        for dtype in dtypes[:1]:
-            args = (t.to(dtype) for t in (ones, dt[None, None], rates, into, into))
-            y, _ = selective_scan(*args, dt_softplus=True, backend=backend)
-            error = ((y[0, 0].double() - exact) / exact).abs().max()
-            assert error < (1e-15 if dtype == torch.float64 else 5e-7), (backend, dtype)
+    args = (t.to(dtype) for t in (ones, dt[None, None], rates, into, into))
+    y, _ = selective_scan(*args, dt_softplus=True, backend=backend)
+    error = ((y[0, 0].double() - exact) / exact).abs().max()
+    assert error < (1e-15 if dtype == torch.float64 else 5e-7)
 
 
 @pytest.mark.parametrize("backend", ["torch", CPU])
@@ -304,18 +300,11 @@ def test_keeps_a_fraction_of_the_states(backend: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_inside_torch_compile(backend: str) -> None:
-    inputs = draw(70, 20, 16, torch.float32)
-
     def loss(**tensors: torch.Tensor) -> torch.Tensor:
         y, state = selective_scan(**tensors, dt_softplus=True, backend=backend)
         return y.square().sum() + state.sum()
 
-    leaves = {n: t.requires_grad_() for n, t in inputs.items()}
-    want = torch.autograd.grad(loss(**leaves), list(leaves.values()))
-    compiled = torch.compile(loss, fullgraph=True)
-    got = torch.autograd.grad(compiled(**leaves), list(leaves.values()))
-    for a, b in zip(got, want, strict=True):
-        assert relative_error(a, b) < 1e-5
+    assert_compiles(loss, draw(70, 20, 16, torch.float32), 1e-5)
 
 
 @pytest.mark.parametrize(

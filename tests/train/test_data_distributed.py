@@ -6,13 +6,14 @@ Every test reads documents that spell their own number, so that what came out ca
 import json
 import pickle
 import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers.processes import ENVIRONMENT, torchrun
+from helpers.processes import FOR_HELPERS
 
 from lowline.errors import LowlineError
 from lowline.train.data import (
@@ -351,6 +352,7 @@ TRAIN = """
 import json, os, signal, sys
 from itertools import islice
 import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+from helpers.ranks import fork_ranks
 from lowline.train.data import LaneDataLoader, SourceConfig
 
 class Letters:
@@ -359,44 +361,48 @@ class Letters:
     def encode(self, text, *, add_bos, add_eos):
         return [ord(c) for c in text]
 
-root, streaming, steps, die_at = sys.argv[1], sys.argv[2] == "1", *map(int, sys.argv[3:])
-dist.init_process_group("gloo")
-rank, world = dist.get_rank(), dist.get_world_size()
-source = SourceConfig(dataset="files", path=f"{root}/data/*.jsonl", streaming=streaming)
-loader = LaneDataLoader.Config(source=source, global_batch_size=4, num_workers=1).build(
-    dp_world_size=world, dp_rank=rank, tokenizer=Letters(), seq_len=32,
-    local_batch_size=2)
-done = 0
-if os.path.exists(f"{root}/ckpt/.metadata"):
-    progress = {"step": torch.tensor(0)}
-    dcp.load({"dataloader": loader, "train": progress}, checkpoint_id=f"{root}/ckpt")
-    done = int(progress["step"])
-batches = iter(loader)
-for step in range(done, steps):
-    rows = []
-    for _ in range(4 // world // 2):
-        inputs, labels = next(batches)
-        rows += torch.stack([inputs["input"], labels, inputs["positions"]], dim=1).tolist()
-    everyone = [None] * world
-    dist.all_gather_object(everyone, rows)
-    if rank == 0:
-        with open(f"{root}/log", "a") as log:
-            log.write(json.dumps([step, sum(everyone, [])]) + "\\n")
-    if step == die_at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if step % 2 == 1:
-        progress = {"step": torch.tensor(step + 1)}
-        dcp.save({"dataloader": loader, "train": progress}, checkpoint_id=f"{root}/ckpt")
-dist.destroy_process_group()
+def main(*words):
+    root, streaming, steps, die_at = words[0], words[1] == "1", *map(int, words[2:])
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    source = SourceConfig(dataset="files", path=f"{root}/data/*.jsonl", streaming=streaming)
+    loader = LaneDataLoader.Config(source=source, global_batch_size=4, num_workers=1).build(
+        dp_world_size=world, dp_rank=rank, tokenizer=Letters(), seq_len=32,
+        local_batch_size=2)
+    done = 0
+    if os.path.exists(f"{root}/ckpt/.metadata"):
+        progress = {"step": torch.tensor(0)}
+        dcp.load({"dataloader": loader, "train": progress}, checkpoint_id=f"{root}/ckpt")
+        done = int(progress["step"])
+    batches = iter(loader)
+    for step in range(done, steps):
+        rows = []
+        for _ in range(4 // world // 2):
+            inputs, labels = next(batches)
+            rows += torch.stack([inputs["input"], labels, inputs["positions"]], dim=1).tolist()
+        everyone = [None] * world
+        dist.all_gather_object(everyone, rows)
+        if rank == 0:
+            with open(f"{root}/log", "a") as log:
+                log.write(json.dumps([step, sum(everyone, [])]) + "\\n")
+        if step == die_at:
+            dist.barrier()  # the log has the step
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step % 2 == 1:
+            progress = {"step": torch.tensor(step + 1)}
+            dcp.save({"dataloader": loader, "train": progress}, checkpoint_id=f"{root}/ckpt")
+    dist.destroy_process_group()
+
+fork_ranks(main, *sys.argv[2:], processes=int(sys.argv[1]))
 """
 
 
 def launch(root, world, streaming, steps, die_at=-1):
     script = root / "train.py"
     script.write_text(TRAIN)
-    words = (str(root), str(int(streaming)), str(steps), str(die_at))
-    command = torchrun(str(script), *words, processes=world)
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    words = map(str, (world, root, int(streaming), steps, die_at))
+    command = [sys.executable, "-P", str(script), *words]
+    return subprocess.run(command, env=FOR_HELPERS, capture_output=True, text=True, timeout=300)
 
 
 def logged(root):

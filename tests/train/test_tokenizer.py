@@ -18,18 +18,35 @@ from lowline.train.data.tokenizer import (
 )
 
 
-def test_embedded_text_is_the_same_everywhere_and_kept(tmp_path, monkeypatch):
-    code = (
-        "import json, sys; from lowline.train.data.embedded import embedded_documents;"
-        "json.dump([embedded_documents('train'), embedded_documents('validation')], sys.stdout)"
-    )
-    env = {**os.environ, "PYTHONHASHSEED": "1", "XDG_CACHE_HOME": str(tmp_path)}
-    made = subprocess.check_output([sys.executable, "-P", "-c", code], env=env, text=True)
+def in_another_process(folder: Path, code: str) -> list:
+    """Return what code prints as JSON, where strings hash otherwise and no text is kept yet."""
+    env = {**os.environ, "PYTHONHASHSEED": "1", "XDG_CACHE_HOME": str(folder)}
+    code = f"import json, sys; from lowline.train.data import embedded; {code}"
+    return json.loads(subprocess.check_output([sys.executable, "-P", "-c", code], env=env))
+
+
+def test_text_is_gathered_alike_in_every_process(tmp_path):
+    library = Path(json.__file__).parents[1] / "asyncio"
+    code = "from pathlib import Path; print(json.dumps(embedded._gather(Path(%r))))"
+    texts = in_another_process(tmp_path, code % str(library))
+    assert texts == embedded._gather(library) and any("asyncio" in text for text in texts)
+
+
+@pytest.mark.slow
+def test_embedded_text_is_the_same_everywhere(tmp_path):
+    code = "print(json.dumps([embedded.embedded_documents(s) for s in ('train', 'validation')]))"
     splits = [embedded_documents("train"), embedded_documents("validation")]
-    assert json.loads(made) == splits
+    assert in_another_process(tmp_path, code) == splits
+
+
+def test_embedded_text_is_kept(tmp_path, monkeypatch):
+    texts = [f"text {number}" for number in range(100)]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(embedded, "_gather", lambda library: texts)
+    splits = [embedded_documents("train"), embedded_documents("validation")]
+    assert sorted(sum(splits, [])) == sorted(texts) and len(splits[0]) > len(splits[1]) > 0
 
     (cache,) = (tmp_path / "lowline").iterdir()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(embedded, "_gather", lambda library: ["gathered"])
     assert embedded_documents("train") == splits[0]  # read from the cache
     cache.write_text("[broken")

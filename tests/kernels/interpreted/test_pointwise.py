@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.kernels import TOLERANCE, assert_matches
+from helpers.kernels import TOLERANCE, assert_matches, needs_compiler
 
 from lowline.kernels.conv import causal_conv
-from lowline.kernels.cpu import missing
 from lowline.kernels.feature_map import hedgehog
 from lowline.kernels.scan import selective_scan
 
@@ -100,7 +99,7 @@ def test_conv_packed(device: torch.device) -> None:
     check(causal_conv, inputs, device, FP32, activation="silu", cu_seqlens=cu)
 
 
-@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+@needs_compiler
 @pytest.mark.parametrize("op", [causal_conv, selective_scan])
 def test_the_cpus_operators_stand_beside_those_of_triton(op: Any, device: torch.device) -> None:
     """In one process, each before and after the other; bounds may lie apart in memory."""
