@@ -83,7 +83,7 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Number of parameters by kind, of the whole model."""
+    """Number of parameters by kind, of the complete model."""
 
     embedding: int
     lm_head: int  # 0 when tied to the embedding

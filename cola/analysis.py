@@ -51,7 +51,7 @@ def effective_rank(gram: torch.Tensor, alpha: float = 0.95) -> int:
 
 
 def projections(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every linear map inside a numbered layer of any decoder, low-rank ones whole, by name.
+    """Return every linear map inside a numbered layer of any decoder, a low-rank one as one.
 
     Names are the model's own, without the wrappers of checkpointing and compilation.
     """

@@ -212,7 +212,7 @@ def _plain(piece: Callable, *kept: torch.Tensor, keep_gemms: bool = False) -> An
 
 
 def _recomputed(piece: Callable, *kept: torch.Tensor, keep_gemms: bool = False) -> Any:
-    """Run a piece so that the backward pass finds only its arguments and computes the rest anew.
+    """Run a piece so that the backward pass finds only its arguments and recomputes the rest.
 
     `keep_gemms`: the piece's GEMMs make nothing but its results, so none of them is run again.
     """

@@ -23,7 +23,7 @@ def set_cola_sharding(block: ColaBlock.Config) -> None:
     """Set tensor parallelism along the bottleneck, with sequence parallelism between the pieces.
 
     Outside the pieces a rank holds a part of the sequence, and what the block keeps, x, h and every
-    z, is that part. A of q, k, v, gate, up and σ run on it; σ(z) is gathered to the whole sequence
+    z, is that part. A of q, k, v, gate, up and σ run on it; σ(z) is gathered to the full sequence
     and B is split by output feature. A of o and down is split by input feature; its partial sums
     are reduced to a part of the sequence *before* σ, and B runs on that part. So everything sent is
     r wide, 7r elements a token and direction where the dense block sends 4d (BOOST, 2512.12131);

@@ -39,7 +39,9 @@ def parse_layers(pattern: Layers, n_layers: int) -> set[int]:
     if isinstance(pattern, str) and pattern.strip().startswith("all but "):
         named = set(range(n_layers)) - named
     if not named and isinstance(pattern, str) and pattern.strip() != "none":
-        raise LowlineError(f"layers = {pattern!r} leaves none of {n_layers} layers; 'none' says so")
+        raise LowlineError(
+            f"layers = {pattern!r} leaves none of {n_layers} layers; write 'none' for that"
+        )
     return named
 
 

@@ -3,7 +3,7 @@
     transfer      Σ_t |o_t - o*_t|² / Σ_t |o*_t|²               outputs of a layer, o* softmax's
     attention     Σ_t Σ_j a*_tj log(a*_tj / a_tj)               attention weights, a* softmax's
     distillation  Σ_t τ² KL(p*_t ‖ p_t),  p = softmax(z / τ)    logits z, p* the teacher's
-    top-k         the same, all but the teacher's k likeliest tokens being one
+    top-k         the same, all but the teacher's k most likely tokens being one
 
 The first is LoLCATs' attention transfer (arXiv 2410.10254, section 3.1) divided by the scale of
 what is learned, so that layers weigh alike; the second Hedgehog's cross-entropy of weights

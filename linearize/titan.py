@@ -8,7 +8,7 @@ is called as transformers' body calls it (`lowline.linearize.mixers.base`).
 In a transfer (LoLCATs' first stage, arXiv 2410.10254, section 3.1) such a layer gives softmax
 attention's output, made of the same q, k and v, and the mixer's only enters a loss:
 
-    o* = softmax(q·kᵀ / √D) v  goes on,        o = mixer(q, k, v)  is compared with it.
+    o* = softmax(q·kᵀ / √D) v  is passed on,   o = mixer(q, k, v)  is compared with it.
 
 The mixer alone has a graph; whoever calls the model turns gradients off around it.
 
@@ -76,7 +76,7 @@ def document_bounds(positions_BL: torch.Tensor) -> torch.Tensor | None:
     starts_BL = positions_BL == 0
     if not bool(starts_BL[:, 1:].any()):
         return None
-    starts_BL = F.pad(starts_BL[:, 1:], (1, 0), value=True)  # a row never goes on with another's
+    starts_BL = F.pad(starts_BL[:, 1:], (1, 0), value=True)  # a row never continues another's
     return F.pad(starts_BL.flatten().nonzero()[:, 0], (0, 1), value=starts_BL.numel())
 
 

@@ -33,7 +33,7 @@ def lowline(*words: str) -> int:
 def _run(command: list[str], threads: int | None = None) -> int:
     """Run to the end. What would end this process goes to that one, once, and it is waited for.
 
-    On Linux it is told to stop, too, where this process is killed.
+    On Linux it gets SIGTERM where this process is killed.
     """
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     if threads is not None:

@@ -172,7 +172,7 @@ def convert(conversion: Conversion) -> int:
                 return code
         is_first = processes.is_first
     if is_first and blocks is not None and blocks.chosen is not None:
-        print("no blocks are left; the same command without --blocks goes on")
+        print("no blocks are left; the same command without --blocks trains the next stage")
     elif is_first:
         _export(conversion)
     return 0
@@ -197,7 +197,7 @@ def _first_to_do(conversion: Conversion, runs: list[RunConfig]) -> int:
     if blocks is not None and blocks.chosen is not None and not run.objective.blockwise:
         raise ConfigError(
             f"--blocks {blocks.chosen}: stage {stages.names[number]!r} is next, and trains "
-            "whole; give the command without --blocks"
+            "all layers at once; give the command without --blocks"
         )
     later = [stages.folder(n) for n in range(number + 1, len(runs))]
     if stale := [str(other) for other in later if other.exists()]:

@@ -1,7 +1,7 @@
 """The causal short convolution on a GPU: one pass forward, two backward.
 
     forward    y = act(bias + Σ_w weight_w x_{t-W+1+w})
-    backward   ds = dy ⊙ act'(sum), with the sum made anew, and what each stretch of tokens adds to
+    backward   ds = dy ⊙ act'(sum), with the sum recomputed, and what each stretch of tokens adds to
                dweight and dbias, added up in a fixed order afterwards; then dx, the convolution
                of ds in the other direction
 

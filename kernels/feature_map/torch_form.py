@@ -1,4 +1,4 @@
-"""Hedgehog with a backward pass that computes x W and the softmaxes anew.
+"""Hedgehog with a backward pass that recomputes x W and the softmaxes.
 
 The GEMMs are torch's. The softmaxes are torch's or, `fused`, `kernels/cpu/feature_map.cpp`'s,
 which makes both in one pass; torch.compile fuses torch's by itself and is given those.

@@ -2,7 +2,7 @@
 
     φ(x) = [softmax(x W); softmax(-x W)], each feature at least 1e-12   (LoLCATs, arXiv 2410.10254)
 
-Only x and W are kept. The backward kernel makes x W anew, then du and dx = du Wᵀ; dW = xᵀ du is a
+Only x and W are kept. The backward kernel recomputes x W, then du and dx = du Wᵀ; dW = xᵀ du is a
 GEMM of torch's.
 
 Roofline, bf16, a token and head, D = F = 128, on an H100 (3.35 TB/s, 989 TFLOP/s): forward 2D + 4F

@@ -6,7 +6,7 @@ its first state has become by each token. So a chunk costs 32 operations on wide
 token at a time costs 256, and decays are only ever multiplied, never divided by.
 
 Nothing of size T·D·N is kept for the backward pass: the states between chunks are, T·D·N / 256
-elements, and a chunk's states are computed anew when the backward pass comes to it. The gradient of
+elements, and a chunk's states are recomputed when the backward pass comes to it. The gradient of
 the states runs through the same scan, backwards.
 
 Shapes: M blocks of R tokens make a chunk of L; the rest as in `lowline.kernels.scan.op`.

@@ -124,9 +124,9 @@ class Compiled:
     chip: int
     warps: int
     registers: int  # a thread
-    stack: int  # bytes a thread
+    stack: int  # bytes per thread
     spills: int  # loads from and stores to local memory in the machine code
-    shared: int  # bytes a block
+    shared: int  # bytes per block
     mma: int  # tensor-core instructions in the PTX, by kind
     wgmma: int
     tcgen05: int
@@ -237,7 +237,7 @@ def table(compiled: Sequence[Compiled]) -> str:
         "",
         "`python -m lowline.kernels.triton_tools.aot --write docs/dev/triton_aot.md`",
         "",
-        f"{_HEADING}, without a GPU. Registers a thread, shared memory a block; tensor-core"
+        f"{_HEADING}, without a GPU. Registers per thread, shared memory per block; tensor-core"
         " instructions and asynchronous copies counted in the PTX. Three"
         " kernels spill on one chip each, by up to 4 instructions (`aot.KNOWN_SPILLS`).",
         "",

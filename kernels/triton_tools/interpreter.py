@@ -5,7 +5,7 @@ uint16 of its bits and, as shipped in Triton 3.7 and 3.9, computes with those in
 products and comparisons of bfloat16 are silently wrong, and fp32 is truncated to bfloat16 where a
 GPU rounds. `install()` widens bfloat16 operands to fp32, exactly, and rounds results to nearest
 even, which is what the hardware does. Reductions and atomics of bfloat16 raise: a GPU's order of
-rounding is its own, so kernels reduce in fp32. Also mended: libdevice's functions, which return
+rounding is its own, so kernels reduce in fp32. Also fixed: libdevice's functions, which return
 None, `minimum` and `maximum` of NaN, associative scans, a hundred times faster, and the autotuner,
 which asks for a GPU to time on and here takes the first of its configurations.
 
@@ -92,13 +92,13 @@ def _mend_arithmetic() -> None:
 
     def in_fp32(method: Any, operands: int) -> Any:
         @functools.wraps(method)
-        def mended(self: Any, *args: Any) -> Any:
+        def fixed(self: Any, *args: Any) -> Any:
             values = args[:operands]
             if not any(_is_bf16(value) for value in values):
                 return method(self, *args)
             return _narrow(method(self, *map(_widen, values), *args[operands:]))
 
-        return mended
+        return fixed
 
     Builder.unary_op = in_fp32(Builder.unary_op, 1)
     Builder.binary_op = in_fp32(Builder.binary_op, 2)

@@ -1,4 +1,4 @@
-"""The scores of an evaluation: kept as JSON from which it goes on, and shown in one table."""
+"""The scores of an evaluation: kept as JSON, from which it resumes, and shown in one table."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def explanation(measures: Sequence[Measure]) -> str:
     """Return what the table's columns mean, a line each."""
     kinds = {
         Perplexity: "ppl @T: perplexity on text in rows of T tokens",
-        SecondCopy: "copy: loss on the second copy of a random string, nats a token, by distance",
+        SecondCopy: "copy: loss on the second copy of a random string, nats per token, by distance",
         Retrieval: "passkey, needle: facts given back by generation, by distance",
         Shares: "share: of the linear part in the layers' output, mean over layers",
         Choices: "piqa: right choices",

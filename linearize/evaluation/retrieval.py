@@ -206,7 +206,7 @@ def _sentences(kind: Kind, draw: random.Random) -> tuple[str, str, str]:
 def greedy(
     model: PreTrainedModel, ids_BT: torch.Tensor, new: int, cache: Cache | None = None
 ) -> torch.Tensor:
-    """Return the (B, new) likeliest tokens that follow, one by one, by the model's own cache.
+    """Return the (B, new) most likely tokens that follow, one by one, by the model's own cache.
 
     Args:
         cache: of what came before `ids_BT`; it takes in all but the last token.

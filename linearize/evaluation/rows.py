@@ -40,11 +40,11 @@ class Row:
 
     Attributes:
         label: what tables call it.
-        identity: JSON, equal for equal models; another once a file of theirs was written anew.
+        identity: JSON, equal for equal models; another once a file of theirs was rewritten.
         config: the model's; of a teacher that of an empty conversion.
         dtype: of its weights and caches.
         load: reads or makes the model.
-        window: of the converted model that it stands beside, and of itself.
+        window: of the converted model that it is compared with, and of itself.
         converted: whether it is a converted model and no baseline.
         linear_off: whether its linear part is to be switched off.
     """

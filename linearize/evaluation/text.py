@@ -39,7 +39,7 @@ class PositionLoss(TypedDict):
 
 
 class TextScore(TypedDict):
-    """Of one context length; `loss` is in nats a token, over `tokens` predicted ones."""
+    """Of one context length; `loss` is in nats per token, over `tokens` predicted ones."""
 
     context: int
     tokens: int

@@ -3,7 +3,7 @@
     y_t = Σ_j softmax_j(q_t·k_j / √D) v_j,    j among the last `window` tokens and the first `sinks`
 
 after the rotary embedding (StreamingLLM, arXiv 2309.17453, section 3.2). A conversion that learns
-has to beat it. Tokens keep the positions they have in the text, where StreamingLLM numbers anew
+has to beat it. Tokens keep the positions they have in the text, where StreamingLLM renumbers
 those that are still held.
 """
 

@@ -158,7 +158,7 @@ def _attention_flops(
 
 
 def counted_flops(run: RunConfig, policy: str) -> tuple[int, int]:
-    """(forward, backward) FLOPs a token as torch counts them, without attention's own backward.
+    """(forward, backward) FLOPs per token as torch counts them, without attention's own backward.
 
     torch's counter does not know the CPU's attention; its forward is given to it here.
     """

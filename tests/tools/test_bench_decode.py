@@ -20,7 +20,7 @@ from lowline.tools.bench import decode as bench
 from lowline.tools.cli import main
 from lowline.train.data.tokenizer import load_tokenizer
 
-KEYS = 3 * 2 * 2 * 16 * 4  # bytes a token: layers, K and V, heads, features, float32
+KEYS = 3 * 2 * 2 * 16 * 4  # bytes per token: layers, K and V, heads, features, float32
 OPTIONS = {"window": 8, "sinks": 4, "backend": "torch"}
 
 

@@ -222,7 +222,7 @@ def test_no_space_for_a_checkpoint(whole, tmp_path, capsys, asynchronous):
         f"checkpoint {output}/checkpoint/step-10 could not be saved",
         "File too large",
         "MiB were free there",
-        f"Newest whole checkpoint: {output}/checkpoint/step-8. ",
+        f"Newest complete checkpoint: {output}/checkpoint/step-8. ",
         "Free some space and give the same command again",
         "checkpoint.keep",
     ):
@@ -245,7 +245,7 @@ def test_a_really_full_disk(tmp_path):
         assert result.returncode == 1
         assert "No space left on device. " in result.stderr and "Traceback" not in result.stderr
         (step,) = saved_steps(disk / "run" / "checkpoint")
-        assert f"Newest whole checkpoint: {disk}/run/checkpoint/step-{step}. " in result.stderr
+        assert f"Newest complete checkpoint: {disk}/run/checkpoint/step-{step}. " in result.stderr
         subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
         assert training.train_here(disk / "run") == 0
         assert training.train_here(tmp_path / "calm") == 0

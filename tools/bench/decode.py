@@ -3,9 +3,9 @@
     lowline bench decode outputs/smollm2-lolcats --json decode.json --plot decode.png
     lowline bench decode converted/ --part decode --contexts 1024 32768 --batch 1
 
-decode    seconds a token, greedily, from a cache that holds a context: the model's forward and its
-          argmax. The converted model has read its context, in chunks; the teacher's cache is filled
-          with random keys and values, which cost what any others do
+decode    seconds per token, greedily, from a cache that holds a context: the model's forward
+          and its argmax. The converted model has read its context, in chunks; the teacher's cache
+          is filled with random keys and values, which cost what any others do
 prefill   seconds to read a prompt of a batch of one, up to the first token's logits
 
 Every context and both models take turns, and ratios are medians of the turns' own
@@ -95,7 +95,7 @@ def bench_decode(
     json: Path | None = None,
     plot: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure tokens a second and bytes held of a converted model and of its teacher.
+    """Measure tokens per second and bytes held of a converted model and of its teacher.
 
     Args:
         model: A converted model: a directory or a hub id.
@@ -115,7 +115,7 @@ def bench_decode(
         plot: A PNG, PDF or SVG file to draw time and memory against the context in.
 
     Returns:
-        What `json` holds: "machine", and of each part the timings in seconds a token, the bytes
+        What `json` holds: "machine", and of each part the timings in seconds per token, the bytes
         held and the ratios.
 
     Raises:
@@ -184,7 +184,7 @@ def load(row: Row, device: str) -> PreTrainedModel:
 def decode(
     setup: Setup, contexts: tuple[int, ...], batch: tuple[int, ...], max_gb: float
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the number of sequences, and of every context the seconds a token, bytes and ratios."""
+    """Yield the number of sequences, and for each context seconds per token, bytes and ratios."""
     from lowline.linearize.body.cache import state_bytes
 
     states = read_contexts(setup, contexts)
@@ -327,7 +327,7 @@ def prefill(setup: Setup, prompt: int) -> dict[str, Any]:
 
 
 def print_decode(console: Console, rows: str, report: dict[str, Any]) -> None:
-    """Print tokens a second, ratios and bytes, one column for each context."""
+    """Print tokens per second, ratios and bytes, one column for each context."""
     clock, entry = report["setup"]["clock"], report["decode"][rows]
     contexts = entry["contexts"]
 

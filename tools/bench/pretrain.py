@@ -65,7 +65,7 @@ def bench_pretrain(
     Args:
         part: The blocks, the trainer, or all.
         shape: A published size; its blocks are built.
-        tokens: Tokens a step of the blocks, a multiple of the recipe's 256 a sequence.
+        tokens: Tokens per step of the blocks, a multiple of the recipe's 256 a sequence.
         layers: Number of blocks.
         repeats: Turns; medians are over these.
         threads: Threads of an operator.
@@ -135,7 +135,7 @@ def bench_blocks(shape: ShapeName, tokens: int, layers: int, repeats: int) -> di
 def block_step(run: RunConfig, x_BLD: Any) -> Callable[[], None]:
     """Return a function that runs forward + backward through the blocks of `run`.
 
-    Gradients are made anew each time, as after `zero_grad`, and the input has one too.
+    Gradients are reallocated each time, as after `zero_grad`, and the input has one too.
     """
     import torch
 

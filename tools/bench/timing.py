@@ -31,7 +31,7 @@ COPY_BYTES = 64 << 20  # larger than caches
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds a call: of every turn, and their medians and minimum."""
+    """Seconds per call: of every turn, and their medians and minimum."""
 
     walls: list[float]
     cpus: list[float]
@@ -88,7 +88,7 @@ def interleave(
 
 
 def _time(call: Callable[[], object], calls: int, device: str) -> tuple[float, float]:
-    """Elapsed and processor seconds a call."""
+    """Elapsed and processor seconds per call."""
     import torch
 
     if device == "cuda":
@@ -176,7 +176,7 @@ def gemm_cases(size: int, device: str = "cpu") -> tuple[Cases, dict[str, float]]
 def gemm_limit(
     timings: Mapping[str, Timing], cases: Cases, size: int, clock: str = "wall"
 ) -> tuple[str, float]:
-    """Return the fastest of `gemm_cases` and its FLOPs a second."""
+    """Return the fastest of `gemm_cases` and its FLOPs per second."""
     fastest = min(cases, key=lambda name: getattr(timings[name], clock))
     return fastest, 2 * size**3 / getattr(timings[fastest], clock)
 

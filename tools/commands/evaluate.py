@@ -6,7 +6,7 @@
 
 For each converted model its teacher and windows without training are evaluated, too
 (`lowline.linearize.evaluation.rows`). One table; the scores as JSON, from which an evaluation that
-was stopped goes on; plots.
+was stopped resumes; plots.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ def generate(
         prompt: The text to continue.
         chat: Take the prompt as a message, through the model's chat template, and print the answer.
         max_new_tokens: Stop after so many tokens, if the model does not end the text before.
-        temperature: 0 takes the likeliest token; above 0 samples.
-        top_p: Sample among the likeliest tokens that hold this share of the probability.
+        temperature: 0 takes the most likely token; above 0 samples.
+        top_p: Sample among the most likely tokens that hold this share of the probability.
         seed: Of the sampling.
         dtype: To compute in.
         stats: Say on stderr how fast it was, and what the model held between tokens.

@@ -12,10 +12,10 @@ same command resumes where it was stopped.
     OUTPUT/model         the converted model
     OUTPUT/report        evaluation: table, JSON, plots
 
-With --block-size K transfer stages run in blocks of K layers, for models too large to train whole:
-the inputs of every block are written to disk first (--inputs-dtype, bfloat16 or float32), then each
-block trains by itself, and what comes out is stitched. --blocks 0,3 (or 0-3) trains those blocks
-only and stops, so that machines can share them.
+With --block-size K transfer stages run in blocks of K layers, for models too large to train at
+once: the inputs of every block are written to disk first (--inputs-dtype, bfloat16 or float32),
+then each block trains by itself, and the results are stitched. --blocks 0,3 (or 0-3) trains those
+blocks only and stops, so that machines can share them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def linearize(
         dry_run: Print sizes, FLOPs and memory of every stage and stop; with a number, those on so
             many GPUs.
         block_size: Run transfer stages in blocks of so many layers, for models that are too large
-            to train whole: the inputs of every block are written to disk first.
+            to train at once: the inputs of every block are written to disk first.
         blocks: Train these blocks only and stop, such as 0,3 or 0-3, so that machines can share
             them; none writes the inputs alone.
         inputs_dtype: Of the stored inputs; default: bfloat16.

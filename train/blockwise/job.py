@@ -1,4 +1,4 @@
-"""Transfer block by block, for models too large to train whole (`lowline linearize --block-size`).
+"""Transfer block by block, for large models (`lowline linearize --block-size`).
 
     OUTPUT/stages/N-X/inputs        hidden states before each block (`train.blockwise.store`)
     OUTPUT/stages/N-X/blocks/NN     the run of each block, as a stage's

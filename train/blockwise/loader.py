@@ -31,7 +31,7 @@ class StoredLoader(BaseDataLoader):
     """Yields ({"input": [b, T, D], "positions": [b, T]}, labels [b, T]).
 
     Built as `LaneDataLoader` is. Where finite data ended, rows without labels follow, and
-    `exhausted` tells so. Iterating again goes on after the last whole step.
+    `exhausted` tells so. Iterating again resumes after the last complete step.
 
     Raises ShardError where a file is not what was written.
     """
@@ -150,7 +150,7 @@ def check_stored(run: RunConfig) -> None:
             f"to {run.block.last}"
         )
     if m.steps is None:
-        raise ShardError(f"{folder} is not finished; the command that writes it goes on with it")
+        raise ShardError(f"{folder} is not finished; the command that writes it resumes, run again")
     for series in (Series(folder / TOKENS), Series.of_block(folder, _number(run))):
         for number in range(m.shards):
             if not series.has(number):

@@ -1,7 +1,7 @@
 """What blockwise attention transfer costs before it starts: disk, time, devices.
 
 A model of L layers is cut into blocks of k. The inputs of every block, for T tokens of width d, are
-written to disk by one forward pass of the teacher, in bf16: 2·T·d bytes a block, so
+written to disk by one forward pass of the teacher, in bf16: 2·T·d bytes per block, so
 
     disk = 2·T·d·(L/k)
 
@@ -41,7 +41,7 @@ class BlockwisePlan:
     teacher_flops: float  # the forward pass that writes the inputs
     block_flops: float  # training one block
     block_weights: int  # bytes of a block's frozen weights in bf16
-    teacher_weights: int  # bytes of the whole model's in bf16
+    teacher_weights: int  # bytes of the complete model's in bf16
     teacher_devices: int  # that hold the teacher while inputs are written
     block_devices: int  # that hold one block
     teacher_seconds: float

@@ -1,6 +1,6 @@
 """Blockwise attention transfer: what is stored so that blocks of layers train on their own.
 
-In a transfer softmax attention's output goes on to the next layer (LoLCATs, arXiv 2410.10254), so
+In a transfer softmax attention's output is the next layer's input (LoLCATs, arXiv 2410.10254), so
 what a layer sees does not depend on any mixer. A model of L layers is cut into blocks of k; with
 h_b the hidden states before block b,
 
@@ -14,10 +14,10 @@ one forward pass of the teacher writes every h_b, and the mixers of a block need
     FOLDER/*/shards.json               bytes and SHA-256 of each file beside it
 
 A file of tokens and those of hidden states with its number hold the same S training steps. Files
-appear whole, and their record after them: what a record names can be trusted to be complete, and
+appear complete, and their record after them: what a record names can be trusted to be complete, and
 is read only after its checksum has been compared.
 
-Shapes: S steps a file, B sequences a step, T tokens a sequence, D model dimension.
+Shapes: S steps per file, B sequences per step, T tokens per sequence, D model dimension.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TOKENS = "tokens"
 
 
 class ShardError(RunError, LowlineError):
-    """A stored file is not what was written; the message names it and says the mend."""
+    """A stored file is not what was written; the message names it and the fix."""
 
 
 def blocks_of(n_layers: int, block_size: int) -> list[range]:
@@ -142,7 +142,7 @@ class Manifest:
             return cls(**json.loads(path.read_text()))
         except (TypeError, ValueError) as error:
             raise ShardError(
-                f"{path} is damaged ({error}); remove {folder} to begin anew"
+                f"{path} is damaged ({error}); remove {folder} to start again"
             ) from None
 
 
@@ -228,7 +228,7 @@ def check_space(folder: Path, manifest: Manifest) -> int:
     """Return bytes that are still to be written to a folder of inputs, which must exist.
 
     Raises:
-        ValueError: the file system has not as many; both numbers and the mend.
+        ValueError: the file system has not as many; both numbers and the fix.
     """
     series = [Series(folder / TOKENS)]
     series += [Series.of_block(folder, block) for block in range(len(manifest.blocks))]

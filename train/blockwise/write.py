@@ -1,19 +1,19 @@
 """A transfer block by block: the inputs of every block, and the run that trains one.
 
 `write_inputs` makes what `lowline.train.blockwise.store` describes of a stage: the tokens of
-exactly the steps that a run of the whole model would take, in its order, and then block after block
+exactly the steps that a run of the full model would take, in its order, and then block after block
 the hidden states, one block's weights in memory at a time. `lowline.train.blockwise.job.block_run`
 is the run that trains a block with them.
 
 Block b's loss is its layers' part of the mean over all layers
 (`lowline.train.objectives.transfer`), its mixers begin as they would there, so each parameter gets
-the gradient it would get in a run of the whole model. Two things differ: gradients are clipped by a
-block's norm instead of the whole model's, and hidden states are rounded to what is stored, which in
+the gradient it would get in a run of the full model. Two things differ: gradients are clipped by a
+block's norm instead of the full model's, and hidden states are rounded to what is stored, which in
 bf16 changes nothing where `training.precision` is bfloat16.
 
 Left out: writing inputs on several devices; held-out text, for which a block has no logits.
 
-Shapes: S steps a file, B sequences a step, T tokens a sequence, D model dimension.
+Shapes: S steps per file, B sequences per step, T tokens per sequence, D model dimension.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def write_inputs(
 
     Raises:
         ValueError: there are inputs of something else, or a file is damaged; the disk is too small.
-        OSError: the disk is full or cannot be written; what is whole is kept.
+        OSError: the disk is full or cannot be written; what is complete is kept.
     """
     tokenizer = load_tokenizer(run.tokenizer)
     folder = inputs_folder(run)

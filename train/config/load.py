@@ -1,4 +1,4 @@
-"""TOML file + command line -> RunConfig, or a message that names the mend.
+"""TOML file + command line -> RunConfig, or a message that names the fix.
 
     lowline.train --config configs/cola_60m.toml --training.steps=100 --cola.rank='{q = 64}'
 

@@ -143,7 +143,7 @@ def default_objective() -> ObjectiveSection:
 class BlockConfig:
     """[block]: a transfer of some of the model's layers, fed with their stored inputs.
 
-    The model has these layers only, under the names they have in the whole one.
+    The model has these layers only, under the names they have in the complete one.
     """
 
     __pydantic_config__ = Strict
@@ -164,7 +164,7 @@ def check_stage(run: RunConfig) -> None:
     """Check the rules between [mixer], [lora], [objective], [block] and the rest of a run.
 
     Raises:
-        ValueError: names the key that breaks one, what is allowed and the mend.
+        ValueError: names the key that breaks one, what is allowed and the fix.
     """
     if run.block is not None:
         _check_block(run)
@@ -251,7 +251,7 @@ def _check_block(run: RunConfig) -> None:
         )
     if not run.objective.blockwise:
         raise ValueError(
-            f'[block] with objective.kind = "{run.objective.kind}", which needs the whole model; '
+            f'[block] with objective.kind = "{run.objective.kind}", which needs all layers; '
             'set it to "transfer" or leave [block] out'
         )
     if not run.mixer_layers():

@@ -45,7 +45,7 @@ from lowline.train.config.run import ColaConfig, ModelConfig, RunConfig
 from lowline.train.config.tables import ConfigError, assign, leaves, merged, read_layers, stages_of
 
 DERIVED = {  # keys that a stage gets from its place, and from what is converted
-    "output": "it is the whole conversion's folder",
+    "output": "it is the folder of all stages",
     "tokenizer": "it is the source's",
     "checkpoint.initial_weights": "they are those of the stage before",
     "objective.teacher": "it is the source",

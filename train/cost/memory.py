@@ -9,7 +9,7 @@ of the three moments which can be the highest:
     last block   everything saved, one block's gathered parameters and gradients on their way out
     first block  all gradients, one block's saved activations, the same buffers
 
-With gradient accumulation FSDP keeps whole fp32 gradients between microbatches and shards them
+With gradient accumulation FSDP keeps unsharded fp32 gradients between microbatches and shards them
 after the last one. Gradients and optimizer state are of what trains. A transfer keeps q, k, v and
 o of every mixer and one block's forward pass; a distillation's teacher is held in the compute type,
 and its logits exist for `logit_chunks` at a time.

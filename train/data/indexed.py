@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lowline")
 
-_FORMAT = 1  # of the files in the cache; another one is written anew
+_FORMAT = 1  # of the files in the cache; another one is rewritten
 _ROWS, _BYTES = 1 << 16, 1 << 24  # of a batch, at most; whichever is reached first
 _LARGE = 1 << 28  # bytes of data files that take long enough to say so
 

@@ -4,10 +4,10 @@ The global batch is G lanes (see `order`, `packing`). A rank of data-parallel de
 lanes [rank*G/W, (rank+1)*G/W); with gradient accumulation these are cut into consecutive local
 batches. So the data of a step is the same for every W and every split into local batches, and
 the state is three integers a lane: which document, and which of its tokens comes next. A run
-resumed with another world size goes on with the very next token of every lane. Only G must stay.
+resumed with another world size resumes with the very next token of every lane. Only G must stay.
 
-A step is atomic: `state_dict()` describes the last *whole* global batch that was handed out. Rows
-fetched ahead by workers, and a step broken off half-way, are read again after a resume.
+A step is atomic: `state_dict()` describes the last *complete* global batch that was handed out.
+Rows fetched ahead by workers, and a step broken off half-way, are read again after a resume.
 
 With `num_workers = 0` rows are made when asked for, in this process. Otherwise each worker
 process makes the rows of an equal, consecutive part of the rank's lanes, ahead of their use.
@@ -50,8 +50,8 @@ class LaneDataLoader(BaseDataLoader):
     Built by `config.build(dp_world_size=, dp_rank=, tokenizer=, seq_len=, local_batch_size=)`;
     `documents=`, an open source, takes the place of `config.source`; what else torchtitan's
     trainer passes is not needed. After a finite number of epochs rows are padding, and
-    `exhausted` tells when nothing else is left on this rank. Iterating again goes on after the
-    last whole step.
+    `exhausted` tells when nothing else is left on this rank. Iterating again resumes after the
+    last complete step.
 
     Raises ValueError where the batch does not divide among the ranks.
     """
@@ -158,7 +158,7 @@ class LaneDataLoader(BaseDataLoader):
             yield torch.cat(rows_3NT, dim=1), torch.cat(states_N3), all(exhausted)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Own lanes' states after the last whole step: int64 tensors of fixed shapes, so that
+        """Own lanes' states after the last complete step: int64 tensors of fixed shapes, so that
         `torch.distributed.checkpoint` can load into them.
 
         `lane_00007`: [3] (unit, number, token). `lanes`: [] the global batch size. `order`: []
@@ -185,7 +185,7 @@ class LaneDataLoader(BaseDataLoader):
                 f"the saved place in the data is of another order of documents than "
                 f"{self._source.name} now has: seed, shuffle, streaming or the number of "
                 "documents (indexed) or shards (streamed) changed. Restore them, or start "
-                f"the data anew: {_ANEW}"
+                f"the data from its beginning: {_ANEW}"
             )
         missing = [key for key in self.state_dict() if key not in state_dict]
         if missing:
@@ -234,7 +234,7 @@ def _check_lanes(saved: int, now: int) -> None:
         raise LowlineError(
             f"the checkpoint was written with a global batch of {saved} sequences, this run has "
             f"{now}; the place in the data is kept per sequence of the global batch. Set "
-            f"training.global_batch_size = {saved}, or start the data anew: {_ANEW}"
+            f"training.global_batch_size = {saved}, or start the data from its beginning: {_ANEW}"
         )
 
 

@@ -2,7 +2,7 @@
 
 Tokens of a document: [BOS, if the tokenizer has one] + text + [EOS]; of a conversation, what the
 chat template makes of it (`chat`). A lane writes its documents
-one after another into rows of T tokens; a document that does not fit goes on in the lane's next
+one after another into rows of T tokens; a document that does not fit continues in the lane's next
 row. Per row (N rows, T tokens):
 
 - `input_NT`      the tokens;
@@ -65,7 +65,7 @@ def document_rows(document: Text, tokenizer: Encoder) -> tuple[np.ndarray, np.nd
 class LanePacker:
     """Packs one lane's documents into rows.
 
-    `state` is where the next row starts, exact to the token; a new packer whose dealer goes on
+    `state` is where the next row starts, exact to the token; a new packer whose dealer resumes
     at `state[:2]` continues with the same rows. `exhausted` turns true once a row was all padding.
 
     A conversation that the chat template refuses is an error, or, as `bad_rows` says, left out.
@@ -146,7 +146,7 @@ class LanePacker:
                     f"lane {self._lane} stopped at token {token} of document {self.state[:2]}, "
                     f"which is not there any more (found document {place} of "
                     f"{len(self._tokens)} tokens): the data or the tokenizer is another one than "
-                    "before. Restore it, or start the data anew"
+                    "before. Restore it, or start the data from its beginning"
                 )
         self.state = (*place, token)
         return True

@@ -4,7 +4,7 @@ Only the columns of the document are read, and no schema is made of the others: 
 from row to row. Kinds of files:
 
 - json: an object a line, blank lines left out; or one list of objects (or of texts) in the file,
-  which is held in memory as a whole. Strings are taken as they stand; nothing becomes a date.
+  which is held in memory completely. Strings are taken as they stand; nothing becomes a date.
 - parquet, arrow: columns of strings of any kind (also dictionaries), or of lists of messages.
 - text: the whole file is one document, also where it is empty.
 """

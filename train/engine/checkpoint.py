@@ -62,7 +62,7 @@ class CheckpointError(RunError, RuntimeError):
 
 
 class Checkpointer(CheckpointManager):
-    """torchtitan's checkpoint manager with whole folders only.
+    """torchtitan's checkpoint manager with complete folders only.
 
     `wanted`, when set, makes the next `save(step)` take place whatever the schedule says. A step
     that is saved already is not saved again. `check(step)` is called before every save, on every
@@ -129,7 +129,7 @@ class Checkpointer(CheckpointManager):
         raise self._failure(RuntimeError("another rank could not write its part"))
 
     def newest_saved(self) -> str:
-        """Return the newest whole checkpoint, for messages."""
+        """Return the newest complete checkpoint, for messages."""
         steps = saved_steps(self.folder) if self.enable else []
         return str(Path(self.folder) / f"step-{steps[-1]}") if steps else "none"
 
@@ -160,9 +160,9 @@ class Checkpointer(CheckpointManager):
         newest = self.newest_saved()
         return CheckpointError(
             f"checkpoint {self._create_checkpoint_id(self._newest)} could not be saved: "
-            f"{root_cause(error)}. {free / 2**20:,.1f} MiB were free there. Newest whole "
+            f"{root_cause(error)}. {free / 2**20:,.1f} MiB were free there. Newest complete "
             f"checkpoint: {newest}. Free some space and give the same command again, which "
-            f"{'starts anew' if newest == 'none' else 'goes on from it'}; or set a smaller "
+            f"{'starts from step 1' if newest == 'none' else 'resumes from it'}; or set a smaller "
             "checkpoint.keep, or put output on another disk"
         )
 
@@ -207,7 +207,7 @@ class Checkpointer(CheckpointManager):
 
     def _purge_stale_checkpoints(self) -> None:
         if self._should_purge():
-            # A save in flight is not counted: `keep` whole ones stay until it is whole too.
+            # A save in flight is not counted: `keep` complete ones stay until it is complete too.
             for step in saved_steps(self.folder)[: -self.keep_latest_k]:
                 _remove(Path(self._create_checkpoint_id(step)))
 

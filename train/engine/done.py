@@ -27,7 +27,7 @@ def is_done(run: RunConfig) -> bool:
     """Return whether a run was trained to its end.
 
     Raises:
-        ConfigError: it was, under another configuration; what differs, and the mend.
+        ConfigError: it was, under another configuration; what differs, and the fix.
     """
     done = Path(run.output) / DONE
     if not done.is_file():

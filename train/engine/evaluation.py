@@ -101,7 +101,7 @@ class Evaluator(BaseValidator):
         self.metrics.log_evaluation(step, means.pop("loss"), tokens, means)
 
     def loss(self, model_parts: list[nn.Module]) -> tuple[float, int]:
-        """(mean loss in nats a token, number of tokens) over the whole set, on every rank."""
+        """(mean loss in nats per token, number of tokens) over the whole set, on every rank."""
         means, tokens = self.means(model_parts)
         return means["loss"], tokens
 

@@ -257,7 +257,7 @@ class Metrics(MetricsProcessor):
                 logger.info(line)
 
     def resume(self, step: int) -> None:
-        """Training goes on after `step`."""
+        """Training resumes after `step`."""
         if self.recorder:
             kept = self.recorder.open(step)
             self.evaluated = max((r["step"] for r in kept if "eval_loss" in r), default=-1)
@@ -339,7 +339,7 @@ class Metrics(MetricsProcessor):
     def log_evaluation(
         self, step: int, loss: float, tokens: int, others: Mapping[str, float] | None = None
     ) -> None:
-        """Record a held-out loss (nats a token), and other means by their names."""
+        """Record a held-out loss (nats per token), and other means by their names."""
         self.evaluated = step
         others = dict(others or {})
         record = {"eval_loss": loss, "eval_perplexity": _perplexity(loss), "eval_tokens": tokens}

@@ -84,7 +84,7 @@ class Muon(torch.optim.Muon):
     """torch.optim.Muon for matrices that may be sharded.
 
     The momentum is kept in shards. Each step gathers one matrix's at a time, orthogonalizes the
-    whole, and takes back the shard.
+    unsharded, and takes back the shard.
     """
 
     @torch.no_grad()

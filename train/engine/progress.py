@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress, ProgressColumn, Task
 from rich.text import Text
 
-BAR = (6, 40)  # characters of the bar itself: at least where numbers stand beside it, and at most
+BAR = (6, 40)  # characters of the bar itself: at least beside numbers, and at most
 
 
 class StepLine(ProgressColumn):

@@ -115,7 +115,7 @@ def _train(run: RunConfig, inputs: Inputs | None) -> Result:
         if trainer.stopped_by:
             trainer.metrics_processor.say(
                 f"stopped by {signal.Signals(trainer.stopped_by).name} after step {trainer.step}, "
-                f"saved {trainer.checkpointer.newest_saved()}; the same command goes on from there"
+                f"saved {trainer.checkpointer.newest_saved()}; the same command resumes from there"
             )
         else:
             newest = trainer.checkpointer.newest_saved()
@@ -226,7 +226,7 @@ def _summary(run: RunConfig, trainer: Trainer) -> list[str]:
     flops = training_flops_of(run)
     return [
         f"model    {model.total / 1e6:,.2f}M parameters, {kind}{memory}; "
-        f"{flops / 1e6:,.1f} MFLOPs a token, {t.precision}",
+        f"{flops / 1e6:,.1f} MFLOPs per token, {t.precision}",
         *_stage(run),
         f"step     {t.global_batch_size * t.seq_len:,} tokens: {t.global_batch_size} sequences of "
         f"{t.seq_len}" + (f", in {accumulation} microbatches" if accumulation > 1 else ""),

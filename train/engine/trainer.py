@@ -209,7 +209,7 @@ class Trainer(TitanTrainer):
     def _divergence(self, error: object) -> str:
         self.checkpointer.maybe_wait_for_saving()
         return (
-            f"training diverged: {error}. Newest whole checkpoint: "
+            f"training diverged: {error}. Newest complete checkpoint: "
             f"{self.checkpointer.newest_saved()}. Lower optimizer.lr, lengthen "
             "schedule.warmup_steps or lower training.max_norm"
         )

@@ -3,7 +3,7 @@
 `OUTPUT/checkpoint/step-N`, which holds its run's config.toml, gives config.json, safetensors,
 generation_config.json, the tokenizer and a model card: what `AutoModelForCausalLM.from_pretrained`
 loads; a model that is low-rank or has mixers needs `import lowline` before, or
-`trust_remote_code=True`. LoRA's factors are merged, or stand beside it in PEFT's format.
+`trust_remote_code=True`. LoRA's factors are merged, or written beside it in PEFT's format.
 `import_weights` makes such a directory of a hub model or a GGUF
 file, for training to start from.
 

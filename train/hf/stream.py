@@ -1,4 +1,4 @@
-"""A model's weights read tensor by tensor and written shard by shard, never held whole.
+"""A model's weights read tensor by tensor and written shard by shard, never held at once.
 
 `StepWeights` reads a run's step folder, however many ranks wrote it, and merges LoRA's factors
 into one weight at a time. `save_directory` writes a Hugging Face directory: config.json,

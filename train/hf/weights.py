@@ -108,8 +108,8 @@ def check_same_model(
     """Check that the weights of `source` fit a run's tables and mean the same there.
 
     What may differ is what no weight depends on: the longest context and how attention and memory
-    are handled. Layers that are softmax in `source` may have a mixer in the run, which then begins
-    anew. Of the weights only the headers are read.
+    are handled. Layers that are softmax in `source` may have a mixer in the run, which is then
+    initialized. Of the weights only the headers are read.
 
     Raises:
         ValueError: names every key that differs, or every weight that does, with both values.

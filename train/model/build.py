@@ -131,7 +131,7 @@ class Llama(Llama3Model):
         Args:
             positions: (B, L), 0 where a document starts.
             attention_masks: of Flex and Varlen attention; SDPA's are made here.
-            transfer: let mixers learn from softmax attention, whose output goes on.
+            transfer: let mixers learn from softmax attention, whose output is passed on.
         """
         mixed = [isinstance(c.attention, MixerAttention.Config) for c in self.config.layers]
         bounds = None

@@ -86,7 +86,7 @@ def merged(
 
 
 def stored_factors(step_folder: Path) -> Factors:
-    """Return the adapters in a run's step folder, whole and on the CPU; none of a run without."""
+    """Return the adapters in a run's step folder, unsharded, on the CPU; none without [lora]."""
     reader = StepReader(step_folder)
     stored = reader.read_metadata().state_dict_metadata
     found = {name: torch.empty(stored[name].size) for name in stored if is_lora(name)}  # type: ignore[union-attr]

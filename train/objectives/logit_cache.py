@@ -139,7 +139,7 @@ def check_cache(run: RunConfig) -> None:
     """Raise ValueError or OSError where a run's logits cannot be kept, or are of another teacher.
 
     Raises:
-        ValueError: also where the disk is too small for them; both numbers and the mend.
+        ValueError: also where the disk is too small for them; both numbers and the fix.
     """
     o = run.objective
     assert isinstance(o, DistillSection)

@@ -4,7 +4,7 @@
     and of w · the divergence of attention weights                (Hedgehog)
 
 with n_row the labels of a row (`lowline.linearize.losses` has the formulas). o* is softmax
-attention of the run's own weights and goes on to the next layer; only the mixers have a backward
+attention of the run's own weights and enters the next layer; only the mixers have a backward
 pass, and the output projection is left out. A block's run sums its layers' parts of the mean over
 all layers, so that losses and gradients of all blocks make up those of one run.
 """

@@ -72,7 +72,7 @@ def transform_kernel(
 ):  # fmt: skip
     """W = M k̂ and e₀ = M v.
 
-    Reads k, v, M, writes W, e₀: 8 K + 128 bytes and 256·K FLOPs a token-head for K = V = 128; for
+    Reads k, v, M, writes W, e₀: 8 K + 128 bytes and 256·K FLOPs per token-head for K = V = 128; for
     the stated shape (see `kernels`) 0.9 GB and 26 GFLOP, 0.27 ms.
     """
     chunk, head = tl.program_id(0), tl.program_id(1)
@@ -101,7 +101,7 @@ def transform_backward_kernel(
 ):  # fmt: skip
     """dv = Mᵀ (β ⊙ du) and dβ = (du - Rᵀ dv)·e.
 
-    Reads du, e, M, R, writes dv: 6 V + 384 bytes and 256·V FLOPs a token-head; for the stated
+    Reads du, e, M, R, writes dv: 6 V + 384 bytes and 256·V FLOPs per token-head; for the stated
     shape 0.9 GB and 26 GFLOP, 0.27 ms.
     """
     chunk, head = tl.program_id(0), tl.program_id(1)

@@ -181,7 +181,7 @@ def scores_kernel(
 ):  # fmt: skip
     """Compute A, (chunks, query heads, 64, 64), with j < i alone when STRICT.
 
-    Reads q, k and G, writes A: 4 K + 4 K + 128 bytes and 6·64·K FLOPs a token-head for a gate per
+    Reads q, k and G, writes A: 4 K + 4 K + 128 bytes and 6·64·K FLOPs per token-head for a gate per
     key, beside 16·K exponentials; for the stated shape 0.9 GB and 39 GFLOP, 0.27 ms.
     """
     chunk, query_head = tl.program_id(0), tl.program_id(1)
@@ -290,7 +290,7 @@ def outputs_kernel(
 ):  # fmt: skip
     """o = scale · q̂ S + A v; A is read for a gate per key and computed on the way otherwise.
 
-    Reads q, k, v, S, writes o: (2 · 4 + 4) K bytes and 4·64·K + 2 K² FLOPs a token-head for
+    Reads q, k, v, S, writes o: (2 · 4 + 4) K bytes and 4·64·K + 2 K² FLOPs per token-head for
     K = V = 128; for the stated shape 1.2 GB and 52 GFLOP, 0.36 ms.
     """
     blocks_v: tl.constexpr = tl.cdiv(V, BLOCK_V)

@@ -62,7 +62,7 @@ def print_against_attention(
         console.print(f"turns of sdpa: {turns}; the ratios there are over these turns")
     if "of_gemm" in next(iter(lengths.values())):
         console.print(
-            "FLOPs a token and head, forward + backward: 14 C d + 12 d², C = 64, whole squares; "
+            "FLOPs per token and head, forward + backward: 14 C d + 12 d², C = 64, full squares; "
             "a gate's are not counted"
         )
     for n, entry in lengths.items():
@@ -78,7 +78,7 @@ def print_against_attention(
 
 
 def print_decode(console: Console, title: str, result: dict[str, Any], clock: str) -> None:
-    """Microseconds a call, tokens a second, and speed-up over attention on a cache."""
+    """Microseconds per call, tokens per second, and speed-up over attention on a cache."""
     rows = {
         name: [f"{1e6 * t[clock]:.1f}", f"{result['tokens_a_call'][name] / t[clock]:,.0f}"]
         for name, t in result["seconds"].items()
