@@ -21,7 +21,7 @@ from lowline.train.config.folder import check, saved_steps
 from lowline.train.hf.export import export
 from lowline.train.model import step_folder
 
-FILES = {".metadata", "__0_0.distcp", "config.toml", CHECKSUMS}
+FILES = {".metadata", "__0_0.distcp", "config.toml", "inputs.json", CHECKSUMS}
 OPTIONS = (
     *("--training.steps=6", "--checkpoint.every=2", "--checkpoint.keep=9"),
     "--evaluation.enable=false",
@@ -48,7 +48,7 @@ def _flip(file: Path, bit: int) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("trials", [12, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trials", [15, pytest.param(200, marks=pytest.mark.slow)])
 def test_every_bit_and_every_length_is_seen(trained, tmp_path, trials):
     """Single flipped bits and lost ends, over all files alike; the smallest is in full view."""
     folder = tmp_path / "step-6"
@@ -112,6 +112,16 @@ def test_a_step_without_checksums_loads_and_is_logged_once(trained, tmp_path, ca
     assert training.train_here(output, *OPTIONS, "--training.steps=7") == 0
     said = capsys.readouterr().err
     assert said.count("has no checksums.json") == 1 and "step 7/7" in said
+
+
+def test_damaged_inputs_without_checksums_are_named(trained, tmp_path, capsys):
+    output = _copy(trained, tmp_path)
+    newest = output / "checkpoint" / "step-6"
+    (newest / CHECKSUMS).unlink()
+    for text in ("[]", "{"):
+        (newest / "inputs.json").write_text(text)
+        assert training.train_here(output, *OPTIONS) == 2
+        assert f"{newest}/inputs.json is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damaged", ["truncated", "zeroed", "text", "missing"])

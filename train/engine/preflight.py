@@ -145,7 +145,10 @@ def _check_same_tokenizer(run: RunConfig, checkpoint: Path) -> None:
     file = checkpoint / INPUTS
     if not file.exists():  # an earlier version wrote the checkpoint, or a conversion made it
         return
-    before = json.loads(file.read_bytes()).get("tokenizer")
+    try:
+        before = json.loads(file.read_bytes()).get("tokenizer")
+    except (ValueError, AttributeError):
+        raise ConfigError(f"{file} is damaged: it is no JSON object. Restore it") from None
     if before is not None and load_tokenizer(run.tokenizer).fingerprint() != before:
         raise ConfigError(
             f"{checkpoint} was trained with other contents of the tokenizer {run.tokenizer!r}: its "
