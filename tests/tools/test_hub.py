@@ -85,5 +85,5 @@ def test_safetensors_are_opened_by_the_loader_and_for_files_of_our_own() -> None
         for path in (ROOT / folder).rglob("*.py")
         if any(word in path.read_text() for word in ("safe_open(", "load_file(", "torch.load("))
     }
-    ours = {"train/blockwise/store.py", "train/objectives/logit_cache.py"}
-    assert users == {"linearize/source.py", *ours}
+    ours = {"blockwise/store.py", "model/step_folder.py", "objectives/logit_cache.py"}
+    assert users == {"linearize/source.py", *(f"train/{name}" for name in ours)}

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 from lowline.errors import LowlineError
 from lowline.linearize.convert import convert, save
 from lowline.tools.cli import main
+from lowline.train.config.checksums import CHECKSUMS
 from lowline.train.data.tokenizer import load_tokenizer
 from lowline.train.hf.config import config_from_hf
 from lowline.train.hf.export import export, import_weights
@@ -110,8 +111,10 @@ def test_padding_beyond_the_vocabulary(capsys, tmp_path):
     assert training.train_here(tmp_path / "run", *RUN, tokenizer, "--model.vocab_size=4097") == 0
     folder = export(tmp_path / "run", tmp_path / "model")
     assert json.loads((folder / "config.json").read_text())["pad_token_id"] == 4096
-    step = tmp_path / "run" / "checkpoint" / "step-1" / "config.toml"
-    step.write_text(step.read_text().replace("vocab_size = 4097", "vocab_size = 4096"))
+    step = tmp_path / "run" / "checkpoint" / "step-1"
+    (step / CHECKSUMS).unlink()  # which an old run has not
+    text = (step / "config.toml").read_text()
+    (step / "config.toml").write_text(text.replace("vocab_size = 4097", "vocab_size = 4096"))
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "again")]) != 0
     said = capsys.readouterr().err
     assert "Traceback" not in said and "pad_token = '[PAD]'" in said
