@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lowline.kernels.recurrence import gated_linear_recurrence
 from lowline.kernels.recurrence import torch_form as chunk
-from lowline.kernels.recurrence.pairs import decays
+from lowline.kernels.recurrence.chunks import decayed_scores, decays
 
 KINDS = ("none", "head", "key", "value", "delta", "delta head", "delta key")
 FP64, FP32, BF16 = torch.float64, torch.float32, torch.bfloat16
@@ -200,42 +200,72 @@ def test_inputs_are_left_alone() -> None:
         assert all(x is None or x.equal(before[n]) for n, x in inputs.items())
 
 
-@pytest.mark.parametrize("kind", ["none", "key"])
-def test_keeps_one_state_a_chunk(kind: str) -> None:
-    kept: list[torch.Tensor] = []
+def kept_numbers(kind: str, T: int) -> int:
+    """Return how many numbers beside its inputs a call keeps for the backward pass."""
+    kept: dict[int, int] = {}
 
     def keep(x: torch.Tensor) -> torch.Tensor:
-        kept.append(x)
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // x.element_size()
         return x
 
-    inputs = {n: None if x is None else x.requires_grad_() for n, x in make(kind, 256).items()}
+    inputs = {n: None if x is None else x.requires_grad_() for n, x in make(kind, T).items()}
+    own = {x.untyped_storage().data_ptr() for x in inputs.values() if x is not None}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        chunkwise(**inputs)
-    own = {x.data_ptr() for x in inputs.values() if x is not None}
-    states = sum(x.numel() for x in kept if x.data_ptr() not in own)
-    assert states == 256 // chunk.CHUNK * inputs["initial_state"].numel()
+        outputs = chunkwise(**inputs, gate="value" if kind == "value" else "key")
+    assert all(x.requires_grad for x in outputs)
+    return sum(numbers for storage, numbers in kept.items() if storage not in own)
 
 
-def test_groups_are_sized_by_the_device() -> None:
-    """64 heads: on a CPU a chunk at a time, elsewhere 32; every token once."""
-    for device, chunks in (("cpu", 1), ("meta", 32)):
-        groups = list(chunk._groups((3, 3 + 70 * 64 + 5), 64, torch.device(device)))
-        assert [g.chunks for g in groups] == [chunks] * (70 // chunks) + [70 % chunks] * (
-            70 % chunks > 0
-        ) + [1]
-        assert [g.start for g in groups] == [3, *(g.end for g in groups[:-1])]
-        assert groups[-1].end == 3 + 70 * 64 + 5 and groups[-1].rows == 8
+@pytest.mark.parametrize("kind", KINDS)
+def test_keeps_one_state_a_segment(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A segment of 2 heads is 128 tokens here, or a chunk of 64 without a gate."""
+    monkeypatch.setattr(chunk, "ROWS", 256)
+    few, many = kept_numbers(kind, 256), kept_numbers(kind, 1024)
+    segments = (1024 - 256) // (64 if kind == "none" else 128)
+    assert many - few == segments * make(kind, 1)["initial_state"].numel()
+
+
+def test_segments_are_sized_by_the_device() -> None:
+    """64 heads: on a CPU two chunks at a time, elsewhere 32; every token once."""
+    for device, chunks in (("cpu", 2), ("meta", 32)):
+        segments = chunk._segments(71 * 64 + 5, 64, torch.device(device))
+        assert [s.tokens for s in segments] == [chunks * 64] * (71 // chunks) + [
+            71 % chunks * 64,
+            5,
+        ]
+        assert {s.rows for s in segments[:-1]} == {64} and segments[-1].rows == 8
 
 
 def test_decays_are_the_products_of_their_steps() -> None:
     g = -3 * torch.rand(2, 16, 5, dtype=FP64)
-    decay = decays(g, per_head=False)
     total = g.cumsum(1)
-    torch.testing.assert_close(decay.into, total.exp())
-    torch.testing.assert_close(decay.out, (total[:, -1:] - total).exp())
-    pair = decays(g[..., :1], per_head=True).pair
-    steps = (total[:, :, None, 0] - total[:, None, :, 0]).exp().tril()
-    torch.testing.assert_close(pair, steps)
+    pair, into, out = decays(g[..., :1])
+    torch.testing.assert_close(into, total[..., :1].exp())
+    torch.testing.assert_close(out, (total[:, -1:] - total)[..., :1].exp())
+    steps = (total[:, :, None] - total[:, None, :]).exp()
+    torch.testing.assert_close(pair, steps[..., 0].tril())
+    q, k = torch.rand(2, 3, 16, 5, dtype=FP64), torch.rand(2, 16, 5, dtype=FP64)
+    A, q_in, k_out, carry = decayed_scores(q, k, g)
+    pairs = torch.einsum("rgif,rjf,rijf->rgij", q, k, steps)
+    torch.testing.assert_close(A, pairs.tril())
+    torch.testing.assert_close(q_in, q * total.exp()[:, None])
+    torch.testing.assert_close(k_out, k * (total[:, -1:] - total).exp())
+    torch.testing.assert_close(carry, total[:, -1:].exp())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "none"])
+def test_second_derivatives(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunk, "ROWS", 4)
+    monkeypatch.setattr(chunk, "CHUNK", 4)
+    inputs = make(kind, 10, H=1, K=2, V=3)
+    names = [name for name, x in inputs.items() if x is not None]
+
+    def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given = inputs | dict(zip(names, tensors, strict=True))
+        return chunkwise(**given, gate="value" if kind == "value" else "key")
+
+    leaves = [inputs[name].requires_grad_() for name in names]
+    assert torch.autograd.gradgradcheck(call, leaves)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +278,9 @@ def test_decays_are_the_products_of_their_steps() -> None:
         pytest.param("head", "inductor", marks=pytest.mark.slow),
     ],
 )
-def test_torch_compile(kind: str, compiler: str) -> None:
+def test_torch_compile(kind: str, compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunk, "ROWS", 32)  # two segments: one is computed again
+    monkeypatch.setattr(chunk, "CHUNK", 16)
     inputs = {n: None if x is None else x.requires_grad_() for n, x in make(kind, 20, FP32).items()}
     gate = "value" if kind == "value" else "key"
     leaves = [x for x in inputs.values() if x is not None]
