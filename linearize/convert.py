@@ -13,7 +13,7 @@ Layer patterns, for which layers get the mixer (counted from 0):
 
     all                     every layer
     none                    no layer
-    0-3, 8                  layers 0, 1, 2, 3 and 8; a list of numbers will do, too
+    0-3, 8                  layers 0, 1, 2, 3 and 8; a list of numbers is accepted, too
     every 4                 the last of each four: layers 3, 7, 11, …
     all but every 4, 0      the rest: those named are left as they are
 

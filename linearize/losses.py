@@ -35,7 +35,7 @@ def transfer_loss(
     """Return the relative squared error of each row's output: (B,).
 
     A row is a unit of its own, so that the loss of a batch does not depend on how its rows are
-    dealt out. A row without a token that counts has 0.
+    distributed. A row without a token that counts has 0.
 
     Args:
         o_BTHD: the mixer's output.

@@ -131,7 +131,7 @@ def read_config(source: str | Path, gguf_file: str | None = None) -> PreTrainedC
     if (other := getattr(config, "transformers_weights", None)) not in (None, WEIGHTS, INDEX):
         raise LowlineError(
             f"{source}: transformers_weights = {other!r} names other weights than {WEIGHTS} and "
-            f"{INDEX}, which are what is read; remove the key, or rename the file"
+            f"{INDEX}, the only ones that are read; remove the key, or rename the file"
         )
     directory, tied = Path(place), config.tie_word_embeddings
     if tied and has_weights(directory) and _has_own_head(stored_weights(directory)):
@@ -271,7 +271,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise LowlineError(f"{path} cannot be loaded, it is no JSON: {error}") from None
+        raise LowlineError(f"{path} cannot be loaded, it is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise LowlineError(f"{path} cannot be loaded: it holds no JSON object")
     return fields

@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     near = difflib.get_close_matches(given, COMMANDS, n=1)
     hint = f"did you mean `lowline {near[0]}`? " if near else ""
     listing = f"lowline {first} --help" if group else "lowline --help"
-    print(f"lowline: {given!r} is no command; {hint}`{listing}` lists them", file=sys.stderr)
+    print(f"lowline: {given!r} is not a command; {hint}`{listing}` lists them", file=sys.stderr)
     return 2
 
 

@@ -22,7 +22,7 @@ def load_config(
 
     Args:
         file: a TOML file, or the name of one that `lowline configs` lists.
-        overrides: values that stand over the file's, as on the command line:
+        overrides: values that replace the file's, as on the command line:
             "--training.steps=100".
         changes: the same by table: `training={"steps": 100}`, or `output="outputs/mine"`.
 
@@ -40,7 +40,7 @@ def train(config: RunConfig | str | os.PathLike[str], **changes: Any) -> Result:
 
     Args:
         config: a checked configuration, or a file or name as `load_config` takes it.
-        changes: values that stand over the file's, as `load_config` takes them.
+        changes: values that replace the file's, as `load_config` takes them.
 
     Raises:
         LowlineError: a configuration that cannot run.

@@ -81,7 +81,7 @@ class Conversion:
             run.local_batch_size(world_size)
 
     def print_dry_run(self, world_size: int, device: Device | None = None) -> None:
-        """Print sizes, FLOPs and memory of every stage; what is converted need not be at hand.
+        """Print sizes, FLOPs and memory of every stage; the source need not be on this machine.
 
         Args:
             world_size: how many devices.

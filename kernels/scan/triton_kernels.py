@@ -7,7 +7,7 @@ pairs (e^{δA}, δxB) are combined along the tokens by an associative scan, whos
 only ever shrink, and the state enters at the tile's edge. The forward pass leaves the state before
 each tile, from which the backward pass makes the tile's states again; the gradient of the states is
 the same scan in the other direction. The scans run on the inputs of the token before (after), so
-that h_{t-1} is at hand and nothing is divided by a decay.
+that h_{t-1} is available and nothing is divided by a decay.
 
 dB and dC are sums over channels: each program leaves its share, and they are added in a fixed
 order afterwards (2 N / BLOCK_D fp32 numbers a token and channel).

@@ -40,7 +40,7 @@ def check_tasks(names: Sequence[str], known_here: Sequence[str]) -> None:
         theirs = _tasks_of(names)
     except ImportError as error:
         raise LowlineError(
-            f"task {names[0]!r} is none of {', '.join(known_here)}; the tasks of lm-eval need it "
+            f"task {names[0]!r} is not one of {', '.join(known_here)}; other tasks need lm-eval "
             f"({error}): pip install lm-eval"
         ) from None
     for name in names:
@@ -48,7 +48,7 @@ def check_tasks(names: Sequence[str], known_here: Sequence[str]) -> None:
             near = difflib.get_close_matches(name, [*known_here, *theirs.all_tasks], n=3)
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise LowlineError(
-                f"task {name!r} is none of {', '.join(known_here)}, and none of lm-eval's{hint}"
+                f"task {name!r} is not one of {', '.join(known_here)}, nor of lm-eval's{hint}"
             )
 
 

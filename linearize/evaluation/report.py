@@ -119,9 +119,9 @@ def explanation(measures: Sequence[Measure]) -> str:
     kinds = {
         Perplexity: "ppl @T: perplexity on text in rows of T tokens",
         SecondCopy: "copy: loss on the second copy of a random string, nats per token, by distance",
-        Retrieval: "passkey, needle: facts given back by generation, by distance",
+        Retrieval: "passkey, needle: share of facts that generation repeats, by distance",
         Shares: "share: of the linear part in the layers' output, mean over layers",
-        Choices: "piqa: right choices",
+        Choices: "piqa: share of right choices",
     }
     said = [text for kind, text in kinds.items() if any(isinstance(m, kind) for m in measures)]
     return "\n".join(said)

@@ -160,7 +160,8 @@ def _teacher(
     for key in SAME_SHAPE:
         if getattr(before, key) != getattr(config, key):
             raise LowlineError(
-                f"{name} is no teacher of {source}: {key} is {getattr(before, key)} there and "
+                f"{name} cannot be the teacher of {source}: {key} is "
+                f"{getattr(before, key)} there and "
                 f"{getattr(config, key)} here"
             )
     return name, before

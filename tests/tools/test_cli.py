@@ -192,9 +192,9 @@ def test_a_group_lists_its_commands(group: str, capsys) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["trian"], "'trian' is no command; did you mean `lowline train`? `lowline --help`"),
+        (["trian"], "'trian' is not a command; did you mean `lowline train`? `lowline --help`"),
         (["bench", "deocde"], "did you mean `lowline bench decode`? `lowline bench --help`"),
-        (["xyzzy"], "lowline: 'xyzzy' is no command; `lowline --help` lists them"),
+        (["xyzzy"], "lowline: 'xyzzy' is not a command; `lowline --help` lists them"),
     ],
 )
 def test_an_unknown_command(words: list[str], message: str, capsys) -> None:

@@ -232,7 +232,9 @@ def test_teachers_that_are_none_are_refused(folder, tmp_path):
 
     narrow = teacher()
     save(narrow, load_tokenizer(folder / "original"), tmp_path / "narrow")
-    with pytest.raises(ValueError, match="is no teacher of .*vocab_size is 97 there and 4096 here"):
+    with pytest.raises(
+        ValueError, match="cannot be the teacher of .*vocab_size is 97 there and 4096 here"
+    ):
         rows(folder / "lolcats", tmp_path / "narrow")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: cannot be loaded"):
@@ -256,7 +258,10 @@ def test_teachers_that_are_none_are_refused(folder, tmp_path):
     "arguments, words",
     [
         (["--text", "absent.jsonl"], "absent.jsonl"),
-        (["--tasks", "perplexitty"], "'perplexitty' is none of perplexity, second-copy, passkey"),
+        (
+            ["--tasks", "perplexitty"],
+            "'perplexitty' is not one of perplexity, second-copy, passkey",
+        ),
         (["--contexts", "5000", "--tokens", "600"], "context = 5000, but the text has 600 tokens"),
         (["--lengths", "20"], "lengths: 20 tokens are too few"),
         (["--distances", "5"], "distances: 5 is below 32"),

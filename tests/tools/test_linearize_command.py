@@ -396,7 +396,11 @@ def test_bad_input(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (str(teacher), ("--mixer.layers=7",), "layers"),
         (str(teacher), ("--processes=0",), "--processes 0"),
         (str(teacher), ("--evaluation", "some"), "choose from quick, full, none"),
-        (str(teacher), ("--training.global_batch_size=3", "--processes=2"), "cannot be dealt out"),
+        (
+            str(teacher),
+            ("--training.global_batch_size=3", "--processes=2"),
+            "cannot be divided among",
+        ),
     ):
         code = command_here(Path(source), tmp_path, *more)
         assert code == 2 and message in (said := capsys.readouterr().err), said

@@ -121,7 +121,7 @@ def test_a_value_of_the_command_line_sets_one_key() -> None:
         (b"base = '" + b"x" * 4000 + b"'", "is a file; a base is relative to"),
         (b"output = ''\n[[stage]]\nname = 'a'", "output = '' should be a string of at least 1"),
         (b"output.x = 1\n[[stage]]\nname = 'a'", "output = {'x': 1} should be a string"),
-        (b"x" * 300 + b" = 1", "this is no name of a key"),
+        (b"x" * 300 + b" = 1", "this is not the name of a key"),
     ],
     ids=range(11),
 )

@@ -103,10 +103,10 @@ def test_strings_stay_what_they_are(tmp_path, streaming):
 
 BAD = [
     (b'{"text": "tru', "line 2 is not JSON"),
-    (b"null", "line 2 is no object, but null"),
-    (b'"a line"', "line 2 is no object, but a string ('a line')"),
-    (b"[1]", "line 2 is no object, but list"),
-    (b"12", "line 2 is no object, but int64"),
+    (b"null", "line 2 is not an object, but null"),
+    (b'"a line"', "line 2 is not an object, but a string ('a line')"),
+    (b"[1]", "line 2 is not an object, but list"),
+    (b"12", "line 2 is not an object, but int64"),
     (b"\0\0\0", "line 2 is not JSON"),
     (b'{"text": "a\xff"}', "line 2 is not UTF-8"),
     (b'{"text": "\\ud800x"}', "line 2 holds half of a surrogate pair"),
@@ -134,7 +134,7 @@ def test_a_bad_row_is_named_or_skipped(tmp_path, caplog, streaming, row, message
 
 def test_bad_items_of_a_list(tmp_path, streaming):
     path = write(tmp_path / "d.json", b'[{"text": "a"}, null, {"id": 1}, {"text": "b"}]')
-    assert "row 2 is no object, but null" in refusal(path, streaming)
+    assert "row 2 is not an object, but null" in refusal(path, streaming)
     assert documents(path, streaming, on_bad_row="skip") == ["a", "", "", "b"]
     path = write(tmp_path / "cut.json", b'[{"text": "a"},\n\n {"text": "b"')
     assert "cut.json as json: line 3 is not JSON" in refusal(path, streaming, on_bad_row="skip")

@@ -42,7 +42,7 @@ def import_tables(
         source, gguf_file = str(Path(source).parent), Path(source).name
     if output is None and not (Path(source) / "config.json").is_file():
         raise LowlineError(
-            f"{source} is no directory of safetensors: give --output, where its weights are "
+            f"{source} is not a directory of safetensors: give --output, where its weights are "
             "copied to"
         )
     import tomli_w

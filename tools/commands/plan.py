@@ -109,7 +109,7 @@ def _shape(model: str) -> Shape:
         hint = f"did you mean {near[0]}? " if near else ""
         raise LowlineError(
             f"{model}: no such model; {hint}The names are {', '.join(known)}; a TOML file, a "
-            "Hugging Face directory or a hub id OWNER/NAME will do, too"
+            "Hugging Face directory or a hub id OWNER/NAME is accepted, too"
         )
     check_source(model)
     from lowline.train.cost.parameters import shape_of_model

@@ -15,5 +15,5 @@ def quiet_libraries() -> None:
 
     transformers_logging.disable_progress_bar()  # "Loading weights", "Writing model shards"
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    # Checkpoints are read by one process without a process group, as it says.
+    # Checkpoints are read by one process without a process group, on purpose.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or unini")

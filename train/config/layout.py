@@ -70,7 +70,7 @@ def check_layout(run: RunConfig, world_size: int) -> int:
             fits = max(n for n in range(1, local) if total // ranks % n == 0)
             hint = f"; --training.local_batch_size={fits} would work"
         raise LowlineError(
-            f"training.global_batch_size = {total} sequences cannot be dealt out to {ranks} "
+            f"training.global_batch_size = {total} sequences cannot be divided among {ranks} "
             f"data-parallel rank(s) with local_batch_size = {local or 'unset'}; it must be a "
             f"multiple of their product{hint}"
         )

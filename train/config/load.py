@@ -64,7 +64,7 @@ def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
     tree, origin = ({}, {}) if path is None else read_layers(Path(path))
     if stages_of(tree):
         raise ConfigError(
-            f"{path}: it has [[stage]]s, so it is no run but a conversion: give it to `lowline "
+            f"{path}: it has [[stage]]s, so it is a conversion, not a run: give it to `lowline "
             f"linearize --config {path}` or `lowline train {path}`"
         )
     given: dict[str, Any] = {}

@@ -1,6 +1,6 @@
 """Nested TOML tables: reading a file over its base files, merging, dotted keys.
 
-    base = "base/llama_60m.toml"  # or a list: a later file stands over an earlier
+    base = "base/llama_60m.toml"  # or a list: a later file overrides an earlier
 
 A base is looked for beside the file that names it, then among the files that come with lowline. Its
 values are those of the file wherever the file has none. Stages are merged by their names.
@@ -78,7 +78,7 @@ def check_values(tree: dict[str, Any], where: str) -> None:
     """
     for key, value in leaves(tree):
         if len(key) > 200 or "\0" in key:
-            raise ConfigError(f"{where}: {key[:200]!r}: this is no name of a key")
+            raise ConfigError(f"{where}: {key[:200]!r}: this is not the name of a key")
         for inner in _values(value):
             if isinstance(inner, date | time):
                 raise ConfigError(f"{where}: {key} = {inner}: dates and times have no use here")

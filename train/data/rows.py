@@ -97,7 +97,7 @@ def _object(line: bytes, names: tuple[str, ...], place: Place) -> dict[str, Any]
     except RecursionError:
         raise BadRowError(place, _RECURSION, "json") from None
     if not isinstance(row, dict):
-        what = f"is no object, but {_described(row)}; write an object with the columns a line"
+        what = f"is not an object, but {_described(row)}; write an object with the columns a line"
         raise BadRowError(place, what, "json")
     for name in names:
         if text.count(json.dumps(name)) > 1 and _times(text, name) > 1:
@@ -122,7 +122,7 @@ def _check_unicode(values: Any, place: Place) -> None:
     try:
         json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        what = "holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+        what = "holds half of a surrogate pair (\\ud800 to \\udfff), which is not a character"
         raise BadRowError(place, what, "json") from None
 
 
@@ -167,7 +167,7 @@ def _item_rows(items: list[Any], columns: Columns, file: str) -> Iterator[Row]:
         if isinstance(item, dict):
             yield place, _document(columns, item, place)
         else:
-            yield place, BadRowError(place, f"is no object, but {_described(item)}", "json")
+            yield place, BadRowError(place, f"is not an object, but {_described(item)}", "json")
 
 
 # --- tables ------------------------------------------------------------------------------------

@@ -150,5 +150,5 @@ def _numbers(ids: Any) -> list[int]:
     """Return token ids, of which configurations have none, one, or a list."""
     found = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if wrong := [n for n in found if not isinstance(n, int) or isinstance(n, bool)]:
-        raise LowlineError(f"eos_token_id = {wrong[0]!r} is no token id")
+        raise LowlineError(f"eos_token_id = {wrong[0]!r} is not a token id")
     return list(found)

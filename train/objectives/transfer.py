@@ -64,7 +64,7 @@ class TransferSection(ObjectiveSection):
             assert run.mixer is not None
             raise ValueError(
                 f"objective.attention_weight = {self.attention_weight} with mixer "
-                f"{run.mixer.name!r}, whose output is no average of values: it has no "
+                f"{run.mixer.name!r}, whose output is not an average of values: it has no "
                 "attention weights; set it to 0"
             )
         if self.attention_weight and run.parallelism.tensor_parallel > 1:

@@ -72,7 +72,7 @@ def forward_backward(
 
 
 def attention_case(shape: Shape, length: int) -> Callable[[], None]:
-    """Causal attention, in the layout it likes best."""
+    """Causal attention, in the layout in which it is fastest."""
     import torch.nn.functional as F
 
     q, k, v, grad = (shape.randn(1, shape.heads, length, shape.head_dim) for _ in range(4))
