@@ -309,20 +309,28 @@ def test_a_signal_stops_a_job(teacher: Path, tmp_path: Path) -> None:
     assert_equal(tmp_path, calm)
 
 
+@pytest.mark.parametrize("measured", [True, False])
 def test_a_signal_after_the_last_step_is_not_lost(
-    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: bool
 ) -> None:
+    """Behind the last evaluation of a stage, which is then done, or within it, which it stops."""
     from lowline.train.engine.evaluation import Evaluator
 
     validate = Evaluator.validate
 
     def interrupted(self, *given):
+        if measured:
+            validate(self, *given)
         os.kill(os.getpid(), signal.SIGTERM)
-        return validate(self, *given)
+        if not measured:
+            validate(self, *given)
 
-    monkeypatch.setattr(Evaluator, "validate", interrupted)
-    assert converted_here(teacher, tmp_path) == 128 + signal.SIGTERM
-    assert (stage(tmp_path, "1-transfer") / "done.toml").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "validate", interrupted)
+        assert converted_here(teacher, tmp_path) == 128 + signal.SIGTERM
+    first = stage(tmp_path, "1-transfer")
+    assert (first / "done.toml").exists() == measured
+    assert saved_steps(first / "checkpoint")[-1] == 6
     assert not stage(tmp_path, "2-distill").exists()
 
 
