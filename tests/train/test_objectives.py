@@ -330,7 +330,7 @@ BAD = {
         'activation_checkpoint = "full" with objective.kind'
     ),
     '--objective.kind="transfer" --objective.attention_weight=1 --mixer.name="gated_deltanet"': (
-        "mixer 'gated_deltanet', whose output is no average"
+        "mixer 'gated_deltanet', whose output is not an average"
     ),
     '--objective.kind="transfer" --objective.attention_weight=1 --training.seq_len=2048': (
         "with training.seq_len = 2048"
