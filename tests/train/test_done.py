@@ -9,7 +9,7 @@ import pytest
 from lowline.train.config.load import ConfigError, load_config, to_toml
 from lowline.train.config.run import RunConfig
 from lowline.train.engine.done import DONE, is_done, is_to_do, mark
-from lowline.train.engine.preflight import check_run
+from lowline.train.engine.preflight import check_same_model
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo_cola.toml"
 
@@ -64,7 +64,7 @@ def test_files_of_a_later_format_are_refused(
     step.mkdir(parents=True)
     (step / "config.toml").write_text(text)
     with pytest.raises(ConfigError) as error:
-        check_run(run, 1)
+        check_same_model(run, step)
     assert str(error.value).startswith(f"{step / 'config.toml'}: {message}")
 
 

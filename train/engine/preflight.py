@@ -29,9 +29,12 @@ def check_run(run: RunConfig, world_size: int, inputs: Inputs | None = None) -> 
     Args:
         inputs: where its batches come from; default: the documents of [data].
     """
-    check_inputs(run, world_size, inputs)
     folder = Path(run.output) / "checkpoint"
-    if run.checkpoint.enable and (steps := saved_steps(folder)):
+    steps = saved_steps(folder) if run.checkpoint.enable else []
+    if not steps and run.checkpoint.initial_weights is not None:
+        check_initial_weights(run)  # first: other checks read the model that is there
+    check_inputs(run, world_size, inputs)
+    if steps:
         if not run.checkpoint.resume:
             raise ConfigError(
                 f"checkpoint.resume = false, but {folder}/step-{steps[-1]} exists and would be "
@@ -40,8 +43,6 @@ def check_run(run: RunConfig, world_size: int, inputs: Inputs | None = None) -> 
         newest = resume_point(run)
         assert newest is not None
         check_resumable(run, newest)
-    elif run.checkpoint.initial_weights is not None:
-        check_initial_weights(run)
 
 
 def resume_point(run: RunConfig, *, fallback: bool | None = None) -> Path | None:
