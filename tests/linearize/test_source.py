@@ -272,6 +272,7 @@ def test_a_tied_head_that_is_there_twice_stays_tied(tmp_path):
         '{"model_type": "llama", "hidden_size": "wide"}',
         '{"model_type": 5}',
         '{"model_type": "llama", "num_attention_heads": 0}',
+        '{"model_type": "llama", "num_key_value_heads": 0}',
         '{"model_type": "llama", "quantization_config": [1]}',
         '{"model_type": "llama", "rope_parameters": 3}',
     ],
