@@ -143,7 +143,7 @@ def _tables_of(hint: Any) -> list[type]:
         return [variants.section(value) for value in variants.sections]
     inner: Any = hint.__origin__ if notes else hint
     parts: list[Any] = [inner, *getattr(inner, "__args__", ())]
-    return [part for part in parts if dataclasses.is_dataclass(part)]
+    return [p for p in parts if isinstance(p, type) and dataclasses.is_dataclass(p)]
 
 
 @cache
