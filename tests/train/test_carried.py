@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from lowline.errors import LowlineError
 from lowline.linearize.convert import convert, save
 from lowline.tools.cli import main
 from lowline.train.config.checksums import CHECKSUMS
+from lowline.train.config.load import load_config
 from lowline.train.data.tokenizer import load_tokenizer
 from lowline.train.hf.config import config_from_hf
 from lowline.train.hf.export import export, import_weights
+from lowline.train.hf.settings import began_with
 
 SAMPLING = {"eos_token_id": [0, 5], "do_sample": True, "temperature": 0.6, "top_p": 0.9}
 RUN = (
@@ -150,3 +153,13 @@ def test_nonsense_in_a_configuration_is_named(field, value, words, tmp_path):
     with pytest.raises(LowlineError) as error:
         config_from_hf(folder)
     assert str(folder) in str(error.value) and words in str(error.value)
+
+
+def test_a_stage_before_that_is_not_trained_yet_is_not_gone(tmp_path, caplog):
+    run = load_config(training.TINY[1], [f"--output={tmp_path}/2-next"])
+    for name, lines in (("1-first/checkpoint/step-0", 0), ("removed", 1)):
+        start = replace(run.checkpoint, initial_weights=str(tmp_path / name))
+        with caplog.at_level("WARNING", "lowline"):
+            assert began_with(replace(run, checkpoint=start)) is None
+        assert len(caplog.messages) == lines
+    assert caplog.messages[0].startswith(f"{tmp_path}/removed is gone: generation settings")

@@ -113,7 +113,7 @@ def check_exportable(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None
 def began_with(run: RunConfig) -> Path | None:
     """Return the Hugging Face directory whose weights a run, or the first run before it, took.
 
-    None where there is none, or it is gone; the latter is logged.
+    None where there is none yet, or it is gone; the latter is logged.
     """
     if run.checkpoint.initial_weights is None:
         return None
@@ -122,6 +122,8 @@ def began_with(run: RunConfig) -> Path | None:
         return began_with(load_config(source / "config.toml"))
     if (source / "config.json").is_file():
         return source
+    if source.parent.name == "checkpoint" and not source.parent.exists():
+        return None  # of an earlier stage, which has not been trained yet
     logger.warning(
         "%s is gone: generation settings and other fields of its config.json are not carried over",
         source,
