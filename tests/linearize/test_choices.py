@@ -112,5 +112,5 @@ def test_without_lm_eval(monkeypatch):
         raise ModuleNotFoundError("No module named 'lm_eval'")
 
     monkeypatch.setattr(harness, "_task_manager", absent)
-    with pytest.raises(ValueError, match=r"need it \(No module .*'\): pip install lm-eval"):
+    with pytest.raises(ValueError, match=r"need lm-eval \(No module .*'\): pip install lm-eval"):
         check_tasks(["arc_easy"], ["perplexity"])

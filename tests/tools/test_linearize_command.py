@@ -127,7 +127,9 @@ def test_a_model_comes_out(teacher: Path, converted: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(before[name], after[name])  # distillation trains all of them
     ids = torch.arange(40)[None]
-    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 44)
+    # Its end tokens are the teacher's, which may come at any step.
+    new = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert new.shape == (1, 44)
     assert len(losses(converted)) == 10
     assert model.config.teacher == str(teacher)
 

@@ -6,6 +6,7 @@ or of another program) is carried over from the Hugging Face directory that trai
 
 from __future__ import annotations
 
+import errno
 import logging
 import tempfile
 from pathlib import Path
@@ -33,6 +34,8 @@ DECIDED = {  # what the tables of a run hold, or what names files that an export
     *("ranks", "bottleneck_activation", "bottleneck_bias", "qk_norm"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
 }
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 logger = logging.getLogger("lowline")
 
@@ -105,9 +108,20 @@ def check_exportable(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None
     generation_settings(began_with(run), hf)
     if isinstance(tokenizer.chat_template, str):
         check_template_source(tokenizer.chat_template)
-    with named(run.tokenizer), tempfile.TemporaryDirectory() as folder:
+    with named(run.tokenizer):
         hf_shapes(hf)
-        tokenizer.save_pretrained(folder)
+        _check_savable(tokenizer)
+
+
+def _check_savable(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save a tokenizer where it is not kept; a disk without space says nothing about it."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizers package has no type for the system's errors
+        full = isinstance(error, OSError) and error.errno in NO_SPACE
+        if not full and not any(f"(os error {number})" in str(error) for number in NO_SPACE):
+            raise
 
 
 def began_with(run: RunConfig) -> Path | None:
