@@ -37,7 +37,7 @@ from lowline.linearize.body.hf import FAMILIES, SOFTMAX, LinearizedConfig
 from lowline.linearize.card import CARD, is_hub_id, model_card
 from lowline.linearize.layers import Layers
 from lowline.linearize.layers import parse_layers as parse_layers
-from lowline.linearize.source import family_of, load_teacher
+from lowline.linearize.source import family_of, load_teacher, model_of
 from lowline.linearize.source import load_config as load_config
 from lowline.linearize.source import load_tokenizer as load_tokenizer
 
@@ -87,17 +87,7 @@ def convert(
             if config.mixers[layer]["name"] != SOFTMAX:
                 new = config.build_mixer(layer).state_dict()
                 weights |= {place + name: weight for name, weight in new.items()}
-    loaded: Any = FAMILIES[family_of(config)].causal_lm.from_pretrained(
-        None,
-        config=config,
-        state_dict=weights,
-        dtype=dtype,
-        output_loading_info=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
-    model, found = loaded
-    assert not any(found.values()), found
+    model: Any = model_of(FAMILIES[family_of(config)].causal_lm, config, weights, dtype)
     model.generation_config = copy.deepcopy(teacher.generation_config)
     return model.to(teacher.device)
 

@@ -83,20 +83,31 @@ def load_teacher(
     kind: Any = dtype or config.dtype
     if not isinstance(kind, torch.dtype):  # a configuration need not name one
         kind = next(iter(weights.values())).dtype
-    loaded: Any = type(_without_weights(config)).from_pretrained(
+    model = model_of(type(_without_weights(config)), config, weights, kind)
+    model.config.name_or_path = place  # from_pretrained writes the None it was given
+    if (generation := read_json(directory / GENERATION)) is not None:
+        model.generation_config = GenerationConfig.from_dict(generation)
+    return model
+
+
+def model_of(
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    weights: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+) -> PreTrainedModel:
+    """Return a model of this class with exactly these weights, in `dtype`."""
+    loaded: Any = cls.from_pretrained(
         None,
         config=config,
         state_dict=weights,
-        dtype=kind,
+        dtype=dtype,
         output_loading_info=True,
         use_safetensors=True,
         trust_remote_code=False,
     )
     model, found = loaded
     assert not any(found.values()), found
-    model.config.name_or_path = place  # from_pretrained writes the None it was given
-    if (generation := read_json(directory / GENERATION)) is not None:
-        model.generation_config = GenerationConfig.from_dict(generation)
     return model
 
 
@@ -346,9 +357,8 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     model, found = loaded
     # Of a file that lacks tensors transformers leaves weights random; what it has no name for it
     # passes over. Every weight of these architectures is one tensor of the file.
-    missing = {name: (0,) for name in found["missing_keys"]}
     expected = hf_shapes(model.config)
-    there = {name: shape for name, shape in expected.items() if name not in missing}
+    there = {k: shape for k, shape in expected.items() if k not in set(found["missing_keys"])}
     check_shapes(there, expected, str(path))
     if len(held := header.tensors.keys() - {ROPE_FACTORS}) != len(expected):
         of_layers = model.config.num_hidden_layers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import resource
 import shutil
 import subprocess
 import time
@@ -140,3 +141,14 @@ def cut(source: Path, output: Path, step: int) -> None:
         if int(folder.name.removeprefix("step-")) > step:
             shutil.rmtree(folder)
     assert (output / "checkpoint" / f"step-{step}").is_dir()
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Files of this process cannot grow beyond `size` bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

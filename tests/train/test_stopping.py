@@ -6,11 +6,9 @@ import errno
 import json
 import logging
 import os
-import resource
 import shutil
 import signal
 import subprocess
-from contextlib import contextmanager
 from importlib.resources import as_file, files
 
 import pytest
@@ -101,23 +99,12 @@ def test_a_closed_pipe_ends_no_run(whole, tmp_path, options):
     assert training.curve(tmp_path / "run") == training.curve(whole)
 
 
-@contextmanager
-def _largest_file(size: int):
-    """Files of this process cannot grow beyond `size` bytes, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_no_space_for_records_ends_no_run(tmp_path, capsys):
     """One message of each file, and the run trains to its end."""
     output = tmp_path / "run"
     options = ("--checkpoint.enable=false", "--metrics.tensorboard=true")
-    with _largest_file(2500):
+    with training.largest_file(2500):
         assert training.train_here(output, *options, "--evaluation.enable=false") == 0
     said = capsys.readouterr().err
     assert "Traceback" not in said and "step 12/12" in said
@@ -127,7 +114,7 @@ def test_no_space_for_records_ends_no_run(tmp_path, capsys):
 
 
 def test_no_space_for_the_configuration_is_one_line(tmp_path, capsys):
-    with _largest_file(100):
+    with training.largest_file(100):
         assert training.train_here(tmp_path / "run") == 1
     said = capsys.readouterr().err
     assert "Traceback" not in said and "Free some space and give the same command again" in said

@@ -5,12 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -199,23 +197,12 @@ def test_a_signal_stops_all_ranks_after_the_same_step(tmp_path):
     assert f"stopped by SIGINT after step {step}" in Path(f"{output}.log").read_text()
 
 
-@contextmanager
-def _largest_file(size: int):
-    """Files of this process cannot grow beyond `size` bytes, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_no_space_for_a_checkpoint(whole, tmp_path, capsys, asynchronous):
     """The run stops with the mend, the checkpoint before is intact, and space is all it needs."""
     output, options = tmp_path / "run", (f"--checkpoint.asynchronous={asynchronous}",)
     training.cut(whole, output, 8)
-    with _largest_file(500_000):
+    with training.largest_file(500_000):
         assert training.train_here(output, *options, "--checkpoint.every=2") == 1
     said = capsys.readouterr().err
     for part in (

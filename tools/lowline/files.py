@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import time
@@ -23,6 +24,12 @@ from typing import Any
 PARTIAL, OLD = ".partial", ".old"
 _DAY = 86_400.0  # seconds; the age of a leftover where the file system has no locks
 _GRACE = 1.0  # seconds; a writer locks its temporary right after it has created it
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of what a file holds, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -19,7 +19,7 @@ import os
 import time
 from pathlib import Path
 
-from lowline.files import write_text
+from lowline.files import sha256_of, write_text
 from lowline.weight_files import has_weights, weight_files
 
 SMALL = 2**24  # bytes, which are read in a moment
@@ -60,8 +60,7 @@ def sha256(path: Path) -> str:
         known = _read(cache).get(key)
         if isinstance(known, list) and known[:-1] == facts:
             return str(known[-1])
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256_of(path)
     if state.st_size >= SMALL and time.time() - max(state.st_mtime, state.st_ctime) > SETTLED:
         with contextlib.suppress(OSError):  # it is only read again
             cache.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

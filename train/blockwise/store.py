@@ -23,7 +23,6 @@ Shapes: S steps per file, B sequences per step, T tokens per sequence, D model d
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -36,7 +35,7 @@ import torch
 from safetensors import safe_open
 
 from lowline.errors import LowlineError
-from lowline.files import write_tensors, write_text
+from lowline.files import sha256_of, write_tensors, write_text
 from lowline.train.blockwise.plan import stored_bytes
 from lowline.train.engine.errors import RunError
 
@@ -201,7 +200,7 @@ class Series:
         """
         path = self.path(number)
         write_tensors(path, tensors)
-        self._records[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        self._records[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         write_text(self._list, _json(self._records))
 
     @contextmanager
@@ -214,7 +213,7 @@ class Series:
         path = self.path(number)
         if not self.has(number):
             raise _damaged(path, "is missing")
-        if _sha256(path) != self._records[path.name]["sha256"]:
+        if sha256_of(path) != self._records[path.name]["sha256"]:
             raise _damaged(path, "has another SHA-256 than when it was written")
         with safe_open(path, framework="pt") as file:
             yield file
@@ -245,8 +244,3 @@ def check_space(folder: Path, manifest: Manifest) -> int:
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=1) + "\n"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

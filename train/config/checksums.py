@@ -8,7 +8,6 @@ of it is seen as well. Folders of earlier versions have none, which is logged.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lowline.errors import LowlineError
-from lowline.files import write_text
+from lowline.files import sha256_of, write_text
 
 CHECKSUMS = "checksums.json"
 FORMAT = 1
@@ -30,9 +29,7 @@ logger = logging.getLogger("lowline")
 
 def digest(file: Path) -> dict[str, Any]:
     """Return the SHA-256 and the size of a file."""
-    with file.open("rb") as opened:
-        found = hashlib.file_digest(opened, "sha256").hexdigest()
-        return {"sha256": found, "size": opened.tell()}
+    return {"sha256": sha256_of(file), "size": file.stat().st_size}
 
 
 def seal(folder: Path, known: Mapping[str, Mapping[str, Any]]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, Union
 
@@ -89,6 +89,19 @@ class Variants:
         tagged = tuple(Annotated[self.section(value), Tag(value)] for value in self.sections)
         union: Any = Annotated[Union[tagged], Discriminator(self.value_of)]  # type: ignore[valid-type]  # noqa: UP007
         return handler.generate_schema(union)
+
+
+def variants_of(hint: Any) -> Variants | None:
+    """Return the variants that a table's annotation names, if any."""
+    notes = getattr(hint, "__metadata__", ())
+    return next((note for note in notes if isinstance(note, Variants)), None)
+
+
+def table_in(hint: Any) -> Any:
+    """Return the class of a key's table, which may be annotated or left out; None for a value."""
+    parts = (hint, *getattr(hint, "__args__", ()))
+    inner = next((p for p in parts if isinstance(p, type) and is_dataclass(p)), None)
+    return inner or (table_in(hint.__origin__) if hasattr(hint, "__metadata__") else None)
 
 
 @cache

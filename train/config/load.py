@@ -23,7 +23,7 @@ from typing import Any, get_type_hints
 import tomli_w
 from pydantic import ValidationError
 
-from lowline.train.config.fields import Variants, adapter
+from lowline.train.config.fields import Variants, adapter, table_in, variants_of
 from lowline.train.config.run import RunConfig
 from lowline.train.config.saved import FORMAT, upgraded
 from lowline.train.config.tables import (
@@ -169,19 +169,12 @@ def _unknown(table: dict[str, Any], cls: Any, place: tuple[str, ...]) -> Iterato
                 "input": value,
             }
         elif isinstance(value, dict):
-            if (variants := _variants_of(known[key])) is not None:
+            if (variants := variants_of(known[key])) is not None:
                 chosen = variants.value_of(value)
                 if chosen in variants.sections:
                     yield from _unknown(value, variants.section(chosen), (*place, key, chosen))
-            elif (inner := _table_in(known[key])) is not None:
+            elif (inner := table_in(known[key])) is not None:
                 yield from _unknown(value, inner, (*place, key))
-
-
-def _table_in(hint: Any) -> Any:
-    """Return the class of a key's table, which may be annotated or left out; None for a value."""
-    parts = (hint, *getattr(hint, "__args__", ()))
-    inner = next((part for part in parts if dataclasses.is_dataclass(part)), None)
-    return inner or (_table_in(hint.__origin__) if hasattr(hint, "__metadata__") else None)
 
 
 def _specific(errors: list[Any]) -> list[Any]:
@@ -281,9 +274,9 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _fields(cls: Any, prefix: str) -> Iterator[tuple[str, str]]:
     hints = get_type_hints(cls, include_extras=True)
     for f in dataclasses.fields(cls):
-        if (variants := _variants_of(hints[f.name])) is not None:
+        if (variants := variants_of(hints[f.name])) is not None:
             yield from _fields_of_variants(variants, f"{prefix}{f.name}.")
-        elif (inner := _table_in(hints[f.name])) is not None:
+        elif (inner := table_in(hints[f.name])) is not None:
             yield from _fields(inner, f"{prefix}{f.name}.")
         else:
             yield prefix + f.name, _describe(_type_text(f.type))
@@ -303,15 +296,10 @@ def _fields_of_variants(variants: Variants, prefix: str) -> Iterator[tuple[str, 
         yield key, kind + (f" ({variants.key} {', '.join(owners[key])})" if some else "")
 
 
-def _variants_of(annotation: Any) -> Variants | None:
-    found = (m for m in getattr(annotation, "__metadata__", ()) if isinstance(m, Variants))
-    return next(found, None)
-
-
 def _without_tag(parts: list[str]) -> tuple[list[str], str, Variants | None, str | None]:
     """Return an error's path without the variant in it, and its table, variants and variant."""
     for name, annotation in get_type_hints(RunConfig, include_extras=True).items():
-        variants = _variants_of(annotation)
+        variants = variants_of(annotation)
         if variants is not None and parts[:1] == [name]:
             if len(parts) > 1 and parts[1] in variants.sections:
                 return [name, *parts[2:]], name, variants, parts[1]

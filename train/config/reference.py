@@ -27,7 +27,7 @@ from pydantic_core import to_jsonable_python
 from lowline.command_line import described
 from lowline.errors import LowlineError
 from lowline.linearize.mixers.options import OPTIONS
-from lowline.train.config.fields import MOST, Variants, adapter
+from lowline.train.config.fields import MOST, adapter, table_in, variants_of
 from lowline.train.config.run import RunConfig
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "reference"  # of a clone of the project
@@ -137,13 +137,10 @@ def _classes(cls: type) -> Iterator[type]:
 
 def _tables_of(hint: Any) -> list[type]:
     """Return the classes of the tables that a key may be; none where it is a value."""
-    notes = getattr(hint, "__metadata__", ())
-    variants = next((note for note in notes if isinstance(note, Variants)), None)
-    if variants is not None:
+    if (variants := variants_of(hint)) is not None:
         return [variants.section(value) for value in variants.sections]
-    inner: Any = hint.__origin__ if notes else hint
-    parts: list[Any] = [inner, *getattr(inner, "__args__", ())]
-    return [p for p in parts if isinstance(p, type) and dataclasses.is_dataclass(p)]
+    inner = table_in(hint)
+    return [] if inner is None else [inner]
 
 
 @cache

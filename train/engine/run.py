@@ -108,7 +108,7 @@ def _train(run: RunConfig, inputs: Inputs | None) -> Result:
         if _is_first():
             _write_config(run)
         trainer = trainer_config(run, int(os.environ["WORLD_SIZE"]), inputs).build()
-        trainer.metrics_processor.say(_summary(run, trainer))
+        trainer.metrics_processor.say(_summary(run, trainer, before))
         with _signals_to(trainer):
             trainer.train()
             trainer.checkpointer.close()
@@ -209,7 +209,7 @@ def _signals_to(trainer: Trainer) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _summary(run: RunConfig, trainer: Trainer) -> list[str]:
+def _summary(run: RunConfig, trainer: Trainer, resumed: Path | None) -> list[str]:
     """Return what is about to be trained, on what, and where to watch it."""
     shape, t, dims = shape_of(run), run.training, trainer.parallel_dims
     model = model_parameters(run)
@@ -232,7 +232,7 @@ def _summary(run: RunConfig, trainer: Trainer) -> list[str]:
         f"{t.seq_len}" + (f", in {accumulation} microbatches" if accumulation > 1 else ""),
         f"devices  {dist.get_world_size()} x {trainer.device.type}: {layout}",
         f"output   {run.output}",
-        *_changed(run),
+        *_changed(run, resumed),
         *([f"watch    tensorboard --logdir {run.output}/tb"] if run.metrics.tensorboard else []),
     ]
 
@@ -252,12 +252,12 @@ def _next_step(run: RunConfig, checkpoint: object, nothing_left: bool) -> list[s
     return lines
 
 
-def _changed(run: RunConfig) -> list[str]:
-    """Return a line for each key that has another value than in the newest checkpoint."""
-    if not run.checkpoint.enable or (folder := resume_point(run, fallback=True)) is None:
+def _changed(run: RunConfig, resumed: Path | None) -> list[str]:
+    """Return a line for each key that has another value than in the step that is resumed."""
+    if resumed is None:
         return []
-    saved = load_config(folder / "config.toml")
-    return [f"changed  {d} ({folder.name.replace('-', ' ')})" for d in differences(saved, run)]
+    saved = load_config(resumed / "config.toml")
+    return [f"changed  {d} ({resumed.name.replace('-', ' ')})" for d in differences(saved, run)]
 
 
 def _stage(run: RunConfig) -> list[str]:

@@ -79,8 +79,9 @@ def export(
     if adapter and run.lora is None:
         raise LowlineError(f"{step_folder}: a run without [lora] has no adapter; export the model")
     tokenizer = load_tokenizer(run.tokenizer).hf
-    hf = exported_config(run, tokenizer)
-    generation = generation_settings(began_with(run), hf)
+    source = began_with(run)
+    hf = exported_config(run, tokenizer, source)
+    generation = generation_settings(source, hf)
     weights, names = open_weights(step_folder, hf, merge=not adapter)
     kind = DTYPES[dtype] if dtype is not None else _dtype(run, weights)
     shapes = {name: weights.kinds[ours][0] for name, ours in names.items()}

@@ -40,10 +40,17 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 logger = logging.getLogger("lowline")
 
 
-def exported_config(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+def exported_config(
+    run: RunConfig, tokenizer: PreTrainedTokenizerBase, source: Path | None
+) -> PreTrainedConfig:
     """Return the configuration with which a run's model is exported.
 
     End tokens are those of the model that training began with and the tokenizer's own.
+
+    Args:
+        run: the training run.
+        tokenizer: its tokenizer.
+        source: the Hugging Face directory that it began with (`began_with`).
 
     Raises:
         LowlineError: a special token that the tokenizer names lies beyond the vocabulary, or that
@@ -58,12 +65,11 @@ def exported_config(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTr
                 f"exported. Set vocab_size to at least {number + 1}, or {name} in "
                 "tokenizer_config.json to a token of the vocabulary"
             )
-    source = began_with(run)
     before = None if source is None else read_config(source)
     end = _numbers(before.eos_token_id) if before is not None else []
     if tokenizer.eos_token_id not in (None, *end):
         end.append(tokenizer.eos_token_id)
-    ids: dict[str, Any] = {"eos_token_id": end[0] if len(end) == 1 else end or None}
+    ids: dict[str, Any] = {"eos_token_id": _one_or_all(end)}
     for name in ("bos_token_id", "pad_token_id"):
         number = getattr(tokenizer, name)
         ids[name] = getattr(before, name, None) if number is None else number
@@ -92,10 +98,8 @@ def generation_settings(source: Path | None, hf: PreTrainedConfig) -> dict[str, 
         return None
     with named(source / GENERATION if source else ""):
         GenerationConfig.from_dict(fields)
-        end = list(
-            dict.fromkeys([*_numbers(fields.get("eos_token_id")), *_numbers(hf.eos_token_id)])
-        )
-    return fields | ({"eos_token_id": end[0] if len(end) == 1 else end} if end else {})
+        end = dict.fromkeys([*_numbers(fields.get("eos_token_id")), *_numbers(hf.eos_token_id)])
+    return fields | ({"eos_token_id": _one_or_all(list(end))} if end else {})
 
 
 def check_exportable(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -104,8 +108,9 @@ def check_exportable(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None
     Checked are special tokens, the configuration, the generation settings, the chat template, and
     that the tokenizer can be saved.
     """
-    hf = exported_config(run, tokenizer)
-    generation_settings(began_with(run), hf)
+    source = began_with(run)
+    hf = exported_config(run, tokenizer, source)
+    generation_settings(source, hf)
     if isinstance(tokenizer.chat_template, str):
         check_template_source(tokenizer.chat_template)
     with named(run.tokenizer):
@@ -160,6 +165,11 @@ def origin(run: RunConfig) -> str | None:
         return None
     hf = read_config(source)
     return hf.teacher if isinstance(hf, LinearizedConfig) else str(source)
+
+
+def _one_or_all(ids: list[int]) -> int | list[int] | None:
+    """Return token ids as configurations have them: none, one, or a list."""
+    return ids[0] if len(ids) == 1 else ids or None
 
 
 def _numbers(ids: Any) -> list[int]:

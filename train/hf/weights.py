@@ -150,7 +150,8 @@ def load_hf_state_dict(
     if gguf_file is not None:
         body = load_teacher(place, gguf_file=gguf_file, dtype=torch.float32)
         model, _ = config_from_hf(body.config)
-        weights = {name: body.state_dict()[name] for name in hf_shapes(body.config)}
+        held = body.state_dict()
+        weights = {name: held[name] for name in hf_shapes(body.config)}
     else:
         directory = hf_directory(place)
         hf = read_config(directory)
