@@ -20,7 +20,7 @@ def message(*overrides: str, path: Path = COLA) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("value", ["activation=gelu", "bias=true", "grouped=true"])
+@pytest.mark.parametrize("value", ["activation=gelu", "bias=true", "grouped=true", "init=skip"])
 def test_what_only_bottlenecks_have(value: str) -> None:
     key, text = f"cola.{value}".split("=")
     shown = {"true": True}.get(text, text)

@@ -7,7 +7,7 @@ rule between two sections lives in `RunConfig.__post_init__`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -177,7 +177,7 @@ class RunConfig:
         ranks = self.ranks()
         bottleneck = ColaConfig(rank=self.cola.rank, memory=self.cola.memory)
         if not any(ranks.values()) and self.cola != bottleneck:
-            values = {n: getattr(self.cola, n) for n in ("activation", "bias", "grouped")}
+            values = {f.name: getattr(self.cola, f.name) for f in fields(self.cola)}
             given = [f"cola.{n} = {v!r}" for n, v in values.items() if v != getattr(bottleneck, n)]
             raise ValueError(
                 f"{' and '.join(given)} without bottlenecks (cola.rank = 0); set cola.rank, or "
