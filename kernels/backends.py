@@ -2,7 +2,7 @@
 
 Every op here has one signature and a `backend` argument:
 
-    reference   plain torch, a token at a time, the text-book formula; any device, fp64-capable
+    reference   plain torch, token by token, the textbook formula; any device, fp64-capable
     torch       chunkwise plain torch; any device, differentiable, traced by torch.compile
     cpu         C++, built once on demand (`lowline.kernels.cpu`)
     triton      CUDA devices (and Triton's interpreter, for tests)

@@ -1,7 +1,7 @@
 """Exponentials by powers of two.
 
-torch's exp on a CPU takes 9 times as long where its result is 0, and up to 70 times where it is
-denormal, which masks and strong decays bring about; exp2 takes the same time for all
+On a CPU torch's exp takes 9 times as long where its result is 0, and up to 70 times where it is
+denormal, as masks and strong decays make it; exp2 takes the same time for every argument
 (docs/dev/log.md).
 """
 

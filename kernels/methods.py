@@ -2,8 +2,8 @@
 
 Each returns (outputs, state) and takes the same keyword options: `scale` of the outputs,
 `initial_state`, `cu_seqlens` of packed sequences and `backend`, all as in
-`lowline.kernels.recurrence.gated_linear_recurrence`, which also documents the state. Decoding a
-token at a time is `recurrence_step` with the same keys, values and gates.
+`lowline.kernels.recurrence.gated_linear_recurrence`, which also documents the state. Decoding
+token by token is `recurrence_step` with the same keys, values and gates.
 
 Shapes: B batch, T time, Q query heads, H state heads (Q a multiple of H), K key and V value
 features. The gates g are logarithms of decays, at most 0.
@@ -34,7 +34,7 @@ def linear_attention(
     feature maps, which are not negative (`hedgehog`, softmax, elu + 1).
 
     Args:
-        normalize: divide by the sum of weights; the state then has a column more, Σ k_j.
+        normalize: divide by the sum of weights; the state then has one column more, Σ k_j.
     """
     return gated_linear_recurrence(q_BTQK, k_BTHK, v_BTHV, normalize=normalize, **options)
 
@@ -46,7 +46,7 @@ def retention(
     log_gamma_H: torch.Tensor,
     **options: Any,
 ) -> Result:
-    """Compute retention, S_t = γ S_{t-1} + k_t v_tᵀ, o_t = q_tᵀ S_t, with γ constant a head.
+    """Compute retention, S_t = γ S_{t-1} + k_t v_tᵀ, o_t = q_tᵀ S_t, with γ constant per head.
 
     RetNet, arXiv 2307.08621, equation 6; Lightning attention, arXiv 2401.04658, is the same sum.
 
@@ -111,7 +111,7 @@ def gated_delta_rule(
     beta_BTH: torch.Tensor,
     **options: Any,
 ) -> Result:
-    """Compute the gated delta rule with one decay a head, S̃ = e^{g_t} S_{t-1}.
+    """Compute the gated delta rule with one decay per head, S̃ = e^{g_t} S_{t-1}.
 
         S_t = S̃ + β_t k_t (v_t - S̃ᵀ k_t)ᵀ,   o_t = q_tᵀ S_t
 
@@ -133,7 +133,7 @@ def kda(
     beta_BTH: torch.Tensor,
     **options: Any,
 ) -> Result:
-    """Compute Kimi delta attention: the delta rule with a decay a key feature, S̃ = diag(e^{g_t}) S.
+    """Compute Kimi delta attention: the delta rule with a decay per key feature, S̃ = diag(e^g) S.
 
     Kimi Linear, arXiv 2510.26692, section 3. Otherwise as `gated_delta_rule`.
     """

@@ -19,7 +19,7 @@ def check_pack(op: str, batch: int, time: int, cu_seqlens: torch.Tensor | None) 
         )
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
         raise ValueError(f"{op}: cu_seqlens is a vector of at least two integers")
-    if cu_seqlens.device.type == "cpu":  # elsewhere the look would wait for the device
+    if cu_seqlens.device.type == "cpu":  # elsewhere the check would wait for the device
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != time or bounds != sorted(bounds):
             raise ValueError(f"{op}: cu_seqlens = {bounds}; it rises from 0 to T = {time}")
@@ -29,8 +29,8 @@ def check_pack(op: str, batch: int, time: int, cu_seqlens: torch.Tensor | None) 
 class ChunkTable(NamedTuple):
     """How packed sequences are cut into chunks of C tokens.
 
-    Sequence n has its chunks from number ⌊(start + n·more) / C⌋ + n on, which leaves room for all
-    of them and depends on no length: nothing waits for the device. Numbers in between are empty.
+    Sequence n has its chunks from number ⌊(start + n·more) / C⌋ + n on, which is enough for all
+    of them and depends on no length: nothing waits for the device. Unused numbers are empty chunks.
     """
 
     count: int  # type: ignore[assignment]
@@ -71,17 +71,17 @@ def sequence_of_tokens(cu_seqlens: torch.Tensor, T: int) -> torch.Tensor:
 def as_bounds(cu_seqlens: torch.Tensor) -> torch.Tensor:
     """Return cu_seqlens as a contiguous vector of int64."""
     if cu_seqlens.dtype == torch.int64 and cu_seqlens.is_contiguous():
-        return cu_seqlens  # kept, it would keep itself alive
+        return cu_seqlens  # a cached reference would keep itself alive
     return _cached(cu_seqlens, ("bounds",), lambda: cu_seqlens.to(torch.int64).contiguous())
 
 
-_tables: Any = WeakIdKeyDictionary()  # cu_seqlens -> key -> what was made of it
+_tables: Any = WeakIdKeyDictionary()  # cu_seqlens -> key -> what was computed from it
 
 
 def _cached(cu_seqlens: torch.Tensor, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-    """Return what `make` makes of cu_seqlens, kept while that tensor lives and is unchanged.
+    """Return what `make` computes from cu_seqlens, cached while that tensor lives and is unchanged.
 
-    Every layer of a model asks for the same tables. Nothing is kept where a change could go
+    Every layer of a model needs the same tables. Nothing is cached where a change could go
     unseen: inference tensors count no versions, and a CUDA graph must hold the computation.
     """
     device = cu_seqlens.device

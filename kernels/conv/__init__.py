@@ -1,4 +1,4 @@
-"""The causal short convolution: whole sequences, one token, and speculative decoding."""
+"""The causal short convolution: complete sequences, one token, and speculative decoding."""
 
 from lowline.kernels.conv.decode import causal_conv_advance, causal_conv_step, causal_conv_verify
 from lowline.kernels.conv.op import causal_conv

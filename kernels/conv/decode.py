@@ -1,4 +1,4 @@
-"""Decoding with the short convolution: a token at a time, and blocks of guesses.
+"""Decoding with the short convolution: token by token, and blocks of guessed tokens.
 
 `verify` and `advance` work as the selective scan's (`lowline.kernels.scan.decode`): the state moves
 over a block's accepted tokens when the next block comes. Nothing here is differentiable.
@@ -89,7 +89,7 @@ def causal_conv_verify(
         ValueError: as `causal_conv`, or one of `pending` and `accepted` without the other.
     """
     check_pair("causal_conv_verify", pending, accepted)
-    # before the state moves: a refused call leaves it as it was
+    # before the state moves: a refused call leaves it unchanged
     check(x_BTD, weight_DW, bias_D, activation, state, None)
     pick(x_BTD, backend)
     if pending is not None and accepted is not None:

@@ -1,10 +1,10 @@
-"""The causal short convolution that stands before a recurrence (Mamba, arXiv 2312.00752, figure 3).
+"""The causal short convolution before a recurrence (Mamba, arXiv 2312.00752, figure 3).
 
     y_td = act(bias_d + Σ_w weight_dw x_{t-W+1+w, d})
 
-Every channel has its own W taps, the last for the token itself, as in torch's `conv1d` with
-groups = D. Before a sequence's first token stand the W - 1 inputs of its state, or zeros; after it
-the state is the last W - 1 inputs.
+Each channel has its own W taps, the last for the token itself, as in torch's `conv1d` with
+groups = D. A sequence's first token is preceded by the W - 1 inputs of its state, or by zeros; at
+its end the state is the last W - 1 inputs.
 
 Shapes: B batch, T time, D channels, W taps, S sequences (B, or those of `cu_seqlens`).
 """
@@ -33,8 +33,9 @@ def causal_conv(
     cu_seqlens: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the convolution of whole sequences and the states after them; differentiable in every
-    tensor.
+    """Return the convolution of complete sequences and the states after them.
+
+    Differentiable in every tensor.
 
     Args:
         x_BTD: the input.

@@ -1,4 +1,4 @@
-"""The causal short convolution a token at a time; see `lowline.kernels.conv.op`."""
+"""The causal short convolution token by token; see `lowline.kernels.conv.op`."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def causal_conv(
 
 
 def _places(cu_seqlens: torch.Tensor, T: int, before: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return where the tokens go when `before` rows stand before each sequence, and where each
+    """Return where the tokens go when `before` rows precede each sequence, and where each
     ends.
     """
     count = torch.arange(cu_seqlens.shape[0], device=cu_seqlens.device)

@@ -6,10 +6,10 @@
                of ds in the other direction
 
 A token's inputs before its sequence are read from the sequence's state. The new states, and the
-gradient of the old ones, are a few rows a sequence and are left to torch.
+gradient of the old ones, are a few rows per sequence and are left to torch.
 
-Memory-bound. Roofline, bf16, a token and channel, on an H100 (3.35 TB/s): forward 4 bytes, backward
-10. B·T 8192, D 8192: 80 and 200 µs.
+Memory-bound. Roofline, bf16, per token and channel, on an H100 (3.35 TB/s): forward 4 bytes,
+backward 10. B·T 8192, D 8192: 80 and 200 µs.
 
 Legend: as in `op`; N tokens and BLOCK_D channels of a program.
 """
@@ -43,7 +43,7 @@ def _place(D, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _beginnings(t, T, b, cu, sequence_T, PACKED: tl.constexpr):
-    """For each token: its sequence, and that one's first token and end."""
+    """Return for each token its sequence, and that sequence's first token and end."""
     if PACKED:
         s = tl.load(sequence_T + t, mask=t < T, other=0)
         start = tl.load(cu + s).to(tl.int32)
@@ -57,7 +57,7 @@ def _beginnings(t, T, b, cu, sequence_T, PACKED: tl.constexpr):
 
 @triton.jit
 def _input(x, state, first, shift, s, start, d, T, D, x_t, N: tl.constexpr, W: tl.constexpr):
-    """x at the tokens `shift` before `first` ..., whose row x points to: (N, BLOCK_D).
+    """Return x at the tokens `shift` before `first` ..., whose row x points to: (N, BLOCK_D).
 
     A token before the sequence is one of its state.
     """
@@ -96,7 +96,7 @@ def _forward_kernel(
     W: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr,
     N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """y of a block of tokens."""
+    """Compute y of a block of tokens."""
     pid, column = _place(D, BLOCK_D)
     b = (pid // blocks).to(tl.int64)
     first = pid % blocks * N
@@ -118,7 +118,7 @@ def _sum_gradient_kernel(
     W: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr,
     N: tl.constexpr, BLOCK_D: tl.constexpr, STRETCH: tl.constexpr,
 ):  # fmt: skip
-    """ds of a stretch of tokens, and what it adds to dweight and dbias."""
+    """Compute ds of a stretch of tokens, and what it adds to dweight and dbias."""
     pid, column = _place(D, BLOCK_D)
     b = (pid // stretches).to(tl.int64)
     t0 = pid % stretches * (N * STRETCH)
@@ -158,7 +158,7 @@ def _input_gradient_kernel(
     ds, weight, dx, cu, sequence_T, T, D, blocks,
     W: tl.constexpr, PACKED: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dx_t = Σ_w weight_w ds_{t+W-1-w}, within the sequence."""
+    """Compute dx_t = Σ_w weight_w ds_{t+W-1-w}, within the sequence."""
     pid, column = _place(D, BLOCK_D)
     b = (pid // blocks).to(tl.int64)
     first = pid % blocks * N
@@ -218,7 +218,7 @@ def _forward(call: Call) -> tuple[Tensor]:
 def _backward(
     grads: tuple[Tensor, ...], kept: tuple[Tensor, ...], call: Call
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dweight, dbias, dstate."""
+    """Return dx, dweight, dbias and dstate."""
     (dy,), x, (B, _, D) = grads, call.x, call.x.shape
     dx, ds = x.new_empty(x.shape), torch.empty(x.shape, device=x.device)
     if not dx.numel():
@@ -239,7 +239,7 @@ def _backward(
 
 
 def _state_gradient(ds: Tensor, weight: Tensor, state: Tensor, cu: Tensor | None) -> Tensor:
-    """dstate_i = Σ_{w ≤ i} weight_w ds_{i-w}, the first tokens of each sequence: (S, D, W - 1)."""
+    """Return dstate_i = Σ_{w ≤ i} weight_w ds_{i-w} of each sequence: (S, D, W - 1)."""
     S, D, before = state.shape
     if cu is None:
         first = ds[:, :before]

@@ -8,10 +8,10 @@ simultaneous build leaves nothing half-written. The cache is `LOWLINE_CACHE`, or
 a file's name carries a hash of the source, the headers, the compiler's name, the flags, the
 processor and torch's version. A module that is there is loaded without a compiler.
 
-A module is code, so a cache of somebody else is not used: folder and file belong to the user (or to
-root, as in an image of a container), and nobody else can write to them. A file ends with the
-SHA-256 of what is before it, which the loader of shared objects does not read; one that does not
-fit is built again.
+A module is code, so nobody else's cache is used: folder and file belong to the user (or to
+root, as in a container image), and nobody else can write to them. A file ends with the
+SHA-256 of what precedes it, which the loader of shared objects does not read; a file whose hash
+does not match is built again.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def missing() -> str | None:
 
 @functools.cache
 def unavailable(name: str) -> str | None:
-    """Return why `load(name)` cannot work: whose the cache is, or what a build lacks. Or None."""
+    """Return why `load(name)` cannot work (the cache's owner, or what a build lacks), or None."""
     library = _library(name)
     return _foreign(library) or (None if _is_intact(library) else missing())
 
@@ -71,7 +71,7 @@ def load(name: str) -> ModuleType:
     """Return the module built from `name`.cpp; built first where the cache does not hold it.
 
     Raises:
-        RuntimeError: no compiler, the source does not compile (with the compiler's words), or a
+        RuntimeError: no compiler, the source does not compile (with the compiler's output), or a
             cache that cannot be written or that others can write to.
     """
     library, module = _library(name), f"lowline_{name}"
@@ -91,7 +91,7 @@ def _foreign(library: Path) -> str | None:
     for path in (library.parent, library):
         try:
             found = path.stat()
-        except OSError:  # not there, or not to be looked at: nothing is loaded from it
+        except OSError:  # absent or unreadable: nothing is loaded from it
             continue
         if found.st_uid not in (os.geteuid(), 0):
             what = f"{path} belongs to another user (id {found.st_uid})"
@@ -104,7 +104,7 @@ def _foreign(library: Path) -> str | None:
 
 
 def _is_intact(library: Path) -> bool:
-    """Tell whether a file is there that ends with the SHA-256 of the rest."""
+    """Return whether the file exists and ends with the SHA-256 of the rest."""
     try:
         content = library.read_bytes()
     except OSError:
@@ -117,7 +117,7 @@ def _source(name: str) -> Path:
 
 
 def _library(name: str) -> Path:
-    """Return where the module is, or will be."""
+    """Return the path of the module, built or not."""
     facts = [_source(name).read_text(), *_build_facts()]
     key = hashlib.sha256("\0".join(facts).encode()).hexdigest()
     return cache_folder() / f"lowline_{name}-{key[:16]}.so"
@@ -128,13 +128,13 @@ def _compiler() -> list[str]:
 
 
 def _build_facts() -> list[str]:
-    """Return what a built file depends on beside its source."""
+    """Return what a built file depends on besides its source."""
     import torch
 
     processor = platform.processor() or platform.machine()
     if CPU_INFO.is_file():
         lines = CPU_INFO.read_text().splitlines()
-        features = ("flags", "Features")  # x86's word and ARM's
+        features = ("flags", "Features")  # x86's key and ARM's
         processor = next((line for line in lines if line.startswith(features)), processor)
     headers = "".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.h")))
     return [
@@ -173,7 +173,7 @@ def _build(source: Path, module: str, library: Path) -> None:
 
 
 def _sweep(cache: Path) -> None:
-    """Remove what killed builds have left."""
+    """Remove what killed builds left."""
     for folder in cache.glob(f"{UNFINISHED}*"):
         with contextlib.suppress(OSError):  # another process may sweep too
             if time.time() - folder.stat().st_mtime > DAY:

@@ -1,5 +1,5 @@
 // Sequences of rows of channels, which the selective scan and the convolution go through: tensors
-// (batch, time, channels) in fp32 or bf16, and one number per channel, filled to whole vectors.
+// (batch, time, channels) in fp32 or bf16, and one number per channel, padded to full vectors.
 #pragma once
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -18,7 +18,7 @@ using Optional = std::optional<Tensor>;
 constexpr int64_t CHUNK = 64;
 constexpr int64_t AHEAD = 4;  // tokens between a row's prefetch and its use
 
-// (batch, time, channels) in memory, channels next to one another; null where there is no tensor.
+// (batch, time, channels) in memory, channels contiguous; null where there is no tensor.
 template <class T> struct Rows {
   T* data = nullptr;
   int64_t batch = 0, time = 0;
@@ -62,12 +62,12 @@ inline int64_t chunk_count(const std::vector<Sequence>& all) {
 
 inline Tensor in_float(const Tensor& t) { return t.to(at::kFloat).contiguous(); }
 
-// (..., channels) in fp32, filled with zeros to whole vectors.
+// (..., channels) in fp32, padded with zeros to full vectors.
 inline Tensor whole_vectors(const Tensor& t) {
   return in_float(at::constant_pad_nd(t, {0, (W - t.size(-1) % W) % W}));
 }
 
-struct Channels {  // one number a channel; zeros where there is no tensor
+struct Channels {  // one number per channel; zeros where there is no tensor
   Tensor kept;
   const float* data = nullptr;
   explicit Channels(const Optional& t) {

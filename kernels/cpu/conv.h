@@ -6,11 +6,11 @@
 
 namespace lowline {
 
-// y_t = act(bias + Σ_k weight_k x_{t-taps+1+k}) a channel; rows before the first are the state's.
+// y_t = act(bias + Σ_k weight_k x_{t-taps+1+k}) per channel; rows before the first are the state's.
 template <class T> struct Conv {
   Rows<T> x;
   Tensor weight_tensor;
-  const float* weight;  // (taps, channels), whole vectors
+  const float* weight;  // (taps, channels), full vectors
   Channels bias;
   bool silu;
   const T* state;  // (S, taps - 1, channels)

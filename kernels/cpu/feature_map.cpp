@@ -15,7 +15,7 @@ using at::Tensor;
 
 constexpr int64_t GRAIN = 32768;  // elements that are worth a thread
 
-// softmax(u) and softmax(-u) of a row, in whole vectors; lanes behind the row's end are zero.
+// softmax(u) and softmax(-u) of a row, in full vectors; lanes beyond the row's end are zero.
 void softmaxes(const float* u, int64_t features, float* positive, float* negative) {
   vec top = fill(u[0]), bottom = top;
   int64_t f = 0;

@@ -138,7 +138,7 @@ LOWLINE_OUTLINE void multiply(float* y, long ldy, Left a, const float* b, long l
   }
 }
 
-// The lower triangle of Y = A · B, whole blocks of 16 x 16; zero above the diagonal, and on it too
+// The lower triangle of Y = A · B, full blocks of 16 x 16; zero above the diagonal, and on it too
 // when `strict`, within the diagonal's blocks.
 inline void clear_above(float* y, long ldy, int m, bool strict) {
   for (int i = 0; i < m; i++)

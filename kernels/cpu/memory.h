@@ -1,4 +1,4 @@
-// Memory that a thread works in, and memory that it will want.
+// A thread's working memory, and prefetching.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -44,8 +44,8 @@ class Arena {
   }
 };
 
-// Memory that will be wanted soon. `multiply` asks for some of it every 16 steps, so that it
-// arrives meanwhile: rows that lie apart are beyond the processor's own foresight.
+// Memory that will be needed soon. `multiply` prefetches some of it every 16 steps, so that it
+// arrives meanwhile: the processor does not prefetch rows that lie apart by itself.
 class Ahead;
 inline thread_local Ahead* ahead __attribute__((tls_model("initial-exec"))) = nullptr;
 

@@ -1,9 +1,9 @@
-// The gated linear recurrence, chunk by chunk: forward and backward over whole sequences, and one
+// The gated linear recurrence, chunk by chunk: forward and backward over complete sequences, and one
 // token (see recurrence_chunk.h for the mathematics, recurrence/cpu.py for the shapes).
 //
-// One task a sequence and state head. A thread takes its heads of a sequence together, segment by
+// One task per sequence and state head. A thread takes its heads of a sequence together, segment by
 // segment, so that (batch, time, heads, features) memory is read in the order it lies in. States
-// are saved every SEGMENT chunks, and made again in between by the backward pass, which keeps the
+// are saved every SEGMENT chunks, and recomputed in between by the backward pass, which keeps the
 // segment's packed keys and values (with the delta rule U) until it has been through them.
 #include <ATen/Parallel.h>
 

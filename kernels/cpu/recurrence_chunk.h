@@ -7,11 +7,11 @@
 //
 // the forward pass of a key gate is the first with x, y, u = q, k, v, and its dq the second with
 // w = do. A value gate is the same with the roles exchanged: x, y, u, w = do, v, k, q and S
-// transposed, so that its forward pass is the second and its dq the first. No gate, and a gate a
+// transposed, so that its forward pass is the second and its dq the first. No gate, and a gate per
 // head, count as key gates.
 //
 // The gradient of a gate is the sum over the pairs (j, i) whose decay holds it, j < t <= i, summed
-// as such: a difference of q ⊙ dq and k ⊙ dk would drown a small gradient in their rounding.
+// as such: a small gradient would be lost in the rounding of a difference of q ⊙ dq and k ⊙ dk.
 //
 // The delta rule replaces u = v by U, the solution of U = β (v - (y ⊙ enter) S - B U) with B =
 // strictly lower (y yᵀ ⊙ decay): a forward substitution. Backward, k is one more query whose output
@@ -26,7 +26,7 @@ constexpr int SEGMENT = 4;  // chunks between saved states
 enum class Gate { none, scalar, vector };
 
 struct Shape {
-  int K, V, queries;  // features; queries a state head
+  int K, V, queries;  // features; queries per state head
   Gate gate;
   bool by_value, delta;
 
@@ -140,7 +140,7 @@ struct Chunk {
 
   // ---- backward ----
 
-  // What later chunks ask of this one: dS is the gradient of the state after the chunk, and becomes
+  // What later chunks contribute to this one: dS is the gradient of the state after it, and becomes
   // the decayed one.
   void begin_backward(const float* S, float* dS) {
     turn_keys();

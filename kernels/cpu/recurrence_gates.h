@@ -7,13 +7,13 @@
 //
 //     into[i] = decay from the block's entry to i,   out[j] = decay from j to the block's end
 //
-// and the decays of whole blocks in between.
+// and the decays of complete blocks in between.
 #pragma once
 #include "gemm.h"
 
 namespace lowline {
 
-constexpr int C = 64;  // tokens a chunk
+constexpr int C = 64;  // tokens per chunk
 constexpr int BLOCK = 16;
 
 // elementwise over n floats, n a multiple of 16
@@ -28,7 +28,7 @@ LOWLINE_INLINE void scale(float* x, float factor, long n) {
 }
 inline void zero(float* x, long n) { std::memset(x, 0, n * sizeof(float)); }
 
-// ---- a gate a head ---------------------------------------------------------------------------
+// ---- a gate per head -------------------------------------------------------------------------
 
 struct ScalarGate {
   float* a;       // [C] e^g
@@ -57,7 +57,7 @@ struct ScalarGate {
   }
 };
 
-// ---- a gate a feature ------------------------------------------------------------------------
+// ---- a gate per feature ----------------------------------------------------------------------
 
 struct VectorGate {
   int D;
@@ -174,7 +174,7 @@ struct VectorGate {
   }
 
  private:
-  // lanes are the keys j of the block; a key decays once a row
+  // lanes are the keys j of the block; a key decays once per row
   void diagonal_scores(float* M, const float* x, const float* a, const float* turned) const {
     for (int j0 = 0; j0 < BLOCK; j0 += W) {
       vec sums[BLOCK] = {};

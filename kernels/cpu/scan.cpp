@@ -3,7 +3,7 @@
 //   h_t = e^{δ_t A} h_{t-1} + δ_t x_t B_t,   y_t = (Σ_n C_tn h_tn + D x_t) silu(z_t)
 //
 // A vector holds neighbouring channels, which share B_t and C_t: the states of a group of channels
-// are N vectors, and no sum over lanes stands in the forward loop. Tokens go in chunks of 64, all
+// are N vectors, and the forward loop has no sum over lanes. Tokens go in chunks of 64, all
 // groups of channels of a chunk before the next, so that a chunk's rows are read while they are in
 // the cache; rows lie too far apart for the processor to fetch the next ones by itself. For the
 // backward pass the forward one keeps the states at the chunks' beginnings; a chunk's states and
@@ -42,13 +42,13 @@ template <class T> struct Scan {
 
   int lanes_of(int64_t group) const { return std::min<int64_t>(W, channels - group * W); }
 
-  // δ before softplus; after it
+  // δ before softplus, and after it
   vec raw_step(const Sequence& s, int64_t t, int64_t group) const {
     return load(dt.at(s.batch, s.start + t) + group * W, lanes_of(group)) + bias[group];
   }
   vec step(vec raw) const { return use_softplus ? softplus(raw) : raw; }
 
-  // (S, channels, N) to and from N vectors a group
+  // (S, channels, N) to and from N vectors per group
   void load_state(const float* from, int64_t group, float* h) const {
     const int lanes = lanes_of(group);
     std::fill(h, h + states * W, 0.0f);
@@ -216,7 +216,7 @@ template <class T> struct Scan {
 };
 
 // The state is (S, channels, N) in fp32; it is moved over the sequences in place. `kept` is empty, or
-// has room for the states at the chunks' beginnings: for every chunk N times whole vectors.
+// has room for the states at the chunks' beginnings: for every chunk N times full vectors.
 Tensor scan_forward(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
                     const Tensor& C, const Optional& D, const Optional& z, const Optional& bias,
                     bool softplus, const Tensor& state, const Optional& cu_seqlens,

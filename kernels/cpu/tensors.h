@@ -71,7 +71,7 @@ LOWLINE_OUTLINE void unpack(const View& view, long b, long t, long h, const floa
     unpack_rows((float*)view.at(b, t, h), view.time, in, ldi, rows, n, factor);
 }
 
-// announces what pack or unpack will touch
+// prefetches what pack or unpack will touch
 inline void want(const View& view, long b, long t, long h, int rows, int n) {
   const int size = view.half ? 2 : 4;
   if (view.p) ahead->want(view.at(b, t, h), view.time * size, rows, n * size);
@@ -87,7 +87,7 @@ inline View view(PyObject* object) {
   return object == Py_None ? View() : View(THPVariable_Unpack(object));
 }
 
-// Asks for pages of 2 MB under a large output: writing it first takes a fault a page.
+// Asks for pages of 2 MB under a large output: its first writing takes a fault per page.
 inline void huge_pages(PyObject* object) {
 #if defined(MADV_HUGEPAGE)
   if (object == Py_None) return;

@@ -1,12 +1,12 @@
 // Window-plus-linear attention in fp32: forward, backward, and decoding from a state.
 //
-// Keys are worked in blocks of C = 64 rows. A block of 64 queries sees M + 1 key blocks, its own and
+// Keys are processed in blocks of C = 64 rows. A block of 64 queries sees M + 1 key blocks, its own and
 // the M before it, as one matrix of (M + 1)·64 keys; query i sees those before exact_from(i) as
-// linear and those up to exact_to(i) as exact. Both bounds grow by one a query, so every product
+// linear and those up to exact_to(i) as exact. Both bounds grow by one per query, so every product
 // skips what lies outside its band. All blocks before those are in the sum S (F x V) and its
-// normaliser z (F); sinks come before the keys. chunk.py has the equations. The sums before each
+// normaliser z (F); sinks come before the keys. window/torch_form.py has the equations. The sums before each
 // block of queries are all that the forward pass keeps for the backward pass. While a block is
-// worked, the rows of the next one are fetched.
+// processed, the rows of the next one are prefetched.
 //
 // D, V, F: multiples of 16. H query heads, G key/value heads, P heads of phi(k) (G or H).
 #include "window_backward.h"

@@ -108,7 +108,7 @@ struct Call {
 };
 
 // A thread's buffers for one block of queries at a time; the second half is the backward pass's.
-// Matrices between queries and what they see (scores, weights, dW, ds, dlinear) are held turned, X
+// Matrices between queries and what they see (scores, weights, dW, ds, dlinear) are transposed, X
 // rows of C queries: vectors hold queries, so that a softmax needs no sum within a vector.
 struct Scratch {
   float *q, *q_t, *phi_q, *phi_q_t, *scores, *weights, *den, *y;
@@ -126,7 +126,7 @@ struct Scratch {
   }
 };
 
-// What sixteen queries see, as rows of their turned matrices: [begin, from) is older for all of
+// What sixteen queries see, as rows of their transposed matrices: [begin, from) is older for all of
 // them, [whole, causal) exact for all; of [from, whole) the later queries see the row as older, of
 // [causal, end) only they see it, as exact. A window of less than 16, or a sequence that begins
 // among them, mixes all in [from, end).
@@ -203,7 +203,7 @@ struct Block {
   Range either_rows(int d, int i, int j) const {
     return c.F ? Range{std::max(m.first, i - C * d), m.last} : exact_rows(d, i, j);
   }
-  // The rows of key block b - d in a turned matrix.
+  // The rows of key block b - d in a transposed matrix.
   float* of_block(float* turned, int d) const { return turned + (c.X0 + (c.M - d) * C) * C; }
 
   // The weights of query block b and head h of the group, and their sums, z's part included; with TOP
@@ -250,7 +250,7 @@ struct Block {
     std::fill_n(turned + absent.first * C, (absent.last - absent.first) * C, 0.0f);
   }
 
-  // The queries of a head, as rows and turned, with zeros where there are none.
+  // The queries of a head, as rows and transposed, with zeros where there are none.
   void take_queries(float* rows, float* turned, Rows from, long row0, int columns, float factor) {
     if (m.first || m.last < C) std::memset(rows, 0, sizeof(float) * C * columns);
     copy_rows(rows + m.first * columns, columns, from[row0 + m.first], from.step, m.last - m.first,

@@ -2,7 +2,7 @@
 
     φ(x) = [softmax(x W); softmax(-x W)]        over the F features of a head, each at least 1e-12
 
-Every feature is positive, and an entry of x W that stands out in either direction makes a peak, as
+Each feature is positive, and an entry of x W that is large in either direction makes a peak, as
 in the softmax of attention.
 
 Shapes: B batch, T time, H heads, D head dimension, F features of W (the map has 2F).

@@ -1,7 +1,7 @@
 """Hedgehog with a backward pass that recomputes x W and the softmaxes.
 
 The GEMMs are torch's. The softmaxes are torch's or, `fused`, `kernels/cpu/feature_map.cpp`'s,
-which makes both in one pass; torch.compile fuses torch's by itself and is given those.
+which computes both in one pass; torch.compile fuses torch's by itself and is given those.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _Hedgehog(torch.autograd.Function):
 
 
 def _operands(x_BTHD: torch.Tensor, W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x as (H, M, D) and W as (H, D, F), M = B·T; with one W for all heads H is 1, M is B·T·H."""
+    """Return x as (H, M, D) and W as (H, D, F), M = B·T; with one W, H is 1 and M is B·T·H."""
     kind = torch.promote_types(x_BTHD.dtype, torch.float32)
     if W.dim() == 2:
         return x_BTHD.reshape(1, -1, x_BTHD.shape[-1]).to(kind), W[None].to(kind)

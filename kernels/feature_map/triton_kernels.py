@@ -5,11 +5,11 @@
 Only x and W are kept. The backward kernel recomputes x W, then du and dx = du Wᵀ; dW = xᵀ du is a
 GEMM of torch's.
 
-Roofline, bf16, a token and head, D = F = 128, on an H100 (3.35 TB/s, 989 TFLOP/s): forward 2D + 4F
-bytes and 2DF FLOPs; backward kernel 4D + 6F bytes and 4DF FLOPs. T 8192, H 32: 60 and 100 µs of
+Roofline, bf16, per token and head, D = F = 128, on an H100 (3.35 TB/s, 989 TFLOP/s): forward 2D +
+4F bytes and 2DF FLOPs; backward kernel 4D + 6F bytes and 4DF FLOPs. T 8192, H 32: 60 and 100 µs of
 memory, 9 and 17 of tensor cores.
 
-D and F go up to 128. Products take x's type (W is rounded to it) and add up in fp32.
+D and F go up to 128. Products take x's type (W is rounded to it) and accumulate in fp32.
 Legend: as in `op`; N rows of a block.
 """
 
@@ -38,7 +38,7 @@ def not_on_triton(D: int, F: int) -> str | None:
 
 @triton.jit
 def _softmax(u, ok):
-    """Over the features that are there."""
+    """Return the softmax over the features that are not padding."""
     u = tl.where(ok, u, -float("inf"))
     p = tl.exp(u - tl.max(u, 1)[:, None])
     return p / tl.sum(p, 1)[:, None]
@@ -93,7 +93,7 @@ def _backward_kernel(
     D: tl.constexpr, F: tl.constexpr, FLOOR: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """dx and du of a block of tokens of one head."""
+    """Compute dx and du of a block of tokens of one head."""
     b, row, h, x_ND, W_DF = _load_inputs(
         x, W, x_b, x_t, x_h, w_h, T, blocks, D, F, BLOCK_D, BLOCK_F, N
     )

@@ -2,8 +2,8 @@
 
 q/k/v's A matrices (and gate/up's) read the same x, and at r << d each alone is too narrow to fill a
 GPU: [A_q; A_k; A_v]·x reads x once. The weights are stacked on the fly, which copies Σr·d elements
-a call against the n·d of x it saves reading again, and keeps one parameter a projection. The stack
-is not kept for the backward pass (it would outlive FSDP's resharding) but stacked again there.
+per call against the n·d of x it saves reading again, and keeps one parameter per projection. The
+stack is not kept for the backward pass (it would outlive FSDP's resharding) but made again there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def grouped_linear(
     weights: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor | None],
 ) -> torch.Tensor:
-    """x·W_iᵀ + b_i for every i, side by side.
+    """Return x·W_iᵀ + b_i for every i, concatenated.
 
     Args:
         x: (..., in).

@@ -1,4 +1,4 @@
-"""The gated linear recurrence: whole sequences, one token, and speculative decoding."""
+"""The gated linear recurrence: complete sequences, one token, and speculative decoding."""
 
 from lowline.kernels.recurrence.decode import (
     Pending,

@@ -7,17 +7,17 @@ a chunk that starts at state S gives
     O = A V + (Q ⊙ into) S,   S' = carry ⊙ S + (K ⊙ out)ᵀ V
 
 (GLA, arXiv 2312.06635, section 4.2). Everything but S' is batched over the chunks. The delta rule
-has values of its own, U in place of V: with L the scores of the keys among themselves, strictly
+uses U in place of V: with L the scores of the keys with each other, strictly
 lower,
 
     (I + diag(β) L) U = diag(β) (V - (K ⊙ into) S)
 
 (UT transform: DeltaNet, arXiv 2406.06484, section 3; gated: arXiv 2412.06464, section 3.3), solved
-for V and K ⊙ into at once, since neither depends on S. It is computed in one type, fp32 or fp64:
-the inverse multiplies up the rounding of bf16.
+for V and K ⊙ into at once, since neither depends on S. This is computed in one type, fp32 or fp64:
+the inverse amplifies the rounding of bf16.
 
-**Gates per feature** decay each pair by a vector, which is never formed. A chunk is cut in halves,
-again and again: for a pair whose key lies in the first half of a block and whose query in the
+**Gates per feature** decay each pair by a vector, which is never formed. A chunk is halved
+repeatedly: for a pair whose key lies in the first half of a block and whose query in the
 second, the decay is a factor of the key (from the key to the middle) times a factor of the query.
 From blocks of s rows to blocks of 2s, the keys of the first halves are multiplied by the decay
 across the second, the queries of the second halves by that across the first. So all factors are
@@ -25,15 +25,15 @@ products of e^g: none overflows, g = -inf is a decay of exactly 0, and the gradi
 sums of products that do not cancel. Gates per head sum the gates between two rows, for the same
 reasons, instead of subtracting sums from the start.
 
-Shapes: R = sequences x heads x chunks (N · M), G queries a state head, C rows a chunk (a power of
-two), F gated features (1 for a gate per head); b blocks of s rows.
+Shapes: R = sequences x heads x chunks (N · M), G queries per state head, C rows per chunk (a power
+of two), F gated features (1 for a gate per head); b blocks of s rows.
 """
 
 from __future__ import annotations
 
 import torch
 
-# e^LOWEST is 0. A gate of -inf would be NaN in a product with the zeros that leave it out of a sum.
+# e^LOWEST is 0. A gate of -inf times a zero, which leaves it out of a sum, would be NaN.
 LOWEST = -1e4
 
 
@@ -46,7 +46,7 @@ def by_key(
     per_head: bool,
     S_NKV: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return O, (R, G, C, V), and the state after the last chunk; gates per head or per key."""
+    """Return O, (R, G, C, V), and the state after the last chunk; gates are per head or key."""
     R, G, C, K = q_RGCK.shape
     V, type_ = v_RCV.shape[-1], q_RGCK.dtype
     # with the delta rule, the keys are the last query
@@ -83,8 +83,8 @@ def by_value(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what `by_key` does, with gates per value.
 
-    Values are decayed to the ends of blocks, ever larger; what is read is decayed from the starts
-    of blocks, ever smaller, down to single rows.
+    Values are decayed to the ends of larger and larger blocks; what is read is decayed from the
+    starts of smaller and smaller blocks, down to single rows.
     """
     R, G, C, _ = q_RGCK.shape
     V, type_ = v_RCV.shape[-1], q_RGCK.dtype
@@ -110,7 +110,7 @@ def by_value(
 def decays(g_RC1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return, of gates per head, the decays of pairs, (R, C, C), `into` and `out`, (R, C, 1).
 
-    Sums are products with ones and zeros. In a coarser type of products (TF32) a gate has its
+    Sums are products with ones and zeros. Where products are coarser (TF32) a gate has their
     rounding, which moves e^g by a third of it at most.
     """
     C = g_RC1.shape[1]
@@ -147,7 +147,7 @@ def decayed_scores(
 def states(
     S_NKV: torch.Tensor, carry: torch.Tensor, increments_RKV: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """S' = carry ⊙ S + increment, chunk after chunk: each S of (R, K, V), and the last S'."""
+    """Return S' = carry ⊙ S + increment, chunk by chunk: each S, (R, K, V), and the last S'."""
     before, steps = [], by_chunk(S_NKV.shape[0], carry, increments_RKV.to(S_NKV.dtype))
     for decay, increment in steps:
         before.append(S_NKV)
@@ -162,7 +162,7 @@ def delta_states(
     u_RCV: torch.Tensor,
     w_RCK: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U = u - w S, S' = carry ⊙ S + (K ⊙ out)ᵀ U: each S and U, and the last S'."""
+    """Return each S and U, and the last S', of U = u - w S, S' = carry ⊙ S + (K ⊙ out)ᵀ U."""
     before, values = [], []
     carry = k_out_RCK.new_ones(len(u_RCV), 1, 1) if carry_R1F is None else carry_R1F
     for decay, u, w, k_out in by_chunk(S_NKV.shape[0], carry.mT, u_RCV, w_RCK, k_out_RCK):
@@ -173,7 +173,7 @@ def delta_states(
 
 
 def by_chunk(N: int, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-    """(R, …) -> each chunk's (N, …)."""
+    """Split (R, …) into each chunk's (N, …)."""
     return list(zip(*(x.unflatten(0, (N, -1)).unbind(1) for x in tensors), strict=True))
 
 
@@ -182,7 +182,7 @@ def times(a_RGCX: torch.Tensor, b_RXY: torch.Tensor) -> torch.Tensor:
 
 
 def halves(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
-    """Return the even and the odd of a dimension of blocks: halves of blocks of twice the rows."""
+    """Return the even and the odd blocks of a dimension: the halves of blocks of twice the rows."""
     return x.unflatten(dim, (-1, 2)).unbind(dim + 1)
 
 

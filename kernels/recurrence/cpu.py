@@ -2,16 +2,16 @@
 
 Chunkwise, forward and backward by hand (kernels/cpu/recurrence_chunk.h has the mathematics). bf16
 tensors are widened where they are read and rounded where they are written; an input is copied only
-when its features lie apart in memory. The backward pass keeps the inputs and a state every 256
-tokens. Sequences and state heads are shared out over torch's threads: fewer of them than threads
+when its features are not contiguous. The backward pass keeps the inputs and a state every 256
+tokens. Sequences and state heads are distributed over torch's threads: fewer of them than threads
 leave threads idle.
 
 `step` is the compiled function for one token,
 
     step(q_BQK, k_BHK, v_BHV, g, beta_BH, state, gate, scale) -> o_BQV
 
-which moves the state in place and returns None, having done nothing, for arguments that it does not
-cover or that do not fit each other.
+which updates the state in place. It returns None, having done nothing, for arguments that it does
+not cover or that do not fit each other.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
-    """In a type the kernels read, a row's features next to each other."""
+    """Return x in a type the kernels read, with contiguous features."""
     if x.dtype not in TYPES:
         x = x.float()
     return x if x.dim() < 4 or x.stride(-1) == 1 else x.contiguous()
@@ -80,13 +80,13 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
 def _outputs(
     q_BTQK: torch.Tensor, v_BTHV: torch.Tensor, cu_seqlens: Maybe, by_value: bool, save: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Room for o, the final state, and the states that are saved."""
+    """Allocate o, the final state, and the states that are saved."""
     (B, T, Q, K), (H, V) = q_BTQK.shape, v_BTHV.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     o_BTQV = q_BTQK.new_empty(B, T, Q, V)
     state = q_BTQK.new_empty(N, H, K, V, dtype=torch.float32)
     segments = 0
-    if save:  # of packed sequences a bound that holds for any lengths
+    if save:  # for packed sequences a bound that holds for any lengths
         segments = N + T // SEGMENT if cu_seqlens is not None else B * max(1, -(-T // SEGMENT))
     rows, columns = (V, K) if by_value else (K, V)
     return o_BTQV, state, state.new_empty(segments, H, rows, -(-columns // 16) * 16)
@@ -104,7 +104,7 @@ def _forward(
     scale: float,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """o, the final state, and what the backward pass needs beside the inputs."""
+    """Return o, the final state, and what the backward pass needs besides the inputs."""
     o, state, saved = _outputs(q_BTQK, v_BTHV, cu_seqlens, by_value, save)
     call = (q_BTQK, k_BTHK, v_BTHV, g, beta_BTH, cu_seqlens, by_value, scale)
     load("recurrence").forward(*call, initial_state, o, state, saved if save else None)
@@ -140,7 +140,7 @@ def _backward(
 
 
 def _in_place(grads: list[torch.Tensor], tensors: tuple[Maybe, ...]) -> list[Maybe]:
-    """`grads` of the six inputs, None where an input is, and for the other arguments."""
+    """Return the gradients of all arguments: None where an input is None or has none."""
     left = iter(grads)
     return [*(None if x is None else next(left) for x in tensors), None, None, None]
 

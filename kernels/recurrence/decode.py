@@ -1,15 +1,15 @@
-"""The gated linear recurrence a token at a time, and a block at a time for speculative decoding.
+"""The gated linear recurrence token by token, and block by block for speculative decoding.
 
     step      S ← diag(e^g) S + k vᵀ,   o = scale · qᵀ S
-    verify    outputs of T proposed tokens from S as one chunk; S stays
-    advance   S moves by the first a ≤ T of them; a is each row's own
+    verify    outputs of T proposed tokens from S as one chunk; S is unchanged
+    advance   S moves by the first a ≤ T of them; each row has its own a
 
-Constant time and memory a token, whatever came before; the state is changed in place, and nothing
+Time and memory per token are constant; the state is changed in place, and nothing
 is recorded for autograd. In speculative decoding only the state of the last accepted token is
 wanted, and how many are accepted is known after the block. So a block's keys, values, decays and
 step sizes are kept and the state moves at the beginning of the next `verify` (Mamba in the Llama,
-arXiv 2408.15237, algorithm 2): no state a token is ever stored. A rejected token gets k = v = 0 and
-g = 0, which leaves a state as it is: rows of a batch may accept different numbers without a loop.
+arXiv 2408.15237, algorithm 2): no state per token is stored. A rejected token gets k = v = 0 and
+g = 0, which leaves a state unchanged: rows of a batch may accept different numbers without a loop.
 
 Shapes: as in `lowline.kernels.recurrence.op`; T are the tokens of a block. A state is (B, H, K, V),
 or (B, H, K, V + 1) with `normalize`, in fp32 (fp64 of fp64); zeros before the first token.
@@ -39,7 +39,7 @@ _compiled_step: Callable[..., torch.Tensor | None] | None = None  # once a call 
 
 
 class Pending(NamedTuple):
-    """A block that was verified and that the state has not seen: what `advance` needs of it."""
+    """What `advance` needs of a verified block that the state does not include yet."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -80,7 +80,7 @@ def recurrence_step(
             o_BQV = _compiled_step(q_BQK, k_BHK, v_BHV, g, beta_BH, state, gate, scale)
             if o_BQV is not None:
                 return o_BQV
-        # a call that it does not cover, or a wrong one: looked at now
+        # a call that it does not cover, or a wrong one: checked below
     return _step(q_BQK, k_BHK, v_BHV, g, beta_BH, state, gate, normalize, scale, backend)
 
 
@@ -105,7 +105,7 @@ def recurrence_advance(
 
     Raises:
         ValueError: what `gated_linear_recurrence` refuses, a state of another shape or type, or
-            `accepted_B` out of its range (looked at on a CPU; elsewhere the look would wait for
+            `accepted_B` out of its range (checked on a CPU; elsewhere the check would wait for
             the device).
     """
     check_state(state, v_BTHV)
@@ -119,7 +119,7 @@ def recurrence_advance(
     with torch.no_grad():
         k_BTHK, v_BTHV = share_heads(mask(k_BTHK), mask(v_BTHV))
         _, after = gated_linear_recurrence(
-            k_BTHK,  # a query: what it reads is not looked at
+            k_BTHK,  # a query whose output is not used
             k_BTHK,
             v_BTHV,
             None if g is None else mask(g),
@@ -153,7 +153,7 @@ def recurrence_verify(
     Args:
         q_BTQK, k_BTHK, v_BTHV, g, beta_BTH, gate, normalize, scale, backend: as in
             `gated_linear_recurrence`.
-        state: (B, H, K, V [+ 1]); on return it stands before the first of these T tokens.
+        state: (B, H, K, V [+ 1]); on return, the one before the first of these T tokens.
         pending: what the last `verify` returned; None at the beginning, or after `advance`.
         accepted_B: how many of its tokens were accepted, from 0 to their number.
 
@@ -168,7 +168,7 @@ def recurrence_verify(
         given, lacking = ("accepted_B", "pending") if pending is None else ("pending", "accepted_B")
         raise ValueError(f"{NAME}: {given} without {lacking}; pass both, or none for a first block")
     check_state(state, v_BTHV)
-    # before the state moves: a refused call leaves it as it was
+    # before the state moves: a refused call leaves it unchanged
     check(q_BTQK, *share_heads(k_BTHK, v_BTHV), g, beta_BTH, gate, normalize, state, None)
     pick(q_BTQK, v_BTHV, backend)
     if pending is not None and accepted_B is not None:
@@ -232,7 +232,7 @@ def _step(
     scale: float,
     backend: Backend,
 ) -> torch.Tensor:
-    """`recurrence_step` on every backend, with the checks."""
+    """Run `recurrence_step` on any backend, with the checks."""
     global _compiled_step
     k_BHK, v_BHV = share_heads(k_BHK, v_BHV)
     check_state(state, v_BHV)
@@ -296,15 +296,15 @@ def _reference_step(
 
 
 def _with_ones(v_BHV: torch.Tensor) -> torch.Tensor:
-    """Return the normaliser's column: a value that is always one."""
+    """Append the normaliser's column: a value that is always one."""
     return torch.nn.functional.pad(v_BHV, (0, 1), value=1.0)
 
 
 def _divided(o_BQW: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return the outputs over the normaliser, which `scale` does not belong to."""
+    """Divide the outputs by the normaliser, which `scale` does not multiply."""
     return o_BQW[..., :-1] / (o_BQW[..., -1:] / scale + EPSILON)
 
 
 def _with_time(x: torch.Tensor | None) -> torch.Tensor | None:
-    """(B, ...) as one token of (B, 1, ...)."""
+    """Return (B, ...) as one token, (B, 1, ...)."""
     return None if x is None else x.unsqueeze(1)

@@ -1,6 +1,7 @@
 """The gated linear recurrence: the op under linear attention, GLA, HGRN2, GSA, SSD and DeltaNet.
 
-    S_t = diag(e^{g_t}) S_{t-1} + k_t v_tᵀ,   o_t = scale · q_tᵀ S_t            (S is K x V a head)
+    S_t = diag(e^{g_t}) S_{t-1} + k_t v_tᵀ,   o_t = scale · q_tᵀ S_t            (S is K x V per
+    head)
 
 With `beta`, the delta rule (Gated DeltaNet, arXiv 2412.06464; per-key decay as in KDA): v_t becomes
 β_t (v_t - S̃ᵀ k_t), S̃ the decayed state. With `normalize`, o_t is divided by q_t·z_t, where z is
@@ -10,7 +11,7 @@ last column of the state.
 Chunkwise forms (Mamba2, arXiv 2405.21060, section 6; GLA, arXiv 2312.06635, section 4) take O(T)
 time and memory. What a method passes in is in docs/concepts/kernels.md.
 
-Shapes: B batch, T time, Q query heads, H state heads (Q = H · queries a state), K key features, V
+Shapes: B batch, T time, Q query heads, H state heads (Q = H · queries per state), K key features, V
 value features, N sequences (B, or those of `cu_seqlens`).
 """
 
@@ -43,7 +44,7 @@ def gated_linear_recurrence(
     cu_seqlens: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the outputs of a whole sequence and the state after it; differentiable in every
+    """Return the outputs of a complete sequence and the state after it; differentiable in every
     tensor.
 
     Args:
@@ -78,13 +79,13 @@ def gated_linear_recurrence(
     run = _implementation(which)
     o, state = run(q_BTQK, k_BTHK, v_BTHV, g, beta_BTH, initial_state, cu_seqlens, gate, scale)
     if normalize:
-        # scale cancels in a plain quotient: it belongs to the numerator alone
+        # scale would cancel in the quotient: it multiplies the numerator alone
         o = o[..., :-1] / (o[..., -1:] / scale + EPSILON)
     return o, state
 
 
 def share_heads(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys and values with equally many heads (dimension -2)."""
+    """Return keys and values with the same number of heads (dimension -2)."""
     few, many = sorted((k.shape[-2], v.shape[-2]))
     if few == 0 or many % few:
         raise ValueError(

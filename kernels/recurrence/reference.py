@@ -1,4 +1,4 @@
-"""The gated linear recurrence as the text-book writes it, a token at a time.
+"""The gated linear recurrence as its equations read, token by token.
 
     S_t = diag(e^{g_t}) S_{t-1} + k_t v_tᵀ,   o_t = scale · q_tᵀ S_t
 
@@ -7,7 +7,7 @@ and with the delta rule, where S̃ = diag(e^{g_t}) S_{t-1},
     S_t = S̃ + β_t k_t (v_t - S̃ᵀ k_t)ᵀ
 
 Differentiable, in fp64 when its inputs are; slow. Shapes: B batch, T time, H state heads, G queries
-a state, K key features, V value features, N sequences.
+per state, K key features, V value features, N sequences.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def recurrence(
 
 
 def decay(g: torch.Tensor, gate: str) -> torch.Tensor:
-    """e^g of (B, H), (B, H, K) or (B, H, V), shaped to multiply a state of (B, H, K, V)."""
+    """Return e^g, shaped to multiply a state of (B, H, K, V); g is (B, H [, K or V])."""
     if g.dim() == 2:
         return g.exp()[..., None, None]
     return g.exp()[..., :, None] if gate == "key" else g.exp()[..., None, :]

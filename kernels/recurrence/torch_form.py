@@ -1,11 +1,12 @@
 """The gated linear recurrence in chunks, in plain torch: any device, O(T) time and memory.
 
 Inside a chunk the recurrence is a product of matrices, between chunks it is the state (`chunks`;
-without gates and delta rule `ungated`). Chunks are worked in segments of about `ROWS` rows, which
-autograd differentiates. All but a call's last segment are computed again for it: what is kept is
-the inputs, one state a segment, and of the last segment, unless it has more than `ROWS` rows, what
-autograd keeps (11 times the size of its q with a gate per head, 21 with one per feature; twice that
-with the delta rule). A sequence no longer than a chunk is one chunk: the parallel form.
+without gates and delta rule `ungated`). Chunks are processed in segments of about `ROWS` rows,
+which autograd differentiates. All but a call's last segment are recomputed in the backward pass:
+what is kept is the inputs, one state per segment, and of the last segment, unless it has more than
+`ROWS` rows, what autograd keeps (11 times the size of its q with a gate per head, 21 with one per
+feature; twice that with the delta rule). A sequence no longer than a chunk is one chunk: the
+parallel form.
 
 fp64 inputs are computed in fp64, fp32 in fp32; bf16 has bf16 GEMMs, fp32 states and gates, and with
 the delta rule fp32 throughout. torch.compile unrolls the loops over chunks, so that compiling takes
@@ -22,17 +23,17 @@ from torch.utils.checkpoint import checkpoint
 from lowline.kernels.recurrence import chunks, ungated
 
 CHUNK = 64  # rows, a power of two
-# Rows of all heads at a time: few enough for a CPU's cache, and enough that the calls of torch cost
-# little beside them. On other devices more, since few rows leave them idle.
+# Rows of all heads in one segment: few enough for a CPU's cache, and enough that the calls of torch
+# cost little beside them. More on other devices, which few rows leave idle.
 ROWS = 8192
 TIMES_ON_A_GPU = 16
 
 
 class Segment(NamedTuple):
-    """Consecutive chunks of one sequence; a short last chunk is alone, and padded."""
+    """Consecutive chunks of one sequence; a short last chunk is a segment of its own, padded."""
 
     tokens: int
-    rows: int  # a chunk
+    rows: int  # per chunk
 
 
 def recurrence(
@@ -87,9 +88,9 @@ def recurrence(
 
 
 def _segments(tokens: int, heads: int, device: torch.device) -> list[Segment]:
-    """Return as many chunks at a time as the device takes; then the rest, padded to 2ⁿ rows.
+    """Return segments of as many chunks as suit the device; then the rest, padded to 2ⁿ rows.
 
-    None in an empty batch.
+    An empty batch has none.
     """
     if heads == 0:
         return []
@@ -141,7 +142,7 @@ def _run(
 
 
 def _rows(x_BTQF: torch.Tensor, heads: int, rows: int) -> torch.Tensor:
-    """(B, T, Q, F) -> (R, G, C, F), padded with zeros; contiguous: strided GEMMs are slow."""
+    """Return (B, T, Q, F) as (R, G, C, F), zero-padded; contiguous: strided GEMMs are slow."""
     B, T, Q, F = x_BTQF.shape
     if T % rows:
         x_BTQF = torch.nn.functional.pad(x_BTQF, (0, 0, 0, 0, 0, -T % rows))

@@ -1,14 +1,14 @@
-"""The plain recurrence without a gate, one chunk of all heads at a time, in buffers that stay.
+"""The plain recurrence without a gate, one chunk of all heads at a time, in reused buffers.
 
     O = tril(Q Kᵀ) V + Q S,   S' = S + Kᵀ V          (linear attention, arXiv 2006.16236)
 
-Its GEMMs are so few that fresh memory and strided operands would cost as much as they do: a chunk
+Its GEMMs are so few that new memory and strided operands would cost as much as they do: a chunk
 is copied in, computed in the buffers, and copied out. `chunks` holds the gated forms.
 
-The backward pass is written by hand, chunks in reverse, from the inputs and one state a chunk:
+The backward pass is written by hand, chunks in reverse, from the inputs and one state per chunk:
 autograd of the same products takes 1.5 times as long at 4,096 tokens.
 
-Shapes: N = sequences x heads, G queries a state head, C rows a chunk.
+Shapes: N = sequences x heads, G queries per state head, C rows per chunk.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Chunk:
         self.A_GCC = self.A_NCC.view(-1, C, C)  # of each query head
 
     def load(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
-        """scale · q, k, v and A = tril(Q Kᵀ) of a chunk."""
+        """Load scale · q, k and v of a chunk, and compute A = tril(Q Kᵀ)."""
         torch.mul(q, scale, out=self.q)
         self.k.copy_(k)
         self.v.copy_(v)
@@ -52,7 +52,7 @@ class Ungated(torch.autograd.Function):
         rows: int,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the outputs, and the state after the last; keep the states before the chunks."""
+        """Return the outputs and the final state; keep the states before the chunks."""
         heads, type_ = k_BTHK.shape[2], q_BTQK.dtype
         o_BTQV = q_BTQK.new_empty(*q_BTQK.shape[:3], v_BTHV.shape[-1])
         chunks = by_chunk((q_BTQK, k_BTHK, v_BTHV, o_BTQV), heads, rows)
@@ -132,12 +132,12 @@ def buffer(x_BHGCF: torch.Tensor) -> torch.Tensor:
 
 
 def flat(x_BHGCF: torch.Tensor) -> torch.Tensor:
-    """(N, G · C, F), a view of a buffer."""
+    """Return a view of a buffer as (N, G · C, F)."""
     return x_BHGCF.view(-1, x_BHGCF.shape[2] * x_BHGCF.shape[3], x_BHGCF.shape[4])
 
 
 def add_product(S_NKV: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """S += a b, in place, in the type of S."""
+    """Add a b to S in place, in the type of S."""
     if S_NKV.dtype == a.dtype:
         S_NKV.baddbmm_(a, b)
     else:

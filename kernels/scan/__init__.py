@@ -1,4 +1,4 @@
-"""The selective scan (Mamba): whole sequences, one token, and speculative decoding."""
+"""The selective scan (Mamba): complete sequences, one token, and speculative decoding."""
 
 from lowline.kernels.scan.decode import (
     ScanBlock,

@@ -36,7 +36,7 @@ def selective_scan(
 
 
 def rows(tensor: Any) -> Any:
-    """Return the tensor with neighbouring channels next to one another in memory."""
+    """Return the tensor with contiguous channels."""
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -55,7 +55,7 @@ def _forward(
     softplus: bool,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y, the final states, and with `keep` the states that the backward pass starts from."""
+    """Return y, the final states, and with `keep` those that the backward pass starts from."""
     state = _new_state(x, A, initial, cu_seqlens)
     kept = _room(x, A, state, keep)
     y = load("scan").scan_forward(x, dt, A, B, C, D, z, dt_bias, softplus, state, cu_seqlens, kept)
@@ -70,9 +70,9 @@ def _new_state(x: torch.Tensor, A: torch.Tensor, initial: Optional, cu: Optional
 
 
 def _room(x: torch.Tensor, A: torch.Tensor, state: torch.Tensor, keep: bool) -> torch.Tensor:
-    """For the states at the beginnings of all chunks of 64 tokens, in whole vectors of channels."""
+    """Allocate the states at the starts of chunks of 64 tokens, channels padded to vectors."""
     batch, time, channels = x.shape
-    chunks = batch * (time // 64) + state.shape[0]  # a sequence ends with at most one in part
+    chunks = batch * (time // 64) + state.shape[0]  # a sequence ends with at most one partial chunk
     return state.new_empty((chunks, A.shape[1], (channels + 15) // 16 * 16) if keep else 0)
 
 

@@ -1,7 +1,7 @@
-"""Decoding with the selective scan: a token at a time, and blocks of guesses.
+"""Decoding with the selective scan: token by token, and blocks of guessed tokens.
 
 Speculative decoding with lazy advance (Mamba in the Llama, arXiv 2408.15237, algorithm 2): `verify`
-computes the outputs of K + 1 guessed tokens from a state that it leaves alone. How many of them
+computes the outputs of K + 1 guessed tokens from a state that it leaves unchanged. How many of them
 are accepted is known afterwards, so the next `verify` first advances the state over those. No
 state is copied or rolled back, whatever is accepted. Nothing here is differentiable.
 
@@ -122,7 +122,7 @@ def selective_scan_verify(
         ValueError: as `selective_scan`, or one of `pending` and `accepted` without the other.
     """
     check_pair("selective_scan_verify", pending, accepted)
-    # before the state moves: a refused call leaves it as it was
+    # before the state moves: a refused call leaves it unchanged
     check(x_BTD, dt_BTD, A_DN, B_BTN, C_BTN, D_D, z_BTD, dt_bias_D, state, None)
     pick(x_BTD, A_DN, backend)
     if pending is not None and accepted is not None:

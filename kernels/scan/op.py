@@ -2,13 +2,14 @@
 
     h_t = e^{δ_t A} ⊙ h_{t-1} + δ_t x_t B_tᵀ,   y_t = (h_t C_t + D ⊙ x_t) ⊙ silu(z_t)
 
-h is D x N: every channel has N states that decay at their own rates, so the decay is no product of
+h is D x N: each channel has N states that decay at their own rates, so the decay is no product of
 a row and a column and the recurrence has no form in GEMMs. δ_t is `dt`, or softplus(dt + bias).
 
 Left out: complex A, and B and C in groups of channels (Mamba1 has one group; Mamba2 is
 `lowline.kernels.recurrence` with a scalar gate).
 
-Shapes: B batch, T time, D channels, N states a channel, S sequences (B, or those of `cu_seqlens`).
+Shapes: B batch, T time, D channels, N states per channel, S sequences (B, or those of
+`cu_seqlens`).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def selective_scan(
     cu_seqlens: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the outputs of whole sequences and the states after them; differentiable in every
+    """Return the outputs of complete sequences and the states after them; differentiable in every
     tensor.
 
     Args:

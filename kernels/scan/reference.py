@@ -1,4 +1,4 @@
-"""The selective scan as the paper writes it, a token at a time; see `lowline.kernels.scan.op`."""
+"""The selective scan as its equation reads, token by token; see `lowline.kernels.scan.op`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def selective_scan(
 
 
 def step_size(dt: torch.Tensor, dt_bias_D: torch.Tensor | None, dt_softplus: bool) -> torch.Tensor:
-    """dt, or softplus(dt + bias), in fp32 (fp64 of fp64)."""
+    """Return dt, or softplus(dt + bias), in fp32 (fp64 of fp64)."""
     dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
     if dt_bias_D is not None:
         dt = dt + dt_bias_D.to(dt.dtype)
@@ -55,7 +55,7 @@ def step_size(dt: torch.Tensor, dt_bias_D: torch.Tensor | None, dt_softplus: boo
 def finish(
     y: torch.Tensor, x: torch.Tensor, D_D: torch.Tensor | None, z: torch.Tensor | None
 ) -> torch.Tensor:
-    """(y + D ⊙ x) ⊙ silu(z), in x's type."""
+    """Return (y + D ⊙ x) ⊙ silu(z), in x's type."""
     if D_D is not None:
         y = y + D_D.to(y.dtype) * x.to(y.dtype)
     if z is not None:

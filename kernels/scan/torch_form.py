@@ -1,12 +1,12 @@
-"""The selective scan in plain torch, a chunk of tokens at a time, with a hand-written backward.
+"""The selective scan in plain torch, chunk by chunk, with a hand-written backward pass.
 
 A chunk of 256 tokens is 16 blocks of 16. All blocks run their 16 steps side by side from a zero
-state; the states at the blocks' ends then follow one another in 16 steps; and each block adds what
-its first state has become by each token. So a chunk costs 32 operations on wide tensors where a
-token at a time costs 256, and decays are only ever multiplied, never divided by.
+state; the states at the blocks' ends are then chained in 16 steps; and each block adds what
+its first state has become by each token. So a chunk costs 32 operations on wide tensors where going
+token by token costs 256, and decays are only multiplied, never divided by.
 
 Nothing of size T·D·N is kept for the backward pass: the states between chunks are, T·D·N / 256
-elements, and a chunk's states are recomputed when the backward pass comes to it. The gradient of
+elements, and a chunk's states are recomputed when the backward pass reaches it. The gradient of
 the states runs through the same scan, backwards.
 
 Shapes: M blocks of R tokens make a chunk of L; the rest as in `lowline.kernels.scan.op`.
@@ -139,7 +139,7 @@ def _chunks(T: int) -> list[slice]:
 def _inside(
     bounds: list[int] | None, chunk: slice, ends: bool = False
 ) -> tuple[list[int], list[int]]:
-    """Return rows of the chunk at which packed sequences start (or end), and which sequences
+    """Return the chunk's rows at which packed sequences start (or end), and which sequences
     those are.
     """
     rows, which = [], []
@@ -161,7 +161,7 @@ def _states(
     chunk: slice,
     carry: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """h and e^{δA} of (L, B, D, N) in a chunk filled up to whole blocks; the state after it."""
+    """Return h and e^{δA}, (L, B, D, N), of a chunk padded to full blocks; the state after it."""
     x_LBD, dt_LBD, B_LBN = (tensor[:, chunk].transpose(0, 1).to(dt.dtype) for tensor in (x, dt, B))
     decay = torch.exp2(dt_LBD[..., None] * (A * LOG2_E))
     h = (dt_LBD * x_LBD)[..., None] * B_LBN[:, :, None, :]
@@ -178,7 +178,7 @@ def _states(
 def _scan_(
     decay: torch.Tensor, h: torch.Tensor, carry: torch.Tensor, backwards: bool = False
 ) -> torch.Tensor:
-    """h_t += decay_t h_{t-1} (or h_{t+1}) in place, from `carry`; returns the last.
+    """Compute h_t += decay_t h_{t-1} (or h_{t+1}) in place, from `carry`; return the last.
 
     `decay` is overwritten by its products from each block's beginning.
     """

@@ -1,19 +1,19 @@
-"""The selective scan on a GPU: one kernel each way, a tile of tokens at a time in registers.
+"""The selective scan on a GPU: one kernel each way, one tile of tokens in registers at a time.
 
     h_t = e^{δ_t A} ⊙ h_{t-1} + δ_t x_t B_tᵀ,   y_t = (h_t C_t + D ⊙ x_t) ⊙ silu(z_t)
 
-A program walks one sequence with BLOCK_D channels. Its tile is (L tokens, channels, N states); the
-pairs (e^{δA}, δxB) are combined along the tokens by an associative scan, whose products of decays
-only ever shrink, and the state enters at the tile's edge. The forward pass leaves the state before
-each tile, from which the backward pass makes the tile's states again; the gradient of the states is
-the same scan in the other direction. The scans run on the inputs of the token before (after), so
-that h_{t-1} is available and nothing is divided by a decay.
+A program goes through one sequence with BLOCK_D channels. Its tile is (L tokens, channels, N
+states); the pairs (e^{δA}, δxB) are combined along the tokens by an associative scan, whose
+products of decays only shrink, and the state enters at the tile's edge. The forward pass stores the
+state before each tile, from which the backward pass recomputes the tile's states; the gradient of
+the states is the same scan in the other direction. The scans run on the inputs of the token before
+(after), so that h_{t-1} is available and nothing is divided by a decay.
 
-dB and dC are sums over channels: each program leaves its share, and they are added in a fixed
-order afterwards (2 N / BLOCK_D fp32 numbers a token and channel).
+dB and dC are sums over channels: each program stores its part, and they are added in a fixed
+order afterwards (2 N / BLOCK_D fp32 numbers per token and channel).
 
-Roofline, bf16, N 16, a token and channel, on an H100 (3.35 TB/s; 16 exponentials a clock and SM
-quarter, 14·10¹² a second): forward 8 bytes and N exponentials, backward 14 + 16 bytes and 2N.
+Roofline, bf16, N 16, per token and channel, on an H100 (3.35 TB/s; 16 exponentials per clock and SM
+quarter, 14·10¹² per second): forward 8 bytes and N exponentials, backward 14 + 16 bytes and 2N.
 T 8192, D 4096: 0.08 and 0.30 ms of memory, 0.04 and 0.08 ms of exponentials; at batch 1 the walk
 along T, not either of them, is expected to set the time.
 
@@ -64,17 +64,17 @@ def _bounds(s, cu, T, L: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def _rows(x, t, start, end, stride, column, width):
-    """x at tokens t within the sequence, zeros elsewhere, in fp32."""
+    """Return x at tokens t within the sequence, zeros elsewhere, in fp32."""
     inside = (t >= start) & (t < end)
     return load_tile(x, t.to(tl.int64), inside, stride, column, width).to(tl.float32)
 
 
 @triton.jit
 def _step_size(raw, bias, t, start, end, SOFTPLUS: tl.constexpr):
-    """δ, and 0 outside the sequence, where nothing then changes."""
+    """Return δ, and 0 outside the sequence, which leaves the state unchanged."""
     dt = raw + bias[None, :]
     if SOFTPLUS:
-        # log(1 + e^-|x|), exact where e^-|x| is lost beside 1
+        # log(1 + e^-|x|), exact also where 1 + e^-|x| rounds to 1
         small = tl.exp(-tl.abs(dt))
         one = 1.0 + small
         log1p = tl.where(one == 1.0, small, tl.log(one) * small / tl.where(one == 1.0, 1, one - 1))
@@ -265,7 +265,7 @@ def _arguments(call: Call) -> dict[str, Any]:
 
 
 def _outputs(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final states, and the states before each tile."""
+    """Allocate y, the final states, and the states before each tile."""
     x, state, (S, D, N) = call.x, call.state, call.state.shape
     tiles = x.shape[0] * triton.cdiv(x.shape[1], TOKENS) + S
     return x.new_empty(x.shape), state.new_empty(state.shape), state.new_empty(tiles, D, N)

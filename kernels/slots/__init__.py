@@ -1,4 +1,4 @@
-"""Softmax attention over an exact window and a fixed number of slots that hold all before it."""
+"""Softmax attention over an exact window and a fixed number of slots for all earlier tokens."""
 
 from lowline.kernels.slots.decode import slot_window_step
 from lowline.kernels.slots.op import SlotState, slot_window_attention

@@ -1,4 +1,4 @@
-"""Window and slots from a state, a token at a time; time and memory do not grow with the context.
+"""Window and slots from a state, token by token; time and memory do not grow with the context.
 
 Shapes: those of `op`.
 """
@@ -39,7 +39,7 @@ def slot_window_step(
     Raises:
         ValueError: shapes or dtypes that do not fit the state, or a backend that does not cover
             the call.
-        IndexError: a slot that there is not; `torch` sees it when the token leaves the window.
+        IndexError: a slot that does not exist; `torch` raises it when the token leaves the window.
     """
     check_shapes(OP, q_BHD, k_BGD, v_BGV, slot_BG, bias_HM)
     window, sinks = state.k.shape[1], state.sink_k.shape[1]
@@ -81,12 +81,12 @@ def _step(
     state: SlotState,
     scale: float,
 ) -> torch.Tensor:
-    """`slot_window_step` in plain torch."""
+    """Compute `slot_window_step` in plain torch."""
     s, (B, G, D) = state, k_BGD.shape
     window, sinks, dtype = s.k.shape[1], s.sink_k.shape[1], s.keys.dtype
     row_B, head_G = torch.arange(B, device=q_BHD.device), torch.arange(G, device=q_BHD.device)
 
-    # The oldest token of the window makes room for this one, and joins its slot if it is no sink.
+    # This token replaces the window's oldest, which joins its slot if it is no sink.
     turn_B = s.length % window
     joins_B = (s.length - window >= sinks).to(dtype)
     to = (row_B[:, None], head_G, s.slot[row_B, turn_B])

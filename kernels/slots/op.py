@@ -1,7 +1,7 @@
-"""Exact attention in a sliding window, attention to slots before it, under one denominator.
+"""Exact attention in a sliding window and attention to slots before it, with one denominator.
 
-Every token has one of M slots of its key/value head, m(j). What is older than the window is looked
-at as if it had the mean key of its slot:
+Each token has one of M slots of its key/value head, m(j). What is older than the window is attended
+to as if it had the mean key of its slot:
 
     n_tm = |older of slot m|      K_tm = Σ_{older of m} k_j / n_tm      a_tm = scale·q_t·K_tm + b_m
 
@@ -10,16 +10,16 @@ at as if it had the mean key of its slot:
           Σ_exact e^{s_tj}     + Σ_m n_tm e^{a_tm}
 
 The exact set of query t: the last `window` tokens, itself included, and the first `sinks` tokens of
-the sequence, each counted once; every token before t that is not exact is older. With one slot a
+the sequence, each counted once; every token before t that is not exact is older. With one slot per
 token this is softmax attention. Sums of keys in a bounded number of slots are ABC's (arXiv
 2110.02488); one score for all tokens of a cluster, beside an exact window, is Transformer-VQ's
-(2309.16354), with a fixed codebook where the mean is here. A mean lies
+(2309.16354), with a fixed codebook instead of the mean. A mean lies
 where the slot's tokens lie after the rotary embedding, and b, of each query head and slot, makes up
 for e^{mean} being at most the mean of e^x.
 
 Time is O(T·(window + M)), the state O(M). There is no padding mask; packed sequences take its
 place. Of more than `PIECE` tokens in all, the torch form takes `PIECE` of a sequence at a time and
-computes them again in the backward pass.
+recomputes them in the backward pass.
 
 Shapes: B batch, T tokens, H query heads, G key/value heads, D and V key and value dimension, M
 slots, N sequences; U = prefix + T rows of a call that continues a state.
@@ -59,7 +59,7 @@ class SlotState(NamedTuple):
     sink_v: torch.Tensor  # (N, s, G, V)
     keys: torch.Tensor  # (N, G, M, D): each slot's sum of keys
     values: torch.Tensor  # (N, G, M, V): of values
-    tokens: torch.Tensor  # (N, G, M): how many they are
+    tokens: torch.Tensor  # (N, G, M): their number
     length: torch.Tensor  # (N,) int64, tokens seen
 
 
@@ -77,7 +77,7 @@ def slot_window_attention(
     initial_state: SlotState | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, SlotState]:
-    """Window and slots over whole sequences. Query head h reads key/value head h // (H // G).
+    """Compute window and slots over complete sequences; query head h reads head h // (H // G).
 
     Args:
         q_BTHD, k_BTGD, v_BTGV: queries, keys, values; any strides.
@@ -165,7 +165,7 @@ def state_shapes(
     window: int,
     sinks: int,
 ) -> dict[str, tuple[int, ...]]:
-    """Return those of a SlotState of N sequences of such tokens."""
+    """Return the shapes of a SlotState of N sequences of such tokens."""
     (G, D), V, M = k.shape[-2:], v.shape[-1], bias_HM.shape[-1]
     return {
         "k": (N, window, G, D),

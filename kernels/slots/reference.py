@@ -1,4 +1,4 @@
-"""Window and slots by the book: one sequence, one token at a time.
+"""Window and slots as their formula reads: one sequence, one token at a time.
 
 The arguments are `op.slot_window_attention`'s after its checks: k, v and slot begin with `prefix`
 rows of the window before each sequence.
@@ -26,7 +26,7 @@ def attend(
     prefix: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """o_NTHV, and the slots' sums of keys, values and tokens after the last token."""
+    """Return o_NTHV, and the slots' sums of keys, values and tokens after the last token."""
     dtype, (T, H), (G, M) = keys_NGMD.dtype, q_NTHD.shape[1:3], keys_NGMD.shape[1:3]
     repeats, sinks = H // G, sink_k_NsGD.shape[1]
     rows = []

@@ -7,7 +7,7 @@ scores of those 2C keys, r_jm = 1 where token j has slot m and masks for what is
     n = n_before + older·r,      a = (q·Kᵀ_before + (s older)·r) / n + b
     y = [e^{s - c} exact + (e^{a - c}·rᵀ) older] [v, 1] + e^{a - c}·[V, n]_before
 
-for every c; it is the largest exponent of a row. All are products of matrices; autograd keeps the
+for every c; the largest exponent of a row is used. All are products of matrices; autograd keeps the
 2C + M weights of each query. Scores are in bits (`lowline.kernels.exponent`).
 
 Shapes: those of `op`; n blocks; X = 2C + s columns: the block before, the block itself, the sinks;
@@ -40,7 +40,7 @@ def attend(
     prefix: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """o_NTHV, and the slots' sums of keys, values and tokens; arguments: `reference.attend`'s."""
+    """Return o_NTHV, and the slots' sums of keys, values and tokens; see `reference.attend`."""
     N, T, H, D = q_NTHD.shape
     G, sinks, dtype, device = k_NUGD.shape[2], sink_k_NsGD.shape[1], keys_NGMD.dtype, q_NTHD.device
     V, M = v_NUGV.shape[-1], bias_HM.shape[-1]
@@ -71,7 +71,7 @@ def attend(
         return torch.cat([first[:, :, None], of_block], 2).cumsum(2)
 
     def zero_where(mask: torch.Tensor) -> torch.Tensor:
-        """Elsewhere -inf; adding it takes a sixth of the time of masked_fill on a CPU."""
+        """Return 0 where mask, else -inf; adding it takes a sixth of masked_fill's CPU time."""
         return torch.zeros((), dtype=dtype, device=device).where(mask, -torch.inf)
 
     q = F.pad(q_NTHD.to(dtype) * (scale * LOG2_E), (0, 0, 0, 0, 0, n * C - T)).unflatten(1, (n, C))
@@ -81,7 +81,7 @@ def attend(
     is_token = pairs((position >= 0)[:, None, :, None])[..., 0]  # (N, 1, n, 2C)
     exact = ((j <= i) & (j > i - window)) & is_token[..., None, :]
     k_X, v_X = pairs(k), pairs(v1)
-    if sinks:  # columns behind those of the pair, while they are not within the window
+    if sinks:  # columns after those of the pair, where they are not within the window
         start = position[:, C::C][:, None, :, None, None]  # of each block
         outside = torch.arange(sinks, device=device) <= start + i - window
         exact = torch.cat([exact, outside], -1)
@@ -93,7 +93,7 @@ def attend(
     scores = q @ k_X.mT
     e = scores + zero_where(exact)
 
-    P = C if window >= C else 2 * C  # the first columns: no others can be older
+    P = C if window >= C else 2 * C  # only the first P columns can be older
     older = (j[:P] <= i - window).to(dtype)
     r_P = blocks(r)[:, :, :-1] if window >= C else pairs(r)
     sums_before = before(sums, v1)

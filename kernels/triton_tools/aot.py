@@ -1,17 +1,17 @@
-"""Compiles every Triton kernel for GPUs that are not there, and reads what the compiler made.
+"""Compiles every Triton kernel for GPUs that this machine lacks, and reads the compiler's output.
 
     python -m lowline.kernels.triton_tools.aot --write docs/dev/triton_aot.md  # the committed table
     python -m lowline.kernels.triton_tools.aot --check docs/dev/triton_aot.md  # what CI runs
 
 A kernel that spills registers, asks for more shared memory than the chip has, or multiplies without
-tensor cores compiles in silence: the first two are slow or fail at the launch, the third is slow.
-Here they are errors. ptxas, cuobjdump and nvdisasm come with Triton's wheel; no GPU, driver or CUDA
-toolkit is needed. Triton keeps what it compiled in its own cache.
+tensor cores compiles without a message: the first two are slow or fail at launch, the third is
+slow. Here these are errors. ptxas, cuobjdump and nvdisasm come with Triton's wheel; no GPU, driver
+or CUDA toolkit is needed. Triton caches what it compiled.
 
 The cases are recorded launches: each op's Triton module has `aot_calls`, the calls at the shapes
-that it promises to run well, which run on tensors without data while `launch` writes down what they
-launch. Numbers belong to the version of Triton in the table's heading: under another one `--check`
-tests the limits and leaves the comparison.
+that it is meant to run well, which run on tensors without data while `launch` records what they
+launch. The numbers hold for the version of Triton in the table's heading: under another one
+`--check` tests the limits and skips the comparison.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ _TYPES = {
 }
 
 
-# A few registers each; whether smaller blocks are faster than these is for a run on a GPU to say.
+# A few registers each; only a run on a GPU can show whether smaller blocks are faster.
 KNOWN_SPILLS = {
     ("window.backward_key_kernel", 90): 4,
     ("conv._sum_gradient_kernel", 100): 4,
@@ -84,7 +84,7 @@ class Case:
         constants: the value of each `tl.constexpr` argument, and of each argument launched as
             None or 1, which Triton makes constant too.
         div16: the integer arguments that are multiples of 16 in this case. Pointers always are.
-            A launch finds this out by itself; compiled without it, loads are scalar and spill.
+            A launch detects this by itself; compiled without it, loads are scalar and spill.
     """
 
     kernel: Any
@@ -117,13 +117,13 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What the compiler made of a case, for one chip."""
+    """The compiler's output of a case, for one chip."""
 
     kernel: str
     shape: str
     chip: int
     warps: int
-    registers: int  # a thread
+    registers: int  # per thread
     stack: int  # bytes per thread
     spills: int  # loads from and stores to local memory in the machine code
     shared: int  # bytes per block
@@ -136,7 +136,7 @@ class Compiled:
 
     @property
     def faults(self) -> list[str]:
-        """Why this kernel must not be shipped."""
+        """Return why this kernel must not be shipped."""
         found = []
         if self.spills > KNOWN_SPILLS.get((self.kernel, self.chip), 0):
             found.append(f"{self.spills} spill instructions, {self.stack} bytes of stack")
@@ -277,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args(arguments)
     if options.write and (options.only or set(options.chips) != set(CHIPS)):
-        parser.error("--write writes the whole table: leave --only and --chips")
+        parser.error("--write writes the complete table: leave out --only and --chips")
     compiled = []
     for result in compile_all(options.chips, options.jobs, options.only):
         compiled.append(result)

@@ -1,4 +1,4 @@
-"""Defines an operator that torch.compile can call, with its derivative, from four functions.
+"""Operators that torch.compile can call, with their derivatives, from four functions each.
 
 An op is described by a NamedTuple of its arguments, tensors with a gradient first:
 
@@ -49,7 +49,7 @@ def define(
     """Register an operator and return the function that calls it.
 
     Args:
-        name: "lowline::...", of its own.
+        name: "lowline::...", unique.
         Call: the NamedTuple of its arguments.
         forward: computes the outputs from a Call.
         outputs: allocates tensors like the outputs, without values; runs without data, too.
@@ -59,8 +59,8 @@ def define(
         gradients: how many arguments have a gradient.
         returns: how many outputs there are; one is returned as a tensor.
         differentiable: how many of them, the first, have a gradient; all where None.
-        kept: the numbers of the outputs that backward wants.
-        devices: the device type that it is for, where it is for one.
+        kept: the indices of the outputs that backward takes.
+        devices: the device type that it is restricted to; None for any.
     """
     flowing = returns if differentiable is None else differentiable
     hints = get_type_hints(Call)

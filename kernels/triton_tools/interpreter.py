@@ -1,17 +1,17 @@
-"""Triton's interpreter (`TRITON_INTERPRET=1`), made right for bfloat16 on a machine without a GPU.
+"""Triton's interpreter (`TRITON_INTERPRET=1`), corrected for bfloat16.
 
-The interpreter runs a kernel in numpy, one program after the other. It keeps a bfloat16 as the
-uint16 of its bits and, as shipped in Triton 3.7 and 3.9, computes with those integers: sums,
+The interpreter runs a kernel in numpy, without a GPU, program by program. It keeps a bfloat16 as
+the uint16 of its bits and, as shipped in Triton 3.7 and 3.9, computes with those integers: sums,
 products and comparisons of bfloat16 are silently wrong, and fp32 is truncated to bfloat16 where a
 GPU rounds. `install()` widens bfloat16 operands to fp32, exactly, and rounds results to nearest
 even, which is what the hardware does. Reductions and atomics of bfloat16 raise: a GPU's order of
-rounding is its own, so kernels reduce in fp32. Also fixed: libdevice's functions, which return
-None, `minimum` and `maximum` of NaN, associative scans, a hundred times faster, and the autotuner,
-which asks for a GPU to time on and here takes the first of its configurations.
+rounding differs, so kernels reduce in fp32. Also fixed: libdevice's functions, which return None,
+`minimum` and `maximum` of NaN, associative scans (a hundred times faster), and the autotuner, which
+needs a GPU to time on and here takes the first of its configurations.
 
 The interpreter is more permissive than a GPU: races, misaligned loads and too much shared memory
-go unseen (`aot` sees the last). It multiplies fp32 in full precision whatever `input_precision`
-says. In Triton 3.7 it takes `a < b < c` for `b < c`: write two comparisons.
+go unnoticed (`aot` finds the last). It multiplies fp32 in full precision whatever `input_precision`
+is. In Triton 3.7 it evaluates `a < b < c` as `b < c`: write two comparisons.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def interpreting() -> bool:
 
 @functools.cache
 def install() -> None:
-    """Mend the interpreter of this process. A second call does nothing.
+    """Correct the interpreter of this process. A second call does nothing.
 
     Raises:
         RuntimeError: `TRITON_INTERPRET=1` is not set; it has to be, before kernels are imported.
@@ -50,12 +50,12 @@ def install() -> None:
 
 
 def bf16_to_fp32(bits: np.ndarray) -> np.ndarray:
-    """uint16 bit patterns to the fp32 they stand for, exactly."""
+    """Convert uint16 bit patterns to the fp32 they stand for, exactly."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def fp32_to_bf16(values: np.ndarray) -> np.ndarray:
-    """fp32 to bfloat16 bit patterns, rounded to nearest, ties to even; every NaN becomes one."""
+    """Round fp32 to bfloat16 bit patterns, to nearest, ties to even; every NaN becomes one."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     odd = (bits >> 16) & 1
     rounded = ((bits + odd + np.uint32(0x7FFF)) >> 16).astype(np.uint16)
@@ -148,7 +148,7 @@ def _mend_reductions() -> None:
 
     def scan(self: Any, inputs: Any) -> list[Any]:
         """Scan rows: a step combines all elements of a row; the shipped one combines one element,
-        which takes thousands of steps.
+        in thousands of steps.
         """
         axis = self.axis % inputs[0].handle.data.ndim
         rows = [

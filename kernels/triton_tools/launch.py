@@ -2,8 +2,8 @@
 
 `launch` puts the work on the device of the tensors (Triton itself takes the *current* device),
 makes vectors contiguous (kernels read them without strides), takes the numbers of warps and stages
-from the table below, and under `recording` writes launches down instead of running them: the
-compile check (`aot`) and the tests of grids read those records, so what is checked is what runs.
+from the table below, and under `recording` records launches instead of running them: the
+compile check (`aot`) and the tests of grids read those records, so they check what runs.
 
 No number in the table was measured on a GPU. They are the most promising among those that the
 compile check accepts (no spill, shared memory within the chip):
@@ -26,14 +26,14 @@ import torch
 
 
 class Options(NamedTuple):
-    """How a kernel is compiled: warps a program and stages of its loops' pipelines."""
+    """How a kernel is compiled: warps per program and stages of its loops' pipelines."""
 
     num_warps: int
     num_stages: int
 
 
 class Launch(NamedTuple):
-    """A launch that was written down instead of run."""
+    """A launch that was recorded instead of run."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -73,7 +73,7 @@ TABLE |= {
     )
 }
 TABLE["recurrence.inverse_kernel"] = {0: (Options(32, 1),)}  # fp32 products, in registers
-# Accumulators and products leave these two no registers for copies on their way.
+# Accumulators and products leave these two no registers for copies in flight.
 TABLE["window.backward_key_kernel"] = {0: (Options(8, 1),)}
 TABLE["window.backward_map_kernel"] = {9: (Options(4, 1), Options(8, 1)), 0: (Options(8, 1),)}
 TABLE |= {f"scan.{name}_kernel": {0: (Options(8, 1),)} for name in ("_forward", "_backward")}
@@ -82,7 +82,7 @@ _records: list[list[Launch]] = []
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """Run a kernel on the device of its tensors; arguments that it does not name are left out.
+    """Run a kernel on the device of its tensors; arguments that it does not have are left out.
 
     Raises:
         ValueError: tensors on different devices.
@@ -107,7 +107,7 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Write launches into the list this gives, instead of running them. Tensors may be "meta"."""
+    """Record launches in the list this yields, instead of running them. Tensors may be "meta"."""
     _records.append([])
     try:
         yield _records[-1]
@@ -116,9 +116,10 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def candidates(kernel: str, capability: int, half: bool) -> tuple[Options, ...]:
-    """Return the options a kernel may run with on a chip (80, 90, 100, ...); the first are used.
+    """Return the options a kernel may run with on a chip (80, 90, 100, ...); the first is used.
 
-    `half`: for 16-bit numbers. fp32, which does without tensor cores, takes what other chips take.
+    `half`: for 16-bit numbers. fp32, which does not use tensor cores, takes the other chips'
+    options.
     """
     chips = TABLE.get(kernel, {})
     return (chips.get(capability // 10) if half else None) or chips.get(0) or DEFAULT
@@ -131,7 +132,7 @@ def kernel_name(kernel: Any) -> str:
 
 
 def rows_dense(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Return tensors whose last dimension has stride 1, copied where it has not."""
+    """Return tensors whose last dimension has stride 1, copied where necessary."""
     return [x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous() for x in tensors]
 
 

@@ -1,4 +1,4 @@
-"""Exact attention in a sliding window, linear attention before it, one softmax denominator."""
+"""Exact attention in a sliding window and linear attention before it, with one denominator."""
 
 from lowline.kernels.window.decode import (
     WindowPending,

@@ -1,15 +1,15 @@
 """Window-plus-linear attention in C++ (`cpu/window.cpp`), for autograd and torch.compile.
 
-fp32 throughout; bf16 is converted on the way in and out. Beside its inputs the forward pass keeps
-the sums before each block of 64 queries: P·F·(V + 1) numbers a block. Custom ops stand for the
-kernels where torch.compile traces; elsewhere they would cost their dispatch.
+fp32 throughout; bf16 is converted on the way in and out. Besides its inputs the forward pass keeps
+the sums before each block of 64 queries: P·F·(V + 1) numbers per block. Custom ops replace the
+kernels where torch.compile traces; elsewhere their dispatch would cost time.
 
 `step` is the compiled function for one token,
 
     step(q_BHD, k_BGD, v_BGV, phi_q_BHF, phi_k_BPF, state, gamma_H, lambda_H, scale) -> o_BHV
 
-which moves the state in place and returns None, having done nothing, for arguments that it does not
-cover or that do not fit each other.
+which updates the state in place. It returns None, having done nothing, for arguments that it does
+not cover or that do not fit each other.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def attend(
     prefix: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(o_BTHV, S_NPFW); the arguments are `reference.attend`'s."""
+    """Return (o_BTHV, S_NPFW); the arguments are `reference.attend`'s."""
     per_token = (q_BTHD, k_BUGD, v_BUGV, phi_q_BTHF, phi_k_BUPF)
     per_sequence = (sink_k_NsGD, sink_v_NsGV, window_factor_H, linear_factor_H, S_NPFW)
     tensors = [x.float() for x in (*per_token, *per_sequence)]
@@ -95,7 +95,7 @@ def _forward(
     scale: float,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """o, the sum after the last token, and (with `keep`) the sums before each block."""
+    """Return o, the sum after the last token, and (with `keep`) the sums before each block."""
     inputs = (q, k, v, phi_q, phi_k, sink_k, sink_v, window_factor, linear_factor, S)
     outputs = _empty_outputs(q, v, S, length, cu_seqlens, prefix, keep)
     load("window").forward(*_dense(inputs), length, cu_seqlens, window, prefix, scale, *outputs)
@@ -216,7 +216,7 @@ _traced_forward.register_autograd(_backward_of_forward, setup_context=_setup_con
 
 
 def _dense(tensors: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-    """As the kernels read them: features side by side; sinks, factors and states contiguous."""
+    """Return the tensors as the kernels read them: contiguous features, sinks, factors, states."""
     per_token, rest = tensors[:5], tensors[5:]
     dense = [x if x.stride(-1) == 1 or x.shape[-1] == 0 else x.contiguous() for x in per_token]
     return [*dense, *(x.contiguous() for x in rest)]
@@ -241,8 +241,8 @@ def decode(
     *,
     take_in: bool,
 ) -> torch.Tensor:
-    """Return the outputs (B, T, H, V) of a block; with `take_in` of a token that the state takes
-    in.
+    """Return the outputs (B, T, H, V) of a block; with `take_in`, of a token that enters the
+    state first.
     """
     run = _decode_op if torch.compiler.is_compiling() else _decode
     return run(q, k, v, phi_q, phi_k, *state, window_factor, linear_factor, scale, take_in)
@@ -255,7 +255,7 @@ def advance(
     phi_k: torch.Tensor,
     accepted: torch.Tensor,
 ) -> None:
-    """Take the first accepted[b] tokens into row b of the state."""
+    """Move row b of the state over the first accepted[b] tokens."""
     push = _advance_op if torch.compiler.is_compiling() else _advance
     push(k, v, phi_k, *state, accepted)
 

@@ -1,4 +1,4 @@
-"""Window-plus-linear attention from a state: a token at a time, or a speculative block at once.
+"""Window-plus-linear attention from a state: token by token, or a speculative block at once.
 
     window_linear_step      one token: its output, and the state advanced in place
     window_linear_verify    K + 1 proposed tokens: their outputs, from an unchanged state
@@ -34,7 +34,7 @@ _compiled_step: Callable[..., torch.Tensor | None] | None = None  # once a call 
 
 
 class WindowPending(NamedTuple):
-    """A verified block that the state has not taken in."""
+    """A verified block that the state does not include yet."""
 
     k: torch.Tensor  # (B, T, G, D)
     v: torch.Tensor  # (B, T, G, V)
@@ -70,7 +70,7 @@ def window_linear_step(
         o_BHV = _compiled_step(*token, state, window_factor_H, linear_factor_H, scale)
         if o_BHV is not None:
             return o_BHV
-        # a call that it does not cover, or a wrong one: looked at now
+        # a call that it does not cover, or a wrong one: checked below
     return _step(token, state, window_factor_H, linear_factor_H, scale, backend)
 
 
@@ -106,7 +106,7 @@ def window_linear_verify(
         raise ValueError("window_linear_verify: give both pending and accepted, or neither")
     op = "window_linear_verify"
     block = [q_BTHD, k_BTGD, v_BTGV, phi_q_BTHF, phi_k_BTPF]
-    # before the state moves: a refused call leaves it as it was
+    # before the state moves: a refused call leaves it unchanged
     call = _checked(op, block, state, window_factor_H, linear_factor_H, scale)
     which = _backend(op, backend, call.k, call.v, call.phi_k, state)
     if pending is not None and accepted is not None:
@@ -122,7 +122,7 @@ def window_linear_advance(
     *,
     backend: str = "auto",
 ) -> None:
-    """Advances row b of the state in place by the first accepted_B[b] tokens of `pending`.
+    """Advance row b of the state in place by the first accepted_B[b] tokens of `pending`.
 
     Raises:
         ValueError: accepted_B is not (B,) integers (for CPU tensors also: of 0 … T), or pending
@@ -156,7 +156,7 @@ def _step(
     scale: float | None,
     backend: str,
 ) -> torch.Tensor:
-    """`window_linear_step` on every backend, with the checks."""
+    """Run `window_linear_step` on any backend, with the checks."""
     global _compiled_step
     op = "window_linear_step"
     block = [None if x is None else x[:, None] for x in token]
@@ -300,7 +300,7 @@ def _read(
 
 
 def _push(state: WindowState, pending: WindowPending, accepted_B: torch.Tensor) -> None:
-    """Take the first accepted_B[b] tokens into row b, one after another."""
+    """Move row b of the state over the first accepted_B[b] tokens, one after another."""
     (w, s), P = _window_and_sinks(state), pending.phi_k.shape[2]
     b_B = torch.arange(len(accepted_B), device=accepted_B.device)
     for i in range(pending.k.shape[1]):

@@ -1,4 +1,4 @@
-"""Softmax attention in a sliding window and linear attention before it, under one denominator.
+"""Softmax attention in a sliding window and linear attention before it, with one denominator.
 
     y_t = [ Σ_exact γ e^{s_tj - c_t} v_j + λ Σ_older (φq_t·φk_j) v_j ] / [ the same without v ]
 
@@ -49,7 +49,7 @@ def window_linear_attention(
     initial_state: WindowState | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, WindowState]:
-    """Window-plus-linear attention over whole sequences; without φ, sliding-window attention.
+    """Compute window-plus-linear attention over complete sequences; the window alone without φ.
 
     Query head h reads key/value head h // (H // G). φ(k) has a head per key/value head or per
     query head: P is G or H.
@@ -152,19 +152,19 @@ def not_on_triton(dtype: torch.dtype, D: int, V: int, F: int) -> str | None:
 def per_head_factor(
     op: str, name: str, factor_H: torch.Tensor | None, q_BTHD: torch.Tensor
 ) -> torch.Tensor:
-    """γ or λ in the accumulation dtype; ones where None."""
+    """Return γ or λ in the accumulation dtype; ones where None."""
     H, dtype = q_BTHD.shape[-2], accumulation_dtype(q_BTHD.dtype)
     if factor_H is None:
         return torch.ones(H, dtype=dtype, device=q_BTHD.device)
     if factor_H.shape != (H,):
-        raise ValueError(f"{op}: {name} has shape {tuple(factor_H.shape)}; give ({H},), one a head")
+        raise ValueError(f"{op}: {name} has shape {tuple(factor_H.shape)}; give ({H},)")
     return factor_H.to(dtype)
 
 
 def state_shapes(
     N: int, k: torch.Tensor, v: torch.Tensor, phi_k: torch.Tensor, window: int, sinks: int
 ) -> dict[str, tuple[int, ...]]:
-    """Return those of a WindowState of N sequences of such tokens."""
+    """Return the shapes of a WindowState of N sequences of such tokens."""
     G, D, V, (P, F) = k.shape[-2], k.shape[-1], v.shape[-1], phi_k.shape[-2:]
     return {
         "k": (N, window, G, D),

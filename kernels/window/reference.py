@@ -1,4 +1,4 @@
-"""Window-plus-linear attention by the book: one sequence, one token at a time.
+"""Window-plus-linear attention as its formula reads: one sequence, one token at a time.
 
 The arguments are `op.window_linear_attention`'s after its checks: k, v and phi_k begin with
 `prefix` rows of the window before each sequence, F = 0 stands for no linear part.
@@ -29,7 +29,7 @@ def attend(
     prefix: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(o_BTHV, S_NPFW), W = V + 1: the outputs and the sum after the last token."""
+    """Return (o_BTHV, S_NPFW), W = V + 1: the outputs and the sum after the last token."""
     outputs, states = [], []
     for n, length in enumerate(length_N.tolist()):
         if cu_seqlens is None:

@@ -1,8 +1,8 @@
-"""What a sequence leaves behind for the next call: a window of keys, the sinks, and one sum.
+"""What a sequence's next call needs of it: a window of keys, the sinks, and one sum.
 
 A token at position p lives in slot p % window of the ring buffers until position p + window
 overwrites it; its φ(k)·[v, 1]ᵀ then joins the running sum S, unless it is a sink, which stays exact
-for ever. Memory is constant in the number of tokens seen.
+for good. Memory is constant in the number of tokens seen.
 
 Shapes: N sequences, w window, s sinks, G key/value heads, P feature heads, D key, V value and F
 feature dimensions; U = prefix + T key rows of a call that continues a state.
@@ -70,25 +70,25 @@ def empty_window_state(
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or fp64 for fp64 inputs."""
+    """Return fp32, or fp64 for fp64 inputs."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def ring_positions(length_N: torch.Tensor, window: int) -> torch.Tensor:
-    """(N, w): the position each slot holds, negative where it holds none yet."""
+    """Return (N, w): the position each slot holds, negative where it holds none yet."""
     slot_w = torch.arange(window, device=length_N.device)
     last_N1 = length_N[:, None] - 1
     return last_N1 - (last_N1 - slot_w) % window
 
 
 class Windowed(NamedTuple):
-    """A call's tokens behind the windows of a state, and what the call leaves of them."""
+    """A call's tokens after the windows of a state, and the windows after the call."""
 
     rows: list[torch.Tensor]  # (B, U, G, ·) of k, v, …; `prefix` rows before each sequence's own
     prefix: int  # w, or 0 without a state
     sinks: list[torch.Tensor]  # (N, s, G, ·) of k and v
     rings: list[torch.Tensor]  # (N, w, G, ·) of k, v, …
-    length: torch.Tensor  # (N,) tokens seen then
+    length: torch.Tensor  # (N,) tokens seen after the call
 
 
 def behind_window(
@@ -100,7 +100,7 @@ def behind_window(
     window: int,
     sinks: int,
 ) -> Windowed:
-    """Put k, v and what else stands in rings, (B, T, G, ·) each, behind the windows of a state.
+    """Append k, v and what else has a ring, (B, T, G, ·) each, to the windows of a state.
 
     Args:
         state: begins with their rings, in this order; has sink_k and sink_v. None at the start.
@@ -125,7 +125,7 @@ def behind_window(
 
 
 def check_state(op: str, state: Any, expected: dict[str, tuple[int, ...]]) -> None:
-    """Raise ValueError where a state's tensors have not the expected shapes."""
+    """Raise ValueError where a state's tensors do not have the expected shapes."""
     for name, shape in expected.items():
         got = tuple(getattr(state, name).shape)
         if got != shape:
@@ -207,8 +207,8 @@ def _gather(
     cu: torch.Tensor | None,
     prefix: int,
 ) -> torch.Tensor:
-    """Return rows of each sequence; zeros where not wanted, whatever row is named there."""
-    if x_BUGD.shape[1] == 0 or row_Nr.shape[1] == 0:  # no part of x: no gradient of x's size either
+    """Return rows of each sequence; zeros where not wanted, whatever the row is there."""
+    if x_BUGD.shape[1] == 0 or row_Nr.shape[1] == 0:  # spares a gradient of x's size
         return x_BUGD.new_zeros(*row_Nr.shape, *x_BUGD.shape[2:])
     if cu is not None:
         n_N1 = torch.arange(len(cu) - 1, device=cu.device)[:, None]
@@ -219,6 +219,6 @@ def _gather(
 
 
 def _rows(x_NUGD: torch.Tensor, row_Nr: torch.Tensor) -> torch.Tensor:
-    """x[n, row[n, r]]."""
+    """Return x[n, row[n, r]]."""
     n_N1 = torch.arange(row_Nr.shape[0], device=row_Nr.device)[:, None]
     return x_NUGD[n_N1, row_Nr]

@@ -1,4 +1,4 @@
-"""Window-plus-linear attention in plain torch, a group of blocks at a time.
+"""Window-plus-linear attention in plain torch, one group of blocks at a time.
 
 A block is C = max(window, 64) queries. It needs the keys of its own block and of the one before,
 where an element (i, j) is exact if i - j < window and linear if not, and the sum S of everything
@@ -7,9 +7,9 @@ before those two:
     W_ij = γ e^{s_ij - c_i} (exact)  or  λφq_i·φk_j (older)
     [numerator, denominator] = W [v, 1] + λφq S
 
-so a column of ones carries the denominator through every product. Blocks are worked in groups of
+so a column of ones carries the denominator through every product. Blocks are processed in groups of
 about a million scores (more on a GPU): temporaries do not grow with T, and what is kept for the
-backward pass is the inputs and one S a group; all else is computed again.
+backward pass is the inputs and one S per group; all else is recomputed.
 
 Backward, with u_i = [do_i, -do_i·o_i] / denominator_i:
 
@@ -19,8 +19,8 @@ Backward, with u_i = [do_i, -do_i·o_i] / denominator_i:
 
 Differentiable once. bf16 is computed in fp32.
 
-Shapes: those of `op`; g blocks in a group; in blocks the heads stand before the rows. The query
-heads of one key/value head stand one after another: R = C·H/G rows over G heads, Q = C·H/P over P.
+Shapes: those of `op`; g blocks in a group; in blocks the heads precede the rows. The query
+heads of one key/value head are concatenated: R = C·H/G rows over G heads, Q = C·H/P over P.
 X = s + 2C columns: the sinks, the block before, the block itself.
 """
 
@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-SCORES_A_GROUP = 2**20  # what a CPU's cache holds
+SCORES_A_GROUP = 2**20  # fits a CPU's cache
 TIMES_ON_A_GPU = 16  # there a group costs dozens of launches, and few scores leave it idle
 
 
@@ -55,7 +55,7 @@ def attend(
     prefix: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(o_BTHV, S_NPFW); the arguments are `reference.attend`'s."""
+    """Return (o_BTHV, S_NPFW); the arguments are `reference.attend`'s."""
     shape = _Shape(window, prefix, scale)
     factors = (window_factor_H, linear_factor_H)
     per_token = (q_BTHD, k_BUGD, v_BUGV, phi_q_BTHF, phi_k_BUPF)
@@ -116,7 +116,7 @@ class _Attend(torch.autograd.Function):
 def _forward(
     tensors: Sequence[torch.Tensor], shape: _Shape
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """o, the sum after the last token, and the sum before each group."""
+    """Return o, the sum after the last token, and the sum before each group."""
     q, v, S = tensors[0], tensors[2], tensors[9]
     o = q.new_empty(*q.shape[:3], v.shape[-1])
     kept = []
@@ -269,7 +269,7 @@ def _load(tensors: Sequence[torch.Tensor], shape: _Shape, first: int, count: int
 
 
 def _running_sums(x: _Group, shape: _Shape, S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, g, P, F, W): the sum before each block's two blocks of keys; and after the group."""
+    """Return the sums before each block's two blocks of keys, (N, g, P, F, W), and at the end."""
     rows = slice(x.sinks, x.sinks + shape.C)
     sums = x.phi_k[..., : shape.C, :].mT @ _spread(x.v1[..., rows, :], x.phi_k)
     ends = S[:, None] + sums.cumsum(1)
@@ -277,7 +277,7 @@ def _running_sums(x: _Group, shape: _Shape, S: torch.Tensor) -> tuple[torch.Tens
 
 
 def _weigh(x: _Group, S_blocks: torch.Tensor) -> torch.Tensor:
-    """[numerator, denominator]: (N, g, G, R, W)."""
+    """Return [numerator, denominator]: (N, g, G, R, W)."""
     y = x.W @ x.v1
     return y.add_((x.phi_q @ S_blocks).view_as(y))
 
@@ -293,7 +293,7 @@ def _rows_of_the_end(T: int, shape: _Shape) -> int:
 
 
 def _groups(tensors: Sequence[torch.Tensor], shape: _Shape) -> list[tuple[int, int]]:
-    """(first block, blocks) of each group."""
+    """Return (first block, blocks) of each group."""
     N, T, H, _ = tensors[0].shape
     blocks = -(-T // shape.C)
     scores = N * H * shape.C * (2 * shape.C + tensors[5].shape[1])
@@ -303,7 +303,7 @@ def _groups(tensors: Sequence[torch.Tensor], shape: _Shape) -> list[tuple[int, i
 
 
 def _blocks(x_BTHD: torch.Tensor, start: int, count: int, C: int) -> torch.Tensor:
-    """(B, count, H, C, D): blocks of C rows from row `start` on, zeros outside x."""
+    """Return blocks of C rows from row `start` on, zeros outside x: (B, count, H, C, D)."""
     stop, T = start + count * C, x_BTHD.shape[1]
     lo, hi = min(max(start, 0), T), max(min(stop, T), 0)
     part = x_BTHD[:, lo:hi]
@@ -322,7 +322,7 @@ def _store(out_BTHD: torch.Tensor, blocks: torch.Tensor, start: int) -> None:
 
 
 def _add_pairs(out_BUHD: torch.Tensor, pairs: torch.Tensor, start: int) -> None:
-    """Add the gradient of each block behind the one before it; the first begins at `start`."""
+    """Add the gradients of pairs of blocks, each overlapping the last; the first is at `start`."""
     C = pairs.shape[3] // 2
     for half, offset in ((pairs[:, :, :, :C], start), (pairs[:, :, :, C:], start + C)):
         rows = half.transpose(2, 3).flatten(1, 2)
@@ -332,7 +332,7 @@ def _add_pairs(out_BUHD: torch.Tensor, pairs: torch.Tensor, start: int) -> None:
 
 
 def _spread(x_NgGCD: torch.Tensor, like_NgPCF: torch.Tensor) -> torch.Tensor:
-    """Key/value heads repeated for the heads of φ(k)."""
+    """Repeat key/value heads for the heads of φ(k)."""
     repeats = like_NgPCF.shape[2] // x_NgGCD.shape[2]
     return x_NgGCD if repeats == 1 else x_NgGCD.repeat_interleave(repeats, dim=2)
 

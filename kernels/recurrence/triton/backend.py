@@ -1,13 +1,13 @@
 """The `triton` backend of the gated linear recurrence: which kernel runs when, and autograd.
 
-Forward, chunks of 64 tokens: gates summed, states before each chunk one after the other, outputs
+Forward, in chunks of 64 tokens: gates summed, states before each chunk in sequence, outputs
 of all chunks at once. Only the inputs are kept for the backward pass, which computes the states
-once more, walks their derivatives back, and takes every other derivative chunk by chunk. The delta
-rule first turns its values into those that the plain recurrence adds (`delta`).
+again, goes through their derivatives in reverse, and takes every other derivative chunk by chunk.
+The delta rule first turns its values into those that the plain recurrence adds (`delta`).
 
 bf16 inputs are multiplied on tensor cores and the states of chunks stored in bf16; the state that
-is carried, gates and sums are fp32. fp32 inputs are fp32 throughout. Inputs that are not contiguous
-are copied. A value gate is a key gate of the transposed state (`kernels`).
+is carried, gates and sums are fp32. fp32 inputs are computed in fp32 throughout. Inputs that are
+not contiguous are copied. A value gate is a key gate of the transposed state (`kernels`).
 
 Shapes: B batch, T time, Q query heads, H state heads, K key features, V value features, N
 sequences, C chunks.
@@ -85,9 +85,7 @@ def step(
     gate: str,
     scale: float,
 ) -> Tensor:
-    """Return one token; `state`, (B, H, K, V) in fp32, is changed in place. Returns o of (B, Q,
-    V).
-    """
+    """Return o, (B, Q, V), of one token; `state`, (B, H, K, V) in fp32, is changed in place."""
     B, H, K, V = state.shape
     o_BQV = q_BQK.new_empty(B, q_BQK.shape[1], V)
     if o_BQV.numel():
@@ -106,7 +104,7 @@ def step(
 
 
 def _outputs(call: Call) -> tuple[Tensor, Tensor]:
-    """o and the final state."""
+    """Allocate o and the final state."""
     N = call.q.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
     (H, K), V = call.k.shape[2:], call.v.shape[3]
     final = call.q.new_empty(N, H, K, V, dtype=torch.float32)
@@ -183,7 +181,7 @@ def _by_value(call: Call) -> bool:
 
 
 def _roles(call: Call, do: Tensor) -> Roles:
-    """Return what the kernels take, transposed for a value gate: `kernels` explains."""
+    """Return the kernels' arguments, transposed for a value gate (see `kernels`)."""
     q, k, v, do = (x.contiguous() for x in (*call[:3], do))
     chunks = Chunks.of(k, call.cu_seqlens)
     G, kind = cumulate(chunks, call.g, k.dtype), _kind(call.g, call.gate, scalar_dim=3)

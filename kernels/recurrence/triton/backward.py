@@ -1,7 +1,7 @@
 """Triton kernels of the recurrence's derivative: states in reverse, values, keys, gates.
 
 With dS the derivative of the state after a chunk, P_ij = scale · do_i·v_j for j ≤ i, and q̂, k̃, A as
-in `triton_kernels`,
+in `kernels`,
 
     dv = Aᵀ do + k̃ dS
     dq_i = Σ_{j≤i} P_ij e^{G_i - G_j} ⊙ k_j + e^{G_i} ⊙ scale · S do_i
@@ -15,7 +15,7 @@ S reaches dS. Each of these is as small as its decay: where all decay is strong,
 cancel, and no sum is longer than a chunk.
 
 The delta rule reads the state once more, with the key as query, -dv as do, and j < i
-(`triton_delta`): one more query head, whose dq belongs to dk.
+(`delta`): one more query head, whose dq belongs to dk.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def states_backward_kernel(
     GATE: tl.constexpr, DELTA: tl.constexpr,
     PACKED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dS after each chunk, (chunks, H, K, V), and the derivative of the initial state, in fp32.
+    """Compute dS after each chunk, (chunks, H, K, V), and the initial state's derivative, in fp32.
 
     `final` and `initial` are the derivatives of those states, with the strides given. With DELTA,
     k̃ dS is added to `du` in place, and dS also loses Wᵀ (β du); a program then holds all K rows.
@@ -117,7 +117,7 @@ def values_backward_kernel(
     GATE: tl.constexpr, LOCAL: tl.constexpr,
     PACKED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dv = Aᵀ do + k̃ dS, without the second term when LOCAL.
+    """Compute dv = Aᵀ do + k̃ dS, without the second term when LOCAL.
 
     Reads q, k, do, dS, writes dv: as `outputs_kernel`, 1.2 GB and 52 GFLOP, 0.36 ms for its shape.
     """
@@ -168,7 +168,7 @@ def mix_by_key(
     q, k, G, weights, q_tile, k_tile, first, rows, q_head, Q_HEADS, head, at_k,
     H: tl.constexpr, K: tl.constexpr, KEYS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Σ_j w_ij e^{G_i - G_j} ⊙ k_j, and with KEYS Σ_i w_ij e^{G_i - G_j} ⊙ q_i, for j < i.
+    """Return Σ_j w_ij e^{G_i - G_j} ⊙ k_j, with KEYS also Σ_i w_ij e^{G_i - G_j} ⊙ q_i, for j < i.
 
     `weights` points to the (64, 64) tile of w in memory.
     """
@@ -213,7 +213,7 @@ def query_head_backward(
     GATE: tl.constexpr, KEYS: tl.constexpr, STRICT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Of one query head: dq, its part of dk, and its parts of dg before they are summed over i."""
+    """Return one query head's dq, part of dk, and parts of dg before they are summed over i."""
     r = tl.arange(0, CHUNK)
     read = tl.zeros((CHUNK, BLOCK_K), tl.float32)
     for begin in range(0, V, BLOCK_V):
@@ -252,7 +252,7 @@ def query_head_backward(
 
 @triton.jit
 def sum_before(x):
-    """Sum the rows before row t into row t, none of them taken out of a larger sum."""
+    """Sum the rows before row t into row t, never as a difference of larger sums."""
     r = tl.arange(0, x.shape[0])[:, None]
     up_to = tl.cumsum(x, 0)
     previous = tl.gather(up_to, tl.broadcast_to(tl.maximum(r - 1, 0), x.shape), 0)
@@ -266,13 +266,13 @@ def keys_backward_kernel(
     GATE: tl.constexpr, KEYS: tl.constexpr, DELTA: tl.constexpr,
     PACKED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dq and, with KEYS, dk and dg: (tokens, H, K), or for a scalar gate one sum a block of K.
+    """Compute dq and, with KEYS, dk and dg: (tokens, H, K), or per block of K for a scalar gate.
 
     Without KEYS this is the forward pass of a value gate. With DELTA, v are the values that were
     added, dv the derivative of those passed in, and P_delta the P of its query head. P comes from
-    `scores_kernel`: decayed already where the decay has no features.
+    `scores_kernel`, which has decayed it where the decay has no features.
 
-    Reads q, k, v, do, P, S, dS, writes dq, dk: (9 + 8 + 4) K bytes and 4·64·K + 4 K² FLOPs a
+    Reads q, k, v, do, P, S, dS, writes dq, dk: (9 + 8 + 4) K bytes and 4·64·K + 4 K² FLOPs per
     token-head for K = V = 128; for the stated shape 2.1 GB and 77 GFLOP, 0.6 ms. A gate per key
     adds 8 K bytes of G and dg: 2.9 GB, 0.9 ms.
     """

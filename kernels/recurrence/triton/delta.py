@@ -8,7 +8,8 @@ parallel, arXiv 2406.06484, section 3; Gated DeltaNet, arXiv 2412.06464, section
 
 and the rest is the recurrence of k and u. Its derivative du gives dv = Mᵀ (β ⊙ du), and
 dβ = (du - Rᵀ dv)·e: no division by β, which may be zero. The reads k̂ S and R u of the system are
-those of a query k whose output enters with -dv, which is how `keys_backward_kernel` treats them.
+those of a query k whose output has the gradient -dv, which is how `keys_backward_kernel` treats
+them.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from lowline.kernels.recurrence.triton.kernels import (
 
 @triton.jit(do_not_specialize=["T"])
 def inverse_kernel(R, beta, M, chunks, T, H: tl.constexpr, PACKED: tl.constexpr):
-    """M = (I + R diag β)⁻¹, (chunks, H, 64, 64).
+    """Compute M = (I + R diag β)⁻¹, (chunks, H, 64, 64).
 
     Strips of 16 rows on the diagonal by forward substitution, all four at once: row i of a strip
     is e_i minus its coefficients times the rows above. With D these inverses and N = D · (what is
     left of the diagonal strips), (I + N)⁻¹ = (I - N)(I + N²), because N⁴ = 0. Products are in full
-    precision: the inverse multiplies up what rounding leaves. They take the registers of 16 warps,
+    precision: the inverse amplifies rounding errors. They take the registers of 16 warps,
     which is why this kernel does nothing else.
     """
     chunk, head = tl.program_id(0), tl.program_id(1)
@@ -70,7 +71,7 @@ def transform_kernel(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr,
     PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """W = M k̂ and e₀ = M v.
+    """Compute W = M k̂ and e₀ = M v.
 
     Reads k, v, M, writes W, e₀: 8 K + 128 bytes and 256·K FLOPs per token-head for K = V = 128; for
     the stated shape (see `kernels`) 0.9 GB and 26 GFLOP, 0.27 ms.
@@ -99,7 +100,7 @@ def transform_backward_kernel(
     k, M, R, e, du, beta, dv, dbeta, chunks, T,
     H: tl.constexpr, V: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dv = Mᵀ (β ⊙ du) and dβ = (du - Rᵀ dv)·e.
+    """Compute dv = Mᵀ (β ⊙ du) and dβ = (du - Rᵀ dv)·e.
 
     Reads du, e, M, R, writes dv: 6 V + 384 bytes and 256·V FLOPs per token-head; for the stated
     shape 0.9 GB and 26 GFLOP, 0.27 ms.

@@ -6,14 +6,14 @@ q̂ = e^G ⊙ q and k̃ = e^{G_L - G} ⊙ k, G_L the chunk's last row (GLA, arXi
     A_ij = scale · Σ_d q_id k_jd e^{G_id - G_jd}   (j ≤ i),      o = scale · q̂ S + A v,
     S' = e^{G_L} ⊙ S + k̃ᵀ v
 
-`states_kernel` walks a sequence's chunks, one program a block of S; everything else runs over all
-chunks at once. No exponent is above zero: where the decay has features, A is a sum over three
+`states_kernel` goes through a sequence's chunks, one program per block of S; the others run over
+all chunks at once. No exponent is above zero: where the decay has features, A is a sum over three
 boundaries of 16-row strips, e^{G_i - R} e^{R - G_j} with R the row of G before the strip of i, and
-within a strip the exponent is formed an element at a time.
+within a strip the exponent is formed element by element.
 
 **Value gates have no kernel.** The transposed recurrence decays the other side: with S transposed,
 (do, v) in the place of (q, k) and (k, q) in the place of (v, do), what is called o here is dq, what
-is called dq is o, and dv and dk change places too. `triton_backend` swaps the arguments.
+is called dq is o, and dv and dk change places too. `backend` swaps the arguments.
 
 Each kernel takes tensors of (tokens, heads, features), contiguous. `GROUPS` query heads read a
 state head. fp32 tensors are multiplied in full precision (input_precision="ieee"), bf16 ones on
@@ -98,7 +98,7 @@ def load_gates(G, first, at, rows, head, H: tl.constexpr, D: tl.constexpr, colum
 
 @triton.jit
 def load_last_gate(G, first, rows, head, H: tl.constexpr, D: tl.constexpr, columns):
-    """G_L of (columns,)."""
+    """Return G_L, (columns,)."""
     return tl.load(
         G + (first * H + head) * D + (rows - 1) * (H * D) + columns,
         mask=(columns < D) & (rows > 0),
@@ -131,7 +131,7 @@ def below(STRICT: tl.constexpr):
 
 @triton.jit
 def pair_decay(G, first, rows, head, H: tl.constexpr, BY_KEY: tl.constexpr):
-    """e^{G_i - G_j} for j ≤ i, else 0, of a decay without features: (64, 64), (j, i) if BY_KEY."""
+    """Return e^{G_i - G_j} for j ≤ i, else 0, without features: (64, 64), (j, i) if BY_KEY."""
     r = tl.arange(0, CHUNK)
     inside = tl.minimum(r, rows - 1)
     g = tl.load(G + first * H + head + inside * H, mask=inside >= 0, other=0.0)
@@ -144,13 +144,13 @@ def pair_decay(G, first, rows, head, H: tl.constexpr, BY_KEY: tl.constexpr):
 
 @triton.jit
 def fade(exponent):
-    """e^exponent in fp32; -inf gives 0."""
+    """Return e^exponent in fp32; 0 of -inf."""
     return tl.exp(exponent.to(tl.float32))
 
 
 @triton.jit
 def dot(a, b, like):
-    """a·b in fp32, the factors in the type of what `like` points to."""
+    """Return a·b in fp32, the factors in the type of what `like` points to."""
     a, b = a.to(like.dtype.element_ty), b.to(like.dtype.element_ty)
     return tl.dot(a, b, input_precision="ieee")
 
@@ -159,11 +159,11 @@ def dot(a, b, like):
 def cumulate_kernel(
     g, G, chunks, T, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr
 ):  # fmt: skip
-    """G, (tokens, WIDTH), of g in any type; WIDTH is heads times features.
+    """Compute G, (tokens, WIDTH), of g in any type; WIDTH is heads times features.
 
     In fp32, or for fp32 inputs in fp64: G reaches hundreds where decay is strong, and the error of
-    a difference of two, which a weak decay in between makes small, would be G's.
-    6 bytes an element (bf16 g, fp32 G), nothing to compute: 0.18 ms for the stated shape, per key.
+    a small difference of two, where the decay in between is weak, would be that of G.
+    6 bytes per element (bf16 g, fp32 G), nothing to compute: 0.18 ms for the stated shape, per key.
     """
     chunk = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -228,15 +228,15 @@ def states_kernel(
     GATE: tl.constexpr, DELTA: tl.constexpr, INITIAL: tl.constexpr, ERRORS: tl.constexpr,
     PACKED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """S before each chunk, (chunks, H, K, V), and the state after each sequence, in fp32.
+    """Compute S before each chunk, (chunks, H, K, V), and the state after each sequence, in fp32.
 
-    `initial` and `final` have the strides given. With DELTA, v are e₀, what an empty state lacks of
+    `initial` and `final` have the strides given. With DELTA, v is e₀, what an empty state lacks of
     the values, e = e₀ - W S what this one lacks, and u = β e, stored, takes the place of v; a
     program then holds all K rows.
 
-    Reads k and v once a block of the other side, writes S: (2 + 2 + 2) · 2 K bytes and 2 K V FLOPs
-    a token-head for K = V = 128; for the stated shape 1.2 GB and 26 GFLOP, 0.36 ms. Its chunks
-    follow one another: sequences · heads · blocks must fill the GPU.
+    Reads k and v once per block of the other side, writes S: (2 + 2 + 2) · 2 K bytes and 2 K V
+    FLOPs per token-head for K = V = 128; for the stated shape 1.2 GB and 26 GFLOP, 0.36 ms. Its
+    chunks follow one another: sequences · heads · blocks must fill the GPU.
     """
     blocks_k: tl.constexpr = tl.cdiv(K, BLOCK_K)
     blocks_v: tl.constexpr = tl.cdiv(V, BLOCK_V)
@@ -288,7 +288,7 @@ def outputs_kernel(
     H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     GATE: tl.constexpr, PACKED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """o = scale · q̂ S + A v; A is read for a gate per key and computed on the way otherwise.
+    """Compute o = scale · q̂ S + A v; A is read for a gate per key and computed here otherwise.
 
     Reads q, k, v, S, writes o: (2 · 4 + 4) K bytes and 4·64·K + 2 K² FLOPs per token-head for
     K = V = 128; for the stated shape 1.2 GB and 52 GFLOP, 0.36 ms.

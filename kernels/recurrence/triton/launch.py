@@ -32,7 +32,7 @@ from lowline.kernels.recurrence.triton.kernels import (
 from lowline.kernels.triton_tools.launch import launch
 
 CHUNK = 64
-NONE, SCALAR, KEY, VALUE = range(4)  # as in `kernels`, which know no value gate
+NONE, SCALAR, KEY, VALUE = range(4)  # as in `kernels`, which have no value gate
 
 
 class Chunks(NamedTuple):
@@ -41,7 +41,7 @@ class Chunks(NamedTuple):
     T: int
     sequences: int
     count: int  # type: ignore[assignment]
-    table: Tensor | None  # see `packs.chunk_table`; None where sequences are not packed
+    table: Tensor | None  # `packs.chunk_table`; None where sequences are not packed
     cu_seqlens: Tensor | None
 
     @classmethod
@@ -55,7 +55,7 @@ class Chunks(NamedTuple):
 
 
 class Roles(NamedTuple):
-    """What the kernels call q, k, v and do; of a value gate these are do, v, k and q."""
+    """What the kernels call q, k, v and do; with a value gate these are do, v, k and q."""
 
     chunks: Chunks
     q: Tensor
@@ -77,32 +77,32 @@ class Roles(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """The delta rule's step sizes, and what `transform` makes of a call's keys and values."""
+    """The delta rule's step sizes, and what `transform` computes of a call's keys and values."""
 
     beta: Tensor  # (B, T, H)
     R: Tensor
     M: Tensor
     W: Tensor  # (B, T, H, K)
     e0: Tensor  # (B, T, H, V), for an empty state
-    u: Tensor  # from here on for the state there is
-    e: Tensor | None  # where wanted
+    u: Tensor  # this and e: for the actual state
+    e: Tensor | None  # on request
 
 
 def block(width: int, most: int = 64) -> int:
-    """Return columns a program takes of `width`: a power of two, 16 or more for the products."""
+    """Return how many of `width` columns a program takes: a power of two, at least 16."""
     return min(most, max(16, triton.next_power_of_2(width)))
 
 
 def columns(x: Tensor) -> int:
-    """Return the most columns a program takes of tensors like x.
+    """Return how many columns of tensors like x a program takes at most.
 
-    64 are what fills Hopper's tensor cores; fp32 products do without and take more registers.
+    64 fill Hopper's tensor cores; fp32 products do not use those and take more registers.
     """
     return 64 if x.element_size() == 2 else 16
 
 
 def cumulate(chunks: Chunks, g: Tensor | None, inputs: torch.dtype) -> Tensor | None:
-    """G, in fp64 when the `inputs` are fp32."""
+    """Return G, in fp64 when the `inputs` are fp32."""
     if g is None:
         return None
     exact = inputs == torch.float32
@@ -125,12 +125,12 @@ def scores(x: Roles, *, strict: bool = False, dtype: torch.dtype | None = None) 
 
 
 def scores_by_key(x: Roles) -> Tensor | None:
-    """Return A, where the kernels that need it do not compute it on their way."""
+    """Return A where the kernels that need it do not compute it themselves."""
     return scores(x) if x.kind == KEY else None
 
 
 def transform(x: Roles, beta: Tensor, *, errors: bool) -> Delta:
-    """Return the delta rule's system of each chunk, solved; `errors`: whether e will be wanted."""
+    """Solve the delta rule's system of each chunk; `errors`: whether e will be needed."""
     k, v = x.k, x.v
     R = scores(x._replace(q=k, scale=1.0), strict=True, dtype=torch.float32)
     M = torch.empty_like(R, dtype=k.dtype)
@@ -145,7 +145,7 @@ def transform(x: Roles, beta: Tensor, *, errors: bool) -> Delta:
 def states(
     x: Roles, initial: Tensor | None, final: Tensor, delta: Delta | None = None
 ) -> Tensor:  # fmt: skip
-    """S before each chunk; `final` is written, and the u and e of `delta`."""
+    """Return S before each chunk; `final` is written, and the u and e of `delta`."""
     S = x.k.new_empty(x.chunks.count, x.k.shape[2], x.k.shape[3], x.v.shape[3])
     own = dict(initial=initial, S=S, final=final, W=None, beta=None, u=None, e=None)
     if delta is not None:
@@ -158,7 +158,7 @@ def states(
 def states_backward(
     x: Roles, dfinal: Tensor, dinitial: Tensor, delta: Delta | None = None, du: Tensor | None = None
 ) -> Tensor:
-    """dS after each chunk; `dinitial` is written, and with `delta` `du` completed."""
+    """Return dS after each chunk; `dinitial` is written, and with `delta` `du` completed."""
     dS = x.k.new_empty(x.chunks.count, x.k.shape[2], x.k.shape[3], x.v.shape[3])
     W, beta = (None, None) if delta is None else (delta.W, delta.beta)
     own = dict(final=dfinal, dS=dS, initial=dinitial, W=W, beta=beta, du=du)
@@ -172,7 +172,7 @@ def _launch_states(
     (H, K), V = x.k.shape[2:], x.v.shape[3]
     most = columns(x.k)
     rows, size = block(K, most), block(V, most)
-    if delta is not None:  # which needs a state's columns complete
+    if delta is not None:  # a program holds complete columns of a state
         rows = block(K, 128)
         size = block(V, most if rows < 128 else min(most, 32))
     grid = (x.chunks.sequences * H * triton.cdiv(K, rows) * triton.cdiv(V, size),)
@@ -184,14 +184,14 @@ def _launch_states(
 
 
 def outputs(x: Roles, S: Tensor, A: Tensor | None) -> Tensor:
-    """o, (B, T, Q, V)."""
+    """Return o, (B, T, Q, V)."""
     o = x.q.new_empty(*x.q.shape[:3], x.v.shape[3])
     _launch_values(outputs_kernel, x, o, S=S, A=A, o=o)
     return o
 
 
 def values_backward(x: Roles, A: Tensor | None, dS: Tensor | None) -> Tensor:
-    """dv, (B, T, H, V); without what comes through dS when that is None."""
+    """Return dv, (B, T, H, V), without dS's term when that is None."""
     dv = x.k.new_empty(*x.k.shape[:3], x.v.shape[3])
     _launch_values(values_backward_kernel, x, dv, A=A, dS=dS, dv=dv, LOCAL=dS is None)
     return dv
@@ -207,11 +207,11 @@ def _launch_values(kernel: Any, x: Roles, out: Tensor, **own: Any) -> None:
 def keys_backward(
     x: Roles, S: Tensor, dS: Tensor | None, dv: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dq, dk and dg (fp32); dq alone when there is no dS. `dv` is given for the delta rule."""
+    """Return dq, dk and dg (fp32); dq alone without dS. `dv` is given for the delta rule."""
     (H, K), V = x.k.shape[2:], x.v.shape[3]
     most = min(columns(x.k), 32)  # with 64 some gate spills on sm_80 or sm_100
     size = block(K, most)
-    # a decay with features is applied on the way
+    # a decay with features is applied in the kernel
     pairs = x._replace(q=x.do, k=x.v)
     if x.kind == KEY:
         pairs = pairs._replace(G=None, kind=NONE)
@@ -222,7 +222,7 @@ def keys_backward(
     if dS is not None:
         dk = torch.empty_like(x.k)
         if x.G is not None:
-            # of a gate without features a sum a block of K, added below
+            # a gate without features has one sum per block of K, added below
             shape = x.G.shape if x.kind == KEY else (*x.G.shape, triton.cdiv(K, size))
             dg = x.G.new_empty(shape, dtype=torch.float32)
     x._replace(q=x.q if dS is not None else x.do).launch(
@@ -234,7 +234,7 @@ def keys_backward(
 
 
 def transform_backward(x: Roles, delta: Delta, du: Tensor) -> tuple[Tensor, Tensor]:
-    """dv and dβ (fp32)."""
+    """Return dv and dβ (fp32)."""
     dv = torch.empty_like(du)
     dbeta = torch.empty(delta.beta.shape, dtype=torch.float32, device=du.device)
     own = dict(M=delta.M, R=delta.R, e=delta.e, du=du, beta=delta.beta, dv=dv, dbeta=dbeta)

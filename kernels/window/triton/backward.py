@@ -16,10 +16,10 @@ The weights of a query sum to its denominator, so Σ W dW = 0 over all keys: the
 e_i = Σ ds is -λ·ell_i. It is what reaches the arg max through c_i, and
 dγ = -Σ λ ell / γ, dλ = Σ ell. Nothing of size T × window is kept; u has o's size.
 
-Roofline on an H100, a token and query head, D = V = F = 128, window 64, bf16: about 4400 bytes,
+Roofline on an H100, per token and query head, D = V = F = 128, window 64, bf16: about 4400 bytes,
 410 kFLOP; T 8192, H 32: 0.34 ms of memory, 0.11 ms of tensor cores.
 
-Legend: as in `triton_forward`.
+Legend: as in `forward`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def backward_map_kernel(
     GROUP: tl.constexpr, GROUP_P: tl.constexpr, V: tl.constexpr, F: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """u and r of a chunk of queries, and its dφq and ell."""
+    """Compute u and r of a chunk of queries, and its dφq and ell."""
     pid = tl.program_id(0)
     h = tl.program_id(1).to(tl.int64)
     n, c = chunk_of(pid, chunks, per_sequence, PACKED)
@@ -108,7 +108,7 @@ def backward_query_kernel(
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
     C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """dq of a chunk of queries, and its part of the sinks' gradients."""
+    """Compute dq of a chunk of queries, and its part of the sinks' gradients."""
     pid = tl.program_id(0)
     h = tl.program_id(1).to(tl.int64)
     n, c = chunk_of(pid, chunks, per_sequence, PACKED)
@@ -281,7 +281,7 @@ def backward_feature_kernel(
     GROUP: tl.constexpr, GROUP_P: tl.constexpr, V: tl.constexpr, F: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """dφk of a block of keys."""
+    """Compute dφk of a block of keys."""
     p = tl.program_id(1).to(tl.int64)
     n, c = chunk_of(tl.program_id(0), chunks, per_sequence, PACKED)
     if n >= N:
@@ -336,7 +336,7 @@ def backward_key_kernel(
     D: tl.constexpr, V: tl.constexpr, F: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a block of keys."""
+    """Compute dk and dv of a block of keys."""
     g = tl.program_id(1).to(tl.int64)
     n, c = chunk_of(tl.program_id(0), chunks, per_sequence, PACKED)
     if n >= N:

@@ -4,17 +4,18 @@ The linear part reads keys `window` tokens late, so it is causal linear attentio
 k_{t-w}: a chunk of queries t0 ... t0 + C - 1 meets the keys t0 - w ... t0 - w + C - 1 under a lower
 triangle, and one sum S of everything before. No window needs to be a multiple of anything.
 
-    states_kernel    S before each chunk: a program walks one sequence with a tile of S in registers
-    forward_kernel   a chunk of queries of one head: softmax attention with the window and the
+    states_kernel    S before each chunk: a program goes through a sequence, a tile of S in
+    registers forward_kernel   a chunk of queries of one head: softmax attention with the window and
+    the
                      sinks, rescaled as its maximum grows; then, c_t known, the linear part is added
-                     into the same accumulator, and one division ends it
+                     to the same accumulator, and one division follows
 
-Rows count from the first row of k: query t stands in row `prefix` + t. A score is kept in units of
+Rows count from the first row of k: query t is row `prefix` + t. A score is kept in units of
 log 2. Sinks are numbered -1, -2, ... where rows are numbered 0, 1, ... (`top_row`, the arg max).
 
-Roofline of both on an H100 (989 TFLOP/s bf16, 3.35 TB/s), a token and query head, D = V = F = 128,
-window 64, C 64, a key head a query head: 1280 bytes of q, k, v, φ read and o written, 1024 of S
-written and read again, 164 kFLOP. T 8192, H 32: 0.18 ms of memory, 0.04 ms of tensor cores:
+Roofline of both on an H100 (989 TFLOP/s bf16, 3.35 TB/s), per token and query head, D = V = F =
+128, window 64, C 64, a key head per query head: 1280 bytes of q, k, v, φ read and o written, 1024
+of S written and read again, 164 kFLOP. T 8192, H 32: 0.18 ms of memory, 0.04 ms of tensor cores:
 memory-bound.
 
 Legend: as in `op`; C queries of a chunk, BLOCK_X is X padded to a power of two.
@@ -95,7 +96,7 @@ def key_rows(n, length_N, PREFIX: tl.constexpr, SINKS: tl.constexpr):
 
 @triton.jit
 def state_tile(P, V: tl.constexpr, F: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr):
-    """Sequence, head and tile of S of a program, all on axis 0: the others end at 65535."""
+    """Return sequence, head and tile of S of a program, all on axis 0: the others end at 65535."""
     tiles_f: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     tiles_v: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     pid = tl.program_id(0)
@@ -111,7 +112,7 @@ def states_kernel(
     V: tl.constexpr, F: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr,
     C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """S (a tile of F × V) and its normaliser before each chunk, and after the last."""
+    """Compute S (a tile of F × V) and its normaliser before each chunk, and after the last."""
     n, p, tile_f, tile_v = state_tile(P, V, F, BLOCK_V, BLOCK_F)
     f = tile_f * BLOCK_F + tl.arange(0, BLOCK_F)
     column = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -144,7 +145,7 @@ def states_kernel(
 
 @triton.jit
 def window_scores(q, k, row, i, begin, end, scale, WINDOW: tl.constexpr):
-    """scale·q·k in the exact window of queries in rows i, -inf outside: (C, C)."""
+    """Return scale·q·k in the exact window of queries in rows i, -inf outside: (C, C)."""
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     j = row[None, :]
     exact = (j <= i[:, None]) & (j > i[:, None] - WINDOW) & (j >= begin)
@@ -153,7 +154,7 @@ def window_scores(q, k, row, i, begin, end, scale, WINDOW: tl.constexpr):
 
 @triton.jit
 def sink_scores(q, sink_k, number, t, seen, scale, WINDOW: tl.constexpr, SINKS: tl.constexpr):
-    """scale·q·k of the sinks that the window has left, -inf for others: (C, BLOCK_S)."""
+    """Return scale·q·k of the sinks that the window has left, -inf for others: (C, BLOCK_S)."""
     s = tl.dot(q, tl.trans(sink_k), input_precision="ieee") * scale
     outside = (number[None, :] <= t[:, None] + (seen - WINDOW)) & (number < SINKS)[None, :]
     return tl.where(outside, s, -float("inf"))
@@ -186,7 +187,7 @@ def forward_kernel(
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr,
     C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """o, its denominator, the largest score and where it was, of a chunk of queries."""
+    """Compute o, its denominator, the largest score and its row, of a chunk of queries."""
     pid = tl.program_id(0)
     h = tl.program_id(1).to(tl.int64)
     n, c = chunk_of(pid, chunks, per_sequence, PACKED)

@@ -1,12 +1,12 @@
-"""Window-plus-linear attention on a GPU: `attend` over the kernels of `triton_forward`/`_backward`.
+"""Window-plus-linear attention on a GPU: `attend` over the kernels of `forward` and `backward`.
 
 Covers bf16 and fp32 with D, V and F up to 128, any window, sinks, factors, groups of heads, packed
 sequences and a carried state, and every gradient. Tensors are read by their strides; only a last
 dimension that is not of stride 1 is copied. cu_seqlens is not read on the host. fp32 is multiplied
-in full precision, without tensor cores, and is there for checking, not for speed.
+in full precision, without tensor cores: it is meant for checks, not for speed.
 
-Kept for the backward pass: the inputs, o, and three numbers a token and query head (denominator,
-largest score, where it was). The states, T/64 of F × V a head in the inputs' type, are computed
+Kept for the backward pass: the inputs, o, and three numbers per token and query head (denominator,
+largest score, its row). The states, T/64 of F × V per head in the inputs' type, are computed
 again there.
 """
 
@@ -71,14 +71,14 @@ def attend(
     prefix: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """(o_BTHV, S_NPFW); the arguments are `reference.attend`'s."""
+    """Return (o_BTHV, S_NPFW); the arguments are `reference.attend`'s."""
     tokens = (q_BTHD, k_BUGD, v_BUGV, phi_q_BTHF, phi_k_BUPF, sink_k_NsGD, sink_v_NsGV)
     state = (window_factor_H, linear_factor_H, S_NPFW, length_N, cu_seqlens)
     return OP(WindowCall(*tokens, *state, window, prefix, scale))[:2]
 
 
 class Chunks(NamedTuple):
-    """How many chunks a launch has, and, for packed sequences, what each one is."""
+    """How many chunks a launch has, and, for packed sequences, their bounds."""
 
     count: int  # type: ignore[assignment]
     table: Tensor | None
@@ -96,7 +96,7 @@ def _chunks(call: WindowCall, C: int, more: int = 0) -> Chunks:
 
 
 def _arguments(call: WindowCall) -> tuple[Chunks, dict[str, Any]]:
-    """Return the chunks of queries, and what the kernels take, by the names they have for it."""
+    """Return the chunks of queries, and the kernels' arguments by name."""
     q, k, v, phi_q, phi_k = rows_dense(*call[:5])
     (B, T, H, D), (U, G, V), (P, F), sinks = q.shape, v.shape[1:], phi_k.shape[2:], call.sink_k
     C = 16 if q.dtype == torch.float32 else 64
@@ -121,7 +121,7 @@ def _padded(size: int) -> int:
 
 
 def _launch_states(kernel: Any, given: dict[str, Any], **own: Any) -> None:
-    """Launch a kernel whose programs walk a sequence with a tile of S."""
+    """Launch a kernel whose programs go through a sequence with a tile of S."""
     tile = dict(BLOCK_V=min(64, given["BLOCK_V"]), BLOCK_F=min(64, given["BLOCK_F"]))
     tiles = triton.cdiv(given["V"], tile["BLOCK_V"]) * triton.cdiv(given["F"], tile["BLOCK_F"])
     if given["F"]:
@@ -131,7 +131,7 @@ def _launch_states(kernel: Any, given: dict[str, Any], **own: Any) -> None:
 def _states(
     call: WindowCall, chunks: Chunks, given: dict[str, Any]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """S and its normaliser before each chunk, and S at the end."""
+    """Return S and its normaliser before each chunk, and S at the end."""
     N, P, F, W = call.S.shape
     S_out = torch.empty_like(call.S, memory_format=torch.contiguous_format)
     states = call.v.new_empty(chunks.count, P, F, W - 1)
@@ -142,7 +142,7 @@ def _states(
 
 
 def _outputs(call: WindowCall) -> tuple[Tensor, ...]:
-    """o, S after the last token, and for the backward pass denominator, top score, its row."""
+    """Allocate o, S after the last token, and for the backward pass denominator, top score, row."""
     (B, T, H, _), V = call.q.shape, call.v.shape[-1]
     statistics = (
         torch.empty(H, B * T, dtype=dtype, device=call.q.device)
@@ -218,8 +218,10 @@ OP = define(
 
 
 def aot_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield the shapes that the compile check covers: (dtype, D, F, sinks, query heads a key head,
-    packed)."""
+    """Yield the shapes that the compile check covers.
+
+    They are (dtype, D, F, sinks, query heads per key head, packed).
+    """
     bf16, fp32 = torch.bfloat16, torch.float32
     for dtype, D, F, sinks, group, packed in (
         (bf16, 128, 128, 0, 4, False), (bf16, 128, 128, 4, 4, True), (bf16, 128, 0, 4, 4, True),
