@@ -109,9 +109,12 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def converted(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole")
+    folder = tmp_path_factory.mktemp("converted")
     done = run(*command(teacher, folder))
     assert done.returncode == 0, done.stdout + done.stderr
+    # Each stage says where its checkpoint is; only the conversion's end says what to do with it.
+    assert done.stderr.count("done     ") == 2 and "lowline export" not in done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith("try it   lowline generate ")
     return folder
 
 

@@ -103,6 +103,7 @@ def _train(run: RunConfig, inputs: Inputs | None) -> Result:
     from lowline.train.engine.trainer import trainer_config
 
     trainer = None
+    part = dist.is_initialized()  # of a job, whose end is what the user wants to know about
     before = resume_point(run, fallback=True) if run.checkpoint.enable else None
     try:
         if _is_first():
@@ -120,7 +121,7 @@ def _train(run: RunConfig, inputs: Inputs | None) -> Result:
         else:
             newest = trainer.checkpointer.newest_saved()
             nothing_left = before is not None and before.name == f"step-{trainer.step}"
-            trainer.metrics_processor.say(_next_step(run, newest, nothing_left))
+            trainer.metrics_processor.say(_next_step(run, newest, nothing_left, hint=not part))
     finally:
         if trainer is not None:
             trainer.metrics_processor.close()
@@ -237,8 +238,8 @@ def _summary(run: RunConfig, trainer: Trainer, resumed: Path | None) -> list[str
     ]
 
 
-def _next_step(run: RunConfig, checkpoint: object, nothing_left: bool) -> list[str]:
-    """Return the lines on where the weights are, and what makes a model of them."""
+def _next_step(run: RunConfig, checkpoint: object, nothing_left: bool, *, hint: bool) -> list[str]:
+    """Return the lines on where the weights are and, as a `hint`, what makes a model of them."""
     if not run.checkpoint.enable:
         return ["done     nothing was saved: checkpoint.enable = false"]
     lines = [f"done     {checkpoint}"]
@@ -247,7 +248,7 @@ def _next_step(run: RunConfig, checkpoint: object, nothing_left: bool) -> list[s
             f"done     nothing is left to do: {checkpoint} is the last step; a larger "
             "training.steps trains longer"
         ]
-    if run.block is None:
+    if hint and run.block is None:
         lines.append(f"export   lowline export {quote(run.output)} {quote(f'{run.output}-hf')}")
     return lines
 
