@@ -36,6 +36,13 @@ optimizer.lr = 1e-2
 objective.kind = "transfer"
 objective.window_dropout = 0.5
 """
+DISTILL = """
+[[stage]]
+name = "distill"
+training.steps = 2
+optimizer.lr = 1e-4
+objective.kind = "distill"
+"""
 
 
 def save_teacher(folder: Path, layers: int = 5, seed: int = 0, **more) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import models
-from helpers.blockwise import STAGES, by_blocks, copied, linearize, save_teacher, stage
+from helpers.blockwise import DISTILL, STAGES, by_blocks, copied, linearize, save_teacher, stage
 from helpers.processes import ENVIRONMENT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -30,13 +30,6 @@ training.steps = 1
 optimizer.lr = 1e-2
 mixer.layers = "none"
 lora.rank = 2
-"""
-DISTILL = """
-[[stage]]
-name = "distill"
-training.steps = 2
-optimizer.lr = 1e-4
-objective.kind = "distill"
 """
 TWO_STEPS = 2 * 4 * 32 * 32 * 4  # bytes of their hidden states
 
