@@ -35,7 +35,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lowline.errors import LowlineError
+from lowline.errors import LowlineError, one_line
 from lowline.hub import check_source
 from lowline.linearize.body.hf import FAMILIES, PREFIX
 from lowline.linearize.gguf_header import ROPE_FACTORS, Header, read_header
@@ -307,7 +307,7 @@ def named(source: str | Path) -> Iterator[None]:
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
         raise LowlineError(
             f"{source}: cannot be loaded as a directory (working directory {Path.cwd()}), a GGUF "
-            f"file or a model of the Hugging Face hub: {kind}{' '.join(str(error).split())}"
+            f"file or a model of the Hugging Face hub: {kind}{one_line(error)}"
         ) from error
 
 

@@ -10,15 +10,14 @@ import json
 import pickle
 import random
 import shutil
-import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.fuzz import seconds
 from helpers.sources import (
     READERS,
     edit_json,
@@ -37,22 +36,6 @@ JSONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_c
 LARGE = (1 << 31, 1 << 40, (1 << 63) - 1, (1 << 64) - 1)
 
 Damage = Callable[[Path, random.Random], str]
-
-
-@contextmanager
-def _seconds(limit: float) -> Iterator[None]:
-    """Raise TimeoutError after so much computing."""
-
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"it computes for more than {limit} s")
-
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, limit)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
 
 
 def shards_of(folder: Path) -> list[Path]:
@@ -280,7 +263,7 @@ def outcome(source: Path, wanted: dict[str, torch.Tensor], readers: dict[str, An
     ends = set()
     for read in readers.values():
         try:
-            with _seconds(20):
+            with seconds(20):
                 weights = read(source)
         except LowlineError as error:
             said = str(error)
@@ -291,7 +274,7 @@ def outcome(source: Path, wanted: dict[str, torch.Tensor], readers: dict[str, An
         assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
         ends.add("equal")
     try:
-        with _seconds(20):
+        with seconds(20):
             load_tokenizer(source)
     except LowlineError as error:
         assert "\n" not in str(error), error

@@ -111,6 +111,7 @@ BAD = [
     (b'{"text": "a\xff"}', "line 2 is not UTF-8"),
     (b'{"text": "\\ud800x"}', "line 2 holds half of a surrogate pair"),
     (b'{"text": "a", "text": "b"}', "line 2 has 'text' twice"),
+    (b'{"te\\u0078t": "a", "text": "b"}', "line 2 has 'text' twice"),
     (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 2 is nested too deeply"),
     (b'{"id": 2}', "line 2 has no column 'text'; it has ['id']. Set data.text_key"),
     (b'{"text": 5}', "line 2: column 'text' holds int64, not strings: 5"),
@@ -304,7 +305,8 @@ def test_damaged_tables(tmp_path, streaming):
         content = path.read_bytes()
         for broken in (content[: len(content) // 2], b"\0" * 99, b"x"):
             path.write_bytes(broken)
-            assert f"cannot read {path} as " in refusal(path, streaming), len(broken)
+            said = refusal(path, streaming)
+            assert f"cannot read {path} as " in said and "\n" not in said, len(broken)
 
 
 def test_offsets_beyond_the_data(tmp_path, streaming):
@@ -417,6 +419,18 @@ def test_bad_rows_of_a_saved_dataset(tmp_path):
     datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
     assert f"{tmp_path / 'saved'}, row 2: message" in refusal(tmp_path / "saved", messages_key="m")
     assert talks(tmp_path / "saved", False, on_bad_row="skip") == [["q", "a"], []]
+
+
+def test_a_damaged_saved_dataset_is_named(tmp_path):
+    saved = tmp_path / "saved"
+    datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(saved)
+    for path in sorted(saved.iterdir()):
+        content = path.read_bytes()
+        write(path, content[: len(content) // 2])
+        said = refusal(saved)
+        assert repr(str(saved)) in said and "cannot be read" in said and "\n" not in said
+        write(path, content)
+    assert documents(saved) == ["a", "b"]
 
 
 def test_on_bad_row_takes_two_values():

@@ -11,3 +11,8 @@ class LowlineError(ValueError):
 
 class MissingFileError(LowlineError, FileNotFoundError):
     """A file, directory, model or data set that was named and is not there."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of a library's error in one line."""
+    return " ".join(str(error).split())

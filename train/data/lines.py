@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
-from lowline.errors import LowlineError
+from lowline.errors import LowlineError, one_line
 
 COMPRESSED = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "Zstandard"}
 _MAGIC = {
@@ -117,7 +117,8 @@ def _reading(file: str) -> Iterator[None]:
     except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
         broken = "is a broken archive" if _is_archive(file) else "cannot be read"
         raise LowlineError(
-            f"data file {file!r} {broken}: {error}. Download or write it again, or remove it"
+            f"data file {file!r} {broken}: {one_line(error)}. Download or write it again, or "
+            "remove it"
         ) from error
 
 

@@ -10,12 +10,14 @@ from row to row. Kinds of files:
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from lowline.errors import LowlineError
+from lowline.errors import LowlineError, one_line
 from lowline.train.data.columns import Columns, Text
 from lowline.train.data.lines import read_lines, read_text
 from lowline.train.data.values import BadRowError, Number, Place, kind_of
@@ -100,7 +102,7 @@ def _object(line: bytes, names: tuple[str, ...], place: Place) -> dict[str, Any]
         what = f"is not an object, but {_described(row)}; write an object with the columns a line"
         raise BadRowError(place, what, "json")
     for name in names:
-        if text.count(json.dumps(name)) > 1 and _times(text, name) > 1:
+        if _may_repeat(text, name) and _times(text, name) > 1:
             raise BadRowError(place, f"has {name!r} twice", "json")
     if "\\ud" in text or "\\uD" in text:
         _check_unicode([row.get(name) for name in names], place)
@@ -111,6 +113,22 @@ def _described(value: Any) -> str:
     if value is None:
         return "null"
     return f"a string ({value[:40]!r})" if type(value) is str else kind_of(value)
+
+
+def _may_repeat(text: str, name: str) -> bool:
+    r"""Return whether a line can hold a key twice, also where one is spelled with \u escapes."""
+    plain = json.dumps(name, ensure_ascii=False)
+    return text.count(plain) > 1 or "\\u" in text and len(_spelled(name).findall(text)) > 1
+
+
+@lru_cache
+def _spelled(name: str) -> re.Pattern[str]:
+    def any_of(character: str) -> str:
+        units = character.encode("utf-16-be", "surrogatepass").hex(" ", 2).split()
+        escape = "".join(rf"\\u(?i:{unit})" for unit in units)
+        return f"(?:{re.escape(json.dumps(character, ensure_ascii=False)[1:-1])}|{escape})"
+
+    return re.compile(f'"{"".join(map(any_of, name))}"')
 
 
 def _times(text: str, name: str) -> int:
@@ -184,7 +202,8 @@ def _reading(file: str, kind: str) -> Iterator[None]:
     # A damaged file may also ask for more memory than there is, or name itself another encoding.
     except (pa.ArrowException, OSError, EOFError, MemoryError, ValueError, KeyError) as error:
         raise LowlineError(
-            f"cannot read {file} as {kind}: {error}. Download or write it again, or remove it"
+            f"cannot read {file} as {kind}: {one_line(error)}. Download or write it again, or "
+            "remove it"
         ) from error
 
 
@@ -264,8 +283,8 @@ def _values(array: "pa.Array", first: Place) -> list[Any]:
         raw.validate(full=True)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise LowlineError(
-            f"cannot read {first.file}: the rows from {first.number} on are damaged ({error}). "
-            "Download or write it again, or remove it"
+            f"cannot read {first.file}: the rows from {first.number} on are damaged "
+            f"({one_line(error)}). Download or write it again, or remove it"
         ) from error
     return [_decoded(value) for value in raw.to_pylist()]
 

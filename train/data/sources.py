@@ -18,10 +18,11 @@ Left out: mixing sources by weight.
 
 import glob
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from lowline.errors import LowlineError, MissingFileError
+from lowline.errors import LowlineError, MissingFileError, one_line
 from lowline.train.config.data import ACCEPTED
 from lowline.train.config.data import SourceConfig as SourceConfig
 from lowline.train.data.columns import BadRows, Columns, columns_of, report_skipped
@@ -114,8 +115,9 @@ class TableSource:
         return len(self._table)
 
     def text(self, index: int) -> Text:
-        batch = self._table[index].combine_chunks().to_batches()[0]
-        ((_, document),) = table_rows(batch, self._columns, Place(self.name, "row", index + 1))
+        with _naming(f"dataset {self.name!r}"):
+            batch = self._table[index].combine_chunks().to_batches()[0]
+            ((_, document),) = table_rows(batch, self._columns, Place(self.name, "row", index + 1))
         return _kept(document, self._columns, self.bad_rows)
 
     def documents(self) -> Iterator[Text]:
@@ -197,6 +199,20 @@ class HubStream(Stream):
             ) from error
 
 
+@contextmanager
+def _naming(dataset: str) -> Iterator[None]:
+    """Name a dataset in what `datasets` raises where its files are damaged."""
+    try:
+        yield
+    except LowlineError:
+        raise
+    except Exception as error:  # of any class: KeyError, JSONDecodeError, ArrowInvalid, ...
+        raise LowlineError(
+            f"{dataset} cannot be read: {type(error).__name__}: {one_line(error)}. Write or "
+            "download it again"
+        ) from error
+
+
 def _kept(document: Text | BadRowError, columns: Columns, bad_rows: BadRows) -> Text:
     """Return a document, or the empty one of a row that is skipped."""
     if isinstance(document, BadRowError):
@@ -254,7 +270,8 @@ def _open_saved(directory: Path, config: SourceConfig) -> Source:
         raise LowlineError(
             f"data.streaming = true: {str(directory)!r} is memory-mapped already; remove it"
         )
-    dataset = datasets.load_from_disk(str(directory))
+    with _naming(f"saved dataset {str(directory)!r}"):
+        dataset = datasets.load_from_disk(str(directory))
     if isinstance(dataset, datasets.DatasetDict):
         if config.split not in dataset:
             raise LowlineError(
