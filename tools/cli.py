@@ -51,6 +51,9 @@ COMMANDS = {
         "convert a Transformer to linear attention, in stages",
         keys=True,
     ),
+    "compress": Command(
+        "tools.commands.compress:compress", "make a dense checkpoint low-rank, without training"
+    ),
     "plan blockwise": Command(
         "tools.commands.plan:plan_blockwise", "show disk, time and GPUs of blockwise transfer"
     ),

@@ -250,6 +250,7 @@ WRONG_PATHS = {  # of every command that takes one
     "export": "no/where out",
     "import": "./nowhere",
     "linearize": "./nowhere --config " + STAGES,
+    "compress": "./nowhere out",
     "plan blockwise": "./nowhere",
     "generate": "./nowhere text",
     "evaluate": "./nowhere",

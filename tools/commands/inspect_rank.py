@@ -11,7 +11,7 @@ has the definition). A table, and if asked for a plot and the numbers as JSON.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -195,8 +195,13 @@ def measure(
     ]
 
 
-def passes(model: torch.nn.Module, which: Which) -> Iterator[list[str] | None]:
-    """Yield names to watch together, whose sums fit into `GRAM_BYTES`; None is all of them."""
+def passes(
+    model: torch.nn.Module, which: Which, among: Callable[[Any], bool] = lambda module: True
+) -> Iterator[list[str] | None]:
+    """Yield names to watch together, whose sums fit into `GRAM_BYTES`; None is all of them.
+
+    `among` chooses projections.
+    """
     if which == "bottleneck":  # r wide: small, and only low-rank layers have them
         yield None
         return
@@ -205,6 +210,8 @@ def passes(model: torch.nn.Module, which: Which) -> Iterator[list[str] | None]:
     names: list[str] = []
     used = 0
     for name, module in projections(model).items():
+        if not among(module):
+            continue
         width = module.out_features if which == "output" else module.in_features
         size = 8 * int(width) ** 2  # type: ignore[arg-type]
         if names and used + size > GRAM_BYTES:
@@ -212,7 +219,8 @@ def passes(model: torch.nn.Module, which: Which) -> Iterator[list[str] | None]:
             names, used = [], 0
         names.append(name)
         used += size
-    yield names
+    if names:
+        yield names
 
 
 def _position(name: str) -> dict[str, Any]:
