@@ -17,12 +17,31 @@ def train(*arguments: str, processes: int) -> int:
     On a CPU the processes share the cores evenly, unless OMP_NUM_THREADS says otherwise.
     """
     torchrun = (
-        *("torch.distributed.run", "--nproc_per_node", str(processes)),
+        *("lowline.tools.launch", "--nproc_per_node", str(processes)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m"),
     )
     threads = max(1, _cores() // processes)
     command = (*(torchrun if processes > 1 else ()), "lowline.train", *arguments)
     return _run([sys.executable, "-m", *command], threads)
+
+
+def torchrun(arguments: list[str]) -> int:
+    """Run torchrun in this process; return the exit code of the process that failed first.
+
+    torchrun itself has 1 for every failure, and a traceback where it was stopped by a signal.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    try:
+        main(arguments)
+    except SignalException as stopped:
+        return 128 + stopped.sigval
+    except ChildFailedError as failed:
+        code = failed.get_first_failure()[1].exitcode
+        return 128 - code if code < 0 else code  # negative: ended by a signal
+    return 0
 
 
 def lowline(*words: str) -> int:
@@ -63,3 +82,7 @@ def _cores() -> int:
 def _end_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+
+if __name__ == "__main__":
+    sys.exit(torchrun(sys.argv[1:]))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
+from unittest.mock import Mock
 
 import pytest
 
@@ -101,9 +103,8 @@ def test_keys_are_written_with_a_space_or_an_equals_sign() -> None:
     )  # fmt: skip
     assert parse(with_keys, "--dry f.toml") == dict(file="f.toml", dry=0, quick=False, keys=())
     assert parse(with_keys, "--dry=64")["dry"] == 64
-    for line in ("--a.b", "--a.b --quick"):
-        with pytest.raises(command_line.UsageError, match="--a.b: a value is missing"):
-            parse(with_keys, line)
+    for line in ("--a.b", "--a.b --quick"):  # a switch, or refused where the key's type is known
+        assert parse(with_keys, line)["keys"] == ("--a.b",)
 
 
 def test_help_names_arguments_and_shows_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +146,32 @@ def test_a_mistake_is_one_line(error, message, capsys) -> None:
     assert command_line.run(raising(error), ["--debug"], prog="lowline x") == 2
     said = capsys.readouterr().err
     assert said.startswith("Traceback") and said.endswith(message)
+
+
+def test_a_rank_that_fails_alone_is_heard(capsys, monkeypatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("lowline.command_line.time.sleep", waited.append)
+    monkeypatch.setenv("RANK", "3")
+    assert command_line.run(raising(LowlineError("no space")), [], prog="lowline x") == 2
+    assert capsys.readouterr().err == "lowline x: rank 3: no space\n" and waited == [5.0]
+
+
+def test_torchrun_ends_with_the_code_of_a_rank(monkeypatch) -> None:
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import api, errors
+
+    from lowline.tools.launch import torchrun
+
+    def failure(code: int) -> errors.ChildFailedError:
+        failed = errors.ProcessFailure(local_rank=1, pid=9, exitcode=code, error_file="none")
+        return errors.ChildFailedError("train", {1: failed})
+
+    stopped = api.SignalException("stopped", signal.SIGTERM)
+    for raised, code in ((failure(2), 2), (failure(-9), 137), (stopped, 143)):
+        monkeypatch.setattr(run, "main", Mock(side_effect=raised))
+        assert torchrun(["x"]) == code
+    monkeypatch.setattr(run, "main", Mock())
+    assert torchrun(["x"]) == 0
 
 
 @pytest.mark.parametrize("error", [ValueError("of torch"), ImportError("cannot import name")])

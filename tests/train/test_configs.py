@@ -244,7 +244,7 @@ def test_unreadable_file(path: Path, tmp_path: Path) -> None:
 
 def test_malformed_argument(path: Path) -> None:
     assert "write --section.key=value" in message(path, "training.steps=3")
-    assert "write --section.key=value" in message(path, "--training.steps")
+    assert "write --training.steps=VALUE" in message(path, "--training.steps")
     assert "a value, not a table" in message(path, "--compile=true", "--compile.mode=fast")
 
 
@@ -383,6 +383,9 @@ def test_command_line_values_have_the_type_of_their_key(path: Path) -> None:
     run = load_config(path, ["--output='quoted'", "--training.seed=3"])
     assert (run.output, run.training.seed) == ("quoted", 3)
     assert "data.path = 2026-01-31: dates" in message(path, "--data.path=[2026-01-31]")
+    assert load_config(path, ["--checkpoint.fallback"]).checkpoint.fallback
+    for switch in ("--output", "--model", "--no.such"):
+        assert f"{switch}: a value is missing; write {switch}=VALUE" in message(path, switch)
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,14 @@ def test_no_space_for_the_configuration_is_one_line(tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".lock"]
 
 
+def test_no_space_for_temporary_files_names_them_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lowline.train.hf.settings.tempfile.TemporaryDirectory", _no_space)
+    assert training.train_here(tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("lowline train: temporary files cannot be written: [Errno 28] No space")
+    assert said.endswith("or set TMPDIR to a folder on another disk\n")
+
+
 def _no_space(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 

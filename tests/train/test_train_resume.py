@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -245,21 +246,50 @@ def test_a_really_full_disk(tmp_path):
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_a_failure_on_one_rank_stops_all(tmp_path, asynchronous):
     """Rank 1 alone cannot write; nobody hangs and one rank says why."""
-    line = training.command(
-        tmp_path / "run",
-        f"--checkpoint.asynchronous={asynchronous}",
-        "--training.steps=2000",
-        processes=2,
-    )
+    options = (f"--checkpoint.asynchronous={asynchronous}", "--training.steps=2000")
+    (said,) = _without_space(tmp_path / "run", *options)
+    assert "could not be saved: rank 1: OSError" in said
+    assert saved_steps(tmp_path / "run" / "checkpoint") == []
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_start_is_heard_once(tmp_path):
+    (said,) = _without_space(tmp_path / "run", OF_RANK_1="--tokenizer=nowhere/at-all")
+    assert said.startswith("lowline train: rank 1: ") and "nowhere/at-all" in said
+
+
+def _without_space(output: Path, *options: str, **environment: str) -> list[str]:
+    """Return what two ranks complain about, of which one lacks something."""
+    line = training.command(output, *options, processes=2)
     module = line.index("lowline.train")
     line[module - 1 : module + 1] = [str(WORKERS / "rank_without_space.py")]
-    result = subprocess.run(
-        line, env=training.ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 1
-    said = [line for line in result.stderr.splitlines() if line.startswith("lowline train: ")]
-    assert len(said) == 1 and "could not be saved: rank 1: OSError" in said[0], result.stderr
-    assert saved_steps(tmp_path / "run" / "checkpoint") == []
+    ours = training.ENVIRONMENT | environment
+    result = subprocess.run(line, env=ours, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1, result.stderr
+    return [line for line in result.stderr.splitlines() if line.startswith("lowline train: ")]
+
+
+@pytest.mark.slow
+def test_a_signal_stops_an_evaluation_of_two_ranks(tmp_path):
+    """Which has some 60 batches; then the curve is that of a calm run."""
+    options = ("--evaluation.every=3", "--evaluation.max_tokens=30000", "--training.steps=4")
+    output, calm = tmp_path / "run", tmp_path / "calm"
+    line = ["--processes=2", *training.TINY, f"--output={output}", *options]
+    with Path(f"{output}.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lowline.tools.cli", "train", *line],
+            **dict(env=training.ENVIRONMENT, stdout=log, stderr=log, text=True),
+        )
+    _wait_until(process, _recorded(output, 3))
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    said = Path(f"{output}.log").read_text()
+    assert said.count("stopped by SIGTERM after step 3, saved") == 1 and "Traceback" not in said
+    assert "held-out loss" not in said and saved_steps(output / "checkpoint") == [3]
+    for folder in (output, calm):
+        assert training.launch(folder, *options, processes=2).returncode == 0
+    assert training.curve(output) == training.curve(calm)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import traceback
 import types
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from lowline.errors import LowlineError
 
+PATIENCE = 5.0  # seconds in which another rank fails as the first one does
 # The extra of each optional package, as pyproject.toml has them.
 EXTRAS = {"gguf": "gguf", "accelerate": "gguf", "lm_eval": "eval"}
 
@@ -110,8 +112,11 @@ def run(
         message = missing
         if debug:
             traceback.print_exc()
-    if os.environ.get("RANK", "0") == "0":  # of processes that all fail alike, one speaks
-        print(f"{prog}: {message}", file=sys.stderr)
+    if (rank := os.environ.get("RANK", "0")) != "0":
+        # Ranks fail alike as a rule: the first one speaks, and torchrun ends the others meanwhile.
+        time.sleep(PATIENCE)
+        prog = f"{prog}: rank {rank}"
+    print(f"{prog}: {message}", file=sys.stderr)
     return 2
 
 
@@ -127,9 +132,9 @@ def parse(function: Callable[..., Any], arguments: Sequence[str], prog: str) -> 
     keys_name = next((n for n, m in marks(function).items() if m.kind == "keys"), None)
     ours: list[str] = []
     keys: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        name, equals, value = argument.partition("=")
+    rest = list(reversed(arguments))
+    while rest:
+        name, equals, value = (argument := rest.pop()).partition("=")
         dashed = "--" + name[2:].replace("_", "-")
         if not name.startswith("--"):
             ours.append(argument)
@@ -141,12 +146,10 @@ def parse(function: Callable[..., Any], arguments: Sequence[str], prog: str) -> 
             near = difflib.get_close_matches(dashed, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise UsageError(f"{name}: no such option; {hint}`{prog} --help` lists what there is")
+        elif equals or not rest or rest[-1].startswith("--"):
+            keys.append(argument)  # without a value it is a switch, or refused with its key's type
         else:
-            if not equals:
-                value = next(rest, "")
-                if value == "" or value.startswith("--"):
-                    raise UsageError(f"{name}: a value is missing; write {name}=VALUE")
-            keys.append(f"{name}={value}")
+            keys.append(f"{name}={rest.pop()}")
     values = vars(parser.parse_args(ours))
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     if keys_name is not None:

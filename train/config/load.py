@@ -98,9 +98,9 @@ def known_keys() -> dict[str, str]:
 
 
 def parse_override(argument: str) -> tuple[str, Any]:
-    """`--table.key=value` as (dotted key, value)."""
+    """`--table.key=value` as (dotted key, value); a key of true or false alone means true."""
     key, equals, text = argument.partition("=")
-    if not key.startswith("--") or not equals:
+    if not key.startswith("--"):
         raise ConfigError(
             f"{COMMAND_LINE}: {argument!r} is not understood; write --section.key=value, "
             "for example --training.steps=100"
@@ -108,6 +108,10 @@ def parse_override(argument: str) -> tuple[str, Any]:
     stage = re.match(r"--stage\.[^.]+\.", key)  # a stage's name may have dashes
     start = stage.end() if stage else 2
     name = key[start:].replace("-", "_")
+    if not equals:
+        if known_keys().get(name) != _KINDS["bool"]:
+            raise ConfigError(f"{COMMAND_LINE}: {key}: a value is missing; write {key}=VALUE")
+        text = "true"
     try:
         table = tomllib.loads(f"value = {text}")
         value = table["value"] if len(table) == 1 else text

@@ -121,7 +121,14 @@ def check_exportable(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None
 def _check_savable(tokenizer: PreTrainedTokenizerBase) -> None:
     """Save a tokenizer where it is not kept; a disk without space says nothing about it."""
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        room = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise LowlineError(
+            f"temporary files cannot be written: {error}. Free space there, or set TMPDIR to a "
+            "folder on another disk"
+        ) from None
+    try:
+        with room as folder:
             tokenizer.save_pretrained(folder)
     except Exception as error:  # the tokenizers package has no type for the system's errors
         full = isinstance(error, OSError) and error.errno in NO_SPACE
