@@ -412,5 +412,6 @@ def test_inspect_rank_refuses(exported, options, message):
 def test_inspect_rank_without_a_model(tmp_path):
     from lowline.tools.commands.inspect_rank import inspect_rank
 
+    (tmp_path / "checkpoint").mkdir()
     with pytest.raises(ValueError, match="lowline export"):
         inspect_rank(str(tmp_path))

@@ -146,7 +146,7 @@ def test_the_command_says_what_the_model_holds(saved, capsys):
     seen = len(tokenizer("A list is")["input_ids"]) + NEW - 1  # the last one was not fed in
     held = state_bytes(model.config, context=seen)
     assert f"{NEW} tokens, the first after" in said and f"; {held / 1e6:.2f} MB" in said
-    assert f"as many as keys and values of {break_even_length(model.config)} tokens" in said
+    assert f"as much as the keys and values of {break_even_length(model.config)} tokens" in said
 
 
 # --------------------------------------------------------------------------------------- cache

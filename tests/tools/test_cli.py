@@ -390,6 +390,28 @@ def test_the_table_of_configurations_fits_100_columns(capsys) -> None:
     assert {line.split(" ")[0] for line in lines} >= shipped_configs().keys()
 
 
+@pytest.mark.parametrize(
+    "words", [["train"], ["train", "schedule"], ["train", "lora"], ["evaluate"]]
+)
+def test_help_fits_a_terminal_of_80_columns(words, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([words[0], "--help", *words[1:]]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_an_export_to_a_used_folder_is_refused_before_torch_is_imported(tmp_path, capsys) -> None:
+    from lowline.train.config.folder import check_output
+
+    (tmp_path / "notes.txt").write_text("mine")
+    for overwrite, message in ((False, "exists; give another output"), (True, "no config.json")):
+        with pytest.raises(LowlineError, match=message):
+            check_output(tmp_path, overwrite)
+    assert main(["import", str(tmp_path), "--output", str(tmp_path)]) == 2
+    assert f"{tmp_path} exists; give another output" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{}")
+    check_output(tmp_path, True)
+
+
 def test_a_dry_run_names_a_batch_that_divides(capsys) -> None:
     given = ["--dry-run=64", "--training.global_batch_size=512", "--training.local_batch_size=16"]
     assert main(["train", "demo_cola", *given]) == 2

@@ -51,6 +51,16 @@ def test_what_is_there_is_not_asked_for(tmp_path, monkeypatch) -> None:
     check_source(tmp_path)
 
 
+@pytest.mark.parametrize("made", ["checkpoint", ".metadata"])
+def test_a_run_is_no_model(made, tmp_path) -> None:
+    """Said before torch is imported; a Hugging Face directory may hold anything else beside."""
+    (tmp_path / made).mkdir() if made == "checkpoint" else (tmp_path / made).touch()
+    with pytest.raises(LowlineError, match=f"lowline export {tmp_path} MODEL"):
+        check_source(tmp_path)
+    (tmp_path / "config.json").touch()
+    check_source(tmp_path)
+
+
 def calls() -> list[tuple[str, str, ast.Call]]:
     """Return place, class and call of what may load code in the package."""
     found = []

@@ -236,7 +236,7 @@ def test_report_in_plain_text() -> None:
     assert lines["low-rank"] == "9,994,240"
     assert lines["tokens per step"] == "131,072"
     assert lines["weights (fp32)"] == human_bytes(42770944 / 8 * 4)
-    assert lines["microbatches a step and data-parallel rank"] == "2"
+    assert lines["microbatches per step and data-parallel rank"] == "2"
 
 
 def test_layout_that_does_not_fit() -> None:

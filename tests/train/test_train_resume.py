@@ -104,6 +104,7 @@ def test_a_finished_run_is_left_alone(whole, tmp_path, capsys):
     said = capsys.readouterr().err
     last = output / "checkpoint" / "step-12"
     assert f"done     nothing is left to do: {last} is the last step; a larger training.st" in said
+    assert said.count("nothing is left") == 1
     assert f"export   lowline export {output} {output}-hf" in said
     assert training.curve(tmp_path / "run") == training.curve(whole)
     assert read_metrics(tmp_path / "run") == read_metrics(whole)

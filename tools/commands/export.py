@@ -29,9 +29,10 @@ def export(
         adapter: Leave LoRA's factors out of them; OUTPUT/adapter has those, in PEFT's format.
         overwrite: Replace an earlier export.
     """
-    from lowline.train.config.folder import find_checkpoint
+    from lowline.train.config.folder import check_output, find_checkpoint
 
-    find_checkpoint(checkpoint)  # a mistake is reported before torch is imported
+    find_checkpoint(checkpoint)  # mistakes are reported before torch is imported
+    check_output(output, overwrite)
     from lowline.quiet import quiet_libraries
     from lowline.train.hf.export import export
 

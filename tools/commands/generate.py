@@ -30,18 +30,18 @@ def generate(
     dtype: DType = "float32",
     stats: bool = False,
 ) -> str:
-    """Continue a prompt, printing the text while it is made.
+    """Continue a prompt; the text is printed as it is generated.
 
     Args:
         model: A Hugging Face directory (exported, converted or neither), a hub id or a GGUF file.
         prompt: The text to continue.
-        chat: Take the prompt as a message, through the model's chat template, and print the answer.
-        max_new_tokens: Stop after so many tokens, if the model does not end the text before.
+        chat: Send the prompt as a message, in the model's chat template, and print the answer.
+        max_new_tokens: At most so many tokens are generated.
         temperature: 0 takes the most likely token; above 0 samples.
         top_p: Sample among the most likely tokens that hold this share of the probability.
-        seed: Of the sampling.
-        dtype: To compute in.
-        stats: Say on stderr how fast it was, and what the model held between tokens.
+        seed: The seed of the sampling.
+        dtype: The type that is computed in.
+        stats: Print speed, and the bytes of state between tokens, to stderr.
 
     Returns:
         The prompt and its continuation; with `chat` the answer.
@@ -63,12 +63,8 @@ def generate(
     from lowline.quiet import quiet_libraries
 
     quiet_libraries()
-    try:
-        tokenizer = load_tokenizer(model)
-        body: Any = load_teacher(model, dtype=getattr(torch, dtype)).eval()
-    except ValueError as error:
-        hint = "a training checkpoint becomes a model with `lowline export`"
-        raise LowlineError(f"{error}; {hint}") from None
+    tokenizer = load_tokenizer(model)
+    body: Any = load_teacher(model, dtype=getattr(torch, dtype)).eval()
     body.to("cuda" if torch.cuda.is_available() else "cpu")
     inputs: Any = tokenizer(_asked(tokenizer, prompt, model) if chat else prompt,
                             add_special_tokens=not chat, return_tensors="pt")  # fmt: skip
@@ -136,10 +132,10 @@ def _stats(config: Any, cache: Any, times: list[float]) -> str:
     new, first = len(times) - 1, times[1] - times[0]
     said = f"{new} tokens, the first after {first:.2f} s"
     if new > 1:
-        said += f", the others at {(new - 1) / (times[-1] - times[1]):.1f} a second"
+        said += f", the others at {(new - 1) / (times[-1] - times[1]):.1f} tokens/s"
     held, seen = state_bytes(cache), cache.get_seq_length()
     if isinstance(config, LinearizedConfig) and config.converted_layers():
         length = break_even_length(config)
-        even = "never as many" if length is None else f"as many as keys and values of {length}"
+        even = "never as much" if length is None else f"as much as the keys and values of {length}"
         return f"{said}; {held / 1e6:.2f} MB held between tokens, {even} tokens in those layers"
-    return f"{said}; {held / 1e6:.2f} MB held between tokens, keys and values of {seen}"
+    return f"{said}; {held / 1e6:.2f} MB held between tokens, the keys and values of {seen} tokens"

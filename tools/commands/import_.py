@@ -11,6 +11,7 @@ from typing import Any
 
 from lowline.errors import LowlineError
 from lowline.hub import check_source
+from lowline.train.config.folder import check_output
 
 START = {"steps": 100, "seq_len": 512, "global_batch_size": 8}
 HEADER = """\
@@ -45,6 +46,8 @@ def import_tables(
             f"{source} is not a directory of safetensors: give --output, where its weights are "
             "copied to"
         )
+    if output is not None:
+        check_output(output, overwrite)  # before torch is imported
     import tomli_w
 
     from lowline.quiet import quiet_libraries

@@ -117,24 +117,20 @@ def load_model(checkpoint: str) -> tuple[Any, Any]:
 
     quiet_libraries()
     model: Any
-    try:
-        family = read_config(checkpoint).model_type.removeprefix(PREFIX)
-        place, gguf_file = locate(checkpoint, None)
-        tokenizer = load_tokenizer(checkpoint)
-        if family in FAMILIES:
-            model = load_teacher(checkpoint, dtype=torch.float32)
-        else:  # any other decoder has projections, too
-            with named(checkpoint):
-                model = AutoModelForCausalLM.from_pretrained(
-                    place,
-                    gguf_file=gguf_file,
-                    dtype=torch.float32,
-                    use_safetensors=True,
-                    trust_remote_code=False,
-                )
-    except ValueError as error:
-        hint = "a training checkpoint becomes a model with `lowline export`"
-        raise LowlineError(f"{error}; {hint}") from None
+    family = read_config(checkpoint).model_type.removeprefix(PREFIX)
+    place, gguf_file = locate(checkpoint, None)
+    tokenizer = load_tokenizer(checkpoint)
+    if family in FAMILIES:
+        model = load_teacher(checkpoint, dtype=torch.float32)
+    else:  # any other decoder has projections, too
+        with named(checkpoint):
+            model = AutoModelForCausalLM.from_pretrained(
+                place,
+                gguf_file=gguf_file,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.eval().to(device), tokenizer
 

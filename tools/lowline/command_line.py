@@ -63,10 +63,18 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; `{self.prog} --help` lists what there is")
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
+def width() -> int:
+    """Return how many columns help texts take: the terminal's, at most 100."""
+    return min(100, shutil.get_terminal_size().columns)
+
+
+class _Help(argparse.HelpFormatter):
     def __init__(self, prog: str) -> None:
-        width = min(100, shutil.get_terminal_size().columns)
-        super().__init__(prog, max_help_position=28, width=width)
+        super().__init__(prog, max_help_position=28, width=width())
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = text.split("\n\n")
+        return "\n\n".join(super(_Help, self)._fill_text(part, width, indent) for part in parts)
 
 
 def run(

@@ -7,6 +7,7 @@ times over: without a network a mistyped path took more than a minute to be refu
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 from lowline.errors import LowlineError, MissingFileError
 
@@ -27,9 +28,17 @@ def check_source(name: str | Path) -> None:
 
     Raises:
         MissingFileError: a path that is not there, or an id that the hub does not know.
-        LowlineError: an id that is not in the hub's cache, and the hub cannot be reached.
+        LowlineError: a training run, or an id that is not in the hub's cache while the hub cannot
+            be reached.
     """
-    if Path(name).exists():
+    path = Path(name)
+    if path.exists():
+        run = (path / "checkpoint").is_dir() or (path / ".metadata").is_file()
+        if run and not (path / "config.json").exists():
+            raise LowlineError(
+                f"{name} is a training run, not a model; `lowline export {quote(str(name))} MODEL` "
+                "makes a model of its newest checkpoint"
+            )
         return
     name, here = str(name), f"working directory {Path.cwd()}"
     if looks_like_a_path(name):

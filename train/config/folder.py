@@ -57,6 +57,19 @@ def find_checkpoint(path: str | Path) -> tuple[Path, RunConfig]:
     return folder, run
 
 
+def check_output(output: str | Path, overwrite: bool) -> None:
+    """Raise LowlineError where a model must not be written to a directory."""
+    output = Path(output)
+    if output.is_file() or output.is_dir() and any(output.iterdir()):
+        if not overwrite:
+            raise LowlineError(
+                f"{output} exists; give another output, or replace it: --overwrite, or "
+                "overwrite=True in Python"
+            )
+        if not (output / "config.json").is_file():
+            raise LowlineError(f"{output} has no config.json: not an export, so not overwritten")
+
+
 def check(folder: Path, *, shards: bool = True) -> None:
     """Raise LowlineError where a file of a step folder is not what was saved.
 

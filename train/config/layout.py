@@ -71,8 +71,9 @@ def check_layout(run: RunConfig, world_size: int) -> int:
             hint = f"; --training.local_batch_size={fits} would work"
         raise LowlineError(
             f"training.global_batch_size = {total} sequences cannot be divided among {ranks} "
-            f"data-parallel rank(s) with local_batch_size = {local or 'unset'}; it must be a "
-            f"multiple of their product{hint}"
+            f"data-parallel rank(s)"
+            + (f" with local_batch_size = {local}" if local else "")
+            + f"; it must be a multiple of {ranks * (local or 1)}{hint}"
         )
     local = local or total // ranks
     shared = {

@@ -24,7 +24,7 @@ from typing import Any, get_type_hints
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import to_jsonable_python
 
-from lowline.command_line import described
+from lowline.command_line import described, width
 from lowline.errors import LowlineError
 from lowline.linearize.mixers.options import OPTIONS
 from lowline.train.config.fields import MOST, adapter, table_in, variants_of
@@ -275,22 +275,30 @@ def help_keys(section: str | None = None) -> str:
     """
     known = about()
     if section is None:
-        width = max(map(len, known)) + 4
+        column = max(map(len, known)) + 4
         lines = [
-            f"  {f'[{name}]' if name != TOP else name:{width}}{text}"
+            f"  {f'[{name}]' if name != TOP else name:{column}}{text}"
             for name, text in known.items()
         ]
         return "keys (`--help SECTION` explains those of a section):\n" + "".join(
-            f"{_cut(line)}\n" for line in lines
+            f"{_cut(line, width())}\n" for line in lines
         )
     if section not in known:
         names = ", ".join(name for name in known if name != TOP)
         raise LowlineError(f"--help {section}: the sections are {names}")
-    text = f"[{section}]: {known[section]}\n"
+    text = textwrap.fill(f"[{section}]: {known[section]}", width()) + "\n"
     for key in sections()[section][1]:
-        text += f"\n  --{key.name}=  {key.kind}{_given(key)}\n"
-        text += "".join(f"      {line}\n" for line in textwrap.wrap(key.about, 92))
+        text += "\n" + _filled(f"--{key.name}=  {key.kind}{_given(key)}", "  ")
+        text += _filled(key.about, "      ")
     return text
+
+
+def _filled(text: str, indent: str) -> str:
+    """Return a text in lines of the terminal's width; those after the first have six spaces."""
+    return textwrap.fill(
+        text, width(), initial_indent=indent, subsequent_indent=" " * 6, replace_whitespace=False,
+        break_on_hyphens=False, break_long_words=False,
+    ) + "\n"  # fmt: skip
 
 
 def _given(key: Key) -> str:
@@ -300,7 +308,7 @@ def _given(key: Key) -> str:
     return default + (f"; with {' or '.join(key.only)}" if key.only else "")
 
 
-def _cut(line: str, width: int = 100) -> str:
+def _cut(line: str, width: int) -> str:
     return line if len(line) <= width else line[: width - 4].rsplit(" ", 1)[0] + " ..."
 
 

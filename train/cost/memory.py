@@ -203,7 +203,7 @@ def _names_on(run: RunConfig, pp_rank: int) -> list[str]:
 
 
 def microbatches_of(run: RunConfig, world_size: int, pp_rank: int = 0) -> tuple[int, int, int]:
-    """(microbatches a step, how many of them are saved at once, sequences of each)."""
+    """Return microbatches per step, how many are saved at once, and the sequences of each."""
     p, local = run.parallelism, run.local_batch_size(world_size)
     share = run.training.global_batch_size // p.data_parallel(world_size)
     if p.pipeline_parallel == 1:

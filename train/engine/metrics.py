@@ -261,10 +261,7 @@ class Metrics(MetricsProcessor):
         if self.recorder:
             kept = self.recorder.open(step)
             self.evaluated = max((r["step"] for r in kept if "eval_loss" in r), default=-1)
-        total = self.config.total_steps
-        if step >= total:
-            self.say(f"nothing is left to do: {step} of {total} steps are done")
-        else:
+        if step < self.config.total_steps:  # the end of the run says that nothing is left
             self.say(f"resuming after step {step}" if step else "starting at step 1")
         if self.progress is not None:
             self.progress.update(self._task, completed=step)

@@ -28,7 +28,7 @@ from lowline.files import write_folder
 from lowline.linearize.card import CARD
 from lowline.linearize.source import check_shapes, hf_directory, hf_shapes, locate, read_config
 from lowline.linearize.source import load_tokenizer as load_hf_tokenizer
-from lowline.train.config.folder import find_checkpoint
+from lowline.train.config.folder import check_output, find_checkpoint
 from lowline.train.config.run import RunConfig
 from lowline.train.data.tokenizer import load_tokenizer
 from lowline.train.hf.card import model_card
@@ -174,14 +174,7 @@ def _replaced_whole(output: Path, overwrite: bool) -> Iterator[Path]:
     """Return a new folder beside `output` that takes its place when the block ends without an
     error.
     """
-    if output.is_file() or output.is_dir() and any(output.iterdir()):
-        if not overwrite:
-            raise LowlineError(
-                f"{output} exists; give another output, or replace it: --overwrite, or "
-                "overwrite=True in Python"
-            )
-        if not (output / "config.json").is_file():
-            raise LowlineError(f"{output} has no config.json: not an export, so not overwritten")
+    check_output(output, overwrite)
     try:
         with write_folder(output, replace=True) as folder:
             yield folder
