@@ -3,9 +3,9 @@
     from lowline.kernels import gla, gated_delta_rule, ssd, window_attention
 
 Methods by name (`linear_attention`, `retention`, `ssd`, `gla`, `gated_delta_rule`, `kda`) are calls
-of `gated_linear_recurrence`; `window_attention` and `memory_attention` are the two softmax windows
-with a summary of what is older. Each op over time has a `..._step` for one token, and all but
-`memory_attention` a `..._verify` and an `..._advance` for speculative decoding.
+of `gated_linear_recurrence`; `window_attention`, `memory_attention` and `row_memory_attention` are
+softmax windows with a summary of what is older. Each op over time has a `..._step` for one token,
+and all but the last two a `..._verify` and an `..._advance` for speculative decoding.
 
 Names are imported when first used: `import lowline.kernels` does not import torch.
 """
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from lowline.kernels.feature_map import hedgehog
     from lowline.kernels.low_rank import grouped_linear
+    from lowline.kernels.memory import row_memory_attention, row_memory_step
     from lowline.kernels.methods import (
         gated_delta_rule,
         gla,
@@ -62,6 +63,7 @@ _NAMES = {  # public name: module, and its name there where that is another
     **{f"window{form}": f"window:window_linear{form}" for form in _FORMS[1:]},
     "memory_attention": "slots:slot_window_attention",
     "memory_step": "slots:slot_window_step",
+    **dict.fromkeys(("row_memory_attention", "row_memory_step"), "memory"),
     **{f"selective_scan{form}": "scan" for form in _FORMS},
     **{f"causal_conv{form}": "conv" for form in _FORMS},
     "hedgehog": "feature_map",
@@ -86,6 +88,8 @@ __all__ = [
     "recurrence_step",
     "recurrence_verify",
     "retention",
+    "row_memory_attention",
+    "row_memory_step",
     "selective_scan",
     "selective_scan_advance",
     "selective_scan_step",

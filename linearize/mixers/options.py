@@ -206,6 +206,42 @@ class SlotsOptions(MixerOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryOptions(MixerOptions):
+    """Options of `Memory`. A row holds as much as a token's key and value.
+
+    Args:
+        window: tokens that a token sees exactly at most, itself included.
+        sinks: tokens at a sequence's start that stay exact.
+        exact: rows, of each key and value head, for the older tokens of most attention received.
+        merged: rows for the means of the others; with 0 the others are dropped.
+        block: how many tokens leave the window together; a token sees window - block + 1 at least.
+        bias: what is added to the scores of rows that hold several tokens.
+        backend: "auto", "torch" or "reference"; see `lowline.kernels.backends`.
+    """
+
+    learns = False
+    has_linear = False
+    window: int = 64
+    sinks: int = 4
+    exact: int = 160
+    merged: int = 32
+    block: int = 16
+    bias: float = 0.5
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_window(self.window, self.sinks, least=1)
+        for name, least in (("exact", 0), ("merged", 0), ("block", 1)):
+            check_int(name, getattr(self, name), least)
+        if not self.exact + self.merged:
+            raise LowlineError("exact = 0, merged = 0; give one of them a row, or use sink_window")
+        if self.block > self.window:
+            raise LowlineError(f"block = {self.block} with window = {self.window}; at most that")
+        check_finite("bias", self.bias)
+        check_choice("backend", self.backend, SLOT_BACKENDS)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RetentionOptions(MixerOptions):
     """Options of `Retention`.
 
@@ -312,6 +348,7 @@ OPTIONS: dict[str, type[MixerOptions]] = {
     "liger_gsa": LigerOptions,
     "liger_hgrn2": LigerOptions,
     "lolcats": LolcatsOptions,
+    "memory": MemoryOptions,
     "retention": RetentionOptions,
     "sink_window": SinkWindowOptions,
     "slots": SlotsOptions,

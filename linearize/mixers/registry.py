@@ -13,6 +13,7 @@ from lowline.linearize.mixers.hedgehog import Hedgehog
 from lowline.linearize.mixers.liger import LigerGLA, LigerHGRN2
 from lowline.linearize.mixers.liger_gsa import LigerGSA
 from lowline.linearize.mixers.lolcats import Lolcats
+from lowline.linearize.mixers.memory import Memory
 from lowline.linearize.mixers.options import FACTS, OPTIONS, MixerOptions, mixer_options
 from lowline.linearize.mixers.retention import Retention
 from lowline.linearize.mixers.sink_window import SinkWindow
@@ -27,6 +28,7 @@ _CLASSES: dict[str, type[Mixer]] = {
     "liger_gsa": LigerGSA,
     "liger_hgrn2": LigerHGRN2,
     "lolcats": Lolcats,
+    "memory": Memory,
     "retention": Retention,
     "sink_window": SinkWindow,
     "slots": Slots,

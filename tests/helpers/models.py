@@ -86,7 +86,7 @@ def scrambled(model: Module, seed: int = 0) -> Module:
 def small_options(mixer: str) -> dict[str, Any]:
     """Return the slow and exact backend, and a window that a short sequence leaves."""
     names = {field.name for field in fields(MIXERS[mixer][0])}
-    wanted = {"backend": "reference", "window": 5}
+    wanted = {"backend": "reference", "window": 5, "exact": 2, "merged": 3, "block": 2}
     return {name: value for name, value in wanted.items() if name in names}
 
 

@@ -14,6 +14,7 @@ from helpers.kernels import CPU
 from lowline import kernels
 from lowline.kernels.conv import causal_conv
 from lowline.kernels.feature_map import hedgehog
+from lowline.kernels.memory import row_memory_attention
 from lowline.kernels.recurrence import gated_linear_recurrence
 from lowline.kernels.scan import selective_scan
 from lowline.kernels.slots import slot_window_attention
@@ -36,6 +37,10 @@ def slots(x: torch.Tensor, **options: Any) -> torch.Tensor:
     return slot_window_attention(x, x, x, slot, rand(x.shape[2], 3), window=4, **options)[0]
 
 
+def memory(x: torch.Tensor, **options: Any) -> torch.Tensor:
+    return row_memory_attention(x, x, x, window=4, block=2, exact=2, merged=1, **options)[0]
+
+
 def recurrence(x: torch.Tensor, **options: Any) -> torch.Tensor:
     return gated_linear_recurrence(x, x, x, **options)[0]
 
@@ -56,7 +61,7 @@ def features(x: torch.Tensor, **options: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "auto"])
-@pytest.mark.parametrize("op", [window, slots, recurrence, scan, conv])
+@pytest.mark.parametrize("op", [window, slots, memory, recurrence, scan, conv])
 @pytest.mark.parametrize("bounds", [[0, 3, 99], [0, 4, 2, 6], [1, 6], [0, 5], [0, 0]])
 def test_bounds_that_do_not_rise_from_0_to_T_are_refused(
     op: Callable[..., Any], backend: str, bounds: list[int]
@@ -65,7 +70,7 @@ def test_bounds_that_do_not_rise_from_0_to_T_are_refused(
         op(rand(1, 6, 1, 16), cu_seqlens=torch.tensor(bounds), backend=backend)
 
 
-@pytest.mark.parametrize("op", [window, slots, recurrence, scan, conv])
+@pytest.mark.parametrize("op", [window, slots, memory, recurrence, scan, conv])
 def test_packs_that_are_none_are_refused(op: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="a batch of one, this batch is 2"):
         op(rand(2, 6, 1, 16), cu_seqlens=torch.tensor([0, 6]))

@@ -11,6 +11,7 @@ from helpers.kernels import relative_error
 
 import lowline.kernels
 from lowline import kernels
+from lowline.kernels.memory import row_memory_attention, row_memory_step
 from lowline.kernels.slots import slot_window_attention, slot_window_step
 from lowline.kernels.window import (
     window_linear_advance,
@@ -128,6 +129,8 @@ def test_every_name_is_there_and_no_other():
     assert kernels.window_advance is window_linear_advance
     assert kernels.memory_attention is slot_window_attention
     assert kernels.memory_step is slot_window_step
+    assert kernels.row_memory_attention is row_memory_attention
+    assert kernels.row_memory_step is row_memory_step
     with pytest.raises(AttributeError, match="no attribute 'flash'"):
         lowline.kernels.flash  # noqa: B018
 

@@ -22,7 +22,7 @@ def count(name: str, **options: Any) -> int:
 
 def test_parameter_counts():
     E, H, G, D = 40, 4, 2, 24
-    assert [count(name) for name in (*LIGER, "sink_window")] == [0] * 4
+    assert [count(name) for name in (*LIGER, "memory", "sink_window")] == [0] * 5
     assert count("hedgehog") == 2 * H * D * D
     assert count("hedgehog", state_heads="kv", features=12) == (H + G) * D * 12
     assert count("lolcats") == 2 * H * D * D + H
@@ -222,6 +222,10 @@ def test_parameters_have_the_type_that_is_set(case):
         ("kda", {"conv": -1}, "conv = -1"),
         ("slots", {"slots": 0}, "slots = 0"),
         ("slots", {"backend": "cpu"}, "backend = 'cpu'; choose from 'auto', 'reference', 'torch'"),
+        ("memory", {"exact": 0, "merged": 0}, "give one of them a row"),
+        ("memory", {"exact": -1}, "exact = -1; give an integer of at least 0"),
+        ("memory", {"window": 8, "block": 9}, "block = 9 with window = 8; at most that"),
+        ("memory", {"bias": float("nan")}, "bias = nan; give a number"),
         ("liger_gsa", {"backend": "gpu"}, "'auto', 'reference'"),
     ],
 )

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.memory import text_book
 from helpers.mixers import CASES, DELTA, LIGER, SHAPES, SHARED, error, inputs, made, run
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -86,6 +87,10 @@ def naive(mixer: Mixer, name: str, given: dict[str, torch.Tensor], b: int, h: in
     rq, rk = (apply_rope(given[n], rope)[b, :, i] for n, i in (("q", h), ("k", g)))
     if name == "sink_window":
         return softmax_window(rq, rk, v, o.window, o.sinks)
+    if name == "memory":
+        group = slice(g * shape.queries_per_kv_head, (g + 1) * shape.queries_per_kv_head)
+        rotated = apply_rope(given["q"], rope)[b, :, group]
+        return text_book(rotated, rk, v, o)[:, h - group.start]
     if name in ("hedgehog", "lolcats"):
         phi_q, phi_k = hedgehog_map(rq, mixer.map_q[h]), hedgehog_map(rk, mixer.map_k[s])
         if name == "hedgehog":

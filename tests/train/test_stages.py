@@ -35,7 +35,7 @@ METHODS = {
     "hedgehog": "hedgehog",
     "lowline": "slots",
 }
-OTHERS = {"gated_deltanet": "gated_deltanet"}
+OTHERS = {"gated_deltanet": "gated_deltanet", "memory": "memory"}
 MINIMAL = """
 output = "out"
 [model]

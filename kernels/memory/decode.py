@@ -1,0 +1,118 @@
+"""Window and rows from a state, a token at a time; time and memory do not grow with the context.
+
+Shapes: those of `op`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lowline.kernels.backends import choose
+from lowline.kernels.memory.op import NO_KERNEL, MemoryState, Rule, check_call, state_shapes
+from lowline.kernels.memory.rows import Rows, admit
+from lowline.kernels.memory.torch_form import pair_energy, row_bias
+from lowline.kernels.window.state import check_state, ring_positions
+
+OP = "row_memory_step"
+
+
+@torch.no_grad()
+def row_memory_step(
+    q_BHD: torch.Tensor,
+    k_BGD: torch.Tensor,
+    v_BGV: torch.Tensor,
+    *,
+    state: MemoryState,
+    exact: int,
+    block: int,
+    bias: float = 0.0,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Compute one token of each sequence; advance the state in place.
+
+    Arguments are `row_memory_attention`'s without the time dimension; window, sinks and merged are
+    the state's. For one token `torch` and `reference` are the same.
+
+    Returns:
+        o_BHV in q's dtype.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit the state, or a backend that does not cover
+            the call.
+    """
+    window, sinks, R = state.k.shape[1], state.sink_k.shape[1], state.row_tokens.shape[-1]
+    rule = Rule(window=window, sinks=sinks, exact=exact, merged=R - exact, block=block, bias=bias,
+                scale=q_BHD.shape[-1] ** -0.5 if scale is None else scale)  # fmt: skip
+    check_call(OP, q_BHD, k_BGD, v_BGV, rule)
+    check_state(OP, state, state_shapes(len(q_BHD), k_BGD, v_BGV, rule))
+    choose(OP, "torch" if backend == "auto" else backend, q_BHD.device, cpu=NO_KERNEL,
+           triton=NO_KERNEL)  # fmt: skip
+    due_B = (state.length % block == 0) & (state.length + block > window + sinks)
+    if bool(due_B.any()):
+        _let_leave(state, due_B.nonzero()[:, 0], rule)
+    return _attend(q_BHD, k_BGD, v_BGV, state, rule)
+
+
+def _let_leave(state: MemoryState, due_n: torch.Tensor, rule: Rule) -> None:
+    """Take the oldest block of some sequences' windows into their rows."""
+    position_nC = (
+        state.length[due_n, None] - rule.window + torch.arange(rule.block, device=due_n.device)
+    )
+    at = (due_n[:, None], position_nC % rule.window)
+    received = state.received[at].transpose(1, 2)
+    leaving = Rows(
+        state.k[at].transpose(1, 2),
+        state.v[at].transpose(1, 2),
+        received,
+        (position_nC >= rule.sinks).to(received.dtype)[:, None].expand_as(received),
+    )
+    names = ("row_k", "row_v", "row_received", "row_tokens")
+    held = (getattr(state, name)[due_n] for name in names)
+    pool = Rows(*(torch.cat(x, 2) for x in zip(held, leaving, strict=True)))
+    rows = admit(pool, state.q_energy[due_n], state.v_energy[due_n], state.length[due_n], rule)
+    for name, x in zip(names, rows, strict=True):
+        getattr(state, name)[due_n] = x
+
+
+def _attend(
+    q_BHD: torch.Tensor, k_BGD: torch.Tensor, v_BGV: torch.Tensor, state: MemoryState, rule: Rule
+) -> torch.Tensor:
+    s, (B, G, _), dtype = state, k_BGD.shape, state.row_tokens.dtype
+    row_B, position_B1 = torch.arange(B, device=q_BHD.device), s.length[:, None].clone()
+    turn_B = s.length % rule.window
+    s.k[row_B, turn_B] = k_BGD.to(s.k.dtype)
+    s.v[row_B, turn_B] = v_BGV.to(s.v.dtype)
+    s.received[row_B, turn_B] = 0
+    if rule.sinks:
+        early_B = (s.length < rule.sinks).nonzero()[:, 0]
+        for kept, x in ((s.sink_k, k_BGD), (s.sink_v, v_BGV)):
+            kept[early_B, s.length[early_B]] = x[early_B].to(kept.dtype)
+    s.length.add_(1)
+
+    q = (q_BHD.to(dtype) * rule.scale).view(B, G, -1, q_BHD.shape[-1])
+    near_k, near_v, ring_k, ring_v = (
+        x.to(dtype).transpose(1, 2) for x in (s.sink_k, s.sink_v, s.k, s.v)
+    )
+    keys = torch.cat([near_k, s.row_k.to(dtype), ring_k], 2)
+    values = torch.cat([near_v, s.row_v.to(dtype), ring_v], 2)
+    seen_from = (position_B1 // rule.block * rule.block + rule.block - rule.window).clamp(
+        min=rule.sinks
+    )
+    is_exact = torch.cat(
+        [
+            torch.arange(rule.sinks, device=q.device) <= position_B1,
+            ring_positions(s.length, rule.window) >= seen_from,
+        ],
+        1,
+    )
+    mask = torch.zeros((), dtype=dtype, device=q.device).where(is_exact, -torch.inf)
+    near, far = mask[:, None].expand(-1, G, -1).split([rule.sinks, rule.window], -1)
+    bias = torch.cat([near, row_bias(s.row_tokens, rule), far], -1)
+    p = (q @ keys.mT + bias[:, :, None]).softmax(-1)
+    got = p.sum(2)
+    s.row_received.add_(got[..., rule.sinks : rule.sinks + rule.rows])
+    s.received.add_(got[..., rule.sinks + rule.rows :].transpose(1, 2))
+    s.q_energy.add_(pair_energy(q).sum(2))
+    s.v_energy.add_(v_BGV.to(dtype).square().sum(-1))
+    return (p @ values).reshape(B, -1, v_BGV.shape[-1]).to(q_BHD.dtype)
