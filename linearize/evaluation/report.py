@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -132,8 +133,13 @@ def _columns(measure: Measure, window: int) -> Iterator[tuple[str, Callable[[Any
     if isinstance(measure, Perplexity):
         for n, context in enumerate(measure.contexts):
             yield f"ppl\n@{context}", partial(_perplexity, n)
+            if measure.second_half:
+                yield f"ppl last\n{context // 2}", partial(_second_half, n)
     elif isinstance(measure, Shares):
         yield "linear\nshare", lambda scores: f"{fmean(s['share'] for s in scores):.3f}"
+    elif isinstance(measure, SecondCopy) and measure.filler:
+        for n, distance in enumerate(measure.distances):
+            yield f"copy\n@{distance}", partial(_copied_at, n)
     elif isinstance(measure, SecondCopy | Retrieval):
         word = "copy" if isinstance(measure, SecondCopy) else measure.task
         cell = _copied if isinstance(measure, SecondCopy) else _retrieved
@@ -167,6 +173,19 @@ def _number(name: str, scores: Any) -> str:
 
 def _perplexity(n: int, scores: Any) -> str:
     return f"{scores[n]['perplexity']:.2f}"
+
+
+def _second_half(n: int, scores: Any) -> str:
+    """Return the perplexity of the bins that begin beyond half of the row."""
+    context, bins = scores[n]["context"], scores[n]["by_position"]
+    late = [x for x in bins if x["first"] > context // 2]
+    sizes = [x["last"] - x["first"] + 1 for x in late]
+    loss = sum(size * x["loss"] for size, x in zip(sizes, late, strict=True)) / sum(sizes)
+    return f"{math.exp(loss):.2f}"
+
+
+def _copied_at(n: int, scores: Any) -> str:
+    return f"{scores[n]['second']:.2f}"
 
 
 def _metric(name: str, scores: Any) -> str:

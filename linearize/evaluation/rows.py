@@ -2,6 +2,8 @@
 
     teacher                      softmax attention over everything
     window + sinks, same state   no training; its window so wide that it holds as many bytes
+    eviction, same state         if asked for: no training; the window, and so many tokens of most
+                                 attention received that they are as many bytes
     window + sinks               no training; the window of the converted model
     window                       the same without sinks
     the converted model
@@ -30,6 +32,7 @@ from lowline.linearize.evaluation.measure import digest
 from lowline.linearize.source import load_config, load_teacher
 
 SINKS = 4
+EVICTED_TOGETHER = 16  # `block` of eviction
 WINDOW = 64  # of the windows beside a model that has none
 SAME_SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
@@ -63,13 +66,16 @@ class Row:
         return state_bytes(self.config, context=context, dtype=self.dtype)
 
 
-def rows_of(source: str, *, teacher: str | None, dtype: torch.dtype) -> list[Row]:
+def rows_of(
+    source: str, *, teacher: str | None, dtype: torch.dtype, eviction: bool = False
+) -> list[Row]:
     """Return the rows of a checkpoint: those above if it was converted, else itself alone.
 
     Args:
         source: a hub id, a directory or a GGUF file.
         teacher: the same, of what it was converted from; None for what it names itself.
         dtype: to compute in.
+        eviction: whether to add that row.
 
     Raises:
         ValueError: no such checkpoint or teacher, or a teacher of another shape.
@@ -85,9 +91,8 @@ def rows_of(source: str, *, teacher: str | None, dtype: torch.dtype) -> list[Row
     some = f", {len(layers)} of {config.num_hidden_layers} layers"
     some = "" if len(layers) == config.num_hidden_layers else some
 
-    def windowed(label: str, window: int, sinks: int) -> Row:
-        how: dict[str, Any] = {"mixer": "sink_window", "layers": layers}
-        how["options"] = {"window": window, "sinks": sinks}
+    def untrained(label: str, mixer: str, **options: int) -> Row:
+        how: dict[str, Any] = {"mixer": mixer, "layers": layers, "options": options}
         return Row(
             label=label + some,
             identity=_identity(teacher, dtype) | how,
@@ -97,15 +102,20 @@ def rows_of(source: str, *, teacher: str | None, dtype: torch.dtype) -> list[Row
         )
 
     same_state = window_of_state(config, before, dtype)
+    wide = f"window {same_state} + {SINKS} sinks (same state)"
     both = any(_has_both_parts(config, layer) for layer in layers)
     itself = _checkpoint(source, config, dtype, label=name, window=window, converted=True)
     rows = [
         _checkpoint(teacher, before, dtype, label="teacher"),
-        windowed(f"window {same_state} + {SINKS} sinks (same state)", same_state, SINKS),
-        windowed(f"window {window} + {SINKS} sinks", window, SINKS),
-        windowed(f"window {window}", window, 0),
+        untrained(wide, "sink_window", window=same_state, sinks=SINKS),
+        untrained(f"window {window} + {SINKS} sinks", "sink_window", window=window, sinks=SINKS),
+        untrained(f"window {window}", "sink_window", window=window, sinks=0),
         itself,
     ]
+    if eviction:
+        evicting = evicting_options(config, before, dtype, window=window)
+        label = f"eviction: window {window}, {evicting['exact']} tokens (same state)"
+        rows.insert(2, untrained(label, "memory", **evicting))
     if both:
         rows.append(
             _checkpoint(source, config, dtype, label=f"{name}, linear part off", linear_off=True)
@@ -119,16 +129,38 @@ def window_of_state(config: LinearizedConfig, teacher: PreTrainedConfig, dtype: 
 
     At least 1, however small the states are.
     """
+    return _largest(config, teacher, dtype, "sink_window", lambda n: {"window": n, "sinks": SINKS})
 
-    def held(window: int) -> int:
-        options = {"window": window, "sinks": SINKS}
+
+def evicting_options(
+    config: LinearizedConfig, teacher: PreTrainedConfig, dtype: torch.dtype, *, window: int
+) -> dict[str, int]:
+    """Return options of `memory` that drops tokens and holds no more bytes than a converted model's
+    states; at least one row, however small they are.
+    """
+    known: dict[str, int] = {"window": window, "sinks": SINKS, "merged": 0}
+    known["block"] = min(window, EVICTED_TOGETHER)
+    exact = _largest(config, teacher, dtype, "memory", lambda n: known | {"exact": n})
+    return known | {"exact": exact}
+
+
+def _largest(
+    config: LinearizedConfig,
+    teacher: PreTrainedConfig,
+    dtype: torch.dtype,
+    mixer: str,
+    options: Callable[[int], dict[str, int]],
+) -> int:
+    """Return the largest n for which a mixer holds no more bytes than the states of `config`."""
+
+    def held(n: int) -> int:
         layers = config.converted_layers()
-        windows = linearized_config(teacher, mixer="sink_window", layers=layers, options=options)
-        return state_bytes(windows, dtype=dtype)
+        other = linearized_config(teacher, mixer=mixer, layers=layers, options=options(n))
+        return state_bytes(other, dtype=dtype)
 
     least = held(1)
-    of_a_token = held(2) - least
-    return 1 + max(0, state_bytes(config, dtype=dtype) - least) // of_a_token
+    of_one = held(2) - least
+    return 1 + max(0, state_bytes(config, dtype=dtype) - least) // of_one
 
 
 def _checkpoint(source: str, config: PreTrainedConfig, dtype: torch.dtype, **row: Any) -> Row:

@@ -1,6 +1,6 @@
 """Copying: the loss on a random string that comes a second time, by the distance between the two.
 
-    x_1 … x_n   filler   x_1 … x_n            filler: distance - n random tokens
+    x_1 … x_n   filler   x_1 … x_n            filler: distance - n tokens, random or of a text
 
 The score is the mean -log p of x_2 … x_n in the second copy: random tokens are known from the first
 copy alone, log V where a model cannot look back so far, near 0 where it copies. A window of w
@@ -19,6 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowline.errors import LowlineError
 from lowline.linearize.evaluation.measure import Advance, beginning, digest, token_losses
+
+LEAD = 64
 
 
 class CopyScore(TypedDict):
@@ -46,6 +48,8 @@ class SecondCopy:
         length: n, of the string.
         samples: strings for each distance.
         seed: of the drawing.
+        filler: ids of a text that is put between the two copies, and `LEAD` tokens of it before
+            them; without it there are random tokens between them.
         batch_tokens: sequences go through the model together up to so many tokens.
 
     Raises:
@@ -59,6 +63,7 @@ class SecondCopy:
     samples: int
     seed: int
     batch_tokens: int
+    filler: list[int] = field(default_factory=list, repr=False)
 
     task = "second-copy"
 
@@ -85,11 +90,17 @@ class SecondCopy:
             "samples": self.samples,
             "seed": self.seed,
             "vocabulary": digest([self.beginning, self.vocabulary]),
+            **({"filler": digest(self.filler)} if self.filler else {}),
         }
+
+    @property
+    def lead(self) -> int:
+        return LEAD if self.filler else 0
 
     @cached_property
     def tokens(self) -> int:
-        return sum(self.samples * (d + self.length) for d in self.distances)
+        more = len(self.beginning) + self.lead + self.length
+        return sum(self.samples * (more + d) for d in self.distances)
 
     def sequences(self, distance: int) -> torch.Tensor:
         """Return ids (samples, T), T = beginning + distance + length."""
@@ -97,7 +108,13 @@ class SecondCopy:
         drawn = torch.randint(len(self.vocabulary), (self.samples, distance), generator=generator)
         once = torch.tensor(self.vocabulary)[drawn]
         begin = torch.tensor(self.beginning, dtype=torch.long).expand(self.samples, -1)
-        return torch.cat([begin, once, once[:, : self.length]], 1)
+        string = once[:, : self.length]
+        if not self.filler:
+            return torch.cat([begin, once, string], 1)
+        size = LEAD + distance - self.length
+        at = torch.arange(self.samples * size).view(self.samples, size) % len(self.filler)
+        lead, between = torch.tensor(self.filler)[at].split([LEAD, size - LEAD], 1)
+        return torch.cat([begin, lead, string, between, string], 1)
 
     def __call__(self, model: PreTrainedModel, advance: Advance) -> list[CopyScore]:
         scores: list[CopyScore] = []
@@ -109,7 +126,7 @@ class SecondCopy:
                 losses.append(token_losses(model, ids_BT).double().cpu())
                 advance(ids_BT.numel())
             loss_NT = torch.cat(losses)
-            n, start = self.length - 1, len(self.beginning)
+            n, start = self.length - 1, len(self.beginning) + self.lead
             scores.append(
                 {
                     "distance": distance,

@@ -67,6 +67,32 @@ class Text:
                 break
         return cls(ids=ids[:tokens], beginning=beginning(tokenizer))
 
+    @classmethod
+    def of_articles(
+        cls,
+        documents: Iterable[str],
+        tokenizer: PreTrainedTokenizerBase,
+        articles: int,
+        context: int,
+    ) -> Text:
+        """Return the start of each of the first documents that have `context` tokens, a row each.
+
+        Raises:
+            ValueError: no document is that long.
+        """
+        begin, ids, found = beginning(tokenizer), [], 0
+        for document in documents:
+            article = encode(tokenizer, document)[: context - len(begin)]
+            if len(article) + len(begin) == context:
+                ids, found = ids + article, found + 1
+            if found == articles:
+                break
+        if not found:
+            raise LowlineError(
+                f"no document of {context} tokens; give longer ones, or a shorter context"
+            )
+        return cls(ids=ids, beginning=begin)
+
     def rows(self, context: int) -> torch.Tensor:
         """(rows, context); what does not fill a row is left out.
 
@@ -94,6 +120,7 @@ class Perplexity:
         text: what is predicted.
         contexts: lengths T of rows.
         batch_tokens: rows go through the model together up to so many tokens.
+        second_half: whether tables have a column for the second half of the rows.
 
     Raises:
         ValueError: a context that is longer than the text.
@@ -102,6 +129,7 @@ class Perplexity:
     text: Text
     contexts: tuple[int, ...]
     batch_tokens: int
+    second_half: bool = False
 
     task = "perplexity"
 

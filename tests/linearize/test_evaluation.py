@@ -85,6 +85,29 @@ def test_text_is_documents_with_their_ends():
     assert Text.of(iter(documents), tokenizer(), 1).ids == whole[:1]
 
 
+def test_articles_are_the_starts_of_long_documents():
+    documents = ["A list.", "A list is a list is a list.", "", "A tuple and a tuple and a set."]
+    ids = [encode(tokenizer(), document) for document in documents]
+    size = min(len(ids[1]), len(ids[3]))
+    assert len(ids[0]) < size
+    text = Text.of_articles(documents, tokenizer(), 5, size)
+    assert text.rows(size).tolist() == [ids[1][:size], ids[3][:size]]
+    assert Text.of_articles(documents, tokenizer(), 1, size).ids == ids[1][:size]
+    with pytest.raises(ValueError, match="no document of 99 tokens"):
+        Text.of_articles(documents, tokenizer(), 1, 99)
+
+
+def test_the_second_half_of_a_row_has_a_column():
+    model, ids = teacher(), tokens(1, 64)[0].tolist()
+    score = Perplexity(
+        text=Text(ids=ids, beginning=[]), contexts=(64,), batch_tokens=64, second_half=True
+    )
+    columns = dict(report._columns(score, 0))
+    want = by_hand(model, ids)[31:]
+    assert list(columns) == ["ppl\n@64", "ppl last\n32"]
+    assert columns["ppl last\n32"](score(model, quiet)) == f"{math.exp(sum(want) / 32):.2f}"
+
+
 def test_a_tokenizer_that_begins_texts_with_bos_begins_rows_with_it():
     from tokenizers import processors
 
@@ -165,6 +188,22 @@ def test_second_copy_is_the_loss_of_the_last_tokens(name):
         losses = torch.tensor([by_hand(model, row) for row in rows], dtype=torch.float64)
         assert got["second"] == pytest.approx(losses[:, -3:].mean().item(), rel=TOLERANCE)
         assert got["first"] == pytest.approx(losses[:, 1:4].mean().item(), rel=TOLERANCE)
+
+
+def test_a_text_between_the_copies():
+    model, text = Copier(3000), list(range(2000, 2950))
+    score = copying(distances=(4, 30), vocabulary=list(range(5, 2000)), beginning=[1], filler=text)
+    rows = score.sequences(30).tolist()
+    assert [len(row) for row in rows] == [1 + 64 + 30 + 4] * 3
+    for n, row in enumerate(rows):
+        string = row[65:69]
+        assert max(string) < 2000 and row[-4:] == string
+        at = n * 90  # each sample has the next stretch of the text
+        assert row[1:65] + row[69:-4] == text[at : at + 90]
+    for got in score(model, quiet):  # type: ignore[arg-type]
+        assert got["second"] < 1e-6 and got["first"] == pytest.approx(math.log(3000), rel=1e-6)
+    assert sum(row.numel() for d in (4, 30) for row in score.sequences(d)) == score.tokens
+    assert score.settings != copying().settings and "filler" not in copying().settings
 
 
 def test_strings_follow_from_the_seed():

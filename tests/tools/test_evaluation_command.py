@@ -16,11 +16,12 @@ import torch
 from helpers.models import architecture, moved, scrambled, teacher
 from transformers import AutoModelForCausalLM
 
-from lowline.linearize.body.cache import state_bytes
+from lowline.linearize.body.cache import LinearizedCache, state_bytes
 from lowline.linearize.convert import convert, load_config, load_tokenizer, save
 from lowline.linearize.evaluation.report import Results
 from lowline.linearize.evaluation.rows import rows_of, window_of_state
 from lowline.tools.cli import main
+from lowline.tools.commands.evaluate import LOSSES
 from lowline.train.data import tokenizer as embedded
 
 TASKS = ("perplexity", "second-copy", "passkey", "needle", "shares")
@@ -143,6 +144,39 @@ def test_scores_are_those_of_the_library(run, folder):
         assert by_label[row.label, "perplexity"][1]["loss"] == pytest.approx(loss, rel=1e-5)
     of_rows = [by_label[row.label, "perplexity"][1]["loss"] for row in rows]
     assert len(set(of_rows)) == 6  # the rows are different models
+
+
+@pytest.mark.slow
+def test_the_long_suite(folder, tmp_path, capsys):
+    document = " ".join(f"{n} is a number, and" for n in range(60))
+    text = tmp_path / "articles.jsonl"
+    text.write_text(json.dumps({"text": document}) + "\n" + json.dumps({"text": "short"}) + "\n")
+    words = ["evaluate", str(folder / "lolcats"), "--suite", "long", "--text", str(text)]
+    words += ["--contexts", "128", "--distances", "32", "--samples", "1"]
+    assert main([*words, "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "ppl last" in printed and {r["task"] for r in records(tmp_path)} == {*LOSSES}
+    rows = rows_of(str(folder / "lolcats"), teacher=None, dtype=torch.float32, eviction=True)
+    assert [row.label for row in rows] == list(
+        dict.fromkeys(record["label"] for record in records(tmp_path))
+    )
+
+
+def test_rows_of_as_many_bytes(folder):
+    """Bytes are those of the tensors in caches that were filled."""
+    rows = rows_of(str(folder / "lolcats"), teacher=None, dtype=torch.float32, eviction=True)
+    label, held = rows[2].label, {}
+    assert label.startswith("eviction: window 8, ") and label.endswith("(same state)")
+    for row in rows:
+        if "same state" in row.label or row.label == "lolcats":
+            cache = LinearizedCache(row.config)
+            with torch.no_grad():
+                row.load()(torch.arange(40)[None], past_key_values=cache)
+            held[row.label] = state_bytes(cache)
+            assert held[row.label] == row.state_bytes(10_000)
+    shape, layers = rows[2].config.head_shape(0), rows[2].config.num_hidden_layers
+    a_row = (2 * shape.head_dim + 2) * 4 * shape.n_kv_heads * layers  # attention received, count
+    assert held["lolcats"] - a_row < held[label] <= held["lolcats"]
 
 
 def test_going_on_asks_only_what_is_missing(run, folder, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
     lowline evaluate outputs/smollm2-lolcats --quick
     lowline evaluate HuggingFaceTB/SmolLM2-135M --tasks perplexity piqa --piqa piqa_valid.jsonl
+    lowline evaluate converted/ --suite long --text articles.jsonl
     lowline evaluate converted/ --tasks perplexity mmlu arc_challenge --text held_out.jsonl
 
 For each converted model its teacher and windows without training are evaluated, too
@@ -19,7 +20,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lowline.command_line import DType
 from lowline.errors import LowlineError
@@ -76,6 +77,16 @@ QUICK = Size(
     depths=(0.0, 0.5, 1.0),
     samples=2,
 )
+LONG = Size(
+    tasks=("perplexity", "second-copy"),
+    contexts=(2048,),
+    tokens=6144,
+    distances=(128, 512, 1024),
+    lengths=(),
+    depths=(),
+    samples=4,
+)
+SIZES = {"standard": FULL, "quick": QUICK, "long": LONG}
 
 
 def evaluate(
@@ -83,6 +94,7 @@ def evaluate(
     *,
     tasks: tuple[str, ...] | None = None,
     quick: bool = False,
+    suite: Literal["standard", "long"] = "standard",
     teacher: str | None = None,
     baselines: bool = True,
     text: Path | None = None,
@@ -107,6 +119,9 @@ def evaluate(
         tasks: perplexity, second-copy, passkey, needle, shares; piqa; tasks of lm-eval or YAML
             files in its format. Default: the first five.
         quick: Ask less where nothing else is said: a few minutes for a small model on a CPU.
+        suite: "long" asks how memories of as many bytes compare: perplexity on the starts of long
+            documents, a row each, and copying over a distance of text; beside the converted models
+            there is eviction by attention received, too.
         teacher: What the converted models were made of; default: what they name.
         baselines: Evaluate teacher and windows beside a converted model.
         text: For perplexity: a .txt, .jsonl or .parquet file; default: the held-out part of
@@ -142,7 +157,11 @@ def evaluate(
     given: dict[str, Any] = dict(tasks=tasks, tokens=tokens, contexts=contexts,
                                  distances=distances, lengths=lengths, depths=depths,
                                  samples=samples)  # fmt: skip
-    size = replace(QUICK if quick else FULL, **{k: v for k, v in given.items() if v is not None})
+    if quick and suite != "standard":
+        raise LowlineError(f"quick asks less than the standard suite; leave it out for {suite!r}")
+    size = replace(
+        SIZES["quick" if quick else suite], **{k: v for k, v in given.items() if v is not None}
+    )
     at_least_one(tokens=size.tokens, samples=size.samples)
     chosen = list(dict.fromkeys([*size.tasks, *(["piqa"] if piqa else [])]))
     check_tasks(chosen, piqa is not None)
@@ -155,12 +174,12 @@ def evaluate(
     from lowline.quiet import quiet_libraries
 
     quiet_libraries()
-    documents = open_text(text, text_key)
+    documents, long = open_text(text, text_key), suite == "long"
     plan: Plan = []
     for source in models:
         tokenizer = load_tokenizer(source)
-        make = Maker(size, tokenizer, documents, piqa, limit, batch_tokens, seed)
-        rows = rows_of(source, teacher=teacher, dtype=getattr(torch, dtype))
+        make = Maker(size, tokenizer, documents, piqa, limit, batch_tokens, seed, long)
+        rows = rows_of(source, teacher=teacher, dtype=getattr(torch, dtype), eviction=long)
         if not baselines:
             rows = [row for row in rows if row.converted or row.linear_off] or rows
         measures = [make(task) for task in chosen]
@@ -180,7 +199,7 @@ def evaluate(
         raise
     rows = named_apart({json.dumps(row.identity): row for row, _ in plan}.values())
     measures = list({(m.task, json.dumps(m.settings)): m for _, m in plan}.values())
-    context = max(*size.contexts, *size.lengths)
+    context = max((*size.contexts, *size.lengths))
     console.print(table(rows, measures, results, context=context))
     console.print(explanation(measures), style="dim", highlight=False)
     for name, figure in plots(rows, measures, results):
@@ -219,6 +238,7 @@ class Maker:
     limit: int | None
     batch_tokens: int
     seed: int
+    long: bool
 
     def __call__(self, task: str) -> Measure:
         from lowline.linearize.evaluation.choices import Choices, read_piqa
@@ -232,8 +252,11 @@ class Maker:
         at_once: dict[str, Any] = {"batch_tokens": self.batch_tokens}
         drawn: dict[str, Any] = {"samples": size.samples, "seed": self.seed, **at_once}
         if task == "perplexity":
-            return Perplexity(text=self.text, contexts=size.contexts, **at_once)
+            return Perplexity(
+                text=self.text, contexts=size.contexts, second_half=self.long, **at_once
+            )
         if task == "second-copy":
+            drawn["filler"] = self.text.ids if self.long else []
             return SecondCopy.of(tokenizer, distances=size.distances, **drawn)
         if task in ("passkey", "needle"):
             haystack = self.text.ids if task == "needle" else []
@@ -252,6 +275,10 @@ class Maker:
     def text(self) -> Text:
         from lowline.linearize.evaluation.text import Text
 
+        if self.long:
+            context = max(self.size.contexts)
+            articles = max(1, self.size.tokens // context)
+            return Text.of_articles(self.documents, self.tokenizer, articles, context)
         return Text.of(self.documents, self.tokenizer, self.size.tokens)
 
 
