@@ -7,7 +7,6 @@ differ from those that were written, on 20 seconds of computing, and where a pla
 from __future__ import annotations
 
 import json
-import pickle
 import random
 import shutil
 from collections import Counter
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.fuzz import seconds
+from helpers.planted import name_them, plant
 from helpers.sources import (
     READERS,
     edit_json,
@@ -144,44 +144,21 @@ def retype(folder: Path, rng: random.Random) -> str:
     return f"{name} = {value!r} in config.json"
 
 
-class _Runs:
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.canary,)
-
-
-def plant(folder: Path, rng: random.Random) -> str:
+def plant_code(folder: Path, rng: random.Random) -> str:
     """Put files that would run into a directory, and name them in its configurations."""
-    canary = folder.parent / "ran"
-    program = f"from pathlib import Path\nPath({str(canary)!r}).touch()\n"
-    for name in (
-        "evil.py",
-        "modeling_llama.py",
-        "tokenization_llama.py",
-        "setup.py",
-        "conftest.py",
-    ):
-        (folder / name).write_text(program + "class Evil: pass\n")
-    for name in ("pytorch_model.bin", "model.pt", "training_args.bin", "optimizer.pt", ".metadata"):
-        (folder / name).write_bytes(pickle.dumps(_Runs(canary)))
-    (folder / "evil.so").write_bytes(b"\x7fELF" + bytes(100))
-    autos = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoTokenizer")
-    tokenizers = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    plant(folder, folder.parent / "ran")
+    (folder / ".metadata").write_bytes((folder / "data.pkl").read_bytes())
     what = rng.randrange(5)
-    if what in (1, 2, 4):
-        edit_json(folder / "config.json", auto_map=dict.fromkeys(autos, "evil.Evil"))
+    if what:
+        name_them(folder)
     if what in (2, 4):
         edit_json(folder / "config.json", model_type="evil")
-    if what in (3, 4):
-        edit_json(folder / "tokenizer_config.json", auto_map=tokenizers, tokenizer_class="Evil")
     return f"code planted ({what})"
 
 
 DIRECTORY: tuple[Damage, ...] = (
     *(cut, flip_header, flip_json, remove, overwrite, add, rename, relabel, misplace, retype),
-    plant,
+    plant_code,
 )
 
 

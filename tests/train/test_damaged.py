@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers import training
+from helpers.planted import Runs
 from helpers.runs import make_run
 
 from lowline.errors import LowlineError
@@ -156,22 +157,12 @@ def test_export_and_initial_weights_look_first(trained, tmp_path, capsys):
     assert code == 1 and f"{newest} is damaged: __0_0.distcp" in said and "Traceback" not in said
 
 
-class _Planted:
-    """Makes a file where it is unpickled."""
-
-    def __init__(self, proof: Path) -> None:
-        self._proof = proof
-
-    def __reduce__(self):
-        return Path.touch, (self._proof,)
-
-
 def test_a_planted_index_runs_nothing(trained, tmp_path, capsys):
     """With checksums that fit, as somebody would make them."""
     output, proof = _copy(trained, tmp_path), tmp_path / "proof"
     newest = output / "checkpoint" / "step-6"
     (newest / CHECKSUMS).unlink()
-    (newest / ".metadata").write_bytes(pickle.dumps(_Planted(proof)))
+    (newest / ".metadata").write_bytes(pickle.dumps(Runs(proof)))
     seal(newest, {})
     for damaged in (newest, output):
         with pytest.raises(LowlineError, match=rf"{newest}/.metadata is not opened: it names "):
@@ -192,7 +183,7 @@ def test_a_planted_entry_runs_nothing(tmp_path):
     file = folder / "__0_0.distcp"
     content = file.read_bytes()
     buffer = io.BytesIO()
-    torch.save(_Planted(proof), buffer)
+    torch.save(Runs(proof), buffer)
     planted = buffer.getvalue()
     for name, values in (("step", {"step": 0}), ("w", {"w": torch.zeros(3)})):
         index = _index(folder)
