@@ -16,29 +16,46 @@ not cover or that do not fit each other.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from lowline.kernels.cpu import load
+from lowline.kernels.triton_tools.custom_op import define
 
-Maybe = torch.Tensor | None
+Maybe = Tensor | None
 
 SEGMENT = 256  # tokens between saved states; 4 chunks of 64 in the C++
 TYPES = (torch.float32, torch.bfloat16)
 
 
+class Call(NamedTuple):
+    """The arguments of the kernel, those with a gradient first."""
+
+    q: Tensor  # (B, T, Q, K)
+    k: Tensor  # (B, T, H, K)
+    v: Tensor  # (B, T, H, V)
+    g: Tensor | None
+    beta: Tensor | None  # (B, T, H)
+    initial: Tensor | None  # (N, H, K, V)
+    cu: Tensor | None
+    by_value: bool
+    scale: float
+    save: bool  # the states that the backward pass starts from
+
+
 def recurrence(
-    q_BTQK: torch.Tensor,
-    k_BTHK: torch.Tensor,
-    v_BTHV: torch.Tensor,
+    q_BTQK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
     g: Maybe,
     beta_BTH: Maybe,
     initial_state_NHKV: Maybe,
     cu_seqlens: Maybe,
     gate: str,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """See `lowline.kernels.recurrence.gated_linear_recurrence`, which checks and documents.
 
     K a multiple of 16, V a multiple of 16 or one more (a normaliser's column).
@@ -54,13 +71,13 @@ def recurrence(
     differentiate = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in tensors
     )
-    args = (*tensors, cu_seqlens, gate == "value", float(scale))
+    call = Call(*tensors, cu_seqlens, gate == "value", float(scale), differentiate)
     if torch.compiler.is_compiling():
-        o, state, _ = _traced_forward(*args, differentiate)
+        o, state, _ = _traced(call)
     elif differentiate:
-        o, state = _Recurrence.apply(*args)
+        o, state = _Recurrence.apply(*call)
     else:
-        o, state, _ = _forward(*args, False)
+        o, state, _ = _forward(call)
     return o, state
 
 
@@ -70,159 +87,67 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _readable(x: torch.Tensor) -> torch.Tensor:
+def _readable(x: Tensor) -> Tensor:
     """Return x in a type the kernels read, with contiguous features."""
     if x.dtype not in TYPES:
         x = x.float()
     return x if x.dim() < 4 or x.stride(-1) == 1 else x.contiguous()
 
 
-def _outputs(
-    q_BTQK: torch.Tensor, v_BTHV: torch.Tensor, cu_seqlens: Maybe, by_value: bool, save: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _outputs(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate o, the final state, and the states that are saved."""
-    (B, T, Q, K), (H, V) = q_BTQK.shape, v_BTHV.shape[2:]
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    o_BTQV = q_BTQK.new_empty(B, T, Q, V)
-    state = q_BTQK.new_empty(N, H, K, V, dtype=torch.float32)
+    (B, T, Q, K), (H, V) = call.q.shape, call.v.shape[2:]
+    N = B if call.cu is None else call.cu.shape[0] - 1
+    o_BTQV = call.q.new_empty(B, T, Q, V)
+    state = call.q.new_empty(N, H, K, V, dtype=torch.float32)
     segments = 0
-    if save:  # for packed sequences a bound that holds for any lengths
-        segments = N + T // SEGMENT if cu_seqlens is not None else B * max(1, -(-T // SEGMENT))
-    rows, columns = (V, K) if by_value else (K, V)
+    if call.save:  # for packed sequences a bound that holds for any lengths
+        segments = N + T // SEGMENT if call.cu is not None else B * max(1, -(-T // SEGMENT))
+    rows, columns = (V, K) if call.by_value else (K, V)
     return o_BTQV, state, state.new_empty(segments, H, rows, -(-columns // 16) * 16)
 
 
-def _forward(
-    q_BTQK: torch.Tensor,
-    k_BTHK: torch.Tensor,
-    v_BTHV: torch.Tensor,
-    g: Maybe,
-    beta_BTH: Maybe,
-    initial_state: Maybe,
-    cu_seqlens: Maybe,
-    by_value: bool,
-    scale: float,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Return o, the final state, and what the backward pass needs besides the inputs."""
-    o, state, saved = _outputs(q_BTQK, v_BTHV, cu_seqlens, by_value, save)
-    call = (q_BTQK, k_BTHK, v_BTHV, g, beta_BTH, cu_seqlens, by_value, scale)
-    load("recurrence").forward(*call, initial_state, o, state, saved if save else None)
+    o, state, saved = _outputs(call)
+    shared = (*call[:5], call.cu, call.by_value, call.scale)
+    load("recurrence").forward(*shared, call.initial, o, state, saved if call.save else None)
     return o, state, saved
 
 
-def _backward(
-    q_BTQK: torch.Tensor,
-    k_BTHK: torch.Tensor,
-    v_BTHV: torch.Tensor,
-    g: Maybe,
-    beta_BTH: Maybe,
-    initial_state: Maybe,
-    cu_seqlens: Maybe,
-    by_value: bool,
-    scale: float,
-    saved: torch.Tensor,
-    grad_o: Maybe,
-    grad_state: Maybe,
-) -> list[torch.Tensor]:
-    """Return the gradients of q, k, v, g, beta and the initial state; none for an absent one."""
-    if grad_o is None:  # only the state was used
-        grad_o = q_BTQK.new_zeros(*q_BTQK.shape[:3], v_BTHV.shape[-1])
-    if grad_state is not None:
-        grad_state = grad_state.contiguous()
-    grads = [
-        None if x is None else torch.empty(x.shape, dtype=x.dtype)
-        for x in (q_BTQK, k_BTHK, v_BTHV, g, beta_BTH, initial_state)
-    ]
-    call = (q_BTQK, k_BTHK, v_BTHV, g, beta_BTH, cu_seqlens, by_value, scale)
-    load("recurrence").backward(*call, saved, _readable(grad_o), grad_state, *grads)
-    return [x for x in grads if x is not None]
+def _backward(grads: tuple[Maybe, ...], kept: tuple[Tensor, ...], call: Call) -> list[Maybe]:
+    """Return the gradients of q, k, v, g, beta and the initial state; None of an absent one."""
+    do, dstate = grads
+    if do is None:  # only the state was used
+        do = call.q.new_zeros(*call.q.shape[:3], call.v.shape[-1])
+    if dstate is not None:
+        dstate = dstate.contiguous()
+    found = [None if x is None else torch.empty(x.shape, dtype=x.dtype) for x in call[:6]]
+    shared = (*call[:5], call.cu, call.by_value, call.scale)
+    load("recurrence").backward(*shared, *kept, _readable(do), dstate, *found)
+    return found
 
 
-def _in_place(grads: list[torch.Tensor], tensors: tuple[Maybe, ...]) -> list[Maybe]:
-    """Return the gradients of all arguments: None where an input is None or has none."""
-    left = iter(grads)
-    return [*(None if x is None else next(left) for x in tensors), None, None, None]
+_traced = define(
+    "lowline::recurrence", Call, _forward, _outputs, _backward,
+    gradients=6, returns=3, differentiable=2, kept=(2,), devices="cpu",
+)  # fmt: skip
 
 
 class _Recurrence(torch.autograd.Function):
+    """The same without the dispatch of an operator, where nothing is traced."""
+
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        o, state, saved = _forward(*args, True)  # type: ignore[call-arg]
-        ctx.save_for_backward(*args[:7], saved)
-        ctx.options = args[7:]
+    def forward(ctx: Any, *call: Any) -> tuple[Tensor, Tensor]:
+        o, state, saved = _forward(Call(*call))
+        ctx.save_for_backward(*call[:7], saved)
+        ctx.options = call[7:]
         ctx.set_materialize_grads(False)
         return o, state
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_o: Maybe, grad_state: Maybe) -> tuple[Maybe, ...]:
+    def backward(ctx: Any, *grads: Maybe) -> tuple[Maybe, ...]:
         *tensors, saved = ctx.saved_tensors
-        grads = _backward(  # type: ignore[call-arg]
-            *tensors, *ctx.options, saved, grad_o, grad_state
-        )
-        return tuple(_in_place(grads, tuple(tensors[:6])))
-
-
-# ------------------------------------------------- the same, opaque to torch.compile's tracing
-
-
-@torch.library.custom_op("lowline::recurrence_forward", mutates_args=())
-def _traced_forward(
-    q_BTQK: torch.Tensor,
-    k_BTHK: torch.Tensor,
-    v_BTHV: torch.Tensor,
-    g: torch.Tensor | None,
-    beta_BTH: torch.Tensor | None,
-    initial_state: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    by_value: bool,
-    scale: float,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    tensors = (q_BTQK, k_BTHK, v_BTHV, g, beta_BTH, initial_state, cu_seqlens)
-    return _forward(*tensors, by_value, scale, save)
-
-
-@_traced_forward.register_fake
-def _(q, k, v, g, beta, initial, cu_seqlens, by_value, scale, save):
-    return _outputs(q, v, cu_seqlens, by_value, save)
-
-
-@torch.library.custom_op("lowline::recurrence_backward", mutates_args=())
-def _traced_backward(
-    q_BTQK: torch.Tensor,
-    k_BTHK: torch.Tensor,
-    v_BTHV: torch.Tensor,
-    g: torch.Tensor | None,
-    beta_BTH: torch.Tensor | None,
-    initial_state: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    by_value: bool,
-    scale: float,
-    saved: torch.Tensor,
-    grad_o: torch.Tensor | None,
-    grad_state: torch.Tensor | None,
-) -> list[torch.Tensor]:
-    tensors = (q_BTQK, k_BTHK, v_BTHV, g, beta_BTH, initial_state, cu_seqlens)
-    return _backward(*tensors, by_value, scale, saved, grad_o, grad_state)
-
-
-@_traced_backward.register_fake
-def _(q, k, v, g, beta, initial, cu_seqlens, by_value, scale, saved, grad_o, grad_state):
-    present = [x for x in (q, k, v, g, beta, initial) if x is not None]
-    return [x.new_empty(x.shape) for x in present]
-
-
-def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:7], output[2])
-    ctx.options = inputs[7:9]
-
-
-def _differentiate(ctx: Any, grad_o: Maybe, grad_state: Maybe, _: Maybe) -> tuple[Maybe, ...]:
-    *tensors, saved = ctx.saved_tensors
-    grads = _traced_backward(*tensors, *ctx.options, saved, grad_o, grad_state)
-    return (*_in_place(grads, tuple(tensors[:6])), None)
-
-
-_traced_forward.register_autograd(_differentiate, setup_context=_set_up)
+        found = _backward(grads, (saved,), Call(*tensors, *ctx.options))
+        return (*found, None, None, None, None)

@@ -14,55 +14,120 @@ not cover or that do not fit each other.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from lowline.kernels.cpu import load
+from lowline.kernels.triton_tools.custom_op import define
 from lowline.kernels.window.state import WindowState
 
-Maybe = torch.Tensor | None
+Maybe = Tensor | None
 
 BLOCK = 64
 
 
+class Call(NamedTuple):
+    """The arguments of the kernel, those with a gradient first."""
+
+    q: Tensor  # (B, T, H, D)
+    k: Tensor  # (B, U, G, D)
+    v: Tensor  # (B, U, G, V)
+    phi_q: Tensor  # (B, T, H, F)
+    phi_k: Tensor  # (B, U, P, F)
+    sink_k: Tensor  # (N, s, G, D)
+    sink_v: Tensor  # (N, s, G, V)
+    gamma: Tensor  # (H,)
+    lam: Tensor  # (H,)
+    S: Tensor  # (N, P, F, V + 1)
+    length: Tensor  # (N,)
+    cu: Tensor | None
+    window: int
+    prefix: int
+    scale: float
+    keep: bool  # the sums before each block
+
+
 def attend(
-    q_BTHD: torch.Tensor,
-    k_BUGD: torch.Tensor,
-    v_BUGV: torch.Tensor,
-    phi_q_BTHF: torch.Tensor,
-    phi_k_BUPF: torch.Tensor,
-    sink_k_NsGD: torch.Tensor,
-    sink_v_NsGV: torch.Tensor,
-    window_factor_H: torch.Tensor,
-    linear_factor_H: torch.Tensor,
-    S_NPFW: torch.Tensor,
-    length_N: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
+    q_BTHD: Tensor,
+    k_BUGD: Tensor,
+    v_BUGV: Tensor,
+    phi_q_BTHF: Tensor,
+    phi_k_BUPF: Tensor,
+    sink_k_NsGD: Tensor,
+    sink_v_NsGV: Tensor,
+    window_factor_H: Tensor,
+    linear_factor_H: Tensor,
+    S_NPFW: Tensor,
+    length_N: Tensor,
+    cu_seqlens: Tensor | None,
     *,
     window: int,
     prefix: int,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Return (o_BTHV, S_NPFW); the arguments are `reference.attend`'s."""
     per_token = (q_BTHD, k_BUGD, v_BUGV, phi_q_BTHF, phi_k_BUPF)
     per_sequence = (sink_k_NsGD, sink_v_NsGV, window_factor_H, linear_factor_H, S_NPFW)
     tensors = [x.float() for x in (*per_token, *per_sequence)]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    call: Any = (*tensors, length_N, cu_seqlens, window, prefix, scale)
+    call = Call(*tensors, length_N, cu_seqlens, window, prefix, scale, keep)
     if torch.compiler.is_compiling():
-        o, S, _ = _traced_forward(*call, keep)
+        o, S, _ = _traced(call)
     elif keep:
         o, S = _Attention.apply(*call)
     else:
-        o, S, _ = _forward(*call, keep)  # type: ignore[call-arg]
+        o, S, _ = _forward(call)
     return o.to(q_BTHD.dtype), S
 
 
+def _outputs(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate o, the sum after the last token, and (with `keep`) the sums before each block."""
+    N, T, S = len(call.length), call.q.shape[1], call.S
+    if call.cu is None:
+        blocks = N * (-(-(call.prefix + T) // BLOCK) - call.prefix // BLOCK)
+    else:
+        blocks = T // BLOCK + 2 * N  # at most; the boundaries are not known here
+    o = call.q.new_empty(*call.q.shape[:3], call.v.shape[3])
+    return o, S.new_empty(S.shape), S.new_empty(blocks if call.keep else 0, *S.shape[1:])
+
+
+def _forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _outputs(call)
+    load("window").forward(*_dense(call[:10]), *call[10:15], *outputs)
+    return outputs
+
+
+def _backward(grads: tuple[Maybe, ...], kept: tuple[Tensor, ...], call: Call) -> list[Maybe]:
+    """Return the gradients of q ... S."""
+    do, dS = grads
+    if do is None:
+        do = call.q.new_zeros(*call.q.shape[:3], call.v.shape[3])
+    dS = (torch.zeros_like(call.S) if dS is None else dS).clone(
+        memory_format=torch.contiguous_format
+    )
+    found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in call[:7]]
+    factors = [call.q.new_empty(len(call.length), call.q.shape[2]) for _ in range(2)]
+    load("window").backward(
+        *_dense(call[:10]), *call[10:15], *kept, *_dense([do]), *found, *factors, dS
+    )
+    return [*found, *(x.sum(0) for x in factors), dS]
+
+
+_traced = define(
+    "lowline::window", Call, _forward, _outputs, _backward,
+    gradients=10, returns=3, differentiable=2, kept=(2,), devices="cpu",
+)  # fmt: skip
+
+
 class _Attention(torch.autograd.Function):
+    """The same without the dispatch of an operator, where nothing is traced."""
+
     @staticmethod
-    def forward(ctx: Any, *call: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        o, S, saved = _forward(*call, True)  # type: ignore[call-arg]
+    def forward(ctx: Any, *call: Any) -> tuple[Tensor, Tensor]:
+        o, S, saved = _forward(Call(*call))
         ctx.save_for_backward(*call[:12], saved)
         ctx.numbers = call[12:]
         ctx.set_materialize_grads(False)
@@ -70,152 +135,13 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, do: Maybe, dS: Maybe) -> tuple[Maybe, ...]:
-        *tensors, length, cu_seqlens, saved = ctx.saved_tensors
-        numbers: Any = ctx.numbers
-        grads = _backward(tensors, length, cu_seqlens, *numbers, saved, do, dS)  # type: ignore[call-arg]
-        return (*grads, *[None] * 5)
+    def backward(ctx: Any, *grads: Maybe) -> tuple[Maybe, ...]:
+        *tensors, saved = ctx.saved_tensors
+        found = _backward(grads, (saved,), Call(*tensors, *ctx.numbers))
+        return (*found, *[None] * 6)
 
 
-def _forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    phi_q: torch.Tensor,
-    phi_k: torch.Tensor,
-    sink_k: torch.Tensor,
-    sink_v: torch.Tensor,
-    window_factor: torch.Tensor,
-    linear_factor: torch.Tensor,
-    S: torch.Tensor,
-    length: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    window: int,
-    prefix: int,
-    scale: float,
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return o, the sum after the last token, and (with `keep`) the sums before each block."""
-    inputs = (q, k, v, phi_q, phi_k, sink_k, sink_v, window_factor, linear_factor, S)
-    outputs = _empty_outputs(q, v, S, length, cu_seqlens, prefix, keep)
-    load("window").forward(*_dense(inputs), length, cu_seqlens, window, prefix, scale, *outputs)
-    return outputs
-
-
-def _empty_outputs(
-    q: torch.Tensor,
-    v: torch.Tensor,
-    S: torch.Tensor,
-    length: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    prefix: int,
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    N, T = len(length), q.shape[1]
-    if cu_seqlens is None:
-        blocks = N * (-(-(prefix + T) // BLOCK) - prefix // BLOCK)
-    else:
-        blocks = T // BLOCK + 2 * N  # at most; the boundaries are not known here
-    return (
-        q.new_empty(*q.shape[:3], v.shape[3]),
-        S.new_empty(S.shape),
-        S.new_empty(blocks if keep else 0, *S.shape[1:]),
-    )
-
-
-_traced_forward = torch.library.custom_op(
-    "lowline::window_forward", _forward, mutates_args=(), device_types="cpu"
-)
-
-
-@_traced_forward.register_fake
-def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    phi_q: torch.Tensor,
-    phi_k: torch.Tensor,
-    sink_k: torch.Tensor,
-    sink_v: torch.Tensor,
-    window_factor: torch.Tensor,
-    linear_factor: torch.Tensor,
-    S: torch.Tensor,
-    length: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    window: int,
-    prefix: int,
-    scale: float,
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _empty_outputs(q, v, S, length, cu_seqlens, prefix, keep)
-
-
-def _backward(
-    inputs: list[torch.Tensor],
-    length: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    window: int,
-    prefix: int,
-    scale: float,
-    saved: torch.Tensor,
-    do: torch.Tensor | None,
-    dS: torch.Tensor | None,
-) -> list[torch.Tensor]:
-    """Return the gradients of the ten inputs, from those of o and of the sum after the last
-    token.
-    """
-    if do is None:
-        do = inputs[0].new_zeros(*inputs[0].shape[:3], inputs[2].shape[3])
-    S = torch.zeros_like(inputs[9]) if dS is None else dS
-    gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:7]]
-    H = inputs[0].shape[2]
-    factors = [inputs[0].new_empty(len(length), H) for _ in range(2)]
-    S = S.clone(memory_format=torch.contiguous_format)
-    load("window").backward(
-        *(*_dense(inputs), length, cu_seqlens, window, prefix, scale, saved),
-        *(*_dense([do]), *gradients, *factors, S),
-    )
-    return [*gradients, *(x.sum(0) for x in factors), S]
-
-
-_traced_backward = torch.library.custom_op(
-    "lowline::window_backward", _backward, mutates_args=(), device_types="cpu"
-)
-
-
-@_traced_backward.register_fake
-def _(
-    inputs: list[torch.Tensor],
-    length: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    window: int,
-    prefix: int,
-    scale: float,
-    saved: torch.Tensor,
-    do: torch.Tensor | None,
-    dS: torch.Tensor | None,
-) -> list[torch.Tensor]:
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    *tensors, cu_seqlens, window, prefix, scale, _ = inputs
-    ctx.save_for_backward(*tensors, output[2], cu_seqlens)
-    ctx.numbers = window, prefix, scale
-
-
-def _backward_of_forward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    *tensors, length, saved, cu_seqlens = ctx.saved_tensors
-    gradients = _traced_backward(
-        tensors, length, cu_seqlens, *ctx.numbers, saved, grads[0], grads[1]
-    )
-    return (*gradients, *[None] * 6)
-
-
-_traced_forward.register_autograd(_backward_of_forward, setup_context=_setup_context)
-
-
-def _dense(tensors: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+def _dense(tensors: Sequence[Any]) -> list[Tensor]:
     """Return the tensors as the kernels read them: contiguous features, sinks, factors, states."""
     per_token, rest = tensors[:5], tensors[5:]
     dense = [x if x.stride(-1) == 1 or x.shape[-1] == 0 else x.contiguous() for x in per_token]
@@ -229,18 +155,18 @@ def __getattr__(name: str) -> Any:
 
 
 def decode(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    phi_q: torch.Tensor,
-    phi_k: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
     state: WindowState,
-    window_factor: torch.Tensor,
-    linear_factor: torch.Tensor,
+    window_factor: Tensor,
+    linear_factor: Tensor,
     scale: float,
     *,
     take_in: bool,
-) -> torch.Tensor:
+) -> Tensor:
     """Return the outputs (B, T, H, V) of a block; with `take_in`, of a token that enters the
     state first.
     """
@@ -250,10 +176,10 @@ def decode(
 
 def advance(
     state: WindowState,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    phi_k: torch.Tensor,
-    accepted: torch.Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi_k: Tensor,
+    accepted: Tensor,
 ) -> None:
     """Move row b of the state over the first accepted[b] tokens."""
     push = _advance_op if torch.compiler.is_compiling() else _advance
@@ -261,23 +187,23 @@ def advance(
 
 
 def _decode(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    phi_q: torch.Tensor,
-    phi_k: torch.Tensor,
-    ring_k: torch.Tensor,
-    ring_v: torch.Tensor,
-    ring_phi: torch.Tensor,
-    sink_k: torch.Tensor,
-    sink_v: torch.Tensor,
-    S: torch.Tensor,
-    length: torch.Tensor,
-    window_factor: torch.Tensor,
-    linear_factor: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    ring_phi: Tensor,
+    sink_k: Tensor,
+    sink_v: Tensor,
+    S: Tensor,
+    length: Tensor,
+    window_factor: Tensor,
+    linear_factor: Tensor,
     scale: float,
     take_in: bool,
-) -> torch.Tensor:
+) -> Tensor:
     tokens = _dense((q, k, v, phi_q, phi_k))
     state = (ring_k, ring_v, ring_phi, sink_k, sink_v, S, length)
     rest = (state, window_factor.contiguous(), linear_factor.contiguous(), scale)
@@ -289,17 +215,17 @@ def _decode(
 
 
 def _advance(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    phi_k: torch.Tensor,
-    ring_k: torch.Tensor,
-    ring_v: torch.Tensor,
-    ring_phi: torch.Tensor,
-    sink_k: torch.Tensor,
-    sink_v: torch.Tensor,
-    S: torch.Tensor,
-    length: torch.Tensor,
-    accepted: torch.Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi_k: Tensor,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    ring_phi: Tensor,
+    sink_k: Tensor,
+    sink_v: Tensor,
+    S: Tensor,
+    length: Tensor,
+    accepted: Tensor,
 ) -> None:
     load("window").advance(
         *_dense((k, v, phi_k)),

@@ -104,7 +104,7 @@ def test_every_operator_has_a_name_of_its_own() -> None:
         for path in folder.rglob("*.py")
         for n in re.findall(r'"(lowline::\w+)"', path.read_text())
     ]
-    assert len(names) >= 15  # each with a derivative, most of them defined with it
+    assert len(names) >= 12  # `define` registers the derivative of all but decoding's two
     assert sorted(names) == sorted(set(names))
 
 
