@@ -412,6 +412,14 @@ def test_an_export_to_a_used_folder_is_refused_before_torch_is_imported(tmp_path
     check_output(tmp_path, True)
 
 
+def test_training_stages_ends_with_the_next_step(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("lowline.tools.commands.train.start", lambda *args, **options: 0)
+    assert main(["train", "lolcats_smollm2_135m", "--output=out"]) == 0
+    assert capsys.readouterr().out == "try it   lowline generate out/model 'Once upon a time'\n"
+    assert main(["train", "demo_cola"]) == 0  # its run prints the next step itself
+    assert capsys.readouterr().out == ""
+
+
 def test_a_dry_run_names_a_batch_that_divides(capsys) -> None:
     given = ["--dry-run=64", "--training.global_batch_size=512", "--training.local_batch_size=16"]
     assert main(["train", "demo_cola", *given]) == 2

@@ -99,18 +99,18 @@ def bench_decode(
 
     Args:
         model: A converted model: a directory or a hub id.
-        teacher: What it was made of; default: what it names.
+        teacher: The model it was converted from; default: the one it names.
         part: Which measurements.
         contexts: Tokens before those that are decoded.
         batch: Sequences that are decoded at once.
         prompt: Tokens of the prompt that is read.
         new: Tokens that are decoded in a turn.
         repeats: Turns; medians are over these. A prompt takes two of them.
-        threads: Threads of an operator.
+        threads: Threads per operator.
         clock: Which time to print and draw: elapsed, or the processor's
             (`lowline.tools.bench.timing`).
         max_gb: The largest cache of the teacher that is measured.
-        dtype: To compute in.
+        dtype: The type that is computed in.
         json: A file for the numbers.
         plot: A PNG, PDF or SVG file to draw time and memory against the context in.
 

@@ -46,7 +46,7 @@ def bench_linearize(
     Args:
         config: A file of stages, or the name of one that `lowline configs` lists.
         repeats: Turns; medians are over these.
-        threads: Threads of an operator.
+        threads: Threads per operator.
         json: A file for the numbers.
         overrides: Keys of the configuration.
 

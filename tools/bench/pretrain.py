@@ -65,10 +65,10 @@ def bench_pretrain(
     Args:
         part: The blocks, the trainer, or all.
         shape: A published size; its blocks are built.
-        tokens: Tokens per step of the blocks, a multiple of the recipe's 256 a sequence.
+        tokens: Tokens per step of the blocks, a multiple of 256, a sequence of the recipe.
         layers: Number of blocks.
         repeats: Turns; medians are over these.
-        threads: Threads of an operator.
+        threads: Threads per operator.
         json: A file for the numbers.
 
     Returns:

@@ -118,26 +118,26 @@ def evaluate(
         models: Hugging Face directories, hub ids or GGUF files, converted or not.
         tasks: perplexity, second-copy, passkey, needle, shares; piqa; tasks of lm-eval or YAML
             files in its format. Default: the first five.
-        quick: Ask less where nothing else is said: a few minutes for a small model on a CPU.
+        quick: Smaller defaults, which take a small model a few minutes on a CPU.
         suite: "long" asks how memories of as many bytes compare: perplexity on the starts of long
             documents, a row each, and copying over a distance of text; beside the converted models
             there is eviction by attention received, too.
-        teacher: What the converted models were made of; default: what they name.
+        teacher: The model they were converted from; default: the one they name.
         baselines: Evaluate teacher and windows beside a converted model.
         text: For perplexity: a .txt, .jsonl or .parquet file; default: the held-out part of
             Python's own documentation.
         text_key: The column of text.
-        tokens: At most so many of it.
-        contexts: Lengths of its rows.
-        distances: From a random string to its second copy, in tokens.
+        tokens: At most so many tokens of the text.
+        contexts: Lengths of the rows that the text is cut into.
+        distances: From a random string to its second copy, in tokens; at least 32, its length.
         lengths: Tokens of a prompt that hides a pass key or a needle.
-        depths: Where it is hidden, from 0 (at the start) to 1.
+        depths: Where the key or needle is hidden, from 0 (at the start) to 1.
         samples: Random strings of each distance, prompts of each length and depth.
         piqa: A file of JSON lines with goal, sol1, sol2 and label, for the task piqa.
         limit: The first so many items of piqa and of each task of lm-eval.
-        batch_tokens: What goes through a model at once.
-        dtype: To compute in.
-        seed: Of everything random.
+        batch_tokens: Tokens that go through a model at once.
+        dtype: The type that is computed in.
+        seed: The seed of everything random.
         output: The directory for results.json and plots; a later call adds to what is there.
 
     Returns:

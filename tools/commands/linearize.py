@@ -52,7 +52,7 @@ def linearize(
     Args:
         source: A hub id, a directory or a GGUF file; default: the configuration's.
         config: A TOML file with stages, or the name of one that `lowline configs` lists.
-        processes: Processes on this machine; default: one a GPU, or one.
+        processes: Processes on this machine; default: one per GPU, or one.
         dry_run: Print sizes, FLOPs and memory of every stage and stop; with a number, those on so
             many GPUs.
         block_size: Run transfer stages in blocks of so many layers, for models that are too large

@@ -14,6 +14,7 @@ from typing import Any
 from lowline.command_line import Keys, Positional
 from lowline.errors import LowlineError
 from lowline.hub import check_source
+from lowline.tools.commands.export import next_step
 from lowline.train.__main__ import DryRun, one_file, print_sizes, read
 from lowline.train.__main__ import train as train_here
 
@@ -37,7 +38,7 @@ def train(
         file: A TOML file, or the name of one that `lowline configs` lists.
         config: The same, as an option.
         source: What a file with stages converts: a hub id, a directory or a GGUF file.
-        processes: Processes on this machine, one a GPU.
+        processes: Processes on this machine, one per GPU.
         dry_run: Print sizes, FLOPs and memory and stop; with a number, those on so many GPUs.
         overrides: Keys of the configuration.
 
@@ -47,7 +48,13 @@ def train(
     from lowline.train.config.shipped import find_config
 
     path = find_config(one_file(file, config))
-    return start(path, processes, overrides, dry_run=dry_run, source=source)
+    code = start(path, processes, overrides, dry_run=dry_run, source=source)
+    if code == 0 and dry_run is None:
+        from lowline.train.config.stages import has_stages, load_stages
+
+        if has_stages(path):
+            print(next_step(load_stages(path, overrides).output / "model"))
+    return code
 
 
 def start(

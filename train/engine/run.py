@@ -225,12 +225,13 @@ def _summary(run: RunConfig, trainer: Trainer, resumed: Path | None) -> list[str
     layout = " x ".join(f"{name} {n}" for name, n in degrees.items() if n > 1) or "one process"
     accumulation = trainer.gradient_accumulation_steps
     flops = training_flops_of(run)
+    rows = "1 sequence" if t.global_batch_size == 1 else f"{t.global_batch_size} sequences"
     return [
         f"model    {model.total / 1e6:,.2f}M parameters, {kind}{memory}; "
         f"{flops / 1e6:,.1f} MFLOPs per token, {t.precision}",
         *_stage(run),
-        f"step     {t.global_batch_size * t.seq_len:,} tokens: {t.global_batch_size} sequences of "
-        f"{t.seq_len}" + (f", in {accumulation} microbatches" if accumulation > 1 else ""),
+        f"step     {t.global_batch_size * t.seq_len:,} tokens: {rows} of {t.seq_len}"
+        + (f", in {accumulation} microbatches" if accumulation > 1 else ""),
         f"devices  {dist.get_world_size()} x {trainer.device.type}: {layout}",
         f"output   {run.output}",
         *_changed(run, resumed),

@@ -124,7 +124,7 @@ def bench_kernels(
         backends: Which to time; default: torch and cpu, on a CUDA device torch and triton.
         device: Where; auto takes a CUDA device where there is one.
         repeats: Turns; medians are over these.
-        threads: Threads of an operator.
+        threads: Threads per operator.
         clock: Which time to print and draw: elapsed, or the processor's
             (`lowline.tools.bench.timing`).
         json: A file for the numbers.
