@@ -35,7 +35,8 @@ def plan_blockwise(
         model: a model of the conversions that come with lowline (llama3_8b, llama3_70b,
             llama3_405b, ...), a TOML file with a [model] table, a Hugging Face directory or hub id.
         block_size: Layers per block; a row for each. Default: 1 and 9, or all where there are
-            fewer. tokens: Tokens whose hidden states are stored.
+            fewer.
+        tokens: Tokens whose hidden states are stored.
         epochs: Passes over them.
         device: What trains.
         utilization: Part of its peak that is reached: an assumption, time follows from it.
