@@ -1,4 +1,4 @@
-# make demo   pretrain three small models and compare them      make test   the tests      make smoke   a few
+# make demo   pretrain small models to equal FLOPs, compare      make test   the tests      make smoke   a few
 # make demo-linearize   convert a real 135M Llama, evaluate it, decode beside its teacher
 # make docs   the documentation site, in build/site
 # make lint   ruff and mypy      make test-slow, make test-gpu  the marked tests

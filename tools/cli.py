@@ -86,7 +86,8 @@ COMMANDS = {
         "tools.bench.kernels.run:bench_kernels", "time the kernels and measure their memory"
     ),
     "demo": Command(
-        "tools.commands.demo:demo", "pretrain dense, CoLA and CoLA-M models and compare them"
+        "tools.commands.demo:demo",
+        "pretrain dense and low-rank models to equal FLOPs and compare them",
     ),
     "demo linearize": Command(
         "tools.commands.demo_linearize:demo_linearize",

@@ -12,6 +12,7 @@ import torch
 
 from lowline.cola.accounting import flops_per_token, parameters
 from lowline.train.config.load import ConfigError, known_keys, load_config, to_toml
+from lowline.train.config.optimizer import MuonConfig
 from lowline.train.config.run import RunConfig
 from lowline.train.cost.dry_run import dry_run
 from lowline.train.cost.memory import shape_of
@@ -35,7 +36,9 @@ PARAMETERS = {
     "shrunk_60m": 39.18,
     "linear_60m": 42.77,
 }
-PARAMETERS |= {f"colam_{size}": PARAMETERS[f"cola_{size}"] for size in SIZES}
+PARAMETERS |= {
+    f"{kind}_{size}": PARAMETERS[f"cola_{size}"] for kind in ("cola2", "colam") for size in SIZES
+}
 # size: learning rate, steps, warm-up, the SwiGLU's own non-linearity
 RECIPE = {
     "60m": (6e-3, 10_000, 2_000, "silu"),
@@ -44,7 +47,7 @@ RECIPE = {
     "1b": (2e-3, 100_000, 10_000, "identity"),
     "7b": (1e-3, 150_000, 15_000, "identity"),
 }
-DEMOS = {"demo_dense", "demo_cola", "demo_colam", "demo_linear", "demo_shrunk"}
+DEMOS = {f"demo_{kind}" for kind in ("dense", "cola", "cola2", "colam", "linear", "shrunk")}
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.toml"))
 
 
@@ -109,6 +112,19 @@ def test_pairs_differ_in_what_they_compare(size: str) -> None:
     same = dict(cola=dense.cola, optimizer=dense.optimizer)
     mlp = dataclasses.replace(cola.model, mlp_activation="silu")
     assert without(cola, model=mlp, **same) == without(dense)
+
+
+@pytest.mark.parametrize("size", [*SIZES, "demo"])
+def test_cola2_differs_in_how_it_learns(size: str) -> None:
+    names = ("demo_cola", "demo_cola2") if size == "demo" else (f"cola_{size}", f"cola2_{size}")
+    cola, cola2 = (config(name) for name in names)
+    assert without(cola2, cola=cola.cola, optimizer=cola.optimizer) == without(cola)
+    assert dataclasses.replace(cola2.cola, init="published") == cola.cola
+    o = cola2.optimizer
+    assert isinstance(o, MuonConfig)
+    assert (o.lr, o.betas, o.weight_decay) == (cola.optimizer.lr, (0.9, 0.999), 0.01)
+    wanted = 2e-3 if size == "demo" else cola.optimizer.lr / 3
+    assert o.muon_lr == pytest.approx(wanted, rel=0.06)  # written with one digit or two
 
 
 def test_controls() -> None:
@@ -435,7 +451,7 @@ def test_the_files_are_short() -> None:
     lines = {path: len(path.read_text().splitlines()) for path in CONFIGS.rglob("*.toml")}
     assert sum(lines.values()) <= 1000
     runs = [path for path in lines if path.parent in (CONFIGS, CONFIGS / "linearize")]
-    assert len(runs) == 56 and max(lines[path] for path in runs) <= 25
+    assert len(runs) == 63 and max(lines[path] for path in runs) <= 25
 
 
 def test_a_conversion_is_sent_to_its_command() -> None:

@@ -228,31 +228,54 @@ def trainer_step(run: RunConfig, stack: ExitStack) -> tuple[Callable[[], None], 
     return step, trainer
 
 
-def bare_step(run: RunConfig, batch: Any) -> Callable[[], None]:
-    """Return the same training step in plain PyTorch: one batch in memory, AdamW, clipping, a
-    schedule.
+def model_step(run: RunConfig, batch: Any = None) -> Callable[[], Any]:
+    """Return a function that runs forward + backward of a run's model and returns the model.
+
+    Without a batch, the inputs are random tokens of as many sequences as a step of the run has.
     """
     import torch
     import torch.nn.functional as F
 
+    from lowline.train.engine.titan_compat import prepare
+
+    prepare()
     from lowline.train.model.build import build_model_config
 
     model = build_model_config(run).build()
     with torch.no_grad():
         model.init_states()
-    o = run.optimizer
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay,
-        fused=True,
-    )  # fmt: skip
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    if batch is None:
+        shape = run.training.global_batch_size, run.training.seq_len
+        tokens = torch.randint(run.model.vocab_size, shape)
+        positions = torch.arange(run.training.seq_len).expand(shape).contiguous()
+        batch = {"input": tokens, "positions": positions}, tokens
     inputs, labels = batch
 
-    def step() -> None:
-        optimizer.zero_grad()
+    def step() -> Any:
+        model.zero_grad()
         logits = model(inputs["input"], positions=inputs["positions"])
         F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), run.training.max_norm)
+        return model
+
+    return step
+
+
+def bare_step(run: RunConfig, batch: Any) -> Callable[[], None]:
+    """Return the same training step in plain PyTorch: one batch in memory, AdamW, clipping, a
+    schedule.
+    """
+    import torch
+
+    backward, o = model_step(run, batch), run.optimizer
+    parameters = list(backward().parameters())
+    optimizer = torch.optim.AdamW(
+        parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+    def step() -> None:
+        backward()
+        torch.nn.utils.clip_grad_norm_(parameters, run.training.max_norm)
         optimizer.step()
         schedule.step()
 
