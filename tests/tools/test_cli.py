@@ -311,6 +311,9 @@ def test_mistakes_import_nothing_slow() -> None:
         "linearize": "--config is missing",
         "generate a b --max-tokens=3": "did you mean --max-new-tokens?",
         "configs cola_60n": "did you mean cola_60m",
+        "configs /": "/: a folder, not a TOML file",
+        "inspect rank . --text=no-text": "text = no-text: not a readable UTF-8 file",
+        "import . --output=/": "/ exists; give another output",
         "export a": "missing: OUTPUT",
         "trian x": "did you mean `lowline train`?",
     }

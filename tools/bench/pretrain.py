@@ -308,7 +308,7 @@ def print_blocks(result: dict[str, Any], threads: int) -> None:
             f"{result['speedup'][name]['wall']:.2f}",
         ]  # fmt: skip
     title = (
-        f"{result['layers']} blocks of {result['shape']}, {result['tokens']} tokens, fp32, "
+        f"{result['layers']} block(s) of {result['shape']}, {result['tokens']} tokens, fp32, "
         f"{threads} thread(s), forward + backward, medians of {result['repeats']}"
     )
     print_table(console, title, columns, rows)

@@ -11,8 +11,9 @@ has the definition). A table, and if asked for a plot and the numbers as JSON.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
@@ -84,8 +85,10 @@ def inspect_rank(
     if not 0.0 < alpha < 1.0:
         raise LowlineError(f"alpha = {alpha}; the fraction of energy lies between 0 and 1")
     check_plot(plot)
+    check_source(checkpoint)
+    documents = read_text(text)
     model, tokenizer = load_model(checkpoint)
-    rows = token_rows(tokenizer, read_text(text), tokens, seq_len)
+    rows = token_rows(tokenizer, documents, tokens, seq_len)
     ranks = measure(model, rows, alpha, which)
     print_ranks(ranks, tokens, alpha, which)
     report = {
@@ -107,7 +110,6 @@ def load_model(checkpoint: str) -> tuple[Any, Any]:
     Raises:
         ValueError: there is no such model, or transformers cannot read it.
     """
-    check_source(checkpoint)
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -135,22 +137,21 @@ def load_model(checkpoint: str) -> tuple[Any, Any]:
     return model.eval().to(device), tokenizer
 
 
-def read_text(path: Path | None) -> Iterator[str]:
-    """Yield the documents to run on: a file as one, or the embedded held-out ones."""
+def read_text(path: Path | None) -> Iterable[str]:
+    """Return the documents to run on: a file as one, or the embedded held-out ones."""
     if path is None:
         from lowline.train.data.embedded import embedded_documents
 
-        yield from embedded_documents("validation")
-        yield from embedded_documents("train")  # where a large model asks for more
-        return
+        # A large model asks for more than the held-out ones have.
+        return chain.from_iterable(map(embedded_documents, ("validation", "train")))
     try:
-        yield path.read_text(encoding="utf-8")
+        return [path.read_text(encoding="utf-8")]
     except (OSError, UnicodeDecodeError) as error:
-        raise LowlineError(f"text = {path}; a UTF-8 text file that can be read: {error}") from None
+        raise LowlineError(f"text = {path}: not a readable UTF-8 file: {error}") from None
 
 
 def token_rows(
-    tokenizer: Any, documents: Iterator[str], tokens: int, seq_len: int
+    tokenizer: Any, documents: Iterable[str], tokens: int, seq_len: int
 ) -> list[torch.Tensor]:
     """Exactly `tokens` tokens as rows of (1, seq_len), the last one shorter.
 

@@ -34,7 +34,8 @@ def find_config(name: str) -> Path:
         return known[bare]
     near = difflib.get_close_matches(bare, known, n=3)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
+    what = "a folder, not a TOML file" if Path(name).is_dir() else "no such file"
     raise ConfigError(
-        f"{name}: no such file (working directory {Path.cwd()}); {hint}"
+        f"{name}: {what} (working directory {Path.cwd()}); {hint}"
         "`lowline configs` lists those that come with lowline"
     )
