@@ -189,7 +189,7 @@ def saved_by_block(
     positions: bool = True,
     tp: int = 1,
 ) -> Saved:
-    """Return what one block keeps, a token.
+    """Return what one block keeps per token.
 
     Args:
         device: a CPU has no fused RMSNorm and keeps the normalized input twice.
@@ -203,7 +203,7 @@ def saved_by_block(
         return _saved_selectively(shape, device, tp)
     if policy == "cola-m":
         ranks = shape.ranks
-        inside = sum(ranks[name] for name in (*QKV, *MLP_IN))  # gathered: whole
+        inside = sum(ranks[name] for name in (*QKV, *MLP_IN))  # gathered: complete
         ends = ranks["o"] + ranks["down"] + 2 * d
         return Saved(elements=inside + ends / tp)
     saved = _saved_by_norm(d, device, tp) + _saved_by_norm(d, device, tp)
@@ -213,7 +213,7 @@ def saved_by_block(
         split = tp if PROJECTIONS[name].split == "input" else 1
         kept = _SAVED_BY_ACTIVATION[shape.activation]
         saved += Saved(elements=kept * shape.ranks[name] / split)
-    # Attention: q and k behind the rotary embedding, v, its output, one statistic a head.
+    # Attention: q and k after the rotary embedding, v, its output, one statistic per head.
     saved += Saved(elements=(2 * q + 2 * k) / tp, fp32=shape.n_heads / tp)
     if positions:
         saved += Saved(fp32=2 * shape.head_dim)
@@ -227,9 +227,7 @@ def saved_by_block(
 
 
 def saved_by_head(shape: Shape, *, device: Device = "cuda", tp: int = 1) -> Saved:
-    """Return what the last norm and the output projection keep, a token; the loss is not among
-    it.
-    """
+    """Return what the last norm and the output projection keep per token, without the loss."""
     gathered = Saved(elements=shape.dim)  # the output projection's input
     return gathered + _saved_by_norm(shape.dim, device, tp)
 
@@ -242,7 +240,7 @@ def saved_by_model(
     positions: bool = True,
     tp: int = 1,
 ) -> Saved:
-    """Return what the whole model keeps, a token, without the loss and the mask of masked
+    """Return what the complete model keeps per token, without the loss and the mask of masked
     attention.
     """
     saved = saved_by_head(shape, device=device, tp=tp)
@@ -322,7 +320,7 @@ def _normed_input(shape: Shape, names: tuple[str, ...], tp: int) -> float:
     """Return the elements of norm(x) that the projections `names` keep as their input.
 
     A reads a rank's own part of the sequence. A dense projection reads all of it: torchtitan's
-    block gathers once for all its projections, a block that has bottlenecks for each.
+    block gathers once for all its projections, a block with bottlenecks once for each.
     """
     dense = [name for name in names if not shape.ranks[name]]
     part = shape.dim / tp if len(dense) < len(names) else 0.0

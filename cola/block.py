@@ -20,7 +20,7 @@ gradients are equal to the last bit in a deterministic precision. No A runs twic
 recomputation at the last tensor the backward pass needs, which is the input of the closing GEMM,
 and where several A's close a piece their outputs, which are kept anyway, stand in for the earlier.
 
-For n tokens that keeps 2nd + 7nr elements a layer and recomputes 6nrd + 4nr·ffn FLOPs beside the
+For n tokens that keeps 2nd + 7nr elements per layer and recomputes 6nrd + 4nr·ffn FLOPs besides the
 attention. At r = d/4 and ffn = 2.69d (tests/cola/test_cola_memory.py counts them):
 
                                 kept between the passes     recomputed

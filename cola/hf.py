@@ -96,7 +96,7 @@ class CoLAConfig(LlamaConfig):
 
 
 class CoLADecoderLayer(LlamaDecoderLayer):
-    """Llama's block, its projections low-rank where `config.ranks` says so."""
+    """Llama's block, its projections low-rank where `config.ranks` has them."""
 
     def __init__(self, config: CoLAConfig, layer_idx: int):
         super().__init__(config, layer_idx)

@@ -26,7 +26,7 @@ def set_cola_sharding(block: ColaBlock.Config) -> None:
     z, is that part. A of q, k, v, gate, up and σ run on it; σ(z) is gathered to the full sequence
     and B is split by output feature. A of o and down is split by input feature; its partial sums
     are reduced to a part of the sequence *before* σ, and B runs on that part. So everything sent is
-    r wide, 7r elements a token and direction where the dense block sends 4d (BOOST, 2512.12131);
+    r wide, 7r elements per token and direction where the dense block sends 4d (BOOST, 2512.12131);
     CoLA-M gathers 5r once more in the backward pass.
     """
     part, whole = dense_sequence_parallel_placement(), dense_activation_placement(tp=spmd.R)

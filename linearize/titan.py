@@ -187,7 +187,7 @@ class MixerAttention(GQAttention):
         k_BLNH: torch.Tensor,
         v_BLNH: torch.Tensor,
     ) -> torch.Tensor:
-        """`weight_loss`, a token's mean: weights are what comes out where values are one-hot."""
+        """Return `weight_loss`'s mean over tokens: with one-hot values the outputs are weights."""
         assert inputs.transfer is not None
         counted_BL = inputs.transfer.counted
         length, width = x_BLD.shape[1], v_BLNH.shape[-1]

@@ -21,7 +21,7 @@ from lowline.errors import LowlineError
 
 @dataclass(frozen=True)
 class Packing:
-    """How a batch's tokens lie end to end, a sequence after the other, with padding left out."""
+    """How a batch's tokens lie end to end, sequence after sequence, without padding."""
 
     cu_seqlens: torch.Tensor  # (N + 1,), from 0 to L
     places: torch.Tensor | None  # (L,) in the flattened batch; None where all are tokens

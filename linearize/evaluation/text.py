@@ -75,7 +75,7 @@ class Text:
         articles: int,
         context: int,
     ) -> Text:
-        """Return the start of each of the first documents that have `context` tokens, a row each.
+        """Return the start of each of the first documents that have `context` tokens, one per row.
 
         Raises:
             ValueError: no document is that long.

@@ -1,7 +1,7 @@
 """What stands in for softmax attention: a mixer, between the q, k, v projections and o's.
 
-    o, state = mixer(q, k, v, rope=(cos, sin), x=x)               a whole sequence, or a first part
-    o, state = mixer(q, k, v, rope=..., x=x, state=state)         what follows it, at any split
+    o, state = mixer(q, k, v, rope=(cos, sin), x=x)            a complete sequence, or a first part
+    o, state = mixer(q, k, v, rope=..., x=x, state=state)      what follows it, at any split
 
 Both bodies (transformers' and torchtitan's) project, normalise q and k where the architecture does,
 and call a mixer with q and k *before* the rotary embedding, since some branches take them so. With
@@ -57,7 +57,7 @@ class Mixer(nn.Module):
             of the output, all else unchanged; states go on as they would.
         drop_window: where there are both: set it to True to have the linear part alone stand in for
             attention, over all tokens and at weight 1, so that it learns what the window would
-            hide from it (arXiv 2510.05901). Like dropout, of whole sequences in training mode only.
+            hide from it (arXiv 2510.05901). Like dropout, in training mode only.
     """
 
     options: Any = MixerOptions()

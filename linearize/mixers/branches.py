@@ -1,4 +1,4 @@
-"""The two branches that mixers are made of, whole or a token at a time, and their sum.
+"""The two branches of mixers, over sequences or token by token, and their sum.
 
     attend    softmax attention in a window, with or without a linear part below its denominator
     recur     a gated linear recurrence
@@ -168,7 +168,7 @@ def dropping_window(mixer: Mixer, state: State | None) -> bool:
     """
     dropping = mixer.drop_window and mixer.training
     if dropping and state is not None:
-        raise LowlineError("drop_window takes whole sequences; call without past_key_values")
+        raise LowlineError("drop_window takes complete sequences; call without past_key_values")
     return dropping
 
 

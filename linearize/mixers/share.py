@@ -23,7 +23,7 @@ from lowline.linearize.mixers.base import Mixer
 
 @contextmanager
 def recorded_shares(model: nn.Module) -> Iterator[dict[int, list[float]]]:
-    """Within, each forward of whole sequences adds the share of every mixer, by its layer.
+    """Within, each forward of complete sequences adds the share of every mixer, by its layer.
 
         with recorded_shares(model) as shares, torch.no_grad():
             model(ids, use_cache=False)
@@ -37,7 +37,7 @@ def recorded_shares(model: nn.Module) -> Iterator[dict[int, list[float]]]:
     def record(mixer: nn.Module, args: Any, how: dict[str, Any], out: Any) -> None:
         assert isinstance(mixer, Mixer)
         if how.get("state") is not None:
-            raise LowlineError("recorded_shares measures whole sequences; pass no past_key_values")
+            raise LowlineError("recorded_shares: complete sequences only; pass no past_key_values")
         shares.setdefault(mixer.shape.layer, []).append(_share(mixer, args, how, out[0]))
 
     mixers = [module for module in model.modules() if isinstance(module, Mixer)]

@@ -96,7 +96,7 @@ def test_window_dropped(case):
         assert torch.equal(run(mixer, given)[0], whole)
         mixer.train()
         dropped, _ = run(mixer, given)
-        with pytest.raises(ValueError, match="whole sequences"):
+        with pytest.raises(ValueError, match="complete sequences"):
             run(mixer, given, slice(0, 1), state=state)
     shared = {n: options[n] for n in ("features", "state_heads", "conv", "rotary") if n in options}
     if name == "lolcats":
@@ -145,7 +145,7 @@ def test_recorded_shares():
         for mixer in mixers:
             run(mixer, given)
         run(mixers[2], given)
-        with pytest.raises(ValueError, match="whole sequences"):
+        with pytest.raises(ValueError, match="complete sequences"):
             run(mixers[0], given, state=run(mixers[0], given)[1])
     assert shares[1] == [1.0] and shares[0] == [0.0] * 2
     with torch.no_grad():

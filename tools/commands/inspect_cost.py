@@ -1,4 +1,4 @@
-"""What one model shape costs: full rank, CoLA, CoLA-M and whole-block checkpointing side by side.
+"""What one model shape costs: full rank, CoLA, CoLA-M and block checkpointing side by side.
 
 lowline inspect cost configs/cola_1b.toml [--model.dim=1024] [--json costs.json]
 """

@@ -74,7 +74,7 @@ def inspect_rank(
         json: A file for the numbers.
 
     Returns:
-        One entry a projection, in the model's order.
+        One entry per projection, in the model's order.
 
     Raises:
         ValueError: no such model or text, a text of fewer tokens, or a number out of its range.

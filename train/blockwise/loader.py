@@ -84,7 +84,7 @@ class StoredLoader(BaseDataLoader):
     ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         parts = [x.split(self._local_batch) for x in (hidden_BTD, labels_BT, positions_BT)]
         for index, (hidden, labels, positions) in enumerate(zip(*parts, strict=True), 1):
-            if index == len(parts[0]):  # a step is in the state when the whole of it is handed out
+            if index == len(parts[0]):  # a step is in the state once all of it is handed out
                 self._step += 1
             yield {"input": hidden, "positions": positions}, labels
 
@@ -155,7 +155,7 @@ def check_stored(run: RunConfig) -> None:
         for number in range(m.shards):
             if not series.has(number):
                 raise ShardError(
-                    f"{series.path(number)} is missing; the command that writes {folder} goes on "
+                    f"{series.path(number)} is missing; the command that writes {folder} resumes "
                     "with it"
                 )
 

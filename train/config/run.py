@@ -1,7 +1,7 @@
 """The typed configuration of a run: what each TOML key means, its default and its limits.
 
 Precedence, merged in `lowline.train.config.load` and nowhere else: defaults < TOML file < command
-line. The whole is checked there before any process group starts. Sections are frozen dataclasses; a
+line. All of it is checked there before any process group starts. Sections are frozen dataclasses; a
 rule between two sections lives in `RunConfig.__post_init__`.
 """
 
@@ -50,13 +50,13 @@ class TrainingConfig:
     __pydantic_config__ = Strict
     decides = RUN
     steps: Positive
-    """Steps of the optimizer in the whole run."""
+    """Steps of the optimizer in the complete run."""
     seq_len: Positive
     """Tokens of a sequence."""
     global_batch_size: Positive
     """Sequences of a step, over all ranks."""
     local_batch_size: Annotated[Positive | None, NOTHING] = None
-    """Sequences that a rank passes through the model at once; its whole share without."""
+    """Sequences that a rank passes through the model at once; without, its share of the batch."""
     max_norm: PositiveNumber = 1.0
     """The norm above which gradients are scaled down to it."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
@@ -140,7 +140,7 @@ class MetricsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole run; each attribute is a table of the TOML file."""
+    """A run; each attribute is a table of the TOML file."""
 
     __pydantic_config__ = Strict
     decides = RUN
@@ -152,7 +152,7 @@ class RunConfig:
     tokenizer: Annotated[Name, DATA] = "embedded"
     """The tokenizer: "embedded" (4,096 tokens), a directory, a tokenizer.json, or a hub id."""
     activation_checkpoint: Annotated[Literal["none", "selective", "full"], NOTHING] = "none"
-    """torchtitan's recomputation in the backward pass, of whole blocks or of chosen operators."""
+    """torchtitan's recomputation in the backward pass: of complete blocks or chosen operators."""
     compile: Annotated[bool, NOTHING] = False
     """Whether every block is compiled by torch.compile."""
     cola: ColaConfig = field(default_factory=ColaConfig)
@@ -233,13 +233,13 @@ class RunConfig:
         return self.objective.trainable or ("mixers" if mixers_only else "all")
 
     def layers(self) -> range:
-        """Return the layers that the run's model has: the whole model's, or those of [block]."""
+        """Return the layers that the run's model has: all, or those of [block]."""
         if self.block is None:
             return range(self.model.n_layers)
         return range(self.block.first, self.block.last + 1)
 
     def mixer_layers(self, *, whole: bool = False) -> set[int]:
-        """Return the layers of the run's model, or of the whole, that have the mixer of [mixer].
+        """Return the layers of the run's model (`whole`: of all) that have the mixer of [mixer].
 
         Raises:
             ValueError: a pattern that does not fit the model, an unknown mixer or option.

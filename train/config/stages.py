@@ -220,7 +220,7 @@ def check_model(stages: Stages, model: dict[str, Any]) -> None:
     if wrong:
         raise ConfigError(
             f"{stages.path}: it is written for another model than the source: {', '.join(wrong)}. "
-            "Mend [model], or leave it out: it follows from the source"
+            "Correct [model], or leave it out: it follows from the source"
         )
 
 

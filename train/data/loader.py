@@ -246,7 +246,7 @@ def _step_of(part: _Step | LowlineError) -> _Step:
 
 
 def _outlive_signals(worker: int) -> None:
-    """Ignore what stops a run: signals go to its whole group, and the run ends its workers."""
+    """Ignore what stops a run: signals go to all of its group, and the run ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # not on macOS

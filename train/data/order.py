@@ -13,7 +13,7 @@ so an order of 10^9 documents starts and resumes at once.
 endless order too, permuted per epoch; within a shard documents keep their order. There are
 C = min(S, G) channels, and channel c reads the shards at places c, c+C, c+2C, ... With S >= G a
 lane has a channel of its own. With S < G the G/S neighbouring lanes of a channel share it: they
-take turns, and those of one process share one reader, so a shard is read once a process.
+take turns, and those of one process share one reader, so a shard is read once per process.
 
 A lane's place is a **cursor** (unit, number): unit is the epoch (indexed) or the shard's place in
 the endless order (streamed), number the document's in it. "Go on at (u, m)" means the lane's
@@ -39,7 +39,7 @@ Cursor = tuple[int, int]
 _ROUNDS = 6
 _MASK = (1 << 64) - 1
 # A lane that met no text in this many epochs' worth of tries (its shares of a shuffled order are
-# random) and at least so many tries is told so, instead of searching for ever.
+# random) and at least so many tries is an error, instead of an endless search.
 _PATIENCE_EPOCHS, _PATIENCE = 20, 100
 
 

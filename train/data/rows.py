@@ -6,7 +6,7 @@ from row to row. Kinds of files:
 - json: an object a line, blank lines left out; or one list of objects (or of texts) in the file,
   which is held in memory completely. Strings are taken as they stand; nothing becomes a date.
 - parquet, arrow: columns of strings of any kind (also dictionaries), or of lists of messages.
-- text: the whole file is one document, also where it is empty.
+- text: the file is one document, also where it is empty.
 """
 
 import json
@@ -38,7 +38,7 @@ def read_rows(file: str, kind: str, columns: Columns) -> Iterator[Row]:
         kind: "json", "parquet", "arrow" or "text".
 
     Raises:
-        LowlineError: the file as a whole cannot be read, or lacks a column.
+        LowlineError: the file cannot be read, or lacks a column.
     """
     return _READERS[kind](file, columns)
 

@@ -7,7 +7,7 @@ read front to back, nothing stored). `open_source` makes either from a `SourceCo
 - `dataset = "files"`: `path` is a file, a glob or a list of these, all of one kind; one document
   a row, for .txt one a *file* (`rows`). Indexed (`indexed`), or streamed with one shard a file. Or
   `path` is a directory written by `save_to_disk`; indexed.
-- `dataset = "hub"`: `path` is a dataset's id, such as "allenai/c4"; indexed (downloaded as a whole)
+- `dataset = "hub"`: `path` is a dataset's id, such as "allenai/c4"; indexed (downloaded completely)
   or streamed.
 
 Kinds of files: .jsonl, .json, .ndjson (these and .txt also as .gz, .bz2, .xz, .zst), .parquet,

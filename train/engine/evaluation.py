@@ -101,13 +101,13 @@ class Evaluator(BaseValidator):
         self.metrics.log_evaluation(step, means.pop("loss"), tokens, means)
 
     def loss(self, model_parts: list[nn.Module]) -> tuple[float, int]:
-        """(mean loss in nats per token, number of tokens) over the whole set, on every rank."""
+        """Return mean loss in nats per token and number of tokens of the set, on every rank."""
         means, tokens = self.means(model_parts)
         return means["loss"], tokens
 
     @torch.no_grad()
     def means(self, model_parts: list[nn.Module]) -> tuple[dict[str, float], int]:
-        """Return (what the objective measures, a token's mean; number of tokens), on every rank."""
+        """Return the objective's measure per token, and the number of tokens, on every rank."""
         if self.batches is None:
             rows = evaluation_rows(
                 open_source(self.source_config),

@@ -2,9 +2,9 @@
 
 A token attends to itself and to what precedes it in its own document. torchtitan's Flex and Varlen
 attention do that on GPUs only. `DocumentSDPA` does it with torch's scaled_dot_product_attention and
-a mask for the whole batch or, in memory that grows with L alone, document by document (`Bounds`),
-which is for code that is not compiled: every batch has other lengths. `FlashAttention` hands the
-documents' bounds to the flash-attn package.
+a mask for the complete batch or, in memory that grows with L alone, document by document
+(`Bounds`), which is for code that is not compiled: every batch has other lengths. `FlashAttention`
+hands the documents' bounds to the flash-attn package.
 
 Legend: B batch, L sequence length, N heads, H head dimension, T = B·L tokens end to end.
 """

@@ -88,6 +88,6 @@ def _shard_mixers(model: nn.Module, parallel_dims: ParallelDims, training: Train
         if isinstance(module, Mixer):
             mixer = fully_shard(module, mesh=parallel_dims.get_mesh(names), mp_policy=precision)
             # FSDP's own choice is what ran before: the block, whose weights no backward pass needs
-            # nor frees, so that the whole model came together. Itself stands for none.
+            # nor frees, so that the complete model was gathered. Itself stands for none.
             mixer.set_modules_to_backward_prefetch([previous or mixer])
             previous = mixer

@@ -36,7 +36,7 @@ class DistillSection(TeacherSection):
     kind: Literal["distill"] = "distill"
     """What the run minimizes."""
     logit_cache: Annotated[str | None, NOTHING] = None
-    """A folder that keeps the teacher's top_k logits of each token; the whole vocabulary, computed
+    """A folder that keeps the teacher's top_k logits of each token; the full vocabulary, computed
     by the teacher in every step, without."""
     top_k: Positive = 256
     """The most probable tokens that the cache keeps of each position; all others count as one."""

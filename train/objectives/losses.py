@@ -18,7 +18,7 @@ Divergence = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.T
 
 
 def full_logits(logits: torch.Tensor) -> torch.Tensor:
-    """Return logits of the whole vocabulary, of which each tensor-parallel rank has a part."""
+    """Return logits of the full vocabulary, of which each tensor-parallel rank has a part."""
     return logits.full_tensor() if isinstance(logits, DTensor) else logits
 
 

@@ -3,7 +3,7 @@
     Σ_t -log p(x_{t+1}) / N
 
 with N the labels of the step on all ranks, so that microbatches and ranks add up to the loss of the
-whole batch. Torch is imported where it is used: a configuration is checked without it.
+complete batch. Torch is imported where it is used: a configuration is checked without it.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ class WindowDropout:
 
     Step s of S leaves out a mixer's window with probability p · max(0, 1 - (s - 1) / (u · S)). What
     is drawn depends on the seed and the step alone, on every rank alike, and in a block's run as in
-    the whole model's.
+    the complete model's.
 
     Args:
-        before: mixers of the whole model that come before those of this one.
+        before: mixers of the complete model that come before those of this one.
     """
 
     def __init__(

@@ -14,11 +14,11 @@ Cases take turns and ratios are medians of the turns' own (`lowline.tools.bench.
 are cases of the same turns: a product in fp32 on each of torch's paths (the best counts) and a
 copy. On a CPU everything is fp32; on a CUDA device bf16, and the compiled backend is triton.
 
-FLOPs of the recurrence are those of its chunkwise form in chunks of C = 64, a token and head:
+FLOPs of the recurrence are those of its chunkwise form in chunks of C = 64, per token and head:
 
     forward   2C(K + V) + 4KV        backward   2C(3K + 2V) + 8KV
 
-with whole C x C squares, as GEMMs of whole chunks would compute them; a kernel that leaves out the
+with full C x C squares, as GEMMs of full chunks would compute them; a kernel that leaves out the
 masked half does fewer. A gate's own arithmetic is not counted.
 """
 
