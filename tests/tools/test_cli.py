@@ -153,7 +153,7 @@ def test_a_rank_that_fails_alone_is_heard(capsys, monkeypatch) -> None:
     monkeypatch.setattr("lowline.command_line.time.sleep", waited.append)
     monkeypatch.setenv("RANK", "3")
     assert command_line.run(raising(LowlineError("no space")), [], prog="lowline x") == 2
-    assert capsys.readouterr().err == "lowline x: rank 3: no space\n" and waited == [5.0]
+    assert capsys.readouterr().err == "lowline x: rank 3: no space\n" and waited == [20.0]
 
 
 def test_torchrun_ends_with_the_code_of_a_rank(monkeypatch) -> None:

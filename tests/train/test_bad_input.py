@@ -12,6 +12,7 @@ from helpers import training
 from helpers.processes import ENVIRONMENT, train_line
 
 from lowline.train.config.load import ConfigError, load_config
+from lowline.train.data.tokenizer import load_tokenizer
 from lowline.train.engine import lock, run
 from lowline.train.engine.lock import LOCK, alone
 
@@ -174,6 +175,31 @@ def test_data_of_another_order(capsys, trained, tmp_path):
     said = capsys.readouterr().err
     assert "Traceback" not in said, said
     assert "another order of documents" in said and "checkpoint.initial_weights" in said
+
+
+STRICT = (
+    "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if messages | length == 3 %}{{ raise_exception('two at most') }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["row", "conversation"])
+def test_what_training_reads_and_cannot_use_is_named(capsys, tmp_path, kind):
+    """A row of a stream, and a conversation that the template refuses, met in the first steps."""
+    good = {"text": "some words " * 40}
+    talk = [{"role": role, "content": "why " * 40} for role in ("user", "assistant", "user")]
+    rows = [good, good, {"id": 2}] if kind == "row" else [{"m": talk[:2]}, {"m": talk}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = load_tokenizer("embedded").hf
+    tokenizer.chat_template = STRICT
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    options = ["--data.streaming"] if kind == "row" else ["--data.messages_key=m"]
+    options += ["--data.dataset=files", f"--data.path={tmp_path}/d.jsonl", "--data.shuffle=false"]
+    options += [f"--tokenizer={tmp_path}/tokenizer", "--evaluation.enable=false"]
+    assert training.train_here(tmp_path / "run", *options, "--training.seq_len=16") == 1
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and f"{tmp_path}/d.jsonl, line {len(rows)}" in said
+    assert 'data.on_bad_row = "skip"' in said
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from lowline.errors import LowlineError
 
-PATIENCE = 5.0  # seconds in which another rank fails as the first one does
+PATIENCE = 20.0  # seconds in which the first rank fails, if ranks fail alike
 # The extra of each optional package, as pyproject.toml has them.
 EXTRAS = {"gguf": "gguf", "accelerate": "gguf", "lm_eval": "eval"}
 
