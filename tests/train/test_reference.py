@@ -78,7 +78,8 @@ def test_schema_refuses_what_lowline_refuses(text: str) -> None:
         jsonschema.Draft202012Validator(schema()).validate(tomllib.loads(text))
 
 
-def test_help_explains_a_section_with_limits_defaults_and_variants() -> None:
+def test_help_explains_a_section_with_limits_defaults_and_variants(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")  # lines are as long as the terminal is wide
     text = help_keys("schedule")
     assert '--schedule.kind=  "cosine" or "linear" or "wsd" or "constant", default "cosine"' in text
     assert "--schedule.decay_fraction=" in text and 'with kind = "wsd"' in text
