@@ -87,7 +87,7 @@ COMMANDS = {
     ),
     "demo": Command(
         "tools.commands.demo:demo",
-        "pretrain dense and low-rank models to equal FLOPs and compare them",
+        "pretrain dense and low-rank models at equal FLOPs; compare",
     ),
     "demo linearize": Command(
         "tools.commands.demo_linearize:demo_linearize",
