@@ -148,7 +148,8 @@ def compressed(
     from lowline.cola.from_dense import allocate
 
     found = _find(model, fitted)
-    losses = {name: _divergence(model, found, name, measured) for name in PROJECTIONS}
+    dense = [_log_probs(model, row) for row in measured]
+    losses = {name: _divergence(model, found, name, measured, dense) for name in PROJECTIONS}
     curves = {name: _curve(model, found, name, *losses[name]) for name in PROJECTIONS}
     outside = model.num_parameters() - sum(curve.dense_size for curve in curves.values())
     biases = _bias_parameters(model, curves)
@@ -188,6 +189,7 @@ def _find(model: Any, rows: list[torch.Tensor]) -> Found:
         for side in sides:
             on_side = partial(_is_on, side)
             for names in passes(model, side, on_side):
+                print(f"fitting  {len(names or ())} projections to their {side}s", flush=True)
                 with ActivationRanks(model, side, names) as seen:
                     for row in rows:
                         model(row.to(model.device), use_cache=False)
@@ -234,7 +236,11 @@ def _bias_parameters(model: Any, curves: dict[ProjectionName, Curve]) -> int:
 
 
 def _divergence(
-    model: Any, found: Found, name: ProjectionName, rows: list[torch.Tensor]
+    model: Any,
+    found: Found,
+    name: ProjectionName,
+    rows: list[torch.Tensor],
+    dense: list[torch.Tensor],
 ) -> tuple[int, float]:
     """Return half of the largest rank of a kind, and what the model loses when it alone has it."""
     from lowline.cola.from_dense import STEP, largest_rank
@@ -242,14 +248,14 @@ def _divergence(
     first = _layers(model, name)[0]
     most = largest_rank((first.in_features, first.out_features), first.bias is None)
     rank = max(STEP, most // 2 // STEP * STEP)
-    with _projected(model, found, name, rank):
-        changed = [_log_probs(model, row) for row in rows]
     total = tokens = 0.0
-    for row, q in zip(rows, changed, strict=True):
-        p = _log_probs(model, row)
-        total += float((p.exp() * (p - q)).sum())
-        tokens += p.shape[1]
-    return rank, max(total / tokens, 0.0)
+    with _projected(model, found, name, rank):
+        for row, p in zip(rows, dense, strict=True):
+            total += float((p.exp() * (p - _log_probs(model, row))).sum())
+            tokens += p.shape[1]
+    loss = total / tokens
+    print(f"alone    {name} at rank {rank}: {loss:.4f} nats per token", flush=True)
+    return rank, max(loss, 0.0)
 
 
 def _log_probs(model: Any, row: torch.Tensor) -> torch.Tensor:
