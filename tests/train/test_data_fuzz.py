@@ -275,6 +275,64 @@ def of_lines(rng: random.Random, folder: Path) -> str:
     return "refused"
 
 
+def talk_of(rng: random.Random) -> tuple[Any, list[str] | None]:
+    """Return what stands in a row's column of messages, and what they say; None: no messages."""
+    if rng.random() < 0.08:
+        return rng.choice((None, "text", 5, {"role": "user"}, ["text"], [None], [[]], True)), None
+    messages: list[Any] = []
+    said: list[str] | None = []
+    for _ in range(rng.choice((0, 1, 2, 5))):
+        text, kind = rng.choice(TEXTS), rng.randrange(12)
+        content: Any = text
+        if kind == 0:
+            content, text = rng.choice(((4, "4"), (-2.5, "-2.5"), (1e300, "1e+300")))
+        elif kind == 1:
+            content = [{"type": "text", "text": part} for part in (text[:2], text[2:])]
+        elif kind == 2 and rng.random() < 0.3:
+            content = rng.choice((None, True, [], {}, {"text": "a"}, [{"type": "image"}], ["a"]))
+            said = None
+        more = {rng.choice(("name", "tool_calls", "id")): rng.choice(VALUES)} if kind > 9 else {}
+        role = 5 if rng.random() < 0.01 else rng.choice(("user", "assistant", "system", "tool"))
+        messages.append({"role": role, "content": content, **more})
+        said = None if said is None or role == 5 else [*said, text]
+    return messages, said
+
+
+def of_talks(rng: random.Random, folder: Path) -> str:
+    """Try rows of conversations, or of prompts and responses, each as nothing but itself."""
+    pairs = rng.random() < 0.3
+    rows: list[bytes] = []
+    wanted: list[list[str] | None] = []
+    for _ in range(rng.choice((1, 4, 30))):
+        row: dict[str, Any] = {rng.choice(OTHERS): rng.choice(VALUES)}
+        if pairs:
+            row |= {"p": rng.choice(TEXTS), "r": rng.choice((*TEXTS, None, 5))}
+            wanted.append(None if row["r"] == 5 else [row["p"], row["r"] or ""])
+        else:
+            row["m"], said = talk_of(rng)
+            wanted.append(said)
+        rows.append(json.dumps(row, ensure_ascii=rng.random() < 0.5).encode())
+    (path := folder / "d.jsonl").write_bytes(rng.choice(ENDS).join(rows))
+    keys = {"prompt_key": "p", "response_key": "r"} if pairs else {"messages_key": "m"}
+    options: dict[str, Any] = {**keys, "streaming": rng.random() < 0.5}
+    bad = next((number for number, said in enumerate(wanted, 1) if said is None), None)
+    options["on_bad_row"] = policy = rng.choice(("error", "skip"))
+    try:
+        with seconds(20):
+            source = open_source(SourceConfig(dataset="files", path=str(path), **options))
+            found = [[message.content for message in talk] for talk in source.documents()]
+    except LowlineError as error:
+        assert "\n" not in str(error)
+        if policy == "error":
+            assert re.search(rf"line {bad}\b", str(error)), (bad, str(error))
+        else:
+            assert not any(said is not None for said in wanted), str(error)
+        return "refused"
+    assert found == [said or [] for said in wanted]
+    assert bad is None or policy == "skip"
+    return "equal"
+
+
 def of_tables(rng: random.Random, folder: Path) -> str:
     """Try a parquet or Arrow file that may be damaged."""
     kind = rng.choice(("parquet", "arrow"))
@@ -351,7 +409,7 @@ def of_neighbors(rng: random.Random, folder: Path) -> str:
     return "equal"
 
 
-KINDS = (of_lines, of_lines, of_lines, of_tables, of_lines, of_saved, of_lines, of_neighbors)
+KINDS = (of_lines, of_lines, of_talks, of_tables, of_lines, of_saved, of_talks, of_neighbors)
 
 
 @pytest.mark.parametrize(
