@@ -25,6 +25,7 @@ def row_memory_step(
     state: MemoryState,
     exact: int,
     block: int,
+    horizon: int = 0,
     bias: float = 0.0,
     scale: float | None = None,
     backend: str = "auto",
@@ -42,8 +43,10 @@ def row_memory_step(
             the call.
     """
     window, sinks, R = state.k.shape[1], state.sink_k.shape[1], state.row_tokens.shape[-1]
-    rule = Rule(window=window, sinks=sinks, exact=exact, merged=R - exact, block=block, bias=bias,
-                scale=q_BHD.shape[-1] ** -0.5 if scale is None else scale)  # fmt: skip
+    rule = Rule(
+        window=window, sinks=sinks, exact=exact, merged=R - exact, block=block, horizon=horizon,
+        bias=bias, scale=q_BHD.shape[-1] ** -0.5 if scale is None else scale,
+    )  # fmt: skip
     check_call(OP, q_BHD, k_BGD, v_BGV, rule)
     check_state(OP, state, state_shapes(len(q_BHD), k_BGD, v_BGV, rule))
     choose(OP, "torch" if backend == "auto" else backend, q_BHD.device, cpu=NO_KERNEL,
@@ -111,8 +114,8 @@ def _attend(
     bias = torch.cat([near, row_bias(s.row_tokens, rule), far], -1)
     p = (q @ keys.mT + bias[:, :, None]).softmax(-1)
     got = p.sum(2)
-    s.row_received.add_(got[..., rule.sinks : rule.sinks + rule.rows])
-    s.received.add_(got[..., rule.sinks + rule.rows :].transpose(1, 2))
+    s.row_received.mul_(rule.keeps).add_(got[..., rule.sinks : rule.sinks + rule.rows])
+    s.received.mul_(rule.keeps).add_(got[..., rule.sinks + rule.rows :].transpose(1, 2))
     s.q_energy.add_(pair_energy(q).sum(2))
     s.v_energy.add_(v_BGV.to(dtype).square().sum(-1))
     return (p @ values).reshape(B, -1, v_BGV.shape[-1]).to(q_BHD.dtype)

@@ -13,9 +13,11 @@ last tokens. Blocks lie at multiples of C in the sequence, which makes the resul
 it is split into calls. Each token that leaves becomes a row of its own; while there are more than R
 rows (`rows.admit`),
 
- 1. the `exact` rows of one token that have received most attention stay as they are: attention
-    received is the sum of p over all queries so far and the query heads of the key/value head
-    (H2O, arXiv 2306.14048; TOVA, 2401.06104, takes the last query's alone);
+ 1. the `exact` rows of one token that have received most attention stay as they are. Attention
+    received, a = Σ_t (1 - 1/h)^(now - t) p_tj, is summed over the query heads of the key/value head
+    and over queries t, of which those more than a horizon h back hardly count. Where nothing fades
+    (H2O, arXiv 2306.14048) tokens that came early stay for ever; h = 1 leaves the last query's
+    attention alone (TOVA, 2401.06104);
  2. of the others the pairs that cost least are merged into their means. The cost of a pair,
 
         n_i n_j / (n_i + n_j) · [Σ_d E[(scale·q_d)²] (K_i - K_j)_d² + |V_i - V_j|² / E[|v|²]],
@@ -84,8 +86,14 @@ class Rule:
     exact: int
     merged: int
     block: int
+    horizon: int
     bias: float
     scale: float
+
+    @property
+    def keeps(self) -> float:
+        """Return the part of the attention received that is left after one more query."""
+        return 1 - 1 / self.horizon if self.horizon else 1.0
 
     @property
     def rows(self) -> int:
@@ -102,6 +110,7 @@ def row_memory_attention(
     merged: int = 0,
     sinks: int = 0,
     block: int = 16,
+    horizon: int = 0,
     bias: float = 0.0,
     scale: float | None = None,
     cu_seqlens: torch.Tensor | None = None,
@@ -117,6 +126,7 @@ def row_memory_attention(
         merged: rows besides them; R = exact + merged is at least 1.
         sinks: leading tokens of a sequence that stay exact.
         block: C, at most the window.
+        horizon: h, in tokens; 0 where attention received does not fade.
         bias: b, added to the scores of rows of several tokens.
         scale: of the scores; 1/√D where None.
         cu_seqlens: (N + 1,) boundaries of packed sequences, 0 … T; B is then 1. They are read on
@@ -134,8 +144,10 @@ def row_memory_attention(
     """
     if q_BTHD.ndim != 4 or k_BTGD.ndim != 4 or v_BTGV.ndim != 4:
         raise ValueError(f"{OP}: give q, k, v of (batch, time, heads, features)")
-    rule = Rule(window=window, sinks=sinks, exact=exact, merged=merged, block=block, bias=bias,
-                scale=q_BTHD.shape[-1] ** -0.5 if scale is None else scale)  # fmt: skip
+    rule = Rule(
+        window=window, sinks=sinks, exact=exact, merged=merged, block=block, horizon=horizon,
+        bias=bias, scale=q_BTHD.shape[-1] ** -0.5 if scale is None else scale,
+    )  # fmt: skip
     check_call(OP, q_BTHD, k_BTGD, v_BTGV, rule)
     N = check_pack(OP, q_BTHD.shape[0], q_BTHD.shape[1], cu_seqlens)
     shapes = state_shapes(N, k_BTGD, v_BTGV, rule)
@@ -216,10 +228,10 @@ def check_call(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule:
     check_heads(op, q, k, v, None, None)
     if q.shape[-1] % 2:
         raise ValueError(f"{op}: D = {q.shape[-1]}; rotary pairs need an even number of features")
-    if rule.window < 1 or not 1 <= rule.block <= rule.window or rule.sinks < 0:
+    if rule.window < 1 or not 1 <= rule.block <= rule.window or min(rule.sinks, rule.horizon) < 0:
         raise ValueError(
-            f"{op}: window = {rule.window}, block = {rule.block}, sinks = {rule.sinks}; need "
-            "1 <= block <= window and sinks >= 0"
+            f"{op}: window = {rule.window}, block = {rule.block}, sinks = {rule.sinks}, horizon = "
+            f"{rule.horizon}; need 1 <= block <= window, and neither of the others negative"
         )
     if rule.exact < 0 or rule.merged < 0 or rule.rows < 1:
         raise ValueError(

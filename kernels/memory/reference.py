@@ -92,10 +92,13 @@ def _head(
         outputs.append(p_hX @ values)
         got = p_hX.detach().sum(0)
         first = len(sinks)
-        rows = [replace(r, received=r.received + got[first + i]) for i, r in enumerate(rows)]
-        for i, p in enumerate(seen):
-            old = tokens[p]
-            tokens[p] = replace(old, received=old.received + got[first + len(rows) + i])
+        rows = [
+            replace(r, received=rule.keeps * r.received + got[first + i])
+            for i, r in enumerate(rows)
+        ]
+        for p in range(max(position - w + 1, 0), position + 1):
+            amount = got[first + len(rows) + seen.index(p)] if p in seen else 0
+            tokens[p] = replace(tokens[p], received=rule.keeps * tokens[p].received + amount)
         of_pairs = q.detach().square().sum(0).unflatten(0, (2, -1)).mean(0)
         energy, size = energy + of_pairs, size + v_TV[t].detach().to(dtype).square().sum()
     none_k, none_v = torch.zeros_like(row_k[0]), torch.zeros_like(row_v[0])

@@ -73,8 +73,11 @@ def attend(
         o = p.flatten(2, 3) @ values
         outputs.append(o.unflatten(2, (H // G, len(t))).permute(0, 3, 1, 2, 4).flatten(2, 3))
         with torch.no_grad():
-            got_NGX = p.sum((2, 3))
-            rows = rows._replace(received=rows.received + got_NGX[..., s : s + rule.rows])
+            fades_c = rule.keeps ** torch.arange(len(t) - 1, -1, -1, dtype=dtype, device=device)
+            got_NGX = fades_c @ p.sum(2)
+            before = rule.keeps ** len(t)
+            rows = rows._replace(received=before * rows.received + got_NGX[..., s : s + rule.rows])
+            received_NGU *= before
             received_NGU[:, :, columns] += got_NGX[..., s + rule.rows :]
             q_energy = q_energy + pair_energy(q_c).sum((2, 3))
             v_energy = v_energy + v_X[:, :, start - first : stop - first].square().sum((2, 3))

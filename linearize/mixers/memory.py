@@ -41,7 +41,13 @@ class Memory(Mixer):
         if state is not None and is_step(q_BTHD, cu_seqlens, *state):
             q, k, v = (x[:, 0] for x in inputs)
             o_BHD = row_memory_step(
-                q, k, v, state=state, exact=o.exact, block=o.block, bias=o.bias, backend=o.backend
+                *(q, k, v),
+                state=state,
+                exact=o.exact,
+                block=o.block,
+                horizon=o.horizon,
+                bias=o.bias,
+                backend=o.backend,
             )
             return o_BHD[:, None], state
         return row_memory_attention(
@@ -51,6 +57,7 @@ class Memory(Mixer):
             merged=o.merged,
             sinks=o.sinks,
             block=o.block,
+            horizon=o.horizon,
             bias=o.bias,
             initial_state=state,
             cu_seqlens=cu_seqlens,

@@ -215,23 +215,25 @@ class MemoryOptions(MixerOptions):
         exact: rows, of each key and value head, for the older tokens of most attention received.
         merged: rows for the means of the others; with 0 the others are dropped.
         block: how many tokens leave the window together; a token sees window - block + 1 at least.
+        horizon: tokens after which attention received has faded to a third; 0: it never fades.
         bias: what is added to the scores of rows that hold several tokens.
         backend: "auto", "torch" or "reference"; see `lowline.kernels.backends`.
     """
 
     learns = False
     has_linear = False
-    window: int = 64
+    window: int = 112
     sinks: int = 4
-    exact: int = 160
+    exact: int = 112
     merged: int = 32
     block: int = 16
+    horizon: int = 512
     bias: float = 0.5
     backend: str = "auto"
 
     def __post_init__(self) -> None:
         check_window(self.window, self.sinks, least=1)
-        for name, least in (("exact", 0), ("merged", 0), ("block", 1)):
+        for name, least in (("exact", 0), ("merged", 0), ("block", 1), ("horizon", 0)):
             check_int(name, getattr(self, name), least)
         if not self.exact + self.merged:
             raise LowlineError("exact = 0, merged = 0; give one of them a row, or use sink_window")

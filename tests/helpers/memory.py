@@ -26,6 +26,7 @@ def text_book(
         keys, values = (torch.stack([x[row].mean(0) for row in read]) for x in (k_TD, v_TV))
         p = (scale * q_ThD[t] @ keys.T + n.log() + o.bias * (n > 1).to(n.dtype)).softmax(-1)
         outputs.append(p @ values)
+        got = [amount * (1 - 1 / o.horizon if o.horizon else 1) for amount in got]
         for row, amount in zip(read, p.sum(0).tolist(), strict=True):
             got[row[0]] += amount  # of a set, its first token keeps the account
     return torch.stack(outputs)

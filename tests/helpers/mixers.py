@@ -30,8 +30,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, dict(window=WINDOW)) for name in LIGER},
     "liger_gla, sinks": ("liger_gla", dict(window=WINDOW, sinks=SINKS)),
     "slots": ("slots", dict(window=WINDOW, sinks=SINKS, slots=4)),
-    "memory": ("memory", dict(window=WINDOW, sinks=SINKS, exact=2, merged=3, block=2)),
-    "memory, eviction": ("memory", dict(window=WINDOW, sinks=0, exact=4, merged=0, block=1)),
+    "memory": ("memory", dict(window=WINDOW, sinks=SINKS, exact=2, merged=3, block=2, horizon=6)),
+    "memory, eviction": (
+        "memory",
+        dict(window=WINDOW, sinks=0, exact=4, merged=0, block=1, horizon=0),
+    ),
     "liger_gsa, no window": ("liger_gsa", dict(window=0)),
     "retention": ("retention", dict(window=WINDOW, sinks=SINKS, share_init=0.3)),
     "retention, no window, shared": ("retention", dict(window=0, sinks=0, state_heads="kv")),

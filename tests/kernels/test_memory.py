@@ -14,12 +14,12 @@ from lowline.linearize.mixers.options import MemoryOptions
 
 H, G, D, V, T = 4, 2, 8, 6, 39
 CASES = {
-    "eviction": dict(window=8, sinks=2, exact=4, merged=0, block=2),
-    "means": dict(window=8, sinks=2, exact=0, merged=4, block=4),
-    "both": dict(window=8, sinks=1, exact=3, merged=3, block=4),
-    "a block is the window": dict(window=5, sinks=0, exact=2, merged=3, block=5),
-    "more sinks than rows": dict(window=6, sinks=3, exact=2, merged=1, block=1),
-    "rows stay empty": dict(window=16, sinks=4, exact=40, merged=30, block=16),
+    "eviction": dict(window=8, sinks=2, exact=4, merged=0, block=2, horizon=0),
+    "means": dict(window=8, sinks=2, exact=0, merged=4, block=4, horizon=0),
+    "both": dict(window=8, sinks=1, exact=3, merged=3, block=4, horizon=6),
+    "a block is the window": dict(window=5, sinks=0, exact=2, merged=3, block=5, horizon=9),
+    "more sinks than rows": dict(window=6, sinks=3, exact=2, merged=1, block=1, horizon=1),
+    "rows stay empty": dict(window=16, sinks=4, exact=40, merged=30, block=16, horizon=20),
 }
 
 
@@ -75,7 +75,7 @@ def test_steps_of_sequences_of_other_lengths(case):
         for n, t in enumerate(starts)
     ]
     state = MemoryState(*(torch.cat(x).clone() for x in zip(*alone, strict=True)))
-    token = {name: options[name] for name in ("exact", "block", "bias")}
+    token = {name: options[name] for name in ("exact", "block", "horizon", "bias")}
     rows = torch.arange(2)
     outputs = [
         row_memory_step(*(x[rows, torch.tensor(starts) + i] for x in given), state=state, **token)

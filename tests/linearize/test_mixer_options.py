@@ -225,6 +225,7 @@ def test_parameters_have_the_type_that_is_set(case):
         ("memory", {"exact": 0, "merged": 0}, "give one of them a row"),
         ("memory", {"exact": -1}, "exact = -1; give an integer of at least 0"),
         ("memory", {"window": 8, "block": 9}, "block = 9 with window = 8; at most that"),
+        ("memory", {"horizon": -1}, "horizon = -1; give an integer of at least 0"),
         ("memory", {"bias": float("nan")}, "bias = nan; give a number"),
         ("liger_gsa", {"backend": "gpu"}, "'auto', 'reference'"),
     ],
