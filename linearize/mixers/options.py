@@ -222,12 +222,12 @@ class MemoryOptions(MixerOptions):
 
     learns = False
     has_linear = False
-    window: int = 112
+    window: int = 64
     sinks: int = 4
-    exact: int = 112
-    merged: int = 32
+    exact: int = 192
+    merged: int = 0
     block: int = 16
-    horizon: int = 512
+    horizon: int = 0
     bias: float = 0.5
     backend: str = "auto"
 
