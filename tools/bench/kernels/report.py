@@ -83,7 +83,7 @@ def print_decode(console: Console, title: str, result: dict[str, Any], clock: st
         name: [f"{1e6 * t[clock]:.1f}", f"{result['tokens_a_call'][name] / t[clock]:,.0f}"]
         for name, t in result["seconds"].items()
     }
-    columns = ["step, after context", "µs", "tokens/s a layer"]
+    columns = ["step, after context", "µs", "tokens/s per layer"]
     print_table(console, f"{title}; verify is {DRAFT + 1} tokens", columns, rows)
     for n, speedup in result["speedup"].items():
         over = ", ".join(f"{name} {x[clock]:.3g}x" for name, x in speedup.items())
