@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lowline.kernels.cpu import load
 from lowline.kernels.triton_tools.custom_op import define
-from lowline.kernels.window.state import WindowState
+from lowline.kernels.window.state import WindowCall, WindowState
 
 Maybe = Tensor | None
 
@@ -30,19 +30,19 @@ BLOCK = 64
 
 
 class Call(NamedTuple):
-    """The arguments of the kernel, those with a gradient first."""
+    """A `WindowCall` in fp32, and what is kept of it."""
 
-    q: Tensor  # (B, T, H, D)
-    k: Tensor  # (B, U, G, D)
-    v: Tensor  # (B, U, G, V)
-    phi_q: Tensor  # (B, T, H, F)
-    phi_k: Tensor  # (B, U, P, F)
-    sink_k: Tensor  # (N, s, G, D)
-    sink_v: Tensor  # (N, s, G, V)
-    gamma: Tensor  # (H,)
-    lam: Tensor  # (H,)
-    S: Tensor  # (N, P, F, V + 1)
-    length: Tensor  # (N,)
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    phi_q: Tensor
+    phi_k: Tensor
+    sink_k: Tensor
+    sink_v: Tensor
+    gamma: Tensor
+    lam: Tensor
+    S: Tensor
+    length: Tensor
     cu: Tensor | None
     window: int
     prefix: int
@@ -50,37 +50,19 @@ class Call(NamedTuple):
     keep: bool  # the sums before each block
 
 
-def attend(
-    q_BTHD: Tensor,
-    k_BUGD: Tensor,
-    v_BUGV: Tensor,
-    phi_q_BTHF: Tensor,
-    phi_k_BUPF: Tensor,
-    sink_k_NsGD: Tensor,
-    sink_v_NsGV: Tensor,
-    window_factor_H: Tensor,
-    linear_factor_H: Tensor,
-    S_NPFW: Tensor,
-    length_N: Tensor,
-    cu_seqlens: Tensor | None,
-    *,
-    window: int,
-    prefix: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Return (o_BTHV, S_NPFW); the arguments are `reference.attend`'s."""
-    per_token = (q_BTHD, k_BUGD, v_BUGV, phi_q_BTHF, phi_k_BUPF)
-    per_sequence = (sink_k_NsGD, sink_v_NsGV, window_factor_H, linear_factor_H, S_NPFW)
-    tensors = [x.float() for x in (*per_token, *per_sequence)]
+def attend(call: WindowCall) -> tuple[Tensor, Tensor]:
+    """Return (o_BTHV, S_NPFW) (see `reference.attend`)."""
+    tensors = [x.float() for x in call[:10]]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    call = Call(*tensors, length_N, cu_seqlens, window, prefix, scale, keep)
+    given: Any = (*tensors, *call[10:], keep)
+    ours = Call(*given)
     if torch.compiler.is_compiling():
-        o, S, _ = _traced(call)
+        o, S, _ = _traced(ours)
     elif keep:
-        o, S = _Attention.apply(*call)
+        o, S = _Attention.apply(*ours)
     else:
-        o, S, _ = _forward(call)
-    return o.to(q_BTHD.dtype), S
+        o, S, _ = _forward(ours)
+    return o.to(call.q.dtype), S
 
 
 def _outputs(call: Call) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,6 +24,7 @@ import torch
 from lowline.kernels.backends import choose, type_reason
 from lowline.kernels.packs import check_pack
 from lowline.kernels.window.state import (
+    WindowCall,
     WindowState,
     accumulation_dtype,
     behind_window,
@@ -119,14 +120,13 @@ def window_linear_attention(
     else:
         from lowline.kernels.window.reference import attend
     k, v, phi_k = seen.rows
-    inputs: Any = (q_BTHD, k, v, phi_q_BTHF, phi_k)
-    o_BTHV, S_NPFW = attend(
-        *inputs,
-        *(*seen.sinks, *factors, S_NPFW, length_N, cu),
-        window=window,
-        prefix=seen.prefix,
-        scale=D**-0.5 if scale is None else float(scale),
+    scale = D**-0.5 if scale is None else float(scale)
+    given: Any = (
+        *(q_BTHD, k, v, phi_q_BTHF, phi_k, *seen.sinks, *factors, S_NPFW, length_N, cu),
+        *(window, seen.prefix, scale),
     )
+    call = WindowCall(*given)
+    o_BTHV, S_NPFW = attend(call)
     (ring_k, ring_v, ring_phi), (sink_k, sink_v) = seen.rings, seen.sinks
     return o_BTHV, WindowState(ring_k, ring_v, ring_phi, sink_k, sink_v, S_NPFW, seen.length)
 

@@ -1,54 +1,36 @@
 """Window-plus-linear attention as its formula reads: one sequence, one token at a time.
 
-The arguments are `op.window_linear_attention`'s after its checks: k, v and phi_k begin with
-`prefix` rows of the window before each sequence, F = 0 stands for no linear part.
+The arguments are `op.window_linear_attention`'s after its checks (`WindowCall`).
 """
 
 from __future__ import annotations
 
 import torch
 
-from lowline.kernels.window.state import accumulation_dtype
+from lowline.kernels.window.state import WindowCall, accumulation_dtype
 
 
-def attend(
-    q_BTHD: torch.Tensor,
-    k_BUGD: torch.Tensor,
-    v_BUGV: torch.Tensor,
-    phi_q_BTHF: torch.Tensor,
-    phi_k_BUPF: torch.Tensor,
-    sink_k_NsGD: torch.Tensor,
-    sink_v_NsGV: torch.Tensor,
-    window_factor_H: torch.Tensor,
-    linear_factor_H: torch.Tensor,
-    S_NPFW: torch.Tensor,
-    length_N: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    *,
-    window: int,
-    prefix: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(call: WindowCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (o_BTHV, S_NPFW), W = V + 1: the outputs and the sum after the last token."""
+    q, k, v, phi_q, phi_k, sink_k, sink_v, *factors, S, length_N, cu, _, prefix, _ = call
     outputs, states = [], []
     for n, length in enumerate(length_N.tolist()):
-        if cu_seqlens is None:
+        if cu is None:
             row, queries, keys = n, slice(None), slice(None)
         else:
-            a, b = cu_seqlens[n : n + 2].tolist()
+            a, b = cu[n : n + 2].tolist()
             row, queries, keys = 0, slice(a, b), slice(a + n * prefix, b + (n + 1) * prefix)
-        o, S = _sequence(
-            *(q_BTHD[row, queries], k_BUGD[row, keys], v_BUGV[row, keys]),
-            *(phi_q_BTHF[row, queries], phi_k_BUPF[row, keys]),
-            *(sink_k_NsGD[n], sink_v_NsGV[n], window_factor_H, linear_factor_H, S_NPFW[n]),
+        o, S_n = _sequence(
+            *(q[row, queries], k[row, keys], v[row, keys], phi_q[row, queries], phi_k[row, keys]),
+            *(sink_k[n], sink_v[n], *factors, S[n]),
             length=length,
-            window=window,
+            window=call.window,
             prefix=prefix,
-            scale=scale,
+            scale=call.scale,
         )
         outputs.append(o)
-        states.append(S)
-    o_BTHV = torch.stack(outputs) if cu_seqlens is None else torch.cat(outputs)[None]
+        states.append(S_n)
+    o_BTHV = torch.stack(outputs) if cu is None else torch.cat(outputs)[None]
     return o_BTHV, torch.stack(states)
 
 

@@ -33,6 +33,30 @@ class WindowState(NamedTuple):
     length: torch.Tensor  # (N,) int64, tokens seen
 
 
+class WindowCall(NamedTuple):
+    """What an implementation computes, after the checks; tensors with a gradient first.
+
+    k, v and phi_k begin with `prefix` rows of the window before each sequence; F = 0 stands for no
+    linear part. U = prefix + T rows, or N · prefix + T where sequences are packed.
+    """
+
+    q: torch.Tensor  # (B, T, H, D)
+    k: torch.Tensor  # (B, U, G, D)
+    v: torch.Tensor  # (B, U, G, V)
+    phi_q: torch.Tensor  # (B, T, H, F)
+    phi_k: torch.Tensor  # (B, U, P, F)
+    sink_k: torch.Tensor  # (N, s, G, D)
+    sink_v: torch.Tensor  # (N, s, G, V)
+    gamma: torch.Tensor  # (H,)
+    lam: torch.Tensor  # (H,)
+    S: torch.Tensor  # (N, P, F, V + 1)
+    length: torch.Tensor  # (N,)
+    cu: torch.Tensor | None
+    window: int
+    prefix: int
+    scale: float
+
+
 def empty_window_state(
     sequences: int,
     *,

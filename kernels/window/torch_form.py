@@ -33,47 +33,30 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from lowline.kernels.window.state import WindowCall
+
 SCORES_A_GROUP = 2**20  # fits a CPU's cache
 TIMES_ON_A_GPU = 16  # there a group costs dozens of launches, and few scores leave it idle
 
 
-def attend(
-    q_BTHD: torch.Tensor,
-    k_BUGD: torch.Tensor,
-    v_BUGV: torch.Tensor,
-    phi_q_BTHF: torch.Tensor,
-    phi_k_BUPF: torch.Tensor,
-    sink_k_NsGD: torch.Tensor,
-    sink_v_NsGV: torch.Tensor,
-    window_factor_H: torch.Tensor,
-    linear_factor_H: torch.Tensor,
-    S_NPFW: torch.Tensor,
-    length_N: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    *,
-    window: int,
-    prefix: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (o_BTHV, S_NPFW); the arguments are `reference.attend`'s."""
+def attend(call: WindowCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (o_BTHV, S_NPFW) (see `reference.attend`)."""
+    *tensors, cu, window, prefix, scale = call
     shape = _Shape(window, prefix, scale)
-    factors = (window_factor_H, linear_factor_H)
-    per_token = (q_BTHD, k_BUGD, v_BUGV, phi_q_BTHF, phi_k_BUPF)
-    per_sequence = (sink_k_NsGD, sink_v_NsGV, *factors, S_NPFW, length_N)
-    if cu_seqlens is None:
-        return _attend_batch(*per_token, *per_sequence, shape)
+    if cu is None:
+        return _attend_batch(*tensors, shape)
+    q, k, v, phi_q, phi_k, sink_k, sink_v, *factors, S, length = tensors
     outputs, states = [], []
-    bounds = cu_seqlens.tolist()
+    bounds = cu.tolist()
     for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         queries, keys = slice(a, b), slice(a + n * prefix, b + (n + 1) * prefix)
         one = slice(n, n + 1)
-        o, S = _attend_batch(
-            *(q_BTHD[:, queries], k_BUGD[:, keys], v_BUGV[:, keys]),
-            *(phi_q_BTHF[:, queries], phi_k_BUPF[:, keys]),
-            *(sink_k_NsGD[one], sink_v_NsGV[one], *factors, S_NPFW[one], length_N[one], shape),
+        o, S_n = _attend_batch(
+            *(q[:, queries], k[:, keys], v[:, keys], phi_q[:, queries], phi_k[:, keys]),
+            *(sink_k[one], sink_v[one], *factors, S[one], length[one], shape),
         )
         outputs.append(o)
-        states.append(S)
+        states.append(S_n)
     return torch.cat(outputs, dim=1), torch.cat(states)
 
 

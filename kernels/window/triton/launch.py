@@ -22,6 +22,7 @@ from torch import Tensor
 from lowline.kernels.packs import chunk_table
 from lowline.kernels.triton_tools.custom_op import define
 from lowline.kernels.triton_tools.launch import launch, rows_dense
+from lowline.kernels.window.state import WindowCall
 from lowline.kernels.window.triton.backward import (
     backward_feature_kernel,
     backward_key_kernel,
@@ -33,48 +34,9 @@ from lowline.kernels.window.triton.backward import (
 from lowline.kernels.window.triton.forward import forward_kernel, states_kernel
 
 
-class WindowCall(NamedTuple):
-    """The arguments of the operator, those with a gradient first."""
-
-    q: Tensor  # (B, T, H, D)
-    k: Tensor  # (B, U, G, D)
-    v: Tensor  # (B, U, G, V)
-    phi_q: Tensor  # (B, T, H, F)
-    phi_k: Tensor  # (B, U, P, F)
-    sink_k: Tensor  # (N, s, G, D)
-    sink_v: Tensor  # (N, s, G, V)
-    gamma: Tensor  # (H,)
-    lam: Tensor  # (H,)
-    S: Tensor  # (N, P, F, V + 1)
-    length: Tensor  # (N,)
-    cu: Tensor | None
-    window: int
-    prefix: int
-    scale: float
-
-
-def attend(
-    q_BTHD: Tensor,
-    k_BUGD: Tensor,
-    v_BUGV: Tensor,
-    phi_q_BTHF: Tensor,
-    phi_k_BUPF: Tensor,
-    sink_k_NsGD: Tensor,
-    sink_v_NsGV: Tensor,
-    window_factor_H: Tensor,
-    linear_factor_H: Tensor,
-    S_NPFW: Tensor,
-    length_N: Tensor,
-    cu_seqlens: Tensor | None,
-    *,
-    window: int,
-    prefix: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Return (o_BTHV, S_NPFW); the arguments are `reference.attend`'s."""
-    tokens = (q_BTHD, k_BUGD, v_BUGV, phi_q_BTHF, phi_k_BUPF, sink_k_NsGD, sink_v_NsGV)
-    state = (window_factor_H, linear_factor_H, S_NPFW, length_N, cu_seqlens)
-    return OP(WindowCall(*tokens, *state, window, prefix, scale))[:2]
+def attend(call: WindowCall) -> tuple[Tensor, Tensor]:
+    """Return (o_BTHV, S_NPFW) (see `reference.attend`)."""
+    return OP(call)[:2]
 
 
 class Chunks(NamedTuple):
