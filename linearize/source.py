@@ -304,6 +304,11 @@ def named(source: str | Path) -> Iterator[None]:
     except ImportError:  # an optional package, which the command line names
         raise
     except Exception as error:
+        before = error.__cause__ or error.__context__
+        while before is not None:  # a library may try something else after our refusal
+            if isinstance(before, LowlineError):
+                raise LowlineError(f"{source}: {before}") from error
+            before = before.__cause__ or before.__context__
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
         raise LowlineError(
             f"{source}: cannot be loaded as a directory (working directory {Path.cwd()}), a GGUF "

@@ -368,7 +368,10 @@ def mixer_options(
         LowlineError: an unknown name or option, or an impossible value.
     """
     if name not in kinds:
-        raise LowlineError(f"mixer = {name!r} is not known; {_allowed(name, kinds)}")
+        raise LowlineError(
+            f"mixer = {name!r} is not known; {_allowed(name, kinds)} (one of your own: import the "
+            "module that registers it first)"
+        )
     kind = kinds[name]
     known = [field.name for field in fields(kind)]
     for option in options:

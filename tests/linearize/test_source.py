@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lowline.errors import LowlineError
 from lowline.linearize.convert import convert
-from lowline.linearize.source import load_config, load_teacher, load_tokenizer
+from lowline.linearize.source import load_config, load_teacher, load_tokenizer, named
 from lowline.train.hf.config import config_from_hf
 from lowline.train.hf.export import import_weights
 
@@ -358,3 +358,13 @@ def test_damaged_gguf(tmp_path):
     at = data.index(b"tokenizer.ggml.merges") + 21 + 4 + 4  # the length of an array
     file.write_bytes(data[:at] + (1 << 60).to_bytes(8, "little") + data[at + 8 :])
     gguf_refused(file, "ends inside its header")
+
+
+def test_our_refusal_is_what_is_told_where_a_library_tries_something_else() -> None:
+    """A model with an unregistered mixer: AutoTokenizer tries a generic configuration after it."""
+    message = "^here: mixer = 'decay' is not known$"
+    with pytest.raises(LowlineError, match=message), named("here"):
+        try:
+            raise LowlineError("mixer = 'decay' is not known")
+        except ValueError:
+            raise KeyError("layer_types")  # noqa: B904
