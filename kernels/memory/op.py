@@ -177,9 +177,9 @@ def row_memory_attention(
     for n, length in enumerate(lengths):
         row, (a, b) = (n, (0, T)) if cu_seqlens is None else (0, bounds[n : n + 2])
         alone = MemoryState(*(x[n : n + 1] for x in state))
-        given = (x[row : row + 1, a:b] for x in (q_BTHD, k_BTGD, v_BTGV))
+        q, k, v = (x[row : row + 1, a:b] for x in (q_BTHD, k_BTGD, v_BTGV))
         if a < b:
-            o, alone = attend(*given, alone, length, rule)
+            o, alone = attend(q, k, v, alone, length, rule)
             outputs.append(o)
         after.append(alone)
     nothing = q_BTHD.new_empty(q_BTHD.shape[0], 0, q_BTHD.shape[2], v_BTGV.shape[-1])

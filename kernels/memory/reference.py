@@ -51,8 +51,8 @@ def attend(
             ]
         )  # fmt: skip
     tensors = [torch.stack(x) for x in zip(*after, strict=True)]
-    length_N = state.length + q_NTHD.shape[1]
-    return torch.stack(outputs), MemoryState(*tensors, length_N)
+    tensors.append(state.length + q_NTHD.shape[1])
+    return torch.stack(outputs), MemoryState(*tensors)
 
 
 def _head(

@@ -80,7 +80,8 @@ class Text:
         Raises:
             ValueError: no document is that long.
         """
-        begin, ids, found = beginning(tokenizer), [], 0
+        begin, found = beginning(tokenizer), 0
+        ids: list[int] = []
         for document in documents:
             article = encode(tokenizer, document)[: context - len(begin)]
             if len(article) + len(begin) == context:

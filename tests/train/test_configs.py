@@ -446,14 +446,6 @@ def test_a_configuration_is_checked_without_torch(name: str, arguments: str) -> 
     assert done.stdout.split("\n")[:2] == ["True" if arguments else "loaded", "[]"]
 
 
-def test_the_files_are_short() -> None:
-    """What runs share is in base files; a run's own file shows what the run is about."""
-    lines = {path: len(path.read_text().splitlines()) for path in CONFIGS.rglob("*.toml")}
-    assert sum(lines.values()) <= 1000
-    runs = [path for path in lines if path.parent in (CONFIGS, CONFIGS / "linearize")]
-    assert len(runs) == 63 and max(lines[path] for path in runs) <= 25
-
-
 def test_a_conversion_is_sent_to_its_command() -> None:
     text = message(CONFIGS / "linearize" / "demo_smollm2.toml")
     assert "lowline linearize --config" in text

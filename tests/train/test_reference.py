@@ -89,3 +89,11 @@ def test_help_explains_a_section_with_limits_defaults_and_variants(monkeypatch) 
         assert f"{name}" in help_keys(None)
     with pytest.raises(LowlineError, match="the sections are model, training"):
         help_keys("trianing")
+
+
+def test_configurations_are_short() -> None:
+    """What runs share is in base files; a run's own file shows what the run is about."""
+    lines = {path: len(path.read_text().splitlines()) for path in CONFIGS}
+    assert sum(lines.values()) <= 1000
+    runs = [path for path in lines if path.parent.name in ("configs", "linearize")]
+    assert len(runs) == 63 and max(lines[path] for path in runs) <= 25
