@@ -265,7 +265,7 @@ def test_second_derivatives(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return chunkwise(**given, gate="value" if kind == "value" else "key")
 
     leaves = [inputs[name].requires_grad_() for name in names]
-    assert torch.autograd.gradgradcheck(call, leaves)
+    assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)  # in random directions
 
 
 @pytest.mark.parametrize(

@@ -212,5 +212,7 @@ def test_import_prints_tables_that_train_from_the_weights(output, tmp_path, caps
         train_hf.load_hf_state_dict(tmp_path / "copy"),
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    with pytest.raises(ValueError, match="--output"):
+    with pytest.raises(ValueError, match="is a training run, not a model; `lowline export"):
         import_tables(str(output))
+    with pytest.raises(ValueError, match="is not a directory of safetensors: give --output"):
+        import_tables(str(tmp_path))
