@@ -130,9 +130,10 @@ def test_muon_takes_the_factors_and_adamw_the_rest(sharded):
 
 def test_sharded_optimizers_equal_torchs_on_whole_tensors(sharded):
     # The reference gets the gathered gradients: the update is the same arithmetic on the same
-    # numbers. A fused AdamW rounds its products differently, by an ulp of a 3e-3 update.
+    # numbers. A fused AdamW rounds its products differently, by an ulp of a 3e-3 update, which may
+    # turn the last bit of a norm's weight of 1: 1.2e-7.
     assert sharded["differences"]["Muon"] == [0.0, 0.0, 0.0]
-    assert max(sharded["differences"]["AdamW"]) < 1e-7
+    assert max(sharded["differences"]["AdamW"]) < 1.5e-7
 
 
 def test_a_dense_model_gives_all_its_projections_to_muon():

@@ -5,8 +5,8 @@ lowline.train --config configs/demo_*.toml`, on the English documentation inside
 did is read back from their output folders: a table, a plot of the loss against FLOPs and tokens,
 and the low-rank model as a Hugging Face directory from which a new process generates text.
 
-All have Muon for the matrices of their blocks, at the learning rate that was the best for each in
-docs/dev/log.md, and train until they have used the FLOPs of the low-rank model's run.
+All have Muon for the matrices of their blocks, at the same learning rates, and train until they
+have used the FLOPs of the low-rank model's run.
 """
 
 from __future__ import annotations
