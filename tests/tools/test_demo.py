@@ -9,17 +9,18 @@ import sys
 import pytest
 from helpers.processes import FOR_HELPERS
 
-from lowline.tools.commands.demo import MODELS, OVERRIDES, _configuration, _flops_per_token
+from lowline.tools.bench.pretrain import load_run
+from lowline.tools.commands.demo import MODELS, OVERRIDES, _flops_per_token
 
 
 def test_shrunk_costs_what_low_rank_costs():
-    dense, shrunk, low_rank = (_flops_per_token(_configuration(name)) for name in MODELS)
+    dense, shrunk, low_rank = (_flops_per_token(load_run(f"demo_{name}")) for name in MODELS)
     assert shrunk == pytest.approx(low_rank, rel=5e-3)
     assert low_rank < 0.6 * dense
 
 
 def test_all_have_the_same_optimizer():
-    run = _configuration("cola2")
+    run = load_run("demo_cola2")
     o = run.optimizer
     assert (
         OVERRIDES["dense"]

@@ -228,13 +228,9 @@ def trainer_step(run: RunConfig, stack: ExitStack) -> tuple[Callable[[], None], 
     return step, trainer
 
 
-def model_step(run: RunConfig, batch: Any = None) -> Callable[[], Any]:
-    """Return a function that runs forward + backward of a run's model and returns the model.
-
-    Without a batch, the inputs are random tokens of as many sequences as a step of the run has.
-    """
+def built_model(run: RunConfig) -> Any:
+    """Return a run's model with its first weights."""
     import torch
-    import torch.nn.functional as F
 
     from lowline.train.engine.titan_compat import prepare
 
@@ -244,18 +240,29 @@ def model_step(run: RunConfig, batch: Any = None) -> Callable[[], Any]:
     model = build_model_config(run).build()
     with torch.no_grad():
         model.init_states()
-    if batch is None:
-        shape = run.training.global_batch_size, run.training.seq_len
-        tokens = torch.randint(run.model.vocab_size, shape)
-        positions = torch.arange(run.training.seq_len).expand(shape).contiguous()
-        batch = {"input": tokens, "positions": positions}, tokens
+    return model
+
+
+def random_batch(run: RunConfig) -> tuple[dict[str, Any], Any]:
+    """Return inputs and labels of random tokens, as many sequences as a step of the run has."""
+    import torch
+
+    shape = run.training.global_batch_size, run.training.seq_len
+    tokens = torch.randint(run.model.vocab_size, shape)
+    positions = torch.arange(run.training.seq_len).expand(shape).contiguous()
+    return {"input": tokens, "positions": positions}, tokens
+
+
+def model_step(model: Any, batch: Any) -> Callable[[], None]:
+    """Return a function that runs forward + backward of a model on one batch."""
+    import torch.nn.functional as F
+
     inputs, labels = batch
 
-    def step() -> Any:
+    def step() -> None:
         model.zero_grad()
         logits = model(inputs["input"], positions=inputs["positions"])
         F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()).backward()
-        return model
 
     return step
 
@@ -266,16 +273,17 @@ def bare_step(run: RunConfig, batch: Any) -> Callable[[], None]:
     """
     import torch
 
-    backward, o = model_step(run, batch), run.optimizer
-    parameters = list(backward().parameters())
+    model, o = built_model(run), run.optimizer
+    backward = model_step(model, batch)
     optimizer = torch.optim.AdamW(
-        parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True
-    )
+        model.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay,
+        fused=True,
+    )  # fmt: skip
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
 
     def step() -> None:
         backward()
-        torch.nn.utils.clip_grad_norm_(parameters, run.training.max_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), run.training.max_norm)
         optimizer.step()
         schedule.step()
 

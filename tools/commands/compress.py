@@ -94,14 +94,15 @@ def compress(
     from lowline.linearize.source import load_config
     from lowline.tools.commands.inspect_rank import load_model, read_text, token_rows
 
-    _check_dense(checkpoint, load_config(checkpoint))
+    config = load_config(checkpoint)
+    _check_dense(checkpoint, config)
     model, tokenizer = load_model(checkpoint)
     rows = token_rows(tokenizer, read_text(text), tokens + held_out, seq_len)
     fitted, measured = _split(rows, tokens)
     low_rank, kinds = compressed(model, fitted, measured, keep)
     sizes = [m.num_parameters() for m in (model, low_rank)]
     before, after = (_perplexity(m, measured) for m in (model, low_rank))
-    save(low_rank.to(load_config(checkpoint).dtype or model.dtype), tokenizer, output)
+    save(low_rank.to(config.dtype or model.dtype), tokenizer, output)
     _print(kinds, sizes, (before, after))
     report = {
         "checkpoint": checkpoint,
@@ -179,7 +180,7 @@ def _find(model: Any, rows: list[torch.Tensor]) -> Found:
     import torch
 
     from lowline.cola.analysis import ActivationRanks
-    from lowline.cola.from_dense import directions, largest_rank
+    from lowline.cola.from_dense import directions
     from lowline.tools.commands.inspect_rank import passes
 
     hf = {projection.hf: name for name, projection in PROJECTIONS.items()}
@@ -195,10 +196,8 @@ def _find(model: Any, rows: list[torch.Tensor]) -> Found:
                         model(row.to(model.device), use_cache=False)
                 for name, gram in seen.grams.items():
                     layer: Any = model.get_submodule(name)
-                    shape = layer.in_features, layer.out_features
-                    most = largest_rank(shape, layer.bias is None)
                     kind = hf[name.split(".", 3)[3]]
-                    found[kind].append(directions(layer.weight, gram, side, most))
+                    found[kind].append(directions(layer.weight, gram, side, _most(layer)))
     return found
 
 
@@ -208,19 +207,25 @@ def _is_on(side: Side, layer: Any) -> bool:
     return side_of(layer.weight, layer.bias is not None) == side
 
 
+def _most(layer: Any) -> int:
+    """Return the largest rank that a layer may get; with a bias it cannot stay dense."""
+    from lowline.cola.from_dense import largest_rank
+
+    return largest_rank((layer.in_features, layer.out_features), layer.bias is None)
+
+
 def _curve(model: Any, found: Found, name: ProjectionName, tried: int, divergence: float) -> Curve:
     """Return what a kind loses at every rank: its lost energy, in units of measured loss."""
-    from lowline.cola.from_dense import STEP, Curve, largest_rank
+    from lowline.cola.from_dense import STEP, Curve
 
     first = _layers(model, name)[0]
-    shape, may_be_dense = (first.in_features, first.out_features), first.bias is None
     unit = divergence / max(_mean_lost(found[name], tried), 1e-12)
-    ranks = range(0, largest_rank(shape, may_be_dense) + 1, STEP)
+    ranks = range(0, _most(first) + 1, STEP)
     return Curve(
-        shape=shape,
+        shape=(first.in_features, first.out_features),
         layers=len(found[name]),
         losses=tuple(unit * _mean_lost(found[name], rank) for rank in ranks),
-        may_be_dense=may_be_dense,
+        may_be_dense=first.bias is None,
     )
 
 
@@ -243,11 +248,9 @@ def _divergence(
     dense: list[torch.Tensor],
 ) -> tuple[int, float]:
     """Return half of the largest rank of a kind, and what the model loses when it alone has it."""
-    from lowline.cola.from_dense import STEP, largest_rank
+    from lowline.cola.from_dense import STEP
 
-    first = _layers(model, name)[0]
-    most = largest_rank((first.in_features, first.out_features), first.bias is None)
-    rank = max(STEP, most // 2 // STEP * STEP)
+    rank = max(STEP, _most(_layers(model, name)[0]) // 2 // STEP * STEP)
     total = tokens = 0.0
     with _projected(model, found, name, rank):
         for row, p in zip(rows, dense, strict=True):
@@ -337,12 +340,12 @@ def _split(rows: list[torch.Tensor], tokens: int) -> tuple[list[torch.Tensor], l
 
 
 def _perplexity(model: Any, rows: list[torch.Tensor]) -> float:
-    total = tokens = 0.0
-    for row in rows:
-        log_probs = _log_probs(model, row)[:, :-1]
-        total -= float(log_probs.gather(-1, row[:, 1:, None].to(log_probs.device)).sum())
-        tokens += row.shape[1] - 1
-    return math.exp(total / tokens)
+    import torch
+
+    from lowline.linearize.evaluation.measure import token_losses
+
+    losses = torch.cat([token_losses(model, row) for row in rows], dim=1)
+    return math.exp(float(losses.double().mean()))
 
 
 def _print(kinds: list[Kind], sizes: list[int], perplexities: tuple[float, float]) -> None:

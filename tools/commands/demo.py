@@ -74,11 +74,13 @@ def demo(output: Path = Path("outputs/demo"), *, processes: int = 2, steps: int 
     """
     from rich.console import Console
 
+    from lowline.tools.bench.pretrain import load_run
+
     console = Console()
-    target = _flops_per_token(_configuration(LOW_RANK))
+    target = _flops_per_token(load_run(f"demo_{LOW_RANK}"))
     for name in MODELS:
         console.rule(f"demo_{name}")
-        equal = round(steps * target / _flops_per_token(_configuration(name)))
+        equal = round(steps * target / _flops_per_token(load_run(f"demo_{name}")))
         _train(name, output / name, processes, equal)
     results = {name: _read(name, output / name) for name in MODELS}
     rows = [result.row() for result in results.values()]
@@ -118,13 +120,6 @@ def _compare_memory(console: Any, plain: Result, output: Path, processes: int) -
         f"{peaks[1]:.2f} GiB, CoLA {peaks[0]:.2f}"
     )
     return equal == len(both)
-
-
-def _configuration(name: str) -> RunConfig:
-    from lowline.train.config.load import load_config
-
-    with as_file(files("lowline.configs") / f"demo_{name}.toml") as config:
-        return load_config(config)
 
 
 def _train(name: str, output: Path, processes: int, steps: int, *options: str) -> None:
@@ -170,11 +165,14 @@ def _tokens_per_step(run: RunConfig) -> int:
 
 def _seconds_per_token(results: dict[str, Result]) -> list[float]:
     """Measure forward + backward of every model on one thread; they take turns."""
-    from lowline.tools.bench.pretrain import model_step
-    from lowline.tools.bench.timing import interleave, threads_of_operators
+    from lowline.tools.bench.pretrain import built_model, model_step, random_batch
+    from lowline.tools.bench.timing import Cases, interleave, threads_of_operators
 
     with threads_of_operators(1):
-        steps = {name: model_step(result.run) for name, result in results.items()}
+        steps: Cases = {
+            name: model_step(built_model(result.run), random_batch(result.run))
+            for name, result in results.items()
+        }
         timings = interleave(steps, TURNS)
     return [timings[n].wall / _tokens_per_step(result.run) for n, result in results.items()]
 
