@@ -96,9 +96,12 @@ def compress(
 
     config = load_config(checkpoint)
     _check_dense(checkpoint, config)
+    documents, count = read_text(text), tokens + held_out
     model, tokenizer = load_model(checkpoint)
-    rows = token_rows(tokenizer, read_text(text), tokens + held_out, seq_len)
-    fitted, measured = _split(rows, tokens)
+    (line,) = token_rows(tokenizer, documents, count, seq_len=count)
+    fitted, measured = (
+        list(part.split(seq_len, dim=1)) for part in (line[:, :tokens], line[:, tokens:])
+    )
     low_rank, kinds = compressed(model, fitted, measured, keep)
     sizes = [m.num_parameters() for m in (model, low_rank)]
     before, after = (_perplexity(m, measured) for m in (model, low_rank))
@@ -326,17 +329,6 @@ def _build(model: Any, found: Found, ranks: dict[ProjectionName, int]) -> Any:
     low_rank: Any = model_of(CoLAForCausalLM, config, weights, model.dtype)
     low_rank.generation_config = copy.deepcopy(model.generation_config)
     return low_rank.to(model.device).eval()
-
-
-def _split(rows: list[torch.Tensor], tokens: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return the rows of the first `tokens` tokens, and those of the rest."""
-    import torch
-
-    length = rows[0].shape[1]
-    line = torch.cat(rows, dim=1)
-    parts = line[:, :tokens].split(length, dim=1), line[:, tokens:].split(length, dim=1)
-    fitted, measured = ([row for row in part if row.shape[1] > 1] for part in parts)
-    return fitted, measured
 
 
 def _perplexity(model: Any, rows: list[torch.Tensor]) -> float:
