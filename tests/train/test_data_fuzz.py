@@ -113,7 +113,7 @@ def of_json(data: bytes) -> list[tuple[int, str | None]] | None:
     data = data.removeprefix(b"\xef\xbb\xbf")
     if data.lstrip().startswith(b"["):
         try:
-            items = json.loads(data.strip(b" \t\n\r\x0b\x0c"), object_pairs_hook=dict)
+            items = json.loads(data.strip(b" \t\n\r\x0b\x0c"), object_pairs_hook=once)
             texts = [{"text": item} if isinstance(item, str) else item for item in items]
             json.dumps(items, ensure_ascii=False).encode()
             return [(number, text_of(item)) for number, item in enumerate(texts, 1)]

@@ -110,8 +110,8 @@ BAD = [
     (b"\0\0\0", "line 2 is not JSON"),
     (b'{"text": "a\xff"}', "line 2 is not UTF-8"),
     (b'{"text": "\\ud800x"}', "line 2 holds half of a surrogate pair"),
-    (b'{"text": "a", "text": "b"}', "line 2 has 'text' twice"),
-    (b'{"te\\u0078t": "a", "text": "b"}', "line 2 has 'text' twice"),
+    (b'{"text": "a", "text": "b"}', "line 2 has 'text' more than once"),
+    (b'{"te\\u0078t": "a", "text": "b"}', "line 2 has 'text' more than once"),
     (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 2 is nested too deeply"),
     (b'{"id": 2}', "line 2 has no column 'text'; it has ['id']. Set data.text_key"),
     (b'{"text": 5}', "line 2: column 'text' holds int64, not strings: 5"),
@@ -137,6 +137,8 @@ def test_bad_items_of_a_list(tmp_path, streaming):
     path = write(tmp_path / "d.json", b'[{"text": "a"}, null, {"id": 1}, {"text": "b"}]')
     assert "row 2 is not an object, but null" in refusal(path, streaming)
     assert documents(path, streaming, on_bad_row="skip") == ["a", "", "", "b"]
+    path = write(tmp_path / "twice.json", b'[{"text": "a"}, {"text": "b", "text": "c"}]')
+    assert "row 2 has 'text' more than once" in refusal(path, streaming)
     path = write(tmp_path / "cut.json", b'[{"text": "a"},\n\n {"text": "b"')
     assert "cut.json as json: line 3 is not JSON" in refusal(path, streaming, on_bad_row="skip")
     path = write(tmp_path / "first.json", b'[1]\n{"text": "b"}\n')
@@ -211,6 +213,13 @@ def test_bad_messages(tmp_path, streaming, row):
     said = refusal(path, streaming, messages_key="m")
     assert said.startswith(f"{path}, line 2")
     assert talks(path, streaming, on_bad_row="skip") == [["q", "a"], [], ["q", "b"]]
+
+
+def test_a_message_with_two_contents(tmp_path, streaming):
+    row = b'{"m": [{"role": "user", "content": "a", "content": "b", "role": "user"}]}'
+    path = write(tmp_path / "d.jsonl", row)
+    said = refusal(path, streaming, messages_key="m")
+    assert "line 1" in said and "'content': <given more than once>" in said
 
 
 # --- tables ------------------------------------------------------------------------------------

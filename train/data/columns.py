@@ -15,7 +15,7 @@ from typing import Any, Literal
 from lowline.errors import LowlineError
 from lowline.train.config.data import SourceConfig
 from lowline.train.data.chat import Conversation, conversation_of
-from lowline.train.data.values import BadRowError, Number, Place, kind_of
+from lowline.train.data.values import BadRowError, Number, Place, Repeated, kind_of
 
 logger = logging.getLogger("lowline")
 
@@ -43,13 +43,15 @@ class Columns:
         """Return the document of a row, which may hold other columns as well.
 
         Raises:
-            BadRowError: a column is missing, or holds no text or no messages.
+            BadRowError: a column is missing, given more than once, or holds no text or messages.
         """
         for name in self.names:
             if name not in row:
                 raise BadRowError(
                     place, f"has no column {name!r}; it has {sorted(row)}. Set {self.keys()}"
                 )
+            if isinstance(row[name], Repeated):
+                raise BadRowError(place, f"has {name!r} more than once", "json")
         values = [row[name] for name in self.names]
         if self.kind == "messages":
             return conversation_of(*values, place=place)

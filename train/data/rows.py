@@ -10,17 +10,16 @@ from row to row. Kinds of files:
 """
 
 import json
-import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from lowline.errors import LowlineError, one_line
 from lowline.train.data.columns import Columns, Text
 from lowline.train.data.lines import read_lines, read_text
-from lowline.train.data.values import BadRowError, Number, Place, kind_of
+from lowline.train.data.values import BadRowError, Number, Place, Repeated, kind_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -60,8 +59,16 @@ def _document(columns: Columns, row: Mapping[str, Any], place: Place) -> Text | 
 
 # --- json --------------------------------------------------------------------------------------
 
-_DECODER = json.JSONDecoder(parse_int=Number, parse_float=Number)
-_PAIRS = json.JSONDecoder(parse_int=Number, parse_float=Number, object_pairs_hook=list)
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        times = Counter(key for key, _ in pairs)
+        row = {key: value if times[key] == 1 else Repeated() for key, value in row.items()}
+    return row
+
+
+_DECODER = json.JSONDecoder(parse_int=Number, parse_float=Number, object_pairs_hook=_once)
 
 
 def _json_rows(file: str, columns: Columns) -> Iterator[Row]:
@@ -101,9 +108,6 @@ def _object(line: bytes, names: tuple[str, ...], place: Place) -> dict[str, Any]
     if not isinstance(row, dict):
         what = f"is not an object, but {_described(row)}; write an object with the columns a line"
         raise BadRowError(place, what, "json")
-    for name in names:
-        if _may_repeat(text, name) and _times(text, name) > 1:
-            raise BadRowError(place, f"has {name!r} twice", "json")
     if "\\ud" in text or "\\uD" in text:
         _check_unicode([row.get(name) for name in names], place)
     return row
@@ -115,30 +119,9 @@ def _described(value: Any) -> str:
     return f"a string ({value[:40]!r})" if type(value) is str else kind_of(value)
 
 
-def _may_repeat(text: str, name: str) -> bool:
-    r"""Return whether a line can hold a key twice, also where one is spelled with \u escapes."""
-    plain = json.dumps(name, ensure_ascii=False)
-    return text.count(plain) > 1 or "\\u" in text and len(_spelled(name).findall(text)) > 1
-
-
-@lru_cache
-def _spelled(name: str) -> re.Pattern[str]:
-    def any_of(character: str) -> str:
-        units = character.encode("utf-16-be", "surrogatepass").hex(" ", 2).split()
-        escape = "".join(rf"\\u(?i:{unit})" for unit in units)
-        return f"(?:{re.escape(json.dumps(character, ensure_ascii=False)[1:-1])}|{escape})"
-
-    return re.compile(f'"{"".join(map(any_of, name))}"')
-
-
-def _times(text: str, name: str) -> int:
-    """Return how often an object has a key; its nested objects do not count."""
-    return sum(key == name for key, _ in _PAIRS.decode(text))
-
-
 def _check_unicode(values: Any, place: Place) -> None:
     try:
-        json.dumps(values, ensure_ascii=False).encode()
+        json.dumps(values, ensure_ascii=False, default=repr).encode()
     except UnicodeEncodeError:
         what = "holds half of a surrogate pair (\\ud800 to \\udfff), which is not a character"
         raise BadRowError(place, what, "json") from None

@@ -49,6 +49,13 @@ class Number(str):
     __slots__ = ()
 
 
+class Repeated:
+    """The value of a key that an object of a JSON file has more than once."""
+
+    def __repr__(self) -> str:
+        return "<given more than once>"
+
+
 def kind_of(value: Any) -> str:
     """Return the type of a value read from JSON, by the names that Arrow has."""
     if isinstance(value, Number):
