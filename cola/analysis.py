@@ -161,8 +161,8 @@ class ActivationRanks:
             # A block may run A and B itself, A's as one GEMM; all go through `expand`.
             expand = module.expand
 
-            def watched_expand(z: torch.Tensor) -> torch.Tensor:
-                y = expand(z)
+            def watched_expand(z: torch.Tensor, *previous: torch.Tensor) -> torch.Tensor:
+                y = expand(z, *previous)
                 self._add(name, z if self.which == "bottleneck" else y)
                 return y
 

@@ -67,6 +67,8 @@ class TitanLowRankLinear(LowRankLinear, Module):
         A: Linear.Config
         B: Linear.Config
         activation: str = "silu"
+        variant: str = "cola"
+        gated: bool = False
 
         @property
         def in_features(self) -> int:
@@ -78,10 +80,24 @@ class TitanLowRankLinear(LowRankLinear, Module):
 
     def __init__(self, config: Config) -> None:
         super(LowRankLinear, self).__init__()
-        self._set_factors(config.A.build(), config.B.build(), config.activation)
+        A, B, c = config.A.build(), config.B.build(), config
+        self._set_factors(A, B, c.activation, c.variant, c.gated)
 
     def _init_self_parameters(self) -> None:
-        """Do nothing: A and B have initializers, which draw alike however they are sharded."""
+        """Set the gate; A and B have initializers, which draw alike however they are sharded."""
+        if self.gate is not None:
+            nn.init.ones_(self.gate)
+
+    def _plus(self, linear: nn.Linear, x: torch.Tensor, term: torch.Tensor | None) -> torch.Tensor:
+        """Return linear(x) + term as one product, which makes the sum alone: the CoLA-M of variants
+        keeps what products make.
+        """
+        if term is None:
+            return linear(x)
+        if linear.bias is not None:
+            term = term + linear.bias
+        flat = torch.addmm(term.flatten(0, -2), x.flatten(0, -2), linear.weight.t())
+        return flat.view(term.shape)
 
 
 class ColaQKVLinear(BaseQKVLinear):
@@ -246,6 +262,7 @@ class ColaConverter(ModelConfigConverter):
         activation: str = "silu"
         bias: bool = False
         init: str = "published"
+        variant: str = "cola"
         mlp_activation: str = "silu"
         memory: Memory = "cola"
         grouped: bool = False
@@ -311,4 +328,5 @@ class ColaConverter(ModelConfigConverter):
                 in_features=rank, out_features=linear.out_features, bias=c.bias, param_init=second
             ),
             activation=c.activation,
+            variant=c.variant,
         )

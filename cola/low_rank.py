@@ -1,8 +1,9 @@
 """The low-rank auto-encoder layer y = B·σ(A·x) (CoLA, arXiv 2502.10940, equation 3).
 
-A: in -> r, B: r -> out, no bias by default, no norm, scale or residual in between. This module is
-plain torch, shared by the training body (`lowline.cola.block`) and the Hugging Face body
-(`lowline.cola.hf`); its parameters are `A.weight` (r, in) and `B.weight` (out, r) everywhere.
+A: in -> r, B: r -> out, no bias by default, no norm, scale or residual in between; variants
+(`lowline.cola.variants`) add terms to A·x and to y. This module is plain torch, shared by the
+training body (`lowline.cola.block`) and the Hugging Face body (`lowline.cola.hf`); its parameters
+are `A.weight` (r, in) and `B.weight` (out, r) everywhere.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from lowline.cola.variants import Variant, variant_of
 from lowline.errors import LowlineError
 
 
@@ -72,6 +74,8 @@ class LowRankLinear(nn.Module):
         activation: σ, a name from `ACTIVATIONS`.
         bias: whether A and B each have a bias.
         init: how B begins, a name from `INITS`.
+        variant: a name from `lowline.cola.variants.Name`.
+        gated: whether a layer comes before, from which the variant may get something.
         device, dtype: of the weights, as in `nn.Linear`.
 
     Raises:
@@ -80,6 +84,8 @@ class LowRankLinear(nn.Module):
 
     A: nn.Linear
     B: nn.Linear
+    gate: nn.Parameter | None
+    variant: Variant
 
     def __init__(
         self,
@@ -90,6 +96,8 @@ class LowRankLinear(nn.Module):
         activation: str = "silu",
         bias: bool = False,
         init: str = "published",
+        variant: str = "cola",
+        gated: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -98,7 +106,7 @@ class LowRankLinear(nn.Module):
             raise LowlineError(f"rank = {rank}; a low-rank layer has a rank of at least 1")
         how: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         A, B = nn.Linear(in_features, rank, **how), nn.Linear(rank, out_features, **how)
-        self._set_factors(A, B, activation)
+        self._set_factors(A, B, activation, variant, gated)
         self.reset_parameters(init)
 
     @classmethod
@@ -118,7 +126,14 @@ class LowRankLinear(nn.Module):
         layer._set_factors(A, B, activation)
         return layer
 
-    def _set_factors(self, A: nn.Linear, B: nn.Linear, activation: str) -> None:
+    def _set_factors(
+        self,
+        A: nn.Linear,
+        B: nn.Linear,
+        activation: str,
+        variant: str = "cola",
+        gated: bool = False,
+    ) -> None:
         if activation not in ACTIVATIONS:
             raise LowlineError(f"activation = {activation!r}; choose from {sorted(ACTIVATIONS)}")
         if A.out_features != B.in_features:
@@ -126,6 +141,9 @@ class LowRankLinear(nn.Module):
         self.A = A
         self.B = B
         self.activation = activation
+        self.variant = variant_of(variant)
+        size = self.variant.gate_size(self.rank) if gated else 0
+        self.gate = nn.Parameter(A.weight.new_ones(size)) if size else None
 
     @torch.no_grad()
     def reset_parameters(self, init: str = "published") -> None:
@@ -138,6 +156,8 @@ class LowRankLinear(nn.Module):
         for factor in (self.A, self.B):
             if factor.bias is not None:
                 nn.init.zeros_(factor.bias)
+        if self.gate is not None:
+            nn.init.ones_(self.gate)
 
     @property
     def in_features(self) -> int:
@@ -151,12 +171,29 @@ class LowRankLinear(nn.Module):
     def rank(self) -> int:
         return self.A.out_features
 
-    def expand(self, z: torch.Tensor) -> torch.Tensor:
-        """B·σ(z) for a bottleneck pre-activation z of (..., r)."""
-        return self.B(ACTIVATIONS[self.activation](z))
+    def enter(self, x: torch.Tensor, previous: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the bottleneck pre-activation z = A·x of (..., r), with the variant's term."""
+        return self._plus(self.A, x, self.latent_term(previous))
+
+    def latent_term(self, previous: torch.Tensor | None) -> torch.Tensor | None:
+        """Return what the variant adds to A·x."""
+        return None if previous is None else self.variant.latent_term(self, previous)
+
+    def sigma(self, z: torch.Tensor) -> torch.Tensor:
+        """Return σ(z)."""
+        return ACTIVATIONS[self.activation](z)
+
+    def expand(self, z: torch.Tensor, previous: torch.Tensor | None = None) -> torch.Tensor:
+        """Return y = B·σ(z) for a pre-activation z of (..., r), with the variant's term."""
+        h = self.sigma(z)
+        return self._plus(self.B, h, self.variant.output_term(self, h, previous))
+
+    def _plus(self, linear: nn.Linear, x: torch.Tensor, term: torch.Tensor | None) -> torch.Tensor:
+        """Return linear(x) + term."""
+        return linear(x) if term is None else linear(x) + term
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.expand(self.A(x))
+        return self.expand(self.enter(x))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"

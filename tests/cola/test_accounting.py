@@ -88,6 +88,8 @@ CASES = {
     "cola, relu": ("all", {**LOW_RANK, "activation": "relu"}, {}),
     "linear bottleneck": ("all", {**LOW_RANK, "activation": "identity"}, {}),
     "ranks by projection": ("all", {"rank": {"q": 8, "gate": 24, "down": 40}}, {}),
+    "dlr": ("all", {**LOW_RANK, "variant": "dlr"}, {}),
+    "dlr, cola-m": ("cola-m", {**COLA_M, "variant": "dlr"}, {}),
     "cola-m": ("cola-m", COLA_M, {}),
     "cola-m, grouped": ("cola-m", {**COLA_M, "grouped": True}, {}),
     "cola-m, grouped queries": ("cola-m", COLA_M, {"n_kv_heads": 2}),

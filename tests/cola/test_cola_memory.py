@@ -40,6 +40,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qk_norm, head_dim": ({"qk_norm": True, "head_dim": 24}, {}),
     "ranks": ({}, {"rank": dict(q=3, k=5, v=7, o=9, gate=11, up=13, down=32)}),
     "tied": ({"tie_embeddings": True}, {}),
+    "dlr": ({}, {"variant": "dlr"}),
 }
 
 

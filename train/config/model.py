@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from lowline.cola.projections import projection_shapes
 from lowline.cola.ranks import Rank
+from lowline.cola.variants import Name as Variant
 from lowline.train.config.fields import (
     NOTHING,
     RUN,
@@ -19,6 +20,9 @@ from lowline.train.config.fields import (
     Strict,
     Width,
 )
+
+if TYPE_CHECKING:
+    from lowline.train.config.run import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +144,8 @@ class ColaConfig:
     """128, or 0.25 (of dim), or {q = 64, gate = 0.5}, which leaves the rest dense; 0: all dense."""
     activation: Literal["silu", "gelu", "relu", "identity"] = "silu"
     """σ, the bottleneck's non-linearity."""
+    variant: Variant = "cola"
+    """What is added to CoLA's formula; "dlr": h, repeated, to the output (folded at export)."""
     bias: bool = False
     """Whether A and B have biases."""
     init: Annotated[Literal["published", "skip"], RUN] = "published"
@@ -148,3 +154,25 @@ class ColaConfig:
     """What the backward pass finds: all activations ("cola"), or those of rank width ("cola-m")."""
     grouped: Annotated[bool, NOTHING] = False
     """Whether the A's that read one input (q/k/v, gate/up) run as one matrix product."""
+
+
+def check_variant(run: RunConfig) -> None:
+    """Check that a run's low-rank variant fits how the run is laid out.
+
+    Raises:
+        ValueError: names the two keys that do not go together.
+    """
+    if run.cola.variant == "cola":
+        return
+    wrong = {
+        "parallelism.tensor_parallel": (run.parallelism.tensor_parallel, 1),
+        "block": (run.block and [run.block.first, run.block.last], None),
+    }
+    if run.activation_checkpoint == "selective":
+        wrong["activation_checkpoint"] = ("selective", "none")
+    for key, (value, allowed) in wrong.items():
+        if value != allowed:
+            raise ValueError(
+                f'cola.variant = "{run.cola.variant}" with {key} = {value!r}, which knows CoLA '
+                f'alone; set {key} to {allowed!r}, or cola.variant to "cola"'
+            )

@@ -28,7 +28,7 @@ from lowline.train.config.fields import (
     Strict,
 )
 from lowline.train.config.layout import ParallelismConfig, check_layout
-from lowline.train.config.model import ColaConfig, ModelConfig
+from lowline.train.config.model import ColaConfig, ModelConfig, check_variant
 from lowline.train.config.model import RopeScaling as RopeScaling
 from lowline.train.config.objective import (
     BlockConfig,
@@ -220,6 +220,7 @@ class RunConfig:
                 f"training.seq_len = {self.training.seq_len}; raise it, or set "
                 "evaluation.enable = false"
             )
+        check_variant(self)
         check_stage(self)
         if self.evaluation.enable and not self.evaluation.data and self.data.dataset != "embedded":
             raise ValueError(

@@ -1,9 +1,9 @@
 """A model's weights read tensor by tensor and written shard by shard, never held at once.
 
-`StepWeights` reads a run's step folder, however many ranks wrote it, and merges LoRA's factors
-into one weight at a time. `save_directory` writes a Hugging Face directory: config.json,
-generation_config.json and safetensors of at most `SHARD_BYTES`, with an index where there are
-several. What is in memory is one output file, and of what is read one tensor.
+`StepWeights` reads a run's step folder, however many ranks wrote it, merges LoRA's factors and
+folds what a variant adds into one weight at a time. `save_directory` writes a Hugging Face
+directory: config.json, generation_config.json and safetensors of at most `SHARD_BYTES`, with an
+index where there are several. What is in memory is one output file, and of what is read one tensor.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from lowline.cola.dlr import folded
 from lowline.cola.remote_code import add_remote_code
+from lowline.cola.variants import variant_of
 from lowline.train.config.folder import check
 from lowline.train.config.load import load_config
 from lowline.train.model.lora import factor_names, is_lora, merged
@@ -48,7 +50,9 @@ class StepWeights:
             for name, entry in self._reader.read_metadata().state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata) and _is_weight(name)
         }
-        self._lora = load_config(folder / "config.toml").lora if merge else None
+        run = load_config(folder / "config.toml")
+        self._lora = run.lora if merge else None
+        self._folds = variant_of(run.cola.variant).folds
 
     @property
     def kinds(self) -> dict[str, Kind]:
@@ -80,6 +84,8 @@ class StepWeights:
             assert self._lora is not None
             A, B = found.values()
             weight = merged(weight, A, B, self._lora)
+        if self._folds and name.endswith(".B.weight"):
+            weight = folded(weight)
         return weight.to(dtype)
 
 

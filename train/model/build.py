@@ -255,6 +255,7 @@ def build_model_config(run: RunConfig) -> Llama.Config:
             activation=run.cola.activation,
             bias=run.cola.bias,
             init=run.cola.init,
+            variant=run.cola.variant,
             mlp_activation=m.mlp_activation,
             memory=run.cola.memory,
             grouped=run.cola.grouped,
