@@ -84,7 +84,7 @@ def load_teacher(
     if not isinstance(kind, torch.dtype):  # a configuration need not name one
         kind = next(iter(weights.values())).dtype
     model = model_of(type(_without_weights(config)), config, weights, kind)
-    model.config.name_or_path = place  # from_pretrained writes the None it was given
+    model.config.name_or_path = place
     if (generation := read_json(directory / GENERATION)) is not None:
         model.generation_config = GenerationConfig.from_dict(generation)
     return model
@@ -97,6 +97,7 @@ def model_of(
     dtype: torch.dtype,
 ) -> PreTrainedModel:
     """Return a model of this class with exactly these weights, in `dtype`."""
+    name = config.name_or_path
     loaded: Any = cls.from_pretrained(
         None,
         config=config,
@@ -108,6 +109,7 @@ def model_of(
     )
     model, found = loaded
     assert not any(found.values()), found
+    model.config.name_or_path = name  # from_pretrained writes the None it was given
     return model
 
 

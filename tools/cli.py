@@ -58,6 +58,9 @@ COMMANDS = {
         "tools.commands.plan:plan_blockwise", "show disk, time and GPUs of blockwise transfer"
     ),
     "generate": Command("tools.commands.generate:generate", "continue a prompt, or answer a chat"),
+    "context save": Command(
+        "tools.commands.context:context_save", "let a model read a text, and save its state"
+    ),
     "evaluate": Command(
         "tools.commands.evaluate:evaluate",
         "score models beside their teacher and untrained windows",

@@ -9,6 +9,9 @@ keeps what transformers' `DynamicCache` keeps there (all keys and values, or a s
 them). transformers' own `DynamicCache(config=model.config)` is the same cache, because
 `config.layer_types` names `LAYER_TYPE` where a mixer is; `generate` makes one by itself.
 
+`cache.save(path)` writes it to a file, `LinearizedCache.load(path)` reads it again
+(`lowline.linearize.body.context_file`).
+
 Left out: a state cannot be taken back, so `crop` is refused, and with it assisted generation and
 prompt look-up. States are not offloaded to another device, nor quantized.
 """
@@ -17,14 +20,16 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from lowline.errors import LowlineError
+from lowline.linearize.body.context_file import attach_cache, load_cache, save_cache
 
 if TYPE_CHECKING:
     from lowline.linearize.body.hf import LinearizedConfig
@@ -106,10 +111,50 @@ class LinearizedCache(DynamicCache):
 
     Args:
         config: the model's.
+
+    Attributes:
+        token_ids: of a loaded cache: what was read, if it was saved with it.
+        origin: of a loaded cache that no model has taken yet: what its file says.
     """
 
     def __init__(self, config: LinearizedConfig) -> None:
         super().__init__(config=config)
+        self.config: Any = config
+        self.token_ids: torch.Tensor | None = None
+        self.origin: dict[str, Any] | None = None
+
+    def save(self, path: str | Path, *, token_ids: torch.Tensor | None = None) -> None:
+        """Write everything a model needs to continue, as safetensors, complete or not at all.
+
+        Args:
+            path: of the file; a context that was saved there before is replaced.
+            token_ids: (rows, tokens), all that was read, which `model.generate` asks for.
+
+        Raises:
+            LowlineError: nothing was read, padding was, the model is in no directory, or another
+                kind of file is there.
+            OSError: the disk is full or cannot be written.
+        """
+        save_cache(self, Path(path), token_ids)
+
+    @classmethod
+    def load(cls, path: str | Path) -> LinearizedCache:
+        """Return a saved cache; the model that continues it is checked when it does.
+
+        Raises:
+            LowlineError: no such file, another kind of file, or a damaged one.
+        """
+        return load_cache(cls, Path(path))
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Check that a loaded cache was made by this model, and move it to the model's device.
+
+        A converted model does so itself before its first token. Other caches pass.
+
+        Raises:
+            LowlineError: another model, configuration or dtype made it.
+        """
+        attach_cache(self, model)
 
 
 def state_bytes(
@@ -160,24 +205,31 @@ def _tensors(layer: Any) -> Iterator[torch.Tensor]:
 
 
 def _mixer_bytes(config: LinearizedConfig, dtype: torch.dtype) -> int:
-    """Of all mixers' states, each kind of mixer asked for one after a single token."""
+    """Return the bytes of all mixers' states, each kind of mixer asked for one."""
     sizes: dict[str, int] = {}
     total = 0
     for layer in config.converted_layers():
         kind = str(config.mixers[layer])
         if kind not in sizes:
-            shape = config.head_shape(layer)
-            mixer = config.build_mixer(layer, backend="reference").to(dtype)
-            heads = (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads)
-            q, k, v = (torch.zeros(1, 1, n, shape.head_dim, dtype=dtype) for n in heads)
-            x = torch.zeros(1, 1, shape.hidden_size, dtype=dtype)
-            rope = (torch.ones_like(q[:, :, 0]), torch.zeros_like(q[:, :, 0]))
             held = MixerLayer()
-            with torch.no_grad():
-                held.update(mixer(q, k, v, rope=rope, x_BTE=x)[1], 1)
+            held.update(state_after_a_token(config, layer, dtype), 1)
             sizes[kind] = sum(t.nbytes for t in _tensors(held))
         total += sizes[kind]
     return total
+
+
+@torch.no_grad()
+def state_after_a_token(
+    config: LinearizedConfig, layer: int, dtype: torch.dtype, *, rows: int = 1
+) -> Any:
+    """Return a state of a converted layer's mixer, which has the shapes of every later one."""
+    shape = config.head_shape(layer)
+    mixer = config.build_mixer(layer, backend="reference").to(dtype)
+    heads = (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads)
+    q, k, v = (torch.zeros(rows, 1, n, shape.head_dim, dtype=dtype) for n in heads)
+    x = torch.zeros(rows, 1, shape.hidden_size, dtype=dtype)
+    rope = (torch.ones_like(q[:, :, 0]), torch.zeros_like(q[:, :, 0]))
+    return mixer(q, k, v, rope=rope, x_BTE=x)[1]
 
 
 def _kv_bytes(

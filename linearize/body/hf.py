@@ -55,7 +55,7 @@ from lowline.cola.hf import CoLAConfig, CoLAForCausalLM, CoLAModel
 from lowline.cola.remote_code import SavesRemoteCode
 from lowline.errors import LowlineError
 from lowline.linearize.body.attention import LinearizedAttention
-from lowline.linearize.body.cache import LAYER_TYPE, NO_WAY_BACK, MixerLayer
+from lowline.linearize.body.cache import LAYER_TYPE, NO_WAY_BACK, LinearizedCache, MixerLayer
 from lowline.linearize.body.packing import plan_packing
 from lowline.linearize.mixers import MIXERS, build_mixer
 from lowline.linearize.mixers.base import HeadShape, Mixer
@@ -225,6 +225,8 @@ class _Body(_Linearized):
         """
         converted = self.config.converted_layers()
         if past_key_values is not None:
+            if isinstance(past_key_values, LinearizedCache):
+                past_key_values.attach(self)
             _check_cache(past_key_values, converted)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         packing = None

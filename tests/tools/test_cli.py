@@ -279,6 +279,7 @@ WRONG_PATHS = {  # of every command that takes one
     "compress": "./nowhere out",
     "plan blockwise": "./nowhere",
     "generate": "./nowhere text",
+    "context save": "./nowhere text out.safetensors",
     "evaluate": "./nowhere",
     "inspect cost": "no/where",
     "inspect rank": "./nowhere",

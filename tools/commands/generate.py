@@ -2,17 +2,20 @@
 
 lowline generate exported/ "A list is" --max-new-tokens 64
 lowline generate converted/ "What is a list?" --chat --stats
+lowline generate converted/ "In short:" --context read.safetensors
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowline.command_line import DType
 from lowline.errors import LowlineError
 from lowline.hub import check_source
+from lowline.tools.commands.context import after_context, read_context
 
 if TYPE_CHECKING:
     from transformers import TextStreamer
@@ -28,6 +31,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     dtype: DType = "float32",
+    context: Path | None = None,
     stats: bool = False,
 ) -> str:
     """Continue a prompt; the text is printed as it is generated.
@@ -41,13 +45,16 @@ def generate(
         top_p: Sample among the most likely tokens that hold this share of the probability.
         seed: The seed of the sampling.
         dtype: The type that is computed in.
+        context: What the model has read before, a file of `lowline context save`; the prompt
+            follows it.
         stats: Print speed, and the bytes of state between tokens, to stderr.
 
     Returns:
         The prompt and its continuation; with `chat` the answer.
 
     Raises:
-        ValueError: no such model, an empty prompt, no chat template, or a number out of its range.
+        ValueError: no such model, an empty prompt, no chat template, a number out of its range,
+            or the context of another model.
     """
     if temperature < 0:
         raise LowlineError(f"temperature = {temperature}; 0 is greedy, above 0 samples")
@@ -63,23 +70,32 @@ def generate(
     from lowline.quiet import quiet_libraries
 
     quiet_libraries()
+    held = None if context is None else read_context(context)
     tokenizer = load_tokenizer(model)
     body: Any = load_teacher(model, dtype=getattr(torch, dtype)).eval()
     body.to("cuda" if torch.cuda.is_available() else "cpu")
+    begins = not chat and held is None  # with what the tokenizer puts before every text
     inputs: Any = tokenizer(_asked(tokenizer, prompt, model) if chat else prompt,
-                            add_special_tokens=not chat, return_tensors="pt")  # fmt: skip
+                            add_special_tokens=begins, return_tensors="pt")  # fmt: skip
     if inputs["input_ids"].shape[1] == 0:
         raise LowlineError(f"prompt = {prompt!r} has no tokens; give some text to continue")
-    inputs.pop("token_type_ids", None)
+    inputs = {"input_ids": inputs["input_ids"].to(body.device)}
+    before = 0
+    if held is not None:
+        held.attach(body)
+        inputs["input_ids"] = after_context(held, inputs["input_ids"], tokenizer)
+        inputs["past_key_values"], before = held, held.get_seq_length()
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     torch.manual_seed(seed)
-    streamer = _Clocked(TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True))
+    printed = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
+    streamer = _Clocked(printed, skip=before)
     made = body.generate(
-        **inputs.to(body.device),
+        **inputs,
         **sampling,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
@@ -88,7 +104,7 @@ def generate(
     )
     if stats:
         print(_stats(body.config, made.past_key_values, streamer.times), file=sys.stderr)
-    start = inputs["input_ids"].shape[1] if chat else 0
+    start = inputs["input_ids"].shape[1] if chat else before
     return str(tokenizer.decode(made.sequences[0, start:], skip_special_tokens=True))
 
 
@@ -110,13 +126,18 @@ def _asked(tokenizer: Any, message: str, model: str) -> str:
 
 
 class _Clocked:
-    """A streamer that notes when the prompt and each token came, before another prints them."""
+    """A streamer that notes when the prompt and each token came, before another prints them.
 
-    def __init__(self, streamer: TextStreamer) -> None:
-        self.streamer = streamer
+    `skip` tokens at the start of the prompt are not printed.
+    """
+
+    def __init__(self, streamer: TextStreamer, skip: int) -> None:
+        self.streamer, self.skip = streamer, skip
         self.times: list[float] = []
 
     def put(self, value: Any) -> None:
+        if not self.times:
+            value = value[:, self.skip :]
         self.times.append(time.perf_counter())
         self.streamer.put(value)
 
