@@ -210,6 +210,8 @@ def _mixer_bytes(config: LinearizedConfig, dtype: torch.dtype) -> int:
     total = 0
     for layer in config.converted_layers():
         kind = str(config.mixers[layer])
+        if config.mixers[layer].get("budget"):
+            kind += f" in layer {layer}"
         if kind not in sizes:
             held = MixerLayer()
             held.update(state_after_a_token(config, layer, dtype), 1)

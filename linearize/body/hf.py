@@ -59,6 +59,7 @@ from lowline.linearize.body.cache import LAYER_TYPE, NO_WAY_BACK, LinearizedCach
 from lowline.linearize.body.packing import plan_packing
 from lowline.linearize.mixers import MIXERS, build_mixer
 from lowline.linearize.mixers.base import HeadShape, Mixer
+from lowline.linearize.mixers.options import MixerOptions
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of layer types
 SOFTMAX = "softmax"  # the mixer of a layer that is left as it was
@@ -130,7 +131,10 @@ class LinearizedConfig(_Architecture):
             return {"name": SOFTMAX}
         with torch.device("meta"):  # finds every mistake at no cost
             build_mixer(name, options, self.head_shape(0))
-        return {"name": name, **asdict(MIXERS[name][0](**options))}
+        given = MIXERS[name][0](**options)
+        if isinstance(given, MixerOptions):
+            given.check_model(self.num_hidden_layers, self.head_shape(0).n_kv_heads)
+        return {"name": name, **asdict(given)}
 
     def converted_layers(self) -> list[int]:
         """Return the layers that have a mixer."""

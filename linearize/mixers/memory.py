@@ -5,6 +5,10 @@ others are merged into mean keys and values where that changes scores and values
 if there are no rows for means (eviction, H2O, arXiv 2306.14048). `lowline.kernels.memory` has the
 formula. Keys are stored after the rotary embedding. Nothing is learned, so a conversion needs no
 training; q, k, v and o may be trained with it.
+
+Few heads look far back (DuoAttention, 2410.10819; Ada-KV, 2407.11550), so that a budget that gives
+each key and value head its own window and rows loses less of the model at the same bytes. Heads of
+one size share a state; a head without rows is a window with sinks.
 """
 
 from __future__ import annotations
@@ -12,9 +16,12 @@ from __future__ import annotations
 import torch
 
 from lowline.kernels.memory import MemoryState, row_memory_attention, row_memory_step
+from lowline.kernels.window import WindowState
 from lowline.linearize.mixers.base import HeadShape, Mixer, Rope, apply_rope
-from lowline.linearize.mixers.branches import is_step
+from lowline.linearize.mixers.branches import attend, is_step
 from lowline.linearize.mixers.options import MemoryOptions as MemoryOptions
+
+HeadsState = MemoryState | WindowState
 
 
 class Memory(Mixer):
@@ -23,6 +30,14 @@ class Memory(Mixer):
     def __init__(self, shape: HeadShape, options: MemoryOptions) -> None:
         super().__init__(shape)
         self.options = options
+        self.sizes = [(options.window, options.exact)]
+        """Window and exact of each group of heads."""
+        self.groups = [list(range(shape.n_kv_heads))]
+        """The key and value heads of each size."""
+        if options.budget:
+            of_heads = options.heads()[shape.layer]
+            self.sizes = sorted(set(of_heads))
+            self.groups = [[g for g, s in enumerate(of_heads) if s == size] for size in self.sizes]
 
     def forward(
         self,
@@ -32,18 +47,49 @@ class Memory(Mixer):
         *,
         rope: Rope,
         x_BTE: torch.Tensor,
-        state: MemoryState | None = None,
+        state: HeadsState | tuple[HeadsState, ...] | None = None,
         cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, MemoryState]:
-        """See `Mixer.forward`."""
-        o = self.options
+    ) -> tuple[torch.Tensor, HeadsState | tuple[HeadsState, ...]]:
+        """See `Mixer.forward`. The state is one for each group of heads if there are several."""
         inputs = (apply_rope(q_BTHD, rope), apply_rope(k_BTGD, rope), v_BTGD)
+        if len(self.groups) == 1:
+            return self._attend(*inputs, *self.sizes[0], state, cu_seqlens)  # type: ignore[arg-type]
+        n_kv_heads = k_BTGD.shape[2]
+        grouped = [x.unflatten(2, (n_kv_heads, -1)) for x in inputs]
+        outputs, states = [], []
+        for n, (size, heads) in enumerate(zip(self.sizes, self.groups, strict=True)):
+            own = (x[:, :, heads].flatten(2, 3) for x in grouped)
+            before = None if state is None else state[n]
+            o, after = self._attend(*own, *size, before, cu_seqlens)  # type: ignore[arg-type]
+            outputs.append(o.unflatten(2, (len(heads), -1)))
+            states.append(after)
+        placed = [g for heads in self.groups for g in heads]
+        order = sorted(range(n_kv_heads), key=placed.__getitem__)
+        return torch.cat(outputs, 2)[:, :, order].flatten(2, 3), tuple(states)
+
+    def _attend(
+        self,
+        q_BTHD: torch.Tensor,
+        k_BTGD: torch.Tensor,
+        v_BTGD: torch.Tensor,
+        window: int,
+        exact: int,
+        state: HeadsState | None,
+        cu_seqlens: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, HeadsState]:
+        """Return the output and the next state of heads of one size."""
+        o, inputs = self.options, (q_BTHD, k_BTGD, v_BTGD)
+        if not exact + o.merged:
+            assert not isinstance(state, MemoryState)
+            return attend(*inputs, window=window, sinks=o.sinks, state=state,
+                          cu_seqlens=cu_seqlens, backend=o.backend)  # type: ignore[arg-type] # fmt: skip
+        assert not isinstance(state, WindowState)
         if state is not None and is_step(q_BTHD, cu_seqlens, *state):
             q, k, v = (x[:, 0] for x in inputs)
             o_BHD = row_memory_step(
                 *(q, k, v),
                 state=state,
-                exact=o.exact,
+                exact=exact,
                 block=o.block,
                 horizon=o.horizon,
                 bias=o.bias,
@@ -52,8 +98,8 @@ class Memory(Mixer):
             return o_BHD[:, None], state
         return row_memory_attention(
             *inputs,
-            window=o.window,
-            exact=o.exact,
+            window=window,
+            exact=exact,
             merged=o.merged,
             sinks=o.sinks,
             block=o.block,

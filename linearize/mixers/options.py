@@ -96,6 +96,14 @@ class MixerOptions:
         """Whether softmax attention in a sliding window is a part of it."""
         return bool(getattr(self, "window", 0))
 
+    @property
+    def softmax_tokens(self) -> int:
+        """How many keys softmax reads for each query, a mean over heads."""
+        return getattr(self, "window", 0) + getattr(self, "sinks", 0)
+
+    def check_model(self, n_layers: int, n_kv_heads: int) -> None:
+        """Raise ValueError for options that do not fit a model of so many layers and heads."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class HedgehogOptions(MixerOptions):
@@ -217,6 +225,9 @@ class MemoryOptions(MixerOptions):
         block: how many tokens leave the window together; a token sees window - block + 1 at least.
         horizon: tokens after which attention received has faded to a third; 0: it never fades.
         bias: what is added to the scores of rows that hold several tokens.
+        budget: window and exact of each key and value head, in place of those two: layers apart by
+            ";", heads by ",", such as "64+192, 300; 16+8, 64+500" of a model of two layers; a head
+            without "+" has the window only. `lowline inspect budget` measures one.
         backend: "auto", "torch" or "reference"; see `lowline.kernels.backends`.
     """
 
@@ -229,6 +240,7 @@ class MemoryOptions(MixerOptions):
     block: int = 16
     horizon: int = 0
     bias: float = 0.5
+    budget: str = ""
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -237,10 +249,59 @@ class MemoryOptions(MixerOptions):
             check_int(name, getattr(self, name), least)
         if not self.exact + self.merged:
             raise LowlineError("exact = 0, merged = 0; give one of them a row, or use sink_window")
-        if self.block > self.window:
-            raise LowlineError(f"block = {self.block} with window = {self.window}; at most that")
         check_finite("bias", self.bias)
         check_choice("backend", self.backend, SLOT_BACKENDS)
+        if self.budget and self.merged:
+            raise LowlineError(f"merged = {self.merged} beside a budget, which has no such rows")
+        for window, exact in {head for layer in self.heads() for head in layer}:
+            if window < 1:
+                raise LowlineError(f"budget: a window of {window}; give at least 1")
+            if (exact or not self.budget) and self.block > window:
+                raise LowlineError(f"block = {self.block} with window = {window}; at most that")
+
+    def heads(self) -> list[list[tuple[int, int]]]:
+        """Return window and exact of each layer's heads; one for all where there is no budget.
+
+        Raises:
+            LowlineError: a budget of another form.
+        """
+        if not isinstance(self.budget, str):
+            raise LowlineError(f"budget = {self.budget!r}; give a text such as '64+192, 300; 16+8'")
+        found = []
+        for n, layer in enumerate(self.budget.split(";") if self.budget else [""]):
+            heads = [head.strip() for head in layer.split(",")] if self.budget else []
+            for head in heads:
+                if not all(number.isascii() and number.isdigit() for number in head.split("+", 1)):
+                    raise LowlineError(
+                        f"budget: {head!r} in layer {n}; give each key and value head a window, or "
+                        "a window and rows, such as '300' or '64+192'"
+                    )
+            numbers = [(*map(int, head.split("+", 1)), 0)[:2] for head in heads]
+            found.append(numbers or [(self.window, self.exact)])
+        return found
+
+    @property
+    def softmax_tokens(self) -> int:
+        """How many keys softmax reads for each query, a mean over heads."""
+        sizes = [sum(head) for layer in self.heads() for head in layer]
+        return sum(sizes) // len(sizes) + self.merged + self.sinks
+
+    def check_model(self, n_layers: int, n_kv_heads: int) -> None:
+        """Raise ValueError for a budget of another number of layers or heads."""
+        layers = self.heads() if self.budget else []
+        if layers and len(layers) != n_layers:
+            raise LowlineError(f"budget has {len(layers)} layers, the model {n_layers}")
+        for n, heads in enumerate(layers):
+            if len(heads) != n_kv_heads:
+                raise LowlineError(
+                    f"budget has {len(heads)} heads in layer {n}, the model {n_kv_heads} key and "
+                    "value heads"
+                )
+
+    @property
+    def splits(self) -> bool:
+        """Whether a rank can have some of the heads."""
+        return not self.budget
 
 
 @dataclass(frozen=True, kw_only=True)

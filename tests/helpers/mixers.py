@@ -35,6 +35,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "memory",
         dict(window=WINDOW, sinks=0, exact=4, merged=0, block=1, horizon=0),
     ),
+    "memory, budget": (
+        "memory",
+        dict(sinks=SINKS, block=2, horizon=6, budget=f"{WINDOW}+3, {WINDOW - 1}; 300, 64+192"),
+    ),
     "liger_gsa, no window": ("liger_gsa", dict(window=0)),
     "retention": ("retention", dict(window=WINDOW, sinks=SINKS, share_init=0.3)),
     "retention, no window, shared": ("retention", dict(window=0, sinks=0, state_heads="kv")),

@@ -227,6 +227,11 @@ def test_parameters_have_the_type_that_is_set(case):
         ("memory", {"window": 8, "block": 9}, "block = 9 with window = 8; at most that"),
         ("memory", {"horizon": -1}, "horizon = -1; give an integer of at least 0"),
         ("memory", {"bias": float("nan")}, "bias = nan; give a number"),
+        ("memory", {"budget": 64}, "budget = 64; give a text such as '64\\+192, 300; 16\\+8'"),
+        ("memory", {"budget": "64, 64+; 64, 64"}, "budget: '64\\+' in layer 0; give each key"),
+        ("memory", {"budget": "64, 0; 64, 64"}, "budget: a window of 0"),
+        ("memory", {"budget": "64, 64; 64, 8+9"}, "block = 16 with window = 8; at most that"),
+        ("memory", {"budget": "8, 9", "merged": 3}, "merged = 3 beside a budget"),
         ("liger_gsa", {"backend": "gpu"}, "'auto', 'reference'"),
     ],
 )

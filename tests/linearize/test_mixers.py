@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -87,6 +88,11 @@ def naive(mixer: Mixer, name: str, given: dict[str, torch.Tensor], b: int, h: in
     rq, rk = (apply_rope(given[n], rope)[b, :, i] for n, i in (("q", h), ("k", g)))
     if name == "sink_window":
         return softmax_window(rq, rk, v, o.window, o.sinks)
+    if name == "memory" and o.budget:
+        window, exact = o.heads()[shape.layer][g]
+        if not exact:
+            return softmax_window(rq, rk, v, window, o.sinks)
+        o = replace(o, window=window, exact=exact, budget="")
     if name == "memory":
         group = slice(g * shape.queries_per_kv_head, (g + 1) * shape.queries_per_kv_head)
         rotated = apply_rope(given["q"], rope)[b, :, group]
@@ -165,7 +171,8 @@ BACKENDS = [pytest.param("reference", marks=SLOW), "torch", "auto"]
 @pytest.mark.parametrize("case", CASES)
 def test_formula(case, shape):
     T, shape = 19, SHAPES[shape]
-    if CASES[case][1].get("state_heads") == "kv" and shape.n_kv_heads == 1:
+    options = CASES[case][1]
+    if (options.get("state_heads") == "kv" or "budget" in options) and shape.n_kv_heads == 1:
         shape = SHAPES["shared, 24"]
     given = inputs(shape, T, dtype=torch.float64)
     for backend in ("reference", "torch"):

@@ -85,6 +85,7 @@ ROPE = "--model.rope_scaling={kind = '%s', factor = 2.0, original_max_seq_len = 
         ("--checkpoint.initial_weights=", "String should have at least 1 character"),
         (WINDOW % 2**40, f"window = {2**40}; give an integer of at most {2**31 - 1}"),
         ('--mixer={name = "slots", options = {bias_init = inf}}', "bias_init = inf; give a number"),
+        ('--mixer={name = "memory", options = {budget = "64, 64"}}', "budget has 1 layers"),
         ("--output=a\0b", "output = 'a\\x00b': null characters and bytes that are not UTF-8"),
         ("--output=\udcff", "null characters and bytes that are not UTF-8 are not allowed"),
         ("--output=" + 5000 * "x", "output: a text of 5000 characters; at most 4096 are read"),

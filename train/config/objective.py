@@ -239,7 +239,7 @@ def _check_tensor_parallel(run: RunConfig) -> None:
         assert run.mixer is not None
         raise ValueError(
             f"{degree} with mixer {run.mixer.name!r} and options {run.mixer.options}, which cannot "
-            "be split by heads; set tensor_parallel = 1 or leave conv out"
+            "be split by heads; set tensor_parallel = 1, or leave conv or budget out"
         )
 
 

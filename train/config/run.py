@@ -248,7 +248,7 @@ class RunConfig:
         if self.mixer is None:
             return set()
         try:
-            self.mixer_options()
+            self.mixer_options().check_model(self.model.n_layers, self.model.kv_heads)
             layers = parse_layers(self.mixer.layers, self.model.n_layers)
         except ValueError as error:
             raise ValueError(f"[mixer]: {error}") from None

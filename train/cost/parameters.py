@@ -193,8 +193,7 @@ def _window(run: RunConfig) -> int:
     """Return tokens that softmax sees in a mixer."""
     if run.mixer is None:
         return 0
-    options = mixer_on_meta(run).options
-    return getattr(options, "window", 0) + getattr(options, "sinks", 0)
+    return run.mixer_options().softmax_tokens
 
 
 def teacher_shape(run: RunConfig) -> Shape:
