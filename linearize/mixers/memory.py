@@ -15,13 +15,10 @@ from __future__ import annotations
 
 import torch
 
-from lowline.kernels.memory import MemoryState, row_memory_attention, row_memory_step
-from lowline.kernels.window import WindowState
-from lowline.linearize.mixers.base import HeadShape, Mixer, Rope, apply_rope
+from lowline.kernels.memory import row_memory_attention, row_memory_step
+from lowline.linearize.mixers.base import HeadShape, Mixer, Rope, State, apply_rope
 from lowline.linearize.mixers.branches import attend, is_step
 from lowline.linearize.mixers.options import MemoryOptions as MemoryOptions
-
-HeadsState = MemoryState | WindowState
 
 
 class Memory(Mixer):
@@ -47,20 +44,20 @@ class Memory(Mixer):
         *,
         rope: Rope,
         x_BTE: torch.Tensor,
-        state: HeadsState | tuple[HeadsState, ...] | None = None,
+        state: State | None = None,
         cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, HeadsState | tuple[HeadsState, ...]]:
+    ) -> tuple[torch.Tensor, State]:
         """See `Mixer.forward`. The state is one for each group of heads if there are several."""
         inputs = (apply_rope(q_BTHD, rope), apply_rope(k_BTGD, rope), v_BTGD)
         if len(self.groups) == 1:
-            return self._attend(*inputs, *self.sizes[0], state, cu_seqlens)  # type: ignore[arg-type]
+            return self._attend(*inputs, *self.sizes[0], state, cu_seqlens)
         n_kv_heads = k_BTGD.shape[2]
         grouped = [x.unflatten(2, (n_kv_heads, -1)) for x in inputs]
         outputs, states = [], []
         for n, (size, heads) in enumerate(zip(self.sizes, self.groups, strict=True)):
             own = (x[:, :, heads].flatten(2, 3) for x in grouped)
             before = None if state is None else state[n]
-            o, after = self._attend(*own, *size, before, cu_seqlens)  # type: ignore[arg-type]
+            o, after = self._attend(*own, *size, before, cu_seqlens)
             outputs.append(o.unflatten(2, (len(heads), -1)))
             states.append(after)
         placed = [g for heads in self.groups for g in heads]
@@ -74,16 +71,20 @@ class Memory(Mixer):
         v_BTGD: torch.Tensor,
         window: int,
         exact: int,
-        state: HeadsState | None,
+        state: State | None,
         cu_seqlens: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, HeadsState]:
+    ) -> tuple[torch.Tensor, State]:
         """Return the output and the next state of heads of one size."""
         o, inputs = self.options, (q_BTHD, k_BTGD, v_BTGD)
         if not exact + o.merged:
-            assert not isinstance(state, MemoryState)
-            return attend(*inputs, window=window, sinks=o.sinks, state=state,
-                          cu_seqlens=cu_seqlens, backend=o.backend)  # type: ignore[arg-type] # fmt: skip
-        assert not isinstance(state, WindowState)
+            return attend(
+                *inputs,
+                window=window,
+                sinks=o.sinks,
+                state=state,
+                cu_seqlens=cu_seqlens,
+                backend=o.backend,
+            )
         if state is not None and is_step(q_BTHD, cu_seqlens, *state):
             q, k, v = (x[:, 0] for x in inputs)
             o_BHD = row_memory_step(
