@@ -10,6 +10,7 @@ Everything is counted for one token; n tokens cost n times as much. Conventions:
   and belongs to no utilization figure.
 - An activation is saved when a tensor is alive from the forward pass to the backward pass. A block
   counts its input and not its output, which is the next block's input.
+- Layers differ where a variant's first one is dense (`Shape.ranks_of`), and in what crosses them.
 - `tp` ranks of tensor parallelism share a block as `lowline.cola.parallel` does.
 
 Left out: elementwise work, and what `torch.compile` saves by recomputing elementwise operators.
@@ -18,11 +19,13 @@ The formulas for saved activations hold for eager execution, so they are upper b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lowline.cola.projections import MLP_IN, PROJECTIONS, QKV, projection_shapes
+from lowline.cola.variants import Name as VariantName
+from lowline.cola.variants import variant_of
 from lowline.errors import LowlineError
 
 # What a block keeps for its backward pass: everything; its r-wide bottlenecks; its input alone; or
@@ -46,6 +49,7 @@ class Shape:
     ffn_dim: int
     vocab_size: int
     ranks: Mapping[str, int]
+    variant: VariantName = "cola"
     activation: str = "silu"
     mlp_activation: str = "silu"
     bias: bool = False
@@ -80,6 +84,15 @@ class Shape:
     def low_rank(self) -> bool:
         return any(self.ranks.values())
 
+    def ranks_of(self, layer: int) -> Mapping[str, int]:
+        """Return the ranks of one layer's projections."""
+        dense = layer == 0 and variant_of(self.variant).first_dense
+        return dict.fromkeys(self.ranks, 0) if dense else self.ranks
+
+    def block(self, layer: int) -> Shape:
+        """Return the shape of a model all of whose layers are as this one."""
+        return replace(self, ranks=self.ranks_of(layer))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
@@ -88,7 +101,7 @@ class Parameters:
     embedding: int
     lm_head: int  # 0 when tied to the embedding
     norms: int
-    low_rank: int  # A, B and their biases
+    low_rank: int  # A, B, their biases and gates
     dense: int  # projections that are no bottleneck
 
     @property
@@ -99,20 +112,24 @@ class Parameters:
 def parameters(shape: Shape) -> Parameters:
     """Count the parameters of the model."""
     low_rank = dense = 0
-    for name, (fan_in, fan_out) in shape.projections.items():
-        rank = shape.ranks[name]
-        dense += 0 if rank else fan_in * fan_out
-        dense += fan_out if shape.qkv_bias and name in QKV and not rank else 0
-        low_rank += rank * (fan_in + fan_out)
-        low_rank += rank + fan_out if rank and shape.bias else 0
+    variant = variant_of(shape.variant)
+    for layer, layers in ((0, 1), (1, shape.n_layers - 1)):
+        ranks = shape.ranks_of(layer)
+        for name, (fan_in, fan_out) in shape.projections.items():
+            rank = ranks[name]
+            dense += 0 if rank else layers * fan_in * fan_out
+            dense += layers * fan_out if shape.qkv_bias and name in QKV and not rank else 0
+            low_rank += layers * rank * (fan_in + fan_out)
+            low_rank += layers * (rank + fan_out) if rank and shape.bias else 0
+            low_rank += layers * variant.gate_size(rank) if rank and layer else 0
     head = shape.vocab_size * shape.dim
     norms = 2 * shape.dim + (2 * shape.head_dim if shape.qk_norm else 0)
     return Parameters(
         embedding=head,
         lm_head=0 if shape.tie_embeddings else head,
         norms=shape.n_layers * norms + shape.dim,
-        low_rank=shape.n_layers * low_rank,
-        dense=shape.n_layers * dense,
+        low_rank=low_rank,
+        dense=dense,
     )
 
 
@@ -132,7 +149,7 @@ def flops_per_token(shape: Shape, seq_len: int) -> int:
     forward.
     """
     return training_flops(
-        matrix_parameters=shape.n_layers * sum(_block_matrices(shape).values())
+        matrix_parameters=_over_layers(shape, lambda block: sum(_block_matrices(block).values()))
         + shape.vocab_size * shape.dim,
         n_layers=shape.n_layers,
         query_width=shape.query_width,
@@ -145,18 +162,26 @@ def recomputed_flops_per_token(
 ) -> int:
     """Return the FLOPs per token that the backward pass spends on the forward pass once more."""
     attention = 4 * shape.query_width * seq_len
-    products = _products(shape)
-    if policy == "all":
-        redone = 0
-    elif policy == "full":
-        redone = 2 * sum(product.size for product in products) + attention
-    elif policy == "selective":
-        redone = 2 * sum(product.size for product in products[1::2])
-        redone += attention if device == "cpu" else 0
-    else:
-        again, shapes = ("q", "k", "v", "gate", "up"), shape.projections
-        redone = 2 * sum(shape.ranks[name] * shapes[name][1] for name in again) + attention
-    return shape.n_layers * redone
+
+    def redone(block: Shape) -> int:
+        products = _products(block)
+        if policy == "all":
+            return 0
+        if policy == "full":
+            return 2 * sum(product.size for product in products) + attention
+        if policy == "selective":
+            return 2 * sum(p.size for p in products[1::2]) + (attention if device == "cpu" else 0)
+        if variant_of(shape.variant).crosses == "output":  # y is kept
+            return attention
+        again, shapes = ("q", "k", "v", "gate", "up"), block.projections
+        return 2 * sum(block.ranks[name] * shapes[name][1] for name in again) + attention
+
+    return _over_layers(shape, redone)
+
+
+def _over_layers(shape: Shape, of_block: Callable[[Shape], int]) -> int:
+    """Return the sum over all layers of what one block has."""
+    return of_block(shape.block(0)) + (shape.n_layers - 1) * of_block(shape.block(1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,14 +213,18 @@ def saved_by_block(
     device: Device = "cuda",
     positions: bool = True,
     tp: int = 1,
+    layer: int = 0,
 ) -> Saved:
     """Return what one block keeps per token.
 
     Args:
+        layer: which block; what it sends to the next layer, or gets from the last, is counted, too.
         device: a CPU has no fused RMSNorm and keeps the normalized input twice.
         positions: rows of several documents gather their own rows of the rotary table.
         tp: degree of tensor parallelism.
     """
+    crossing = _saved_crossing(shape, policy, layer)
+    shape = shape.block(layer)
     d, q, k = shape.dim, shape.query_width, shape.key_width
     if policy == "full":
         return Saved(elements=d / tp)
@@ -205,7 +234,7 @@ def saved_by_block(
         ranks = shape.ranks
         inside = sum(ranks[name] for name in (*QKV, *MLP_IN))  # gathered: complete
         ends = ranks["o"] + ranks["down"] + 2 * d
-        return Saved(elements=inside + ends / tp)
+        return Saved(elements=inside + ends / tp) + crossing
     saved = _saved_by_norm(d, device, tp) + _saved_by_norm(d, device, tp)
     for names in (QKV, MLP_IN):
         saved += Saved(elements=_normed_input(shape, names, tp))
@@ -223,7 +252,25 @@ def saved_by_block(
         saved += Saved(elements=heads * norm.elements, fp32=heads * norm.fp32)
     # MLP: gate, σ_m(gate), up and their product; without σ_m the second is the first.
     wide = 4 if shape.mlp_activation == "silu" else 3
-    return saved + Saved(elements=wide * shape.ffn_dim / tp)
+    return saved + Saved(elements=wide * shape.ffn_dim / tp) + crossing
+
+
+def _saved_crossing(shape: Shape, policy: Policy, layer: int) -> Saved:
+    """Return what a block keeps because of what crosses layers, which takes no tensor parallelism.
+
+    An output is kept by the block that makes it, and so by all but the last; CoLA-M also keeps in
+    the last what runs through products (q, k, v, gate, up). Those that plain CoLA keeps in any case
+    are v, gate and up. A latent is kept in any case; a gate keeps σ of it.
+    """
+    crosses, last = variant_of(shape.variant).crosses, layer == shape.n_layers - 1
+    d, q, k = shape.dim, shape.query_width, shape.key_width
+    if crosses == "output" and policy == "cola-m":
+        return Saved(elements=q + 2 * k + 2 * shape.ffn_dim + (0 if last else 2 * d))
+    if crosses == "output":
+        return Saved(elements=0 if last else q + k + 2 * d)
+    if crosses == "latent" and policy == "all" and layer and shape.activation != "identity":
+        return Saved(elements=sum(shape.ranks.values()))
+    return Saved()
 
 
 def saved_by_head(shape: Shape, *, device: Device = "cuda", tp: int = 1) -> Saved:
@@ -244,8 +291,8 @@ def saved_by_model(
     attention.
     """
     saved = saved_by_head(shape, device=device, tp=tp)
-    for _ in range(shape.n_layers):
-        saved += saved_by_block(shape, policy, device=device, positions=positions, tp=tp)
+    for n in range(shape.n_layers):
+        saved += saved_by_block(shape, policy, device=device, positions=positions, tp=tp, layer=n)
     return saved
 
 

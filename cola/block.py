@@ -49,9 +49,12 @@ from torchtitan.protocols.module import Module
 from lowline.cola.low_rank import ACTIVATIONS, INITS, LowRankLinear, init_std
 from lowline.cola.projections import MLP_IN, PROJECTIONS, QKV
 from lowline.cola.sharded import init_unsharded
+from lowline.cola.variants import Crossing, variant_of
 from lowline.kernels.low_rank import grouped_linear
 
 Memory = Literal["cola", "cola-m"]
+Carried = tuple[torch.Tensor, ...]
+_PLACE = {name: place for place, name in enumerate(PROJECTIONS)}
 
 _keeping_gemms = partial(
     create_selective_checkpoint_contexts,
@@ -141,6 +144,8 @@ class ColaBlock(Llama3TransformerBlock):
     class Config(Llama3TransformerBlock.Config):
         mlp_activation: str = "silu"
         memory: Memory = "cola"
+        crosses: Crossing | None = None  # what goes from a layer to the next
+        sends: bool = False
         qkv_entry: GroupedEntry.Config | None = None
         mlp_entry: GroupedEntry.Config | None = None
 
@@ -148,6 +153,8 @@ class ColaBlock(Llama3TransformerBlock):
         super().__init__(config)
         self.mlp_activation = ACTIVATIONS[config.mlp_activation]
         self.memory = config.memory
+        self.crosses = config.crosses
+        self.sends = config.sends
         self.qkv_entry = config.qkv_entry.build() if config.qkv_entry else None
         self.mlp_entry = config.mlp_entry.build() if config.mlp_entry else None
 
@@ -156,18 +163,52 @@ class ColaBlock(Llama3TransformerBlock):
         x_BLD: torch.Tensor,
         attention_masks: Any = None,
         positions: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        previous: Carried | None = None,
+    ) -> Any:
+        """Return the block's output, and where it `sends` what the next layer gets as `previous`:
+        z or y of its projections, in the order of `PROJECTIONS`.
+        """
         run = _recomputed if self.memory == "cola-m" and torch.is_grad_enabled() else _plain
-        z_qkv = run(self._enter_attention, x_BLD, keep_gemms=self.qkv_entry is None)
-        z_o = run(partial(self._attend, attention_masks, positions), *z_qkv)
-        h_BLD = run(self._leave_attention, x_BLD, z_o)
-        z_gate, z_up = run(self._enter_mlp, h_BLD, keep_gemms=self.mlp_entry is None)
-        z_down = run(self._mlp, z_gate, z_up)
-        return run(self._leave_mlp, h_BLD, z_down)
 
-    def _enter_attention(self, x_BLD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def of(kind: Crossing, *names: str) -> Carried:
+            if previous is None or self.crosses != kind:
+                return ()
+            return tuple(previous[_PLACE[name]] for name in names)
+
+        keep_y = self.crosses == "output"  # the next layer's gates need it
+        z_qkv = run(
+            self._enter_attention,
+            x_BLD,
+            *of("latent", *QKV),
+            keep_gemms=self.qkv_entry is None,
+        )
+        attend = partial(self._attend, attention_masks, positions)
+        z_o, *y_qkv = run(
+            attend, *z_qkv, *of("output", *QKV), *of("latent", "o"), keep_gemms=keep_y
+        )
+        h_BLD, *y_o = run(self._leave_attention, x_BLD, z_o, *of("output", "o"))
+        z_mlp = run(
+            self._enter_mlp,
+            h_BLD,
+            *of("latent", *MLP_IN),
+            keep_gemms=self.mlp_entry is None,
+        )
+        z_down, *y_mlp = run(
+            self._mlp, *z_mlp, *of("output", *MLP_IN), *of("latent", "down"), keep_gemms=keep_y
+        )
+        out_BLD, *y_down = run(self._leave_mlp, h_BLD, z_down, *of("output", "down"))
+        if not self.sends:
+            return out_BLD
+        latent = (*z_qkv, z_o, *z_mlp, z_down)
+        return out_BLD, (*y_qkv, *y_o, *y_mlp, *y_down) if keep_y else latent
+
+    def _sent(self, *outputs: torch.Tensor) -> Carried:
+        return outputs if self.crosses == "output" else ()
+
+    def _enter_attention(self, x_BLD: torch.Tensor, *previous: torch.Tensor) -> Carried:
         qkv = self.attention.qkv_linear
-        return _enter((qkv.wq, qkv.wk, qkv.wv), self.attention_norm(x_BLD), self.qkv_entry)
+        x_BLD = self.attention_norm(x_BLD)
+        return _enter((qkv.wq, qkv.wk, qkv.wv), x_BLD, self.qkv_entry, previous)
 
     def _attend(
         self,
@@ -176,16 +217,22 @@ class ColaBlock(Llama3TransformerBlock):
         z_q: torch.Tensor,
         z_k: torch.Tensor,
         z_v: torch.Tensor,
-    ) -> torch.Tensor:
+        *previous: torch.Tensor,
+    ) -> Carried:
         a, qkv = self.attention, self.attention.qkv_linear
+        output = previous if self.crosses == "output" else ()
+        before_q, before_k, before_v = output or [None] * 3
         # v, q, k: the order in which lowline.cola.accounting counts selective checkpoints.
-        v_BLNH = local_head_split(_expand(qkv.wv, z_v), qkv.head_dim)
-        q_BLNH = local_head_split(_expand(qkv.wq, z_q), qkv.head_dim)
-        k_BLNH = local_head_split(_expand(qkv.wk, z_k), qkv.head_dim)
+        y_v = _expand(qkv.wv, z_v, before_v)
+        y_q = _expand(qkv.wq, z_q, before_q)
+        y_k = _expand(qkv.wk, z_k, before_k)
+        q_BLNH, k_BLNH, v_BLNH = (local_head_split(y, qkv.head_dim) for y in (y_q, y_k, y_v))
         if a.q_norm is not None and a.k_norm is not None:
             q_BLNH, k_BLNH = a.q_norm(q_BLNH), a.k_norm(k_BLNH)
         out_BLNH = self._mix(attention_masks, positions, q_BLNH, k_BLNH, v_BLNH)
-        return _enter((a.wo,), out_BLNH.contiguous().flatten(2), None)[0]
+        out_BLD = out_BLNH.contiguous().flatten(2)
+        latent = previous if self.crosses == "latent" else ()
+        return *_enter((a.wo,), out_BLD, None, latent), *self._sent(y_q, y_k, y_v)
 
     def _mix(
         self,
@@ -207,20 +254,30 @@ class ColaBlock(Llama3TransformerBlock):
             enable_gqa=a.enable_gqa,
         )
 
-    def _leave_attention(self, x_BLD: torch.Tensor, z_o: torch.Tensor) -> torch.Tensor:
-        return x_BLD + _expand(self.attention.wo, z_o)
+    def _leave_attention(
+        self, x_BLD: torch.Tensor, z_o: torch.Tensor, *previous: torch.Tensor
+    ) -> Carried:
+        y_o = _expand(self.attention.wo, z_o, *previous)
+        return x_BLD + y_o, *self._sent(y_o)
 
-    def _enter_mlp(self, h_BLD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _enter_mlp(self, h_BLD: torch.Tensor, *previous: torch.Tensor) -> Carried:
         mlp = self.feed_forward
-        return _enter((mlp.w1, mlp.w3), self.ffn_norm(h_BLD), self.mlp_entry)
+        return _enter((mlp.w1, mlp.w3), self.ffn_norm(h_BLD), self.mlp_entry, previous)
 
-    def _mlp(self, z_gate: torch.Tensor, z_up: torch.Tensor) -> torch.Tensor:
+    def _mlp(self, z_gate: torch.Tensor, z_up: torch.Tensor, *previous: torch.Tensor) -> Carried:
         mlp = self.feed_forward
-        inner = self.mlp_activation(_expand(mlp.w1, z_gate)) * _expand(mlp.w3, z_up)
-        return _enter((mlp.w2,), inner, None)[0]
+        output = previous if self.crosses == "output" else ()
+        before_gate, before_up = output or [None] * 2
+        y_gate, y_up = _expand(mlp.w1, z_gate, before_gate), _expand(mlp.w3, z_up, before_up)
+        inner = self.mlp_activation(y_gate) * y_up
+        latent = previous if self.crosses == "latent" else ()
+        return *_enter((mlp.w2,), inner, None, latent), *self._sent(y_gate, y_up)
 
-    def _leave_mlp(self, h_BLD: torch.Tensor, z_down: torch.Tensor) -> torch.Tensor:
-        return h_BLD + _expand(self.feed_forward.w2, z_down)
+    def _leave_mlp(
+        self, h_BLD: torch.Tensor, z_down: torch.Tensor, *previous: torch.Tensor
+    ) -> Carried:
+        y_down = _expand(self.feed_forward.w2, z_down, *previous)
+        return h_BLD + y_down, *self._sent(y_down)
 
 
 def _plain(piece: Callable, *kept: torch.Tensor, keep_gemms: bool = False) -> Any:
@@ -237,20 +294,33 @@ def _recomputed(piece: Callable, *kept: torch.Tensor, keep_gemms: bool = False) 
 
 
 def _enter(
-    projections: tuple[nn.Module, ...], x: torch.Tensor, grouped: GroupedEntry | None
-) -> tuple[torch.Tensor, ...]:
-    """Return A·x of each low-rank projection; a dense one (which has no bottleneck) is applied
-    whole.
+    projections: tuple[nn.Module, ...],
+    x: torch.Tensor,
+    grouped: GroupedEntry | None,
+    previous: Carried,
+) -> Carried:
+    """Return z of each low-rank projection, and the output of a dense one, which has no bottleneck.
+
+    Args:
+        previous: of each projection, what its z gets from the layer before; empty for nothing.
     """
-    entries = [p.A if isinstance(p, LowRankLinear) else p for p in projections]
+    before = previous or [None] * len(projections)
     if grouped is None:
-        return tuple(entry(x) for entry in entries)
-    return grouped(x, entries).split([entry.out_features for entry in entries], dim=-1)
+        return tuple(
+            p.enter(x, b) if isinstance(p, LowRankLinear) else p(x)
+            for p, b in zip(projections, before, strict=True)
+        )
+    terms = [p.latent_term(b) for p, b in zip(projections, before, strict=True)]
+    entries = [p.A for p in projections]
+    z = grouped(x, entries).split([entry.out_features for entry in entries], dim=-1)
+    return tuple(z_i if t is None else z_i + t for z_i, t in zip(z, terms, strict=True))
 
 
-def _expand(projection: nn.Module, z: torch.Tensor) -> torch.Tensor:
-    """B·σ(z); a dense projection is already complete."""
-    return projection.expand(z) if isinstance(projection, LowRankLinear) else z
+def _expand(
+    projection: nn.Module, z: torch.Tensor, previous: torch.Tensor | None = None
+) -> torch.Tensor:
+    """B·σ(z) with the variant's term; a dense projection is already complete."""
+    return projection.expand(z, previous) if isinstance(projection, LowRankLinear) else z
 
 
 class ColaConverter(ModelConfigConverter):
@@ -273,11 +343,15 @@ class ColaConverter(ModelConfigConverter):
     def convert(self, model_config: Module.Config) -> Module.Config:
         """Replace every block in place and return the same root."""
         layers = model_config.layers  # type: ignore[attr-defined]
-        layers[:] = [self._convert_block(block) for block in layers]
+        last = len(layers) - 1
+        layers[:] = [self._convert_block(block, n, n == last) for n, block in enumerate(layers)]
         return model_config
 
-    def _convert_block(self, block: Llama3TransformerBlock.Config) -> ColaBlock.Config:
-        c = self.config
+    def _convert_block(
+        self, block: Llama3TransformerBlock.Config, layer: int, last: bool
+    ) -> ColaBlock.Config:
+        c, variant = self.config, variant_of(self.config.variant)
+        ranks = dict.fromkeys(c.ranks, 0) if variant.first_dense and not layer else c.ranks
         attention, mlp = block.attention, block.feed_forward
         assert isinstance(attention, GQAttention.Config) and isinstance(mlp, FeedForward.Config)
         qkv = attention.qkv_linear
@@ -288,7 +362,10 @@ class ColaConverter(ModelConfigConverter):
                 strict=True,
             )
         )
-        new = {name: self._convert_linear(linear, c.ranks[name]) for name, linear in dense.items()}
+        new = {
+            name: self._convert_linear(linear, ranks[name], gated=layer > 0)
+            for name, linear in dense.items()
+        }
         return ColaBlock.Config(
             attention_norm=block.attention_norm,
             ffn_norm=block.ffn_norm,
@@ -302,16 +379,18 @@ class ColaConverter(ModelConfigConverter):
             feed_forward=FeedForward.Config(w1=new["gate"], w3=new["up"], w2=new["down"]),
             mlp_activation=c.mlp_activation,
             memory=c.memory,
-            qkv_entry=self._group(*QKV),
-            mlp_entry=self._group(*MLP_IN),
+            crosses=variant.crosses,
+            sends=variant.crosses is not None and not last,
+            qkv_entry=self._group(ranks, *QKV),
+            mlp_entry=self._group(ranks, *MLP_IN),
         )
 
-    def _group(self, *names: str) -> GroupedEntry.Config | None:
+    def _group(self, ranks: dict[str, int], *names: str) -> GroupedEntry.Config | None:
         """Return one GEMM for these projections' A's, where each of them has one."""
-        low_rank = all(self.config.ranks[name] > 0 for name in names)
+        low_rank = all(ranks[name] > 0 for name in names)
         return GroupedEntry.Config() if self.config.grouped and low_rank else None
 
-    def _convert_linear(self, linear: Linear.Config, rank: int) -> Module.Config:
+    def _convert_linear(self, linear: Linear.Config, rank: int, gated: bool) -> Module.Config:
         if rank == 0:
             return linear
         c = self.config
@@ -329,4 +408,5 @@ class ColaConverter(ModelConfigConverter):
             ),
             activation=c.activation,
             variant=c.variant,
+            gated=gated,
         )

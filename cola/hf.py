@@ -4,7 +4,9 @@ Transformers' own Llama, each `nn.Linear` of the seven projections exchanged for
 
     y = B · σ(A · x)        (CoLA, arXiv 2502.10940, section 3)
 
-where its rank is not 0. Attention, RoPE, KV cache, masks, generation and saving are transformers'.
+where its rank is not 0, or a variant of it (`lowline.cola.variants`). What a variant has cross
+layers is in a `Crossing`, which a forward pass hands to its layers. Attention, RoPE, KV cache,
+masks, generation and saving are transformers'.
 The weights carry transformers' names, with `.A` and `.B` below a low-rank projection:
 `model.layers.0.self_attn.q_proj.A.weight`.
 
@@ -19,7 +21,10 @@ Left out: tensor and pipeline parallel plans (train with `lowline.train`, which 
 ranks that differ from layer to layer.
 """
 
+from contextlib import ExitStack
 from dataclasses import field
+from functools import partial
+from typing import Any, get_args
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -40,6 +45,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from lowline.cola.low_rank import ACTIVATIONS, LowRankLinear, init_std
 from lowline.cola.projections import PROJECTIONS
 from lowline.cola.remote_code import SavesRemoteCode
+from lowline.cola.variants import Name as Variant
+from lowline.cola.variants import variant_of
 from lowline.errors import LowlineError
 
 
@@ -52,6 +59,7 @@ class CoLAConfig(LlamaConfig):
             out, is a dense projection.
         bottleneck_activation: the σ between A and B: "silu", "gelu", "relu" or "identity".
         bottleneck_bias: whether A and B carry a bias.
+        variant: "cola", "cr-net" (whose first layer is dense) or "lax"; "dlr" is saved as "cola".
         qk_norm: an RMSNorm over each head of q and of k before RoPE, as Qwen3 has it.
 
     Raises:
@@ -66,6 +74,7 @@ class CoLAConfig(LlamaConfig):
     ranks: dict[str, int] = field(default_factory=dict)
     bottleneck_activation: str = "silu"
     bottleneck_bias: bool = False
+    variant: str = "cola"
     qk_norm: bool = False
 
     def __post_init__(self, **kwargs):
@@ -87,6 +96,9 @@ class CoLAConfig(LlamaConfig):
                 f"bottleneck_activation = {self.bottleneck_activation!r}; "
                 f"allowed are {sorted(ACTIVATIONS)}."
             )
+        allowed = [v for v in get_args(Variant) if not variant_of(v).folds]
+        if self.variant not in allowed:
+            raise LowlineError(f"variant = {self.variant!r}; allowed are {allowed}.")
         assert self.num_key_value_heads is not None  # filled in by __post_init__
         if self.num_attention_heads % self.num_key_value_heads:
             raise LowlineError(
@@ -95,25 +107,87 @@ class CoLAConfig(LlamaConfig):
             )
 
 
+class Crossing:
+    """What the layers of one forward pass hand on, by layer and projection."""
+
+    def __init__(self) -> None:
+        self.sent: dict[tuple[int, str], torch.Tensor] = {}
+
+    def take(self, layer: int, name: str) -> torch.Tensor | None:
+        """Return what a layer has sent; without gradients nobody needs it again."""
+        # With gradients the layer after it may be run again, by gradient checkpointing.
+        found = self.sent.get((layer, name))
+        if not torch.is_grad_enabled():
+            self.sent.pop((layer, name), None)
+        return found
+
+
+class CrossingLinear(LowRankLinear):
+    """A low-rank layer in whose variant something crosses layers; its block says what came."""
+
+    previous: torch.Tensor | None = None
+    sent: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        came, latent = self.previous, self.variant.crosses == "latent"
+        if came is not None:
+            came = came.to(x.device)
+        z = self.enter(x, came if latent else None)
+        y = self.expand(z, None if latent else came)
+        self.sent = z if latent else y
+        return y
+
+
 class CoLADecoderLayer(LlamaDecoderLayer):
     """Llama's block, its projections low-rank where `config.ranks` has them."""
 
     def __init__(self, config: CoLAConfig, layer_idx: int):
         super().__init__(config, layer_idx)
+        self.layer_idx = layer_idx
+        variant = variant_of(config.variant)
         if config.qk_norm:
             self.self_attn = Qwen3Attention(config, layer_idx)  # type: ignore
         for name, projection in PROJECTIONS.items():
-            if rank := config.ranks[name]:
-                dense = self.get_submodule(projection.hf)
-                assert isinstance(dense, nn.Linear)
-                low_rank = LowRankLinear(
+            rank = 0 if variant.first_dense and not layer_idx else config.ranks[name]
+            dense = self.get_submodule(projection.hf)
+            assert isinstance(dense, nn.Linear)
+            if rank:
+                low_rank = (CrossingLinear if variant.crosses else LowRankLinear)(
                     dense.in_features,
                     dense.out_features,
                     rank,
                     activation=config.bottleneck_activation,
                     bias=config.bottleneck_bias,
+                    variant=config.variant,
+                    gated=layer_idx > 0,
                 )
                 self.set_submodule(projection.hf, low_rank)
+
+    def forward(self, *args: Any, crossing: Crossing | None = None, **kwargs: Any) -> torch.Tensor:
+        """Return what Llama's block returns; what crosses layers passes through `crossing`."""
+        if crossing is None:
+            return super().forward(*args, **kwargs)
+        named = {name: self.get_submodule(p.hf) for name, p in PROJECTIONS.items()}
+        with ExitStack() as watched:
+            for name, module in named.items():
+                if isinstance(module, CrossingLinear):
+                    module.previous = crossing.take(self.layer_idx - 1, name)
+                else:  # dense, in a first layer: its output crosses
+                    hook = partial(_send, crossing, (self.layer_idx, name))
+                    watched.callback(module.register_forward_hook(hook).remove)
+            out = super().forward(*args, **kwargs)
+        for name, module in named.items():
+            if isinstance(module, CrossingLinear):
+                assert module.sent is not None
+                crossing.sent[self.layer_idx, name] = module.sent
+                module.previous = module.sent = None
+        return out
+
+
+def _send(
+    crossing: Crossing, place: tuple[int, str], module: nn.Module, args: Any, y: torch.Tensor
+) -> None:
+    crossing.sent[place] = y
 
 
 class CoLAPreTrainedModel(SavesRemoteCode, LlamaPreTrainedModel):
@@ -139,6 +213,8 @@ class CoLAPreTrainedModel(SavesRemoteCode, LlamaPreTrainedModel):
             std = init_std(module.in_features, module.out_features, module.rank)
             init.normal_(module.A.weight, std=std)
             init.normal_(module.B.weight, std=std)
+            if module.gate is not None:
+                init.ones_(module.gate)
 
 
 class CoLAModel(CoLAPreTrainedModel, LlamaModel):
@@ -157,6 +233,12 @@ class CoLAModel(CoLAPreTrainedModel, LlamaModel):
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what LlamaModel returns."""
+        if variant_of(self.config.variant).crosses:
+            kwargs["crossing"] = Crossing()
+        return super().forward(*args, **kwargs)
 
 
 class CoLAForCausalLM(CoLAPreTrainedModel, LlamaForCausalLM):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from lowline.cola.low_rank import LowRankLinear
 
-Name = Literal["cola", "dlr"]
+Name = Literal["cola", "cr-net", "lax", "dlr"]
 Crossing = Literal["latent", "output"]
 
 
@@ -52,6 +52,8 @@ class Variant:
 
 def variant_of(name: str) -> Variant:
     """Return a variant by its name, one of `Name`."""
+    from lowline.cola.cr_net import CRNet
     from lowline.cola.dlr import DLR
+    from lowline.cola.lax import LaX
 
-    return {"cola": Variant, "dlr": DLR}[name]()
+    return {"cola": Variant, "cr-net": CRNet, "lax": LaX, "dlr": DLR}[name]()

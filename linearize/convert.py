@@ -31,6 +31,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowline._lazy import make_callable
+from lowline.cola.variants import variant_of
 from lowline.errors import LowlineError
 from lowline.files import write_folder
 from lowline.linearize.body.hf import FAMILIES, SOFTMAX, LinearizedConfig
@@ -101,6 +102,13 @@ def linearized_config(
 ) -> LinearizedConfig:
     """Return the configuration of `teacher` with a mixer in the chosen layers; see `convert`."""
     family = family_of(teacher)
+    variant = getattr(teacher, "variant", "cola")
+    if variant_of(variant).crosses:
+        raise LowlineError(
+            f"{teacher.name_or_path or family}: variant = {variant!r} hands outputs of projections "
+            "from layer to layer, also to those that would have a mixer; such models are not "
+            'converted. Pretrain with cola.variant = "cola" or "dlr"'
+        )
     chosen = parse_layers(layers, teacher.num_hidden_layers)
     fields: dict[str, Any] = teacher.to_dict() | {"name_or_path": teacher.name_or_path}
     fields["mixers"] = _mixers(teacher)

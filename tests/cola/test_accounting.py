@@ -89,6 +89,21 @@ CASES = {
     "linear bottleneck": ("all", {**LOW_RANK, "activation": "identity"}, {}),
     "ranks by projection": ("all", {"rank": {"q": 8, "gate": 24, "down": 40}}, {}),
     "dlr": ("all", {**LOW_RANK, "variant": "dlr"}, {}),
+    "lax": ("all", {**LOW_RANK, "variant": "lax"}, {"n_layers": 3}),
+    "lax, grouped": ("all", {**LOW_RANK, "variant": "lax", "grouped": True}, {}),
+    "lax, linear": ("all", {**LOW_RANK, "variant": "lax", "activation": "identity"}, {}),
+    "lax, cola-m": ("cola-m", {**COLA_M, "variant": "lax"}, {"n_layers": 3}),
+    "lax, cola-m, grouped": ("cola-m", {**COLA_M, "variant": "lax", "grouped": True}, {}),
+    "cr-net": ("all", {**LOW_RANK, "variant": "cr-net"}, {"n_layers": 3}),
+    "cr-net, grouped queries": ("all", {**LOW_RANK, "variant": "cr-net"}, {"n_kv_heads": 2}),
+    "cr-net, silu": ("all", {**LOW_RANK, "variant": "cr-net", "activation": "silu"}, {}),
+    "cr-net, one layer": ("all", {**LOW_RANK, "variant": "cr-net"}, {"n_layers": 1}),
+    "cr-net, cola-m": ("cola-m", {**COLA_M, "variant": "cr-net"}, {"n_layers": 3}),
+    "cr-net, cola-m, grouped": (
+        "cola-m",
+        {**COLA_M, "variant": "cr-net", "grouped": True},
+        {"n_kv_heads": 2},
+    ),
     "dlr, cola-m": ("cola-m", {**COLA_M, "variant": "dlr"}, {}),
     "cola-m": ("cola-m", COLA_M, {}),
     "cola-m, grouped": ("cola-m", {**COLA_M, "grouped": True}, {}),
@@ -131,7 +146,9 @@ def test_parameters_are_the_models(case: tuple[str, RunConfig], tied: bool) -> N
     expected = parameters(shape_of(run))
     assert sum(p.numel() for p in model.parameters()) == expected.total
     bottleneck = sum(
-        p.numel() for name, p in model.named_parameters() if ".A." in name or ".B." in name
+        p.numel()
+        for name, p in model.named_parameters()
+        if any(part in name for part in (".A.", ".B.", ".gate"))
     )
     assert bottleneck == expected.low_rank
     assert config.get_nparams_and_flops(model, L) == (

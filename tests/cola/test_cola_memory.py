@@ -41,6 +41,13 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ranks": ({}, {"rank": dict(q=3, k=5, v=7, o=9, gate=11, up=13, down=32)}),
     "tied": ({"tie_embeddings": True}, {}),
     "dlr": ({}, {"variant": "dlr"}),
+    "lax": ({"n_layers": 3}, {"variant": "lax"}),
+    "lax, bias, ranks": (
+        {"n_kv_heads": 2},
+        {"variant": "lax", "bias": True, "rank": dict(q=3, k=5, v=7, o=9, gate=11, up=13, down=32)},
+    ),
+    "cr-net": ({"n_layers": 3}, {"variant": "cr-net"}),
+    "cr-net, silu": ({"n_kv_heads": 2}, {"variant": "cr-net", "activation": "silu"}),
 }
 
 

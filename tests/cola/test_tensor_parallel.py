@@ -62,7 +62,10 @@ def test_tensor_parallel_equals_one_process(two: dict[str, Any], shape: str) -> 
     assert_equals_one_process(two["tensor"][shape])
 
 
-@pytest.mark.parametrize("shape", ["dense", "cola", "cola-m grouped", "dense mix", "tied"])
+@pytest.mark.parametrize(
+    "shape",
+    ["dense", "cola", "cola-m grouped", "dense mix", "tied", "dlr", "lax", "cr-net"],
+)
 def test_fsdp_equals_one_process(two: dict[str, Any], shape: str) -> None:
     assert_equals_one_process(two["data"][shape])
 

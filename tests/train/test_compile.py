@@ -108,6 +108,25 @@ def test_compiled_blocks_equal_eager_ones(memory: str, grouped: bool, backend: s
         assert compiled > 12
 
 
+@pytest.mark.parametrize("memory", ["cola", "cola-m"])
+@pytest.mark.parametrize("variant", ["dlr", "lax", "cr-net"])
+def test_variants_compile(variant: str, memory: str) -> None:
+    run = make_run(
+        model=dict(dim=DIM, ffn_dim=176, vocab_size=64),
+        training=dict(seq_len=LENGTH, global_batch_size=BATCH),
+        cola=dict(rank=16, memory=memory, variant=variant),
+    )
+    eager, compiled = build(run), build(run)
+    compile_blocks(compiled, "aot_eager")
+    tokens = torch.randint(64, (BATCH, LENGTH))
+    results = []
+    for model in (eager, compiled):
+        logits = model(tokens)
+        logits.square().mean().backward()
+        results.append([logits.detach(), *(p.grad for p in model.parameters())])
+    assert_near(*results)
+
+
 def test_whole_block_checkpointing_compiles() -> None:
     expected, _ = step(built("cola", True), True)
     model = built("cola", True)

@@ -45,6 +45,10 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gqa, bias": ({"n_kv_heads": 2}, {"rank": 8, "bias": True, "activation": "gelu"}),
     "tied": ({"tie_embeddings": True}, {"rank": 8}),
 }
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    name: ({"n_layers": 3}, {"rank": 8, "variant": name, "memory": "cola-m"})
+    for name in ("dlr", "lax", "cr-net")
+}
 
 
 def run_config(model: dict[str, Any], cola: dict[str, Any]) -> RunConfig:
@@ -188,6 +192,7 @@ def main(report: str) -> None:
             "tensor": {name: compare(run_config(*s), 2) for name, s in SHAPES.items()},
             "data": {name: compare(run_config(*SHAPES[name]), 1) for name in names},
         }
+        result["data"] |= {name: compare(run_config(*s), 1) for name, s in VARIANTS.items()}
         result["bfloat16"] = compare(run_config(*SHAPES["cola-m grouped"]), 1, "bfloat16")
         names = ("cola", "cola-m", "grouped", "cola-m grouped")
         result["traffic"] = {name: traffic(run_config(*SHAPES[name])) for name in names}

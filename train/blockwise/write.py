@@ -123,7 +123,7 @@ def _origin(run: RunConfig, tokenizer: TextTokenizer) -> dict[str, Any]:
     spelled = f"{tokenizer.hf.backend_tokenizer.to_str()}{tokenizer.hf.chat_template}"
     tree = {
         **tables,
-        "cola": {"rank": run.ranks(), "activation": run.cola.activation, "bias": run.cola.bias},
+        "cola": {"rank": run.ranks(), "activation": run.cola.sigma, "bias": run.cola.bias},
         "training": {"seed": run.training.seed, "precision": run.training.precision},
         "weights": fingerprint(Path(run.checkpoint.initial_weights)),
         "tokenizer": hashlib.sha256(spelled.encode()).hexdigest()[:16],

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from lowline.cola.projections import projection_shapes
 from lowline.cola.ranks import Rank
 from lowline.cola.variants import Name as Variant
+from lowline.cola.variants import variant_of
 from lowline.train.config.fields import (
     NOTHING,
     RUN,
@@ -142,10 +143,11 @@ class ColaConfig:
     decides = WEIGHTS
     rank: Rank = 0
     """128, or 0.25 (of dim), or {q = 64, gate = 0.5}, which leaves the rest dense; 0: all dense."""
-    activation: Literal["silu", "gelu", "relu", "identity"] = "silu"
-    """σ, the bottleneck's non-linearity."""
+    activation: Literal["silu", "gelu", "relu", "identity"] | None = None
+    """σ, the bottleneck's non-linearity; silu without (identity with variant = "cr-net")."""
     variant: Variant = "cola"
-    """What is added to CoLA's formula; "dlr": h, repeated, to the output (folded at export)."""
+    """What is added to CoLA's formula: the layer before's output (cr-net, whose first layer is
+    dense), its bottleneck (lax), or h, repeated (dlr, folded into B at export)."""
     bias: bool = False
     """Whether A and B have biases."""
     init: Annotated[Literal["published", "skip"], RUN] = "published"
@@ -155,6 +157,16 @@ class ColaConfig:
     grouped: Annotated[bool, NOTHING] = False
     """Whether the A's that read one input (q/k/v, gate/up) run as one matrix product."""
 
+    def __post_init__(self) -> None:
+        if self.activation is None:
+            object.__setattr__(self, "activation", variant_of(self.variant).activation)
+
+    @property
+    def sigma(self) -> str:
+        """Return the activation's name."""
+        assert self.activation is not None
+        return self.activation
+
 
 def check_variant(run: RunConfig) -> None:
     """Check that a run's low-rank variant fits how the run is laid out.
@@ -162,17 +174,26 @@ def check_variant(run: RunConfig) -> None:
     Raises:
         ValueError: names the two keys that do not go together.
     """
-    if run.cola.variant == "cola":
-        return
-    wrong = {
-        "parallelism.tensor_parallel": (run.parallelism.tensor_parallel, 1),
-        "block": (run.block and [run.block.first, run.block.last], None),
-    }
-    if run.activation_checkpoint == "selective":
-        wrong["activation_checkpoint"] = ("selective", "none")
-    for key, (value, allowed) in wrong.items():
+    name, crosses = run.cola.variant, variant_of(run.cola.variant).crosses
+    p, block = run.parallelism, run.block
+    found: dict[str, tuple[Any, Any]] = {}  # what it has, and what it may have
+    if name != "cola":
+        found["parallelism.tensor_parallel"] = (p.tensor_parallel, 1)
+        found["block"] = (block and [block.first, block.last], None)
+    if crosses is not None:
+        found["parallelism.pipeline_parallel"] = (p.pipeline_parallel, 1)
+        found["mixer"] = (run.mixer and run.mixer.name, None)
+    if crosses is not None or name != "cola" and run.activation_checkpoint == "selective":
+        found["activation_checkpoint"] = (run.activation_checkpoint, "none")
+    for key, (value, allowed) in found.items():
         if value != allowed:
+            change = f"leave [{key}] out" if allowed is None else f"set {key} to {allowed!r}"
             raise ValueError(
-                f'cola.variant = "{run.cola.variant}" with {key} = {value!r}, which knows CoLA '
-                f'alone; set {key} to {allowed!r}, or cola.variant to "cola"'
+                f'cola.variant = "{name}" with {key} = {value!r}, which does not know it; '
+                f'{change}, or set cola.variant to "cola"'
             )
+    if crosses is not None and not all(run.ranks().values()):
+        raise ValueError(
+            f'cola.variant = "{name}" with dense projections (cola.rank = {run.cola.rank}): what '
+            "crosses layers is a bottleneck's; give all seven projections a rank"
+        )

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowline.cola.accounting import Parameters, Shape, flops_per_token, parameters
 from lowline.cola.projections import ATTENTION, PROJECTIONS, QKV, ProjectionName
 from lowline.cola.ranks import resolve_ranks
+from lowline.cola.variants import variant_of
 from lowline.train.config.run import ColaConfig, ModelConfig, RunConfig
 
 if TYPE_CHECKING:
@@ -93,7 +95,8 @@ def shape_of_model(m: ModelConfig, c: ColaConfig) -> Shape:
         ffn_dim=m.ffn_dim,
         vocab_size=m.vocab_size,
         ranks=resolve_ranks(c.rank, m.dim, m.projection_shapes()),
-        activation=c.activation,
+        activation=c.sigma,
+        variant=c.variant,
         mlp_activation=m.mlp_activation,
         bias=c.bias,
         grouped=c.grouped,
@@ -106,11 +109,20 @@ def shape_of_model(m: ModelConfig, c: ColaConfig) -> Shape:
 def parameters_of(run: RunConfig) -> dict[str, list[Parameter]]:
     """Return every parameter, by the module at the model's top that holds it."""
     shape, whole = shape_of(run), run.trainable() == "all"
-    block = [Parameter(shape=(shape.dim,), trains=whole) for _ in range(2)]
+    norms = [Parameter(shape=(shape.dim,), trains=whole) for _ in range(2)]
     if shape.qk_norm:
-        block += [Parameter(shape=(shape.head_dim,), trains=whole) for _ in range(2)]
-    for name, (fan_in, fan_out) in shape.projections.items():
-        block += _projection(run, name, fan_in, fan_out, shape.ranks[name])  # type: ignore[arg-type]
+        norms += [Parameter(shape=(shape.head_dim,), trains=whole) for _ in range(2)]
+    variant = variant_of(run.cola.variant)
+
+    @cache
+    def block(first: bool) -> list[Parameter]:
+        held, ranks = list(norms), shape.ranks_of(0 if first else 1)
+        for name, (fan_in, fan_out) in shape.projections.items():
+            held += _projection(run, name, fan_in, fan_out, ranks[name])  # type: ignore[arg-type]
+            gate = 0 if first else variant.gate_size(ranks[name])
+            held += [Parameter(shape=(gate,), part=name)] if gate else []
+        return held
+
     mixers = []
     if run.mixer is not None:
         mixer = mixer_on_meta(run)
@@ -125,7 +137,8 @@ def parameters_of(run: RunConfig) -> dict[str, list[Parameter]]:
         ]
     mixed = run.mixer_layers()
     layers = {
-        f"layers.{layer}": block + (mixers if layer in mixed else []) for layer in run.layers()
+        f"layers.{layer}": block(not layer) + (mixers if layer in mixed else [])
+        for layer in run.layers()
     }
     if run.block is not None:
         return layers

@@ -27,6 +27,7 @@ from transformers import (
 from lowline.cola.hf import CoLAConfig
 from lowline.cola.projections import PROJECTIONS
 from lowline.cola.ranks import resolve_ranks
+from lowline.cola.variants import variant_of
 from lowline.errors import LowlineError
 from lowline.linearize.body.hf import FAMILIES, PREFIX, SOFTMAX, LinearizedConfig
 from lowline.linearize.convert import linearized_config, parse_layers
@@ -77,8 +78,9 @@ def config_to_hf(
         hf = CoLAConfig(
             **shape,
             ranks=low_rank,
-            bottleneck_activation=cola.activation,
+            bottleneck_activation=cola.sigma,
             bottleneck_bias=cola.bias,
+            variant="cola" if variant_of(cola.variant).folds else cola.variant,
             qk_norm=model.qk_norm,
         )
     elif model.qk_norm:
@@ -161,6 +163,7 @@ def _tables(hf: PreTrainedConfig, name: str) -> tuple[ModelConfig, ColaConfig]:
         rank=ranks["q"] if uniform else {p: ranks[p] for p in PROJECTIONS if ranks[p]},
         activation=hf.bottleneck_activation,
         bias=hf.bottleneck_bias,
+        variant=hf.variant,
     )
 
 

@@ -145,8 +145,10 @@ class Llama(Llama3Model):
                 attention_masks = document_mask(positions, next(self.parameters()).dtype)
         inputs = MixerInputs(bounds, attention_masks, transfer)
         h = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
+        carried = ()  # what a variant's layers hand on beside h
         for name, layer in self.layers.items():  # a pipeline stage or a block has some of them
-            h = layer(h, inputs if mixed[int(name)] else attention_masks, positions)
+            h = layer(h, inputs if mixed[int(name)] else attention_masks, positions, *carried)
+            h, *carried = h if isinstance(h, tuple) else (h,)
         h = h if self.norm is None else self.norm(h)
         return h if self._skip_lm_head or self.lm_head is None else self.lm_head(h)
 
@@ -252,7 +254,7 @@ def build_model_config(run: RunConfig) -> Llama.Config:
     if any(ranks.values()) or m.mlp_activation != "silu":
         ColaConverter.Config(
             ranks=ranks,
-            activation=run.cola.activation,
+            activation=run.cola.sigma,
             bias=run.cola.bias,
             init=run.cola.init,
             variant=run.cola.variant,

@@ -30,10 +30,10 @@ _HF_IN_LAYER = {
 }
 _TRAINING_OUTSIDE = {theirs: ours for ours, theirs in _HF_OUTSIDE.items()}
 _TRAINING_IN_LAYER = {theirs: ours for ours, theirs in _HF_IN_LAYER.items()}
-# [model.]layers.3. | self_attn.q_proj | .A.weight
+# [model.]layers.3. | self_attn.q_proj | .A.weight, or .gate of a variant that crosses layers
 _NAME = re.compile(
     r"(?:(?:model\.)?layers\.(\d+)\.)?"
-    r"(?:((?:attention|self_attn)\.mixer)(\..+)|(.+?)((?:\.[AB])?\.(?:weight|bias)))"
+    r"(?:((?:attention|self_attn)\.mixer)(\..+)|(.+?)((?:\.[AB])?\.(?:weight|bias)|\.gate))"
 )
 
 
