@@ -126,13 +126,16 @@ def test_memory_may_change_at_a_restart(whole, tmp_path):
     assert training.curve(tmp_path / "run") == training.curve(whole)
 
 
-def test_muon_goes_on_bit_for_bit(tmp_path):
-    muon = ("--optimizer.name=muon", "--training.steps=6", "--checkpoint.every=3")
+@pytest.mark.parametrize("name", ["muon", pytest.param("lora-muon", marks=pytest.mark.slow)])
+def test_muon_goes_on_bit_for_bit(name, tmp_path):
+    muon = (f"--optimizer.name={name}", "--training.steps=6", "--checkpoint.every=3")
     assert training.train_here(tmp_path / "whole", *muon) == 0
     training.cut(tmp_path / "whole", tmp_path / "run", 3)
     assert training.train_here(tmp_path / "run", *muon) == 0
     assert training.curve(tmp_path / "run") == training.curve(tmp_path / "whole")
-    assert "lr/Muon" in read_metrics(tmp_path / "run")[0]
+    assert (
+        f"lr/{'LoRAMuon' if name == 'lora-muon' else 'Muon'}" in read_metrics(tmp_path / "run")[0]
+    )
 
 
 def test_a_signal_saves_and_stops(whole, tmp_path):

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from helpers.ranks import fork_ranks
 
 from lowline.train.config.load import load_config
+from lowline.train.engine.lora_muon import LoRAMuon
 from lowline.train.engine.titan_compat import prepare
 
 STEPS = 3
@@ -67,6 +68,9 @@ def _reference(ours: torch.optim.Optimizer, copies: dict) -> torch.optim.Optimiz
     (group,) = ours.param_groups
     parameters = [copies[name] for name in group["param_names"]]
     options = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+    if isinstance(ours, LoRAMuon):  # on unsharded tensors
+        named = {"params": parameters, "param_names": group["param_names"]}
+        return LoRAMuon([named], **options, momentum=group["momentum"])
     if isinstance(ours, torch.optim.Muon):
         options |= {"momentum": group["momentum"], "adjust_lr_fn": "match_rms_adamw"}
         return torch.optim.Muon(parameters, **options)

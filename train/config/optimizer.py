@@ -1,4 +1,4 @@
-"""[optimizer] and [schedule]: AdamW or Muon, and the learning rate over the steps."""
+"""[optimizer] and [schedule]: AdamW, Muon or LoRA-Muon, and the learning rate over the steps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class OptimizerConfig:
     __pydantic_config__ = Strict
     decides = RUN
     name: Literal["adamw"] = "adamw"
-    """AdamW for everything, or Muon for the matrices of blocks and AdamW for the rest."""
+    """AdamW for everything, or Muon or LoRA-Muon for blocks' matrices and AdamW for the rest."""
     lr: PositiveNumber
     """The largest learning rate of AdamW."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -54,9 +54,9 @@ class MuonConfig(OptimizerConfig):
 
     __pydantic_config__ = Strict
     name: Literal["muon"] = "muon"  # type: ignore[assignment]
-    """AdamW for everything, or Muon for the matrices of blocks and AdamW for the rest."""
+    """AdamW for everything, or Muon or LoRA-Muon for blocks' matrices and AdamW for the rest."""
     muon_lr: PositiveNumber = 0.02
-    """The largest learning rate of Muon."""
+    """The largest learning rate of Muon; of LoRA-Muon the spectral norm of a step of B·A."""
     muon_momentum: Fraction = 0.95
     """Muon's averaging of gradients."""
 
@@ -68,10 +68,25 @@ class MuonConfig(OptimizerConfig):
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoraMuonConfig(MuonConfig):
+    """[optimizer] name = "lora-muon": LoRA-Muon for A and B together, Muon for blocks' dense
+    matrices, AdamW for the rest.
+    """
+
+    __pydantic_config__ = Strict
+    name: Literal["lora-muon"] = "lora-muon"  # type: ignore[assignment]
+    """AdamW for everything, or Muon or LoRA-Muon for blocks' matrices and AdamW for the rest."""
+
+
 OPTIMIZERS = Variants(
     key="name",
     default="adamw",
-    sections={"adamw": f"{HERE}:OptimizerConfig", "muon": f"{HERE}:MuonConfig"},
+    sections={
+        "adamw": f"{HERE}:OptimizerConfig",
+        "muon": f"{HERE}:MuonConfig",
+        "lora-muon": f"{HERE}:LoraMuonConfig",
+    },
 )
 AnyOptimizer = Annotated[OptimizerConfig, OPTIMIZERS]
 

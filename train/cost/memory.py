@@ -32,6 +32,7 @@ from lowline.cola.accounting import (
     saved_by_block,
     saved_by_head,
 )
+from lowline.train.config.optimizer import MuonConfig
 from lowline.train.config.run import RunConfig
 from lowline.train.cost.parameters import (
     Parameter,
@@ -111,7 +112,9 @@ def stage_memory(run: RunConfig, world_size: int, device: Device, pp_rank: int) 
     tables = len(layers) * seq_len * 2 * shape.head_dim * FP32
 
     tokens = rows * seq_len
-    blocks = sum((saved_by_block(shape, policy, device=device, tp=tp) for _ in layers), Saved())
+    blocks = sum(
+        (saved_by_block(shape, policy, device=device, tp=tp, layer=n) for n in layers), Saved()
+    )
     one_block = saved_by_block(shape, policy, device=device, tp=tp) if layers else Saved()
     last = saved_by_head(shape, device=device, tp=tp) if "lm_head" in names else Saved()
     working = recomputed_at_once(shape, policy, device=device, tp=tp)
@@ -219,7 +222,7 @@ def _optimizer_elements(
     run: RunConfig, tensors: list[Parameter], tp: int, shard: int, name: str
 ) -> int:
     """AdamW keeps two moments; Muon one momentum of the blocks' matrices."""
-    muon = run.optimizer.name == "muon" and name.startswith("layers.")
+    muon = isinstance(run.optimizer, MuonConfig) and name.startswith("layers.")
     return sum((1 if muon and len(t.shape) == 2 else 2) * t.sharded(tp, shard) for t in tensors)
 
 

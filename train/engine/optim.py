@@ -2,15 +2,16 @@
 
 AdamW for every parameter, or Muon for the matrices of the blocks, which are the factors A and B
 where a projection is low-rank, and AdamW for the rest; mixers may have a learning rate of their
-own. Muon (the update of torch.optim.Muon)
-replaces a matrix's momentum M = UΣVᵀ by about UVᵀ, through five Newton-Schulz steps
+own. LoRA-Muon (`lowline.train.engine.lora_muon`) takes A and B together. Muon (the update of
+torch.optim.Muon) replaces a matrix's momentum M = UΣVᵀ by about UVᵀ, through five Newton-Schulz
+steps
 
     X ← aX + (bXXᵀ + c(XXᵀ)²)X,      X = M / |M| at first,
 
-scaled by 0.2·sqrt(max(rows, columns)), which gives it the size of an AdamW update.
+scaled by 0.2·sqrt(max(rows, columns)), which gives it the size of an AdamW update; beside LoRA-Muon
+by sqrt(max(1, rows/columns)), as LoRA-Muon does.
 
-Left out: Muon treats each factor on its own and knows nothing of the product B·A; every rank
-orthogonalizes every matrix, where ranks could share them out.
+Left out: every rank orthogonalizes every matrix, where ranks could share them out.
 """
 
 from __future__ import annotations
@@ -31,13 +32,18 @@ from torchtitan.components.optimizer import (
 )
 
 from lowline.cola.projections import PROJECTIONS
-from lowline.train.config.optimizer import MuonConfig, OptimizerConfig, ScheduleConfig
+from lowline.train.config.optimizer import (
+    LoraMuonConfig,
+    MuonConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+)
+from lowline.train.engine.lora_muon import LoRAMuon, orthogonalized, spectral_scale
 
 MIXERS = r"\.mixer\."
-BLOCK_MATRICES = (
-    rf"layers\.\d+\.({'|'.join(re.escape(p.titan) for p in PROJECTIONS.values())})"
-    r"(\.[AB])?\.weight$"
-)
+PROJECTION = rf"layers\.\d+\.({'|'.join(re.escape(p.titan) for p in PROJECTIONS.values())})"
+BLOCK_MATRICES = PROJECTION + r"(\.[AB])?\.weight$"
+FACTORS = PROJECTION + r"\.[AB]\.weight$"
 
 
 class Optimizers(OptimizersContainer):
@@ -51,6 +57,8 @@ class Optimizers(OptimizersContainer):
     def _resolve_optimizer_factory(name: str) -> Callable[..., torch.optim.Optimizer]:
         if name == "Muon":
             return _muon
+        if name == "LoRAMuon":
+            return lambda groups: LoRAMuon(_plain(groups))
         return OptimizersContainer._resolve_optimizer_factory(name)
 
     @staticmethod
@@ -109,30 +117,19 @@ class Muon(torch.optim.Muon):
             update = distribute_tensor(whole, mesh, placements, src_data_rank=None)
         else:
             update = orthogonalized(update, group)
+        scale = 0.2 * math.sqrt(max(weight.shape))
+        if group["adjust_lr_fn"] == "original":
+            scale = spectral_scale(*weight.shape)
         weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(weight.shape)))
+        weight.add_(update, alpha=-group["lr"] * scale)
 
 
-def orthogonalized(m_RC: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-    """Return about UVᵀ of M = UΣVᵀ: singular values between 0.5 and 1.5, most near 1.
-
-    In bf16, as torch.optim.Muon does it; on a CPU in fp32, since most CPUs multiply bf16 matrices
-    more slowly (20 times, without AVX-512's bf16).
-    """
-    a, b, c = group["ns_coefficients"]
-    x = m_RC.float() if m_RC.device.type == "cpu" else m_RC.bfloat16()
-    x = x.T if m_RC.shape[0] > m_RC.shape[1] else x
-    x = x / x.norm().clamp(min=group["eps"])
-    for _ in range(group["ns_steps"]):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    x = x.T if m_RC.shape[0] > m_RC.shape[1] else x
-    return x.to(m_RC.dtype)
+def _plain(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in g.items() if k not in ("fused", "foreach")} for g in groups]
 
 
 def _muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    plain = [{k: v for k, v in g.items() if k not in ("fused", "foreach")} for g in groups]
-    return Muon(plain, adjust_lr_fn="match_rms_adamw")
+    return Muon(_plain(groups), adjust_lr_fn="match_rms_adamw")
 
 
 def optimizer_config(c: OptimizerConfig) -> Optimizers.Config:
@@ -148,16 +145,18 @@ def optimizer_config(c: OptimizerConfig) -> Optimizers.Config:
     rest = adamw(".*", c.lr)
     if not isinstance(c, MuonConfig):
         return Optimizers.Config(param_groups=[*mixers, rest])
-    matrices = ParamGroupConfig(
-        pattern=BLOCK_MATRICES,
-        optimizer_name="Muon",
-        optimizer_kwargs={
-            "lr": c.muon_lr,
-            "momentum": c.muon_momentum,
-            "weight_decay": c.weight_decay,
-        },
-    )
-    return Optimizers.Config(param_groups=[*mixers, matrices, rest])
+
+    def muon(name: str, pattern: str, **more: Any) -> ParamGroupConfig:
+        options = {"lr": c.muon_lr, "momentum": c.muon_momentum, "weight_decay": c.weight_decay}
+        return ParamGroupConfig(
+            pattern=pattern, optimizer_name=name, optimizer_kwargs=options | more
+        )
+
+    matrices = [muon("Muon", BLOCK_MATRICES)]
+    if isinstance(c, LoraMuonConfig):
+        dense = muon("Muon", BLOCK_MATRICES, adjust_lr_fn="original")
+        matrices = [muon("LoRAMuon", FACTORS), dense]
+    return Optimizers.Config(param_groups=[*mixers, *matrices, rest])
 
 
 def schedule_config(c: ScheduleConfig) -> LRSchedulersContainer.Config:
