@@ -42,6 +42,7 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
+from lowline.cola.drafts import ExactDrafts
 from lowline.cola.low_rank import ACTIVATIONS, LowRankLinear, init_std
 from lowline.cola.projections import PROJECTIONS
 from lowline.cola.remote_code import SavesRemoteCode
@@ -241,7 +242,7 @@ class CoLAModel(CoLAPreTrainedModel, LlamaModel):
         return super().forward(*args, **kwargs)
 
 
-class CoLAForCausalLM(CoLAPreTrainedModel, LlamaForCausalLM):
+class CoLAForCausalLM(ExactDrafts, CoLAPreTrainedModel, LlamaForCausalLM):
     """The language model: token ids [B, T] to logits [B, T, vocab_size], and `generate`."""
 
     def __init__(self, config: CoLAConfig):

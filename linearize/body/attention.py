@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowline.linearize.body.cache import LinearizedCache, MixerLayer
+from lowline.linearize.body.cache import LinearizedCache, MixerLayer, Tokens
 from lowline.linearize.body.packing import Packing
 from lowline.linearize.mixers.base import Mixer
 
@@ -63,18 +63,15 @@ class LinearizedAttention(nn.Module):
             precision = torch.autocast(device, enabled=False)
         held = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         assert held is None or isinstance(held, MixerLayer)
+        cu_seqlens = None if packing is None else packing.cu_seqlens
+        cos, sin = (t.expand(x_BTE.shape[0], -1, -1) for t in rope)
         with precision:
-            o_BTHD, state = self.mixer(
-                q_BTHD,
-                k_BTGD,
-                v_BTGD,
-                rope=rope,
-                x_BTE=x_BTE,
-                state=None if held is None else held.state,
-                cu_seqlens=None if packing is None else packing.cu_seqlens,
-            )
-        if held is not None:
-            held.update(state, hidden_states.shape[1])
+            tokens = Tokens(q_BTHD, k_BTGD, v_BTGD, x_BTE, cos, sin)
+            if held is None:
+                o_BTHD, _ = tokens.mixed(self.mixer, None, cu_seqlens)
+            else:
+                o_BTHD = held.mix(self.mixer, tokens, cu_seqlens)
+                held.update(hidden_states.shape[1])
         o_BTE = self.o_proj(o_BTHD.flatten(2))
         return (o_BTE if packing is None else packing.unpack(o_BTE)), None
 

@@ -12,8 +12,13 @@ them). transformers' own `DynamicCache(config=model.config)` is the same cache, 
 `cache.save(path)` writes it to a file, `LinearizedCache.load(path)` reads it again
 (`lowline.linearize.body.context_file`).
 
-Left out: a state cannot be taken back, so `crop` is refused, and with it assisted generation and
-prompt look-up. States are not offloaded to another device, nor quantized.
+Speculative decoding takes tokens back (`crop`). After `activate_past_recording` a layer keeps,
+beside its state, the one before the tokens since the last `crop` and these tokens' inputs; the
+next call mixes those that were kept again (Mamba in the Llama, arXiv 2408.15237, algorithm 2). That
+is one more state and the inputs of a draft, never a state per token.
+
+Left out: states are not offloaded to another device, nor quantized. Of a padded batch of several
+rows no token can be taken back.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -30,6 +35,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from lowline.errors import LowlineError
 from lowline.linearize.body.context_file import attach_cache, load_cache, save_cache
+from lowline.linearize.mixers.base import Mixer, State
 
 if TYPE_CHECKING:
     from lowline.linearize.body.hf import LinearizedConfig
@@ -38,10 +44,27 @@ LAYER_TYPE = "lowline_mixer"
 """The type of a layer with a mixer in `config.layer_types`. It is not "linear_attention", whose
 cache layer other models in the same process need."""
 
-NO_WAY_BACK = (
-    "a linearized layer keeps a state, from which no token can be taken back: generate without "
-    "assistant_model, prompt_lookup_num_tokens and crop(), or copy.deepcopy the cache beforehand"
-)
+RECORDED = 128  # tokens that can always be taken back
+
+
+class Tokens(NamedTuple):
+    """What a mixer takes of some tokens: time is the second dimension of each."""
+
+    q: torch.Tensor  # (B, T, H, D)
+    k: torch.Tensor  # (B, T, G, D)
+    v: torch.Tensor
+    x: torch.Tensor  # (B, T, E)
+    cos: torch.Tensor  # (B, T, D)
+    sin: torch.Tensor
+
+    def span(self, start: int, stop: int) -> Tokens:
+        return Tokens(*(t[:, start:stop] for t in self))
+
+    def mixed(
+        self, mixer: Mixer, state: State, cu_seqlens: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, State]:
+        q, k, v, x, *rope = self
+        return mixer(q, k, v, rope=tuple(rope), x_BTE=x, state=state, cu_seqlens=cu_seqlens)
 
 
 class MixerLayer(CacheLayerMixin):
@@ -50,6 +73,9 @@ class MixerLayer(CacheLayerMixin):
     `state` is what the mixer returned: a tensor, or a nest of them, each leading with the
     sequences of the batch; None before the first token. `length` counts positions, padding too.
     Whoever runs the model sets `padded`, from which generation knows that it needs no mask.
+
+    While the past is recorded `before` is the state before the tokens of `recorded`. `replay` holds
+    those that were kept by a `crop`; `state` lacks them until the next call.
     """
 
     supports_early_init = False
@@ -57,13 +83,66 @@ class MixerLayer(CacheLayerMixin):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.state: Any = None
+        self.record_past = False
+        self.reset()
+
+    def reset(self) -> None:
+        self.state: State = None
         self.length = 0
         self.padded = False  # whether any token seen was padding
+        self.before: State = None
+        self.recorded: list[Tokens] = []
+        self.replay: Tokens | None = None
 
-    def update(self, state: Any, n_tokens: int) -> None:  # type: ignore[override]
-        """Keep the state after `n_tokens` more positions."""
-        self.state = state
+    def mix(self, mixer: Mixer, tokens: Tokens, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+        """Return the mixer's output for tokens that follow the state, and move the state by them.
+
+        Args:
+            cu_seqlens: bounds of the sequences that are packed in `tokens`.
+        """
+        self.replay_kept(mixer)
+        packed = cu_seqlens is not None and len(cu_seqlens) > 2  # of one row nothing but its tokens
+        if not self.record_past or packed:
+            self.before, self.recorded = None, []
+            o_BTHD, self.state = tokens.mixed(mixer, self.state, cu_seqlens)
+            return o_BTHD
+        outputs = []
+        surplus = tokens.q.shape[1] - RECORDED
+        if surplus > 0:  # of a prompt, which is not taken back
+            first, tokens = tokens.span(0, surplus), tokens.span(surplus, surplus + RECORDED)
+            tokens = Tokens(*(t.clone() for t in tokens))  # lets go of the prompt's memory
+            o_BTHD, self.state = first.mixed(mixer, self.state)
+            outputs, self.recorded = [o_BTHD], []
+        if not self.recorded:  # a mixer may change in place the state that it is given
+            self.before, self.state = (
+                self.state,
+                tree_map_only(torch.Tensor, torch.clone, self.state),
+            )
+        o_BTHD, self.state = tokens.mixed(mixer, self.state)
+        self.recorded.append(tokens)
+        surplus = self._n_recorded() - RECORDED
+        if surplus > RECORDED:  # nobody crops
+            past = self._record()
+            _, self.before = past.span(0, surplus).mixed(mixer, self.before)
+            self.recorded = [past.span(surplus, surplus + RECORDED)]
+        return torch.cat([*outputs, o_BTHD], 1) if outputs else o_BTHD
+
+    def replay_kept(self, mixer: Mixer) -> None:
+        """Move the state by the tokens that a `crop` has kept."""
+        if self.replay is not None:
+            _, self.state = self.replay.mixed(mixer, self.state)
+            self.replay = None
+
+    def _n_recorded(self) -> int:
+        return sum(tokens.q.shape[1] for tokens in self.recorded)
+
+    def _record(self) -> Tokens:
+        """Return all recorded tokens as one."""
+        joined = (torch.cat(of_calls, 1) for of_calls in zip(*self.recorded, strict=True))
+        return self.recorded[0] if len(self.recorded) == 1 else Tokens(*joined)
+
+    def update(self, n_tokens: int) -> None:  # type: ignore[override]
+        """Count `n_tokens` more positions."""
         self.length += n_tokens
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -78,8 +157,34 @@ class MixerLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1  # none
 
-    def reset(self) -> None:
-        self.state, self.length, self.padded = None, 0, False
+    def activate_past_recording(self) -> None:
+        """Make `crop` possible for the tokens that follow."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens, given as a negative number, and keep for good what remains.
+
+        Raises:
+            LowlineError: more tokens than were recorded.
+        """
+        if tokens_to_remove > 0:
+            raise LowlineError(
+                f"crop({tokens_to_remove}): give minus the number of tokens to take back"
+            )
+        kept = self._n_recorded() + tokens_to_remove
+        if kept < 0:
+            why = "call activate_past_recording() before the tokens that may be taken back"
+            if self.padded:
+                why += "; from a padded batch of several rows none can be"
+            raise LowlineError(
+                f"crop({tokens_to_remove}): the mixer's layer has recorded "
+                f"{self._n_recorded()} tokens; {why}"
+            )
+        if tokens_to_remove:
+            self.state = self.before
+            self.replay = self._record().span(0, kept) if kept else None
+            self.length += tokens_to_remove
+        self.before, self.recorded = None, []
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -90,14 +195,14 @@ class MixerLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map(lambda t: t.repeat_interleave(repeats, 0))
 
+    def held(self) -> Any:
+        """Return the nest of all tensors of this layer."""
+        return self.state, self.before, self.recorded, self.replay
+
     def _map(self, change: Any) -> None:
-        self.state = tree_map_only(torch.Tensor, change, self.state)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        raise LowlineError(NO_WAY_BACK)
-
-    def activate_past_recording(self) -> None:
-        raise LowlineError(NO_WAY_BACK)
+        self.state, self.before, self.recorded, self.replay = tree_map_only(
+            torch.Tensor, change, self.held()
+        )
 
     def offload(self) -> None:
         raise LowlineError("the state of a linearized layer is not offloaded: it is small")
@@ -200,7 +305,7 @@ def _dtype(config: LinearizedConfig) -> torch.dtype:
 
 
 def _tensors(layer: Any) -> Iterator[torch.Tensor]:
-    held = layer.state if isinstance(layer, MixerLayer) else (layer.keys, layer.values)
+    held = layer.held() if isinstance(layer, MixerLayer) else (layer.keys, layer.values)
     return (t for t in tree_leaves(held) if isinstance(t, torch.Tensor))
 
 
@@ -213,9 +318,8 @@ def _mixer_bytes(config: LinearizedConfig, dtype: torch.dtype) -> int:
         if config.mixers[layer].get("budget"):
             kind += f" in layer {layer}"
         if kind not in sizes:
-            held = MixerLayer()
-            held.update(state_after_a_token(config, layer, dtype), 1)
-            sizes[kind] = sum(t.nbytes for t in _tensors(held))
+            state = state_after_a_token(config, layer, dtype)
+            sizes[kind] = sum(t.nbytes for t in tree_leaves(state) if isinstance(t, torch.Tensor))
         total += sizes[kind]
     return total
 

@@ -57,6 +57,10 @@ def save_cache(cache: LinearizedCache, path: Path, token_ids: torch.Tensor | Non
             f"{path}: the model has read padding, which a saved state cannot tell from text; give "
             "it texts one at a time, or of one length"
         )
+    if any(isinstance(layer, MixerLayer) and layer.replay for layer in cache.layers):
+        raise LowlineError(
+            f"{path}: tokens that crop() has kept are in no state yet; let the model read a token"
+        )
     check_target(path)
     tensors = {
         f"layer.{number}.{place}": tensor

@@ -46,16 +46,17 @@ from transformers import (
     Qwen3Model,
 )
 from transformers import initialization as init
-from transformers.generation import GenerationMixin, GenerationMode
+from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 
+from lowline.cola.drafts import ExactDrafts
 from lowline.cola.hf import CoLAConfig, CoLAForCausalLM, CoLAModel
 from lowline.cola.remote_code import SavesRemoteCode
 from lowline.errors import LowlineError
 from lowline.linearize.body.attention import LinearizedAttention
-from lowline.linearize.body.cache import LAYER_TYPE, NO_WAY_BACK, LinearizedCache, MixerLayer
+from lowline.linearize.body.cache import LAYER_TYPE, LinearizedCache, MixerLayer
 from lowline.linearize.body.packing import plan_packing
 from lowline.linearize.mixers import MIXERS, build_mixer
 from lowline.linearize.mixers.base import HeadShape, Mixer
@@ -176,10 +177,6 @@ class _Linearized(SavesRemoteCode):
     _supports_attention_backend = False  # a backend that keeps keys and values would keep no states
     _supports_context_parallel = False
 
-    @property
-    def _is_stateful(self) -> bool:  # type: ignore[override]
-        return bool(self.config.converted_layers())
-
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # Outside transformers' tree it passes over modules without weights of their own, which is
         # what LinearizedAttention is, lest it overwrite loaded ones. `init.copy_` never does.
@@ -297,7 +294,7 @@ def _check_cache(cache: Cache, converted: list[int]) -> None:
         )
 
 
-class _CausalLM(_Linearized, GenerationMixin):
+class _CausalLM(ExactDrafts, _Linearized, GenerationMixin):
     """The language model: token ids [B, T] to logits [B, T, vocab_size], and `generate`."""
 
     body_class: type[_Body]
@@ -337,11 +334,12 @@ class _CausalLM(_Linearized, GenerationMixin):
         )
         return inputs | {"all_tokens_real": True} if known else inputs
 
-    def _validate_generation_mode(self, mode: Any, *args: Any) -> None:
-        if self._is_stateful and mode == GenerationMode.ASSISTED_GENERATION:
-            raise LowlineError(NO_WAY_BACK)
-        theirs: Any = super()
-        theirs._validate_generation_mode(mode, *args)
+    def _stop_recording(self, cache: Cache) -> None:
+        super()._stop_recording(cache)
+        with torch.no_grad():
+            for layer in self.config.converted_layers():
+                mixer = self.model.layers[layer].get_submodule("self_attn.mixer")
+                cache.layers[layer].replay_kept(mixer)  # type: ignore[attr-defined, arg-type]
 
     def _prepare_cache_for_generation(self, generation_config: Any, *args: Any) -> bool:
         if generation_config.cache_implementation not in (None, "dynamic"):

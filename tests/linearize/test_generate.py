@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -15,6 +16,7 @@ from lowline.linearize.body.cache import LinearizedCache, MixerLayer, break_even
 from lowline.linearize.convert import linearized_config, save
 from lowline.linearize.mixers import MIXERS
 from lowline.linearize.mixers.base import Mixer
+from lowline.tools.cli import main
 from lowline.tools.commands.generate import generate as generate_command
 from lowline.train.data.tokenizer import load_tokenizer
 
@@ -139,6 +141,40 @@ def test_the_command_answers_through_the_chat_template(saved, capsys):
         generate_command(str(plain), prompt="Why?", chat=True)
 
 
+@pytest.mark.parametrize("how", [{"lookup": 3}, {"draft": True}])
+def test_the_command_decodes_speculatively(saved, capsys, how):
+    folder, model, tokenizer = saved
+    said = generate_command(str(folder), prompt="A list is a list", max_new_tokens=NEW)
+    if "draft" in how:  # the model itself, which is always right
+        how = {"draft": str(folder)}
+    capsys.readouterr()
+    assert said == generate_command(
+        str(folder), prompt="A list is a list", max_new_tokens=NEW, **how
+    )
+    found = re.search(
+        r"(\d+) tokens in (\d+) steps, (\S+) tokens per step", capsys.readouterr().err
+    )
+    new, steps = int(found[1]), int(found[2])
+    assert new == NEW and float(found[3]) == pytest.approx(new / steps, abs=0.01)
+    assert steps < NEW if "draft" in how else steps <= NEW
+
+
+def test_the_command_refuses_drafts_that_cannot_be(saved, tmp_path, capsys):
+    folder, model, tokenizer = saved
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["<added>"])
+    save(model, other, tmp_path / "other")
+    arguments = ["generate", str(folder), "A list"]
+    for options, words in (
+        (["--draft", str(tmp_path / "other")], "token '<added>' is 4096 there and None here"),
+        (["--lookup", "0"], "lookup = 0; at least 1"),
+        (["--lookup", "--draft", str(folder)], "give one of them"),
+        (["--draft", str(tmp_path / "none")], "none"),
+    ):
+        assert main([*arguments, *options]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_the_command_says_what_the_model_holds(saved, capsys):
     folder, model, tokenizer = saved
     generate_command(str(folder), prompt="A list is", max_new_tokens=NEW, stats=True)
@@ -250,21 +286,6 @@ def test_a_copy_of_the_cache_is_a_way_back():
 
 def test_what_a_state_cannot_do_is_refused():
     model, ids = converted(ANY, HYBRID), tokens(1, 7)
-    cache = filled(model, 5)
-    with pytest.raises(ValueError, match="no token can be taken back"):
-        cache.crop(-1)
-    for how in (
-        {"prompt_lookup_num_tokens": 2},
-        {"assistant_model": converted(ANY)},
-    ):
-        with pytest.raises(ValueError, match="no token can be taken back: generate without"):
-            generate(model, ids, **how)
-    softmax_only = converted(ANY, "none")
-    with pytest.raises(ValueError, match="no token can be taken back"):
-        generate(softmax_only, ids, assistant_model=model)
-    assert torch.equal(
-        generate(softmax_only, ids, prompt_lookup_num_tokens=2), generate(softmax_only, ids)
-    )
     with pytest.raises(ValueError, match="'static'.*leave it out"):
         generate(model, ids, cache_implementation="static")
     with pytest.raises(ValueError, match="DynamicCache.*LinearizedCache"):

@@ -2,6 +2,8 @@
 
 lowline generate exported/ "A list is" --max-new-tokens 64
 lowline generate converted/ "What is a list?" --chat --stats
+lowline generate converted/ "Summarize: ..." --lookup
+lowline generate converted/ "A list is" --draft smaller/
 lowline generate converted/ "In short:" --context read.safetensors
 """
 
@@ -10,15 +12,18 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from lowline.command_line import DType
+from lowline.command_line import DType, Mark
 from lowline.errors import LowlineError
 from lowline.hub import check_source
 from lowline.tools.commands.context import after_context, read_context
 
 if TYPE_CHECKING:
     from transformers import TextStreamer
+
+
+LOOKUP = 8  # tokens
 
 
 def generate(
@@ -30,6 +35,8 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    lookup: Annotated[int | None, Mark("bare", LOOKUP)] = None,
+    draft: str | None = None,
     dtype: DType = "float32",
     context: Path | None = None,
     stats: bool = False,
@@ -44,6 +51,10 @@ def generate(
         temperature: 0 takes the most likely token; above 0 samples.
         top_p: Sample among the most likely tokens that hold this share of the probability.
         seed: The seed of the sampling.
+        lookup: Speculative decoding: propose so many tokens (8 if no number is given) that followed
+            the last ones before, in the prompt or the answer, and verify them at once. The result
+            is that without it; it pays where the answer repeats parts of the prompt.
+        draft: Speculative decoding: a smaller model of the same tokenizer proposes tokens.
         dtype: The type that is computed in.
         context: What the model has read before, a file of `lowline context save`; the prompt
             follows it.
@@ -53,8 +64,8 @@ def generate(
         The prompt and its continuation; with `chat` the answer.
 
     Raises:
-        ValueError: no such model, an empty prompt, no chat template, a number out of its range,
-            or the context of another model.
+        ValueError: no such model, an empty prompt, no chat template, a number out of its range, a
+            draft of another tokenizer, or the context of another model.
     """
     if temperature < 0:
         raise LowlineError(f"temperature = {temperature}; 0 is greedy, above 0 samples")
@@ -62,10 +73,16 @@ def generate(
         raise LowlineError(f"top_p = {top_p}; it lies in (0, 1]")
     if max_new_tokens < 1:
         raise LowlineError(f"max_new_tokens = {max_new_tokens}; at least 1")
-    check_source(model)
+    if lookup is not None and lookup < 1:
+        raise LowlineError(f"lookup = {lookup}; at least 1, or leave it out")
+    if lookup is not None and draft is not None:
+        raise LowlineError("lookup and draft both propose tokens; give one of them")
+    for source in (model,) if draft is None else (model, draft):
+        check_source(source)
     import torch
     from transformers import TextStreamer
 
+    from lowline.cola.drafts import ExactDrafts
     from lowline.linearize.source import load_teacher, load_tokenizer
     from lowline.quiet import quiet_libraries
 
@@ -91,21 +108,46 @@ def generate(
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
+    speculation: dict[str, Any] = {}
+    speculates = lookup is not None or draft is not None
+    if speculates and held is not None and not isinstance(body, ExactDrafts):
+        raise LowlineError(f"context: with lookup or draft converted models only; {model} is none")
+    if lookup is not None:
+        speculation = {"prompt_lookup_num_tokens": lookup}
+    elif draft is not None:
+        _check_draft(tokenizer, load_tokenizer(draft), model, draft)
+        assistant: Any = load_teacher(draft, dtype=getattr(torch, dtype)).eval()
+        speculation = {"assistant_model": assistant.to(body.device)}
     torch.manual_seed(seed)
     printed = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
     streamer = _Clocked(printed, skip=before)
     made = body.generate(
         **inputs,
         **sampling,
+        **speculation,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         streamer=streamer,
         return_dict_in_generate=True,
     )
     if stats:
-        print(_stats(body.config, made.past_key_values, streamer.times), file=sys.stderr)
+        print(_stats(body.config, made.past_key_values, streamer), file=sys.stderr)
+    if speculation:
+        steps, new = len(streamer.times) - 1, sum(streamer.counts)
+        print(f"{new} tokens in {steps} steps, {new / steps:.2f} tokens per step, of which "
+              f"{new / steps - 1:.2f} were proposed", file=sys.stderr)  # fmt: skip
     start = inputs["input_ids"].shape[1] if chat else before
     return str(tokenizer.decode(made.sequences[0, start:], skip_special_tokens=True))
+
+
+def _check_draft(tokenizer: Any, other: Any, model: str, draft: str) -> None:
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if ours != theirs:
+        token = min(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+        raise LowlineError(
+            f"draft = {draft}: its tokenizer is another than that of {model}, token {token!r} is "
+            f"{theirs.get(token)} there and {ours.get(token)} here; give a draft of the same one"
+        )
 
 
 def _asked(tokenizer: Any, message: str, model: str) -> str:
@@ -126,7 +168,8 @@ def _asked(tokenizer: Any, message: str, model: str) -> str:
 
 
 class _Clocked:
-    """A streamer that notes when the prompt and each token came, before another prints them.
+    """A streamer that notes when the prompt and the tokens of each step came, then prints them.
+
 
     `skip` tokens at the start of the prompt are not printed.
     """
@@ -134,9 +177,12 @@ class _Clocked:
     def __init__(self, streamer: TextStreamer, skip: int) -> None:
         self.streamer, self.skip = streamer, skip
         self.times: list[float] = []
+        self.counts: list[int] = []
 
     def put(self, value: Any) -> None:
-        if not self.times:
+        if self.times:
+            self.counts.append(value.numel())
+        else:
             value = value[:, self.skip :]
         self.times.append(time.perf_counter())
         self.streamer.put(value)
@@ -145,15 +191,16 @@ class _Clocked:
         self.streamer.end()
 
 
-def _stats(config: Any, cache: Any, times: list[float]) -> str:
+def _stats(config: Any, cache: Any, streamer: _Clocked) -> str:
     """Return one line about speed and memory."""
     from lowline.linearize.body.cache import break_even_length, state_bytes
     from lowline.linearize.body.hf import LinearizedConfig
 
-    new, first = len(times) - 1, times[1] - times[0]
-    said = f"{new} tokens, the first after {first:.2f} s"
-    if new > 1:
-        said += f", the others at {(new - 1) / (times[-1] - times[1]):.1f} tokens/s"
+    times, new = streamer.times, sum(streamer.counts)
+    said = f"{new} tokens, the first after {times[1] - times[0]:.2f} s"
+    if len(times) > 2:
+        rest = (new - streamer.counts[0]) / (times[-1] - times[1])
+        said += f", the others at {rest:.1f} tokens/s"
     held, seen = state_bytes(cache), cache.get_seq_length()
     if isinstance(config, LinearizedConfig) and config.converted_layers():
         length = break_even_length(config)

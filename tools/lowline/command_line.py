@@ -40,7 +40,7 @@ EXTRAS = {"gguf": "gguf", "accelerate": "gguf", "lm_eval": "eval"}
 class Mark:
     """An annotation that says how a parameter is written on the command line.
 
-    `value` is what an option means that is given without one, as in `--dry-run`.
+    `value` is what a "bare" option means that is given without a number, as in `--dry-run`.
     """
 
     kind: Literal["positional", "keys", "bare"]
@@ -148,7 +148,8 @@ def parse(function: Callable[..., Any], arguments: Sequence[str], prog: str) -> 
             ours.append(argument)
         elif dashed in known:
             if dashed in bare and not equals:
-                equals, value = "=", str(bare[dashed].value)
+                number = rest.pop() if rest and rest[-1].isdecimal() else bare[dashed].value
+                equals, value = "=", str(number)
             ours.append(dashed + equals + value)
         elif keys_name is None or _resembles(dashed, known):
             near = difflib.get_close_matches(dashed, known, n=1)
