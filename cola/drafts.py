@@ -23,9 +23,10 @@ from transformers.generation.candidate_generator import CandidateGenerator
 class ExactDrafts:
     """A base of language models, whose assisted generation gives what plain generation gives."""
 
-    # While generation is assisted: criteria that a draft may meet, and tokens that the cache has
-    # seen of those that `generate` was given.
+    # While generation is assisted: criteria that a draft may meet; the cache, and how many tokens
+    # it had seen of those that `generate` was given.
     _stops: StoppingCriteriaList | None = None
+    _drafted: Cache | None = None
     _seen = 0
 
     def _assisted_decoding(
@@ -41,6 +42,7 @@ class ExactDrafts:
         length = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
         known = (EosTokenCriteria, MaxLengthCriteria)  # which transformers looks for in a draft
         self._stops = StoppingCriteriaList(c for c in stopping_criteria if type(c) not in known)
+        self._drafted = cache
         self._seen = cache.get_seq_length() if length == input_ids.shape[1] else 0
         try:
             return theirs._assisted_decoding(
@@ -50,7 +52,7 @@ class ExactDrafts:
                 **how,
             )
         finally:
-            self._stops, self._seen = None, 0
+            self._stops, self._drafted, self._seen = None, None, 0
             self._stop_recording(cache)
 
     def _stop_recording(self, cache: Cache) -> None:

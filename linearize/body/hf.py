@@ -322,6 +322,9 @@ class _CausalLM(ExactDrafts, _Linearized, GenerationMixin):
         known = decodes and past_key_values is not None and bool(converted)
         if known and not past_key_values.layers[converted[0]].padded:  # type: ignore[union-attr]
             attention_mask = None  # nor was any token of the prompt
+        if past_key_values is not None and past_key_values is self._drafted:
+            for layer in converted:  # without a draft there is nothing to take back
+                past_key_values.layers[layer].record_past = not decodes  # type: ignore[union-attr]
         theirs: Any = super()
         inputs = theirs.prepare_inputs_for_generation(
             input_ids,

@@ -5,7 +5,8 @@
     beside    (1 - m) · window + m · linear, the window after the rotary embedding
 
 A single token that follows a state takes the kernels' step, which changes the state in place,
-unless gradients are recorded.
+unless gradients are recorded; on a CPU so do a few tokens, such as a draft's, which the kernels for
+many are slow with: the window verifies them at once, a recurrence takes them one by one.
 
 Shapes: those of `lowline.linearize.mixers.base`, F features of q and k in a linear part.
 """
@@ -21,9 +22,17 @@ from lowline.errors import LowlineError
 from lowline.kernels.backends import Backend
 from lowline.kernels.recurrence import gated_linear_recurrence, recurrence_step
 from lowline.kernels.recurrence.op import Gate
-from lowline.kernels.window import WindowState, window_linear_attention, window_linear_step
+from lowline.kernels.window import (
+    WindowState,
+    window_linear_advance,
+    window_linear_attention,
+    window_linear_step,
+    window_linear_verify,
+)
 from lowline.linearize.mixers.base import Mixer, Rope, State, apply_rope
 from lowline.linearize.mixers.options import StateHeads
+
+FEW = 16  # tokens
 
 
 class States(NamedTuple):
@@ -69,6 +78,11 @@ def attend(
         token = (None if x is None else x[:, 0] for x in inputs)
         o_BHD = window_linear_step(*token, **factors, state=state, backend=backend)  # type: ignore[arg-type]
         return o_BHD[:, None], state
+    if state is not None and are_few(q_BTHD, cu_seqlens, *state):
+        o_BTHD, block = window_linear_verify(*inputs, **factors, state=state, backend=backend)
+        window_linear_advance(state, block, torch.full_like(state.length, q_BTHD.shape[1]),
+                              backend=backend)  # fmt: skip
+        return o_BTHD, state
     return window_linear_attention(
         *inputs,
         **factors,
@@ -96,17 +110,19 @@ def recur(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`gated_linear_recurrence`, by its step where that will do."""
     inputs = (q_BTHF, k_BTPF, v_BTGD, g, beta_BTP)
-    if state is not None and is_step(q_BTHF, cu_seqlens, state):
-        token = (None if x is None else x[:, 0] for x in inputs)
-        o_BHD = recurrence_step(
-            *token,  # type: ignore[arg-type]
-            state=state,
-            gate=gate,
-            normalize=normalize,
-            scale=scale,
-            backend=backend,
-        )
-        return o_BHD[:, None], state
+    if state is not None and are_few(q_BTHF, cu_seqlens, state):
+        outputs = [
+            recurrence_step(
+                *(None if x is None else x[:, t] for x in inputs),  # type: ignore[arg-type]
+                state=state,
+                gate=gate,
+                normalize=normalize,
+                scale=scale,
+                backend=backend,
+            )
+            for t in range(q_BTHF.shape[1])
+        ]
+        return torch.stack(outputs, 1), state
     return gated_linear_recurrence(
         *inputs,
         gate=gate,
@@ -188,7 +204,15 @@ def is_step(x_BTHD: torch.Tensor, cu_seqlens: torch.Tensor | None, *state: torch
     """Return whether a call with this state can take the kernels' step, which changes it in
     place.
     """
-    if x_BTHD.shape[1] != 1 or cu_seqlens is not None or torch.is_grad_enabled():
+    return x_BTHD.shape[1] == 1 and are_few(x_BTHD, cu_seqlens, *state)
+
+
+def are_few(x_BTHD: torch.Tensor, cu_seqlens: torch.Tensor | None, *state: torch.Tensor) -> bool:
+    """Return whether a call with this state may take its tokens one by one, each of which changes
+    the state in place.
+    """
+    most = FEW if x_BTHD.device.type == "cpu" else 1
+    if not 0 < x_BTHD.shape[1] <= most or cu_seqlens is not None or torch.is_grad_enabled():
         return False
     frozen = not torch.is_inference_mode_enabled() and any(held.is_inference() for held in state)
     return not frozen and not any(held.requires_grad for held in state)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from lowline.errors import LowlineError
 from lowline.kernels.slots import SlotState, slot_window_attention, slot_window_step
 from lowline.linearize.mixers.base import HeadShape, Mixer, Rope, apply_rope
-from lowline.linearize.mixers.branches import at_least_fp32, dropping_window, is_step
+from lowline.linearize.mixers.branches import are_few, at_least_fp32, dropping_window
 from lowline.linearize.mixers.options import SlotsOptions as SlotsOptions
 
 ITERATIONS = 15  # of k-means
@@ -61,10 +61,14 @@ class Slots(Mixer):
         slot_BTG = self.assign(k_BTGD)
         inputs = (apply_rope(q_BTHD, rope), apply_rope(k_BTGD, rope), v_BTGD, slot_BTG)
         bias_HM = self.bias if self.linear_enabled else torch.full_like(self.bias, -torch.inf)
-        if state is not None and is_step(q_BTHD, cu_seqlens, *state):
-            q, k, v, slot = (x[:, 0] for x in inputs)
-            o_BHD = slot_window_step(q, k, v, slot, bias_HM, state=state, backend=o.backend)
-            return o_BHD[:, None], state
+        if state is not None and are_few(q_BTHD, cu_seqlens, *state):
+            outputs = [
+                slot_window_step(
+                    *(x[:, t] for x in inputs), bias_HM, state=state, backend=o.backend
+                )
+                for t in range(q_BTHD.shape[1])
+            ]
+            return torch.stack(outputs, 1), state
         out, after = slot_window_attention(
             *inputs,
             bias_HM,
