@@ -74,6 +74,10 @@ COMMANDS = {
         "tools.commands.inspect_rank:inspect_rank",
         "measure the effective rank of a model's activations",
     ),
+    "inspect budget": Command(
+        "tools.commands.inspect_budget:inspect_budget",
+        "measure how many tokens each head of a memory needs",
+    ),
     "bench pretrain": Command(
         "tools.bench.pretrain:bench_pretrain", "time CoLA's blocks and the trainer"
     ),

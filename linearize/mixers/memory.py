@@ -83,7 +83,7 @@ class Memory(Mixer):
                 sinks=o.sinks,
                 state=state,
                 cu_seqlens=cu_seqlens,
-                backend=o.backend,
+                backend=o.backend,  # type: ignore[arg-type]
             )
         if state is not None and is_step(q_BTHD, cu_seqlens, *state):
             q, k, v = (x[:, 0] for x in inputs)

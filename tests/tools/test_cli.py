@@ -283,6 +283,7 @@ WRONG_PATHS = {  # of every command that takes one
     "evaluate": "./nowhere",
     "inspect cost": "no/where",
     "inspect rank": "./nowhere",
+    "inspect budget": "./nowhere",
     "bench decode": "./nowhere",
     "bench linearize": "no/where",
 }

@@ -1,0 +1,127 @@
+"""`lowline inspect budget`: how many tokens each key and value head of a model needs.
+
+    lowline inspect budget HuggingFaceTB/SmolLM2-135M --text articles.txt > memory.toml
+
+Prints a [mixer] table for `lowline linearize`: the mixer `memory`, whose window and rows differ by
+head, with no more bytes in all than a window of so many tokens in every head. No training; a
+forward and a backward pass per text, and the costs of `lowline.linearize.budget`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowline.errors import LowlineError
+from lowline.hub import check_source
+
+if TYPE_CHECKING:
+    from lowline.linearize.budget import Text
+
+SINKS, STRIDE, STRING, LEAD = 4, 8, 32, 64
+WEIGHT = 0.3  # of strings that come twice beside running text
+
+
+def inspect_budget(
+    checkpoint: str,
+    *,
+    text: Path | None = None,
+    tokens: int = 258,
+    rows: int = 1,
+    seq_len: int = 2048,
+    copies: int = 2,
+    window: int = 64,
+    horizon: int = 512,
+) -> str:
+    """Measure how many tokens each head needs, and print a [mixer] table with that budget.
+
+    Args:
+        checkpoint: A Hugging Face directory, a hub id, or a GGUF file of a model with softmax
+            attention.
+        text: A UTF-8 text like what the model is for; default: English documentation of Python.
+        tokens: The window of every head that holds as many bytes as the budget, in fp32.
+        rows: How many stretches of the text to measure on.
+        seq_len: Tokens in each; the longest window or number of rows is less.
+        copies: Random strings that come twice, at a distance of half of seq_len at most 512.
+        window: The window of heads with rows.
+        horizon: Tokens after which attention received has faded; see the mixer's options.
+
+    Returns:
+        The option `budget`.
+
+    Raises:
+        LowlineError: no such model or text, a model with a window or mixers, or a number out of
+            its range.
+    """
+    for name, value, least in (("tokens", tokens, 1), ("rows", rows, 1), ("seq_len", seq_len, 256)):
+        if value < least:
+            raise LowlineError(f"{name} = {value}; at least {least}")
+    check_source(checkpoint)
+    import torch
+
+    from lowline.linearize.body.hf import LinearizedConfig
+    from lowline.linearize.budget import allocate, budget_text, head_costs, sizes_up_to
+    from lowline.linearize.mixers.options import MemoryOptions
+    from lowline.linearize.source import load_config
+    from lowline.tools.commands.inspect_rank import load_model, read_text, token_rows
+
+    if isinstance(load_config(checkpoint), LinearizedConfig):
+        raise LowlineError(f"{checkpoint} was converted before; give the model it was made from")
+    options = MemoryOptions(window=window, sinks=SINKS, horizon=horizon)
+    documents = read_text(text)
+    model, tokenizer = load_model(checkpoint)
+    (ids,) = token_rows(tokenizer, documents, rows * seq_len, seq_len=rows * seq_len)
+    sizes = sizes_up_to(seq_len, window)
+    found = []
+    for kind, texts, weight in (
+        ("text", _stretches(ids[0], seq_len), 1.0),
+        ("strings", _copies(ids[0], min(seq_len // 2, 512), copies, model), WEIGHT),
+    ):
+        for n, one in enumerate(texts):
+            print(f"measuring {kind} {n + 1} of {len(texts)}", file=sys.stderr, flush=True)
+            costs = head_costs(model, one, sizes, options)
+            found.append(weight / len(texts) * costs)
+    costs_NS = torch.stack(found).sum(0).flatten(0, 1)
+    D, G = _head(model.config)
+    of_token = 2 * D * 4
+    held = [
+        (w + e + SINKS) * of_token + 8 + (4 * (w + 2 * e + D // 2 + 1) if e else 0)
+        for w, e in sizes
+    ]
+    total = len(costs_NS) // G * (G * (tokens + SINKS) * of_token + 8)
+    budget = budget_text(allocate(costs_NS, torch.tensor(held), total), sizes, G)
+    print(f'[mixer]\nname = "memory"\noptions.sinks = {SINKS}\noptions.horizon = {horizon}')
+    print(f'options.budget = "{budget}"')
+    return budget
+
+
+def _head(config: Any) -> tuple[int, int]:
+    """Return features and number of key and value heads."""
+    D = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return D, config.num_key_value_heads or config.num_attention_heads
+
+
+def _stretches(ids_T: Any, seq_len: int) -> list[Text]:
+    import torch
+
+    from lowline.linearize.budget import Text
+
+    scored = torch.arange(seq_len // 4, seq_len - 1)
+    return [Text(ids=row, scored=scored, stride=STRIDE) for row in ids_T.split(seq_len)]
+
+
+def _copies(ids_T: Any, distance: int, samples: int, model: Any) -> list[Text]:
+    """Return strings of random tokens that come twice, the text before and between them."""
+    import torch
+
+    from lowline.linearize.budget import Text
+
+    generator, texts = torch.Generator().manual_seed(0), []
+    for n in range(samples):
+        string = torch.randint(model.config.vocab_size, (STRING,), generator=generator)
+        filler = ids_T.roll(-n * distance)[: LEAD + distance - STRING]
+        ids = torch.cat([filler[:LEAD], string, filler[LEAD:], string])
+        scored = torch.arange(len(ids) - STRING, len(ids) - 1)
+        texts.append(Text(ids=ids, scored=scored, drawn=False))
+    return texts
