@@ -319,7 +319,7 @@ def plain_block(
 ) -> torch.Tensor:
     """Return a block in plain arithmetic from the weights `w` by their torchtitan names."""
     m, (B, L, _) = run.model, x.shape
-    sigma = FORMULAS[run.cola.activation]
+    sigma = FORMULAS[run.cola.sigma]
 
     def project(name: str, x: torch.Tensor) -> torch.Tensor:
         if f"{name}.weight" in w:

@@ -273,3 +273,15 @@ def test_a_run_resumes_bit_for_bit(variant: str, tmp_path: Path) -> None:
     training.cut(tmp_path / "one", tmp_path / "run", 3)
     assert training.train_here(tmp_path / "run", *arguments) == 0
     assert training.curve(tmp_path / "run") == training.curve(tmp_path / "one")
+
+
+def test_the_activation_of_a_variant_is_its_own_unless_set() -> None:
+    base = load_config(training.TINY[1], ["--cola.activation=silu"])
+    assert base == load_config(training.TINY[1]) and base.cola.activation is None
+    for variant, given, sigma in (
+        ("lax", [], "silu"),
+        ("cr-net", [], "identity"),
+        ("cr-net", ["--cola.activation=silu"], "silu"),
+    ):
+        run = load_config(training.TINY[1], [f"--cola.variant={variant}", *given])
+        assert run.cola.sigma == sigma

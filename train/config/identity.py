@@ -73,6 +73,8 @@ def _decisions(run: RunConfig | Body) -> Iterator[tuple[str, tuple[Decides, Any]
     for key, what, value in _leaves(run, ""):
         if key == "cola.rank":
             value = ranks
+        elif key == "cola.activation":
+            value = run.cola.sigma
         elif key == "model.n_kv_heads":
             value = run.model.kv_heads
         elif key == "model.head_dim":

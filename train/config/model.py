@@ -158,14 +158,13 @@ class ColaConfig:
     """Whether the A's that read one input (q/k/v, gate/up) run as one matrix product."""
 
     def __post_init__(self) -> None:
-        if self.activation is None:
-            object.__setattr__(self, "activation", variant_of(self.variant).activation)
+        if self.activation == variant_of(self.variant).activation:
+            object.__setattr__(self, "activation", None)  # equal tables are alike, however written
 
     @property
     def sigma(self) -> str:
         """Return the activation's name."""
-        assert self.activation is not None
-        return self.activation
+        return self.activation or variant_of(self.variant).activation
 
 
 def check_variant(run: RunConfig) -> None:
