@@ -1,5 +1,7 @@
 """Layer patterns: which layers of a model get a mixer; `lowline.linearize.convert` has the grammar.
 
+In a conversion, "auto:K" leaves K layers softmax that are chosen by measurement.
+
 Importable without torch: by them a configuration is checked.
 """
 
@@ -7,12 +9,52 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any, Literal, TypedDict
 
 from lowline.errors import LowlineError
 
 Layers = str | Sequence[int]
 
 GRAMMAR = "allowed are 'all', 'none', '0-3, 8', 'every 4', 'all but ...', or a list of numbers"
+
+
+class LayerCost(TypedDict):
+    """What the conversion of one layer alone costs, in nats per token."""
+
+    layer: int
+    recall: float
+    kl: float
+
+
+def costliest(
+    costs: Sequence[LayerCost], count: int, by: Literal["recall", "kl"] = "recall"
+) -> list[int]:
+    """Return the layers whose conversion costs most, in order; the other cost breaks ties."""
+    other: Literal["recall", "kl"] = "kl" if by == "recall" else "recall"
+    ranked = sorted(costs, key=lambda cost: (-cost[by], -cost[other], cost["layer"]))
+    return sorted(cost["layer"] for cost in ranked[:count])
+
+
+def auto_count(pattern: Any, n_layers: int) -> int | None:
+    """Return K of "auto:K", how many layers stay softmax by measurement; None of other patterns.
+
+    Raises:
+        ValueError: K is no number from 0 to `n_layers`.
+    """
+    if not is_auto(pattern):
+        return None
+    found = re.fullmatch(r"auto:\s*(\d+)", pattern.strip())
+    if not found or int(found[1]) > n_layers:
+        raise LowlineError(
+            f"layers = {pattern!r}: write 'auto:K', where K layers stay softmax, from 0 to the "
+            f"model's {n_layers}"
+        )
+    return int(found[1])
+
+
+def is_auto(pattern: Any) -> bool:
+    """Return whether a pattern leaves the choice of layers to a measurement."""
+    return isinstance(pattern, str) and pattern.strip().startswith("auto")
 
 
 def parse_layers(pattern: Layers, n_layers: int) -> set[int]:
@@ -22,6 +64,11 @@ def parse_layers(pattern: Layers, n_layers: int) -> set[int]:
         ValueError: it does not follow the grammar, names a layer that is not there, or names none
             without saying so ("none", or an empty list).
     """
+    if auto_count(pattern, n_layers) is not None:
+        raise LowlineError(
+            f"layers = {pattern!r} is measured in a conversion (`lowline linearize`) alone; name "
+            f"layers here: {GRAMMAR}"
+        )
     if not isinstance(pattern, str):
         if any(type(layer) is not int for layer in pattern):
             raise LowlineError(f"layers = {pattern!r}: {GRAMMAR}")

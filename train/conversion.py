@@ -6,6 +6,7 @@ SOURCE is a hub id, a directory or a GGUF file. The same command, given again, r
 stopped: finished stages are skipped.
 
     OUTPUT/teacher       the source as safetensors, where it was something else
+    OUTPUT/layers.json   with mixer.layers = "auto:K": what the conversion of each layer costs
     OUTPUT/stages/N-X    the run of each stage: checkpoints, TensorBoard, its configuration
     OUTPUT/model         the converted model, a Hugging Face directory
 """
@@ -143,12 +144,14 @@ def convert(conversion: Conversion) -> int:
     from lowline.train.engine.done import finish
     from lowline.train.engine.group import job
     from lowline.train.engine.preflight import check_inputs
+    from lowline.train.layer_choice import choose_layers
 
     quiet_libraries()
     stages, blocks = conversion.stages, conversion.blocks
     with job(stages.output) as processes:
         processes.on_first(lambda: conversion.local_batch_size(processes.size))
         teacher = conversion.teacher()  # it is there by now, or comes to another machine from a hub
+        processes.on_first(lambda: choose_layers(stages, conversion.runs(teacher)))
         runs = conversion.runs(teacher)
         first = processes.on_first(lambda: _first_to_do(conversion, runs))
         for run in runs[first:]:

@@ -37,7 +37,8 @@ class MixerConfig:
     name: str
     """The mixer, such as "slots", "lolcats", "gated_deltanet" or "sink_window"."""
     layers: str | list[int] = "all"
-    """The layers that get it: "all", "0-3, 8", "every 4", "all but every 4", or numbers."""
+    """The layers that get it: "all", "0-3, 8", "every 4", "all but every 4", or numbers; in a
+    conversion "auto:4", too: all but the 4 whose conversion alone costs most recall."""
     options: dict[str, bool | int | float | str] = field(default_factory=dict)
     """The mixer's own options, such as {window = 64, sinks = 4}."""
 

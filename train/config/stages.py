@@ -20,6 +20,10 @@ ended with, the first with the source's, and gets [model], [cola], the tokenizer
 from the source. A transfer may also run block by block (`lowline.train.blockwise`). A [model] in
 the file must be that of the source: by it the stages can be checked where the source is not at
 hand.
+
+With `mixer.layers = "auto:K"` the layers that stay softmax are those of OUTPUT/layers.json, which
+`lowline.train.layer_choice` writes before the first stage. A run has an explicit list; until the
+file is there, K other layers stand in for them, since sizes and checks depend on K alone.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lowline.linearize.layers import LayerCost, auto_count, costliest, is_auto
 from lowline.train.config.fields import adapter
 from lowline.train.config.folder import saved_steps
 from lowline.train.config.identity import keys_that_decide
@@ -71,6 +76,46 @@ class Stages:
     def folder(self, stage: int) -> Path:
         """Return where a stage runs (counted from 0)."""
         return self.output / "stages" / f"{stage + 1}-{self.names[stage]}"
+
+    @property
+    def measured(self) -> Path:
+        """The file of what the conversion of each layer costs."""
+        return self.output / "layers.json"
+
+    def layer_costs(self) -> dict[str, Any] | None:
+        """Return what `measured` holds; None where there is no such file.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
+        if not self.measured.is_file():
+            return None
+        try:
+            held = json.loads(self.measured.read_text(encoding="utf-8"))
+            costs = [
+                LayerCost(layer=c["layer"], recall=float(c["recall"]), kl=float(c["kl"]))
+                for c in held["costs"]
+            ]
+            if [cost["layer"] for cost in costs] == list(range(len(costs))):
+                return {"settings": dict(held["settings"]), "costs": costs}
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise ConfigError(f"{self.measured} is damaged; remove it to measure the layers again")
+
+    def _named_layers(self, pattern: Any, n_layers: int) -> list[int]:
+        """Return the layers that get the mixer by "auto:K"."""
+        count = auto_count(pattern, n_layers) or 0
+        held = self.layer_costs()
+        if held is None:
+            softmax = [(2 * n + 1) * n_layers // (2 * count) for n in range(count)]
+        elif len(held["costs"]) == n_layers:
+            softmax = costliest(held["costs"], count)
+        else:
+            raise ConfigError(
+                f"{self.measured} has {len(held['costs'])} layers, the model {n_layers}: give "
+                "another output, or remove it to measure the layers again"
+            )
+        return [layer for layer in range(n_layers) if layer not in softmax]
 
     def newest_step(self, stage: int) -> Path | None:
         """Return a stage's newest checkpoint."""
@@ -109,7 +154,18 @@ class Stages:
         if _needs_teacher(tree):
             assign(tree, "objective.teacher", str(teacher))
         with self._named(stage):
+            pattern, n_layers = _layers_of(tree), tree.get("model", {}).get("n_layers")
+            if is_auto(pattern) and isinstance(n_layers, int):
+                try:
+                    tree["mixer"]["layers"] = self._named_layers(pattern, n_layers)
+                except ValueError as error:
+                    raise ConfigError(f"[mixer]: {error}") from None
             return validate(tree, self._origin_of(stage), str(self.path))
+
+    def first_auto(self) -> int | None:
+        """Return the first stage whose layers are chosen by measurement."""
+        patterns = [_layers_of(merged(self.common, own)) for own in self.own]
+        return next((number for number, p in enumerate(patterns) if is_auto(p)), None)
 
     def check_keys(self) -> None:
         """Raise ConfigError for a key of a stage that a run does not have."""
@@ -133,6 +189,11 @@ class Stages:
             yield
         except ConfigError as error:
             raise ConfigError(f"stage {self.names[stage]!r}: {error}") from None
+
+
+def _layers_of(tree: dict[str, Any]) -> Any:
+    mixer = tree.get("mixer")
+    return mixer.get("layers") if isinstance(mixer, dict) else None
 
 
 def has_stages(path: str | Path) -> bool:
