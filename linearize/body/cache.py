@@ -310,32 +310,32 @@ def _tensors(layer: Any) -> Iterator[torch.Tensor]:
 
 
 def _mixer_bytes(config: LinearizedConfig, dtype: torch.dtype) -> int:
-    """Return the bytes of all mixers' states, each kind of mixer asked for one."""
-    sizes: dict[str, int] = {}
-    total = 0
-    for layer in config.converted_layers():
-        kind = str(config.mixers[layer])
-        if config.mixers[layer].get("budget"):
-            kind += f" in layer {layer}"
-        if kind not in sizes:
-            state = state_after_a_token(config, layer, dtype)
-            sizes[kind] = sum(t.nbytes for t in tree_leaves(state) if isinstance(t, torch.Tensor))
-        total += sizes[kind]
-    return total
+    leaves = tree_leaves(list(example_states(config, dtype).values()))
+    return sum(t.nbytes for t in leaves if isinstance(t, torch.Tensor))
 
 
 @torch.no_grad()
-def state_after_a_token(
-    config: LinearizedConfig, layer: int, dtype: torch.dtype, *, rows: int = 1
-) -> Any:
-    """Return a state of a converted layer's mixer, which has the shapes of every later one."""
-    shape = config.head_shape(layer)
-    mixer = config.build_mixer(layer, backend="reference").to(dtype)
-    heads = (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads)
-    q, k, v = (torch.zeros(rows, 1, n, shape.head_dim, dtype=dtype) for n in heads)
-    x = torch.zeros(rows, 1, shape.hidden_size, dtype=dtype)
-    rope = (torch.ones_like(q[:, :, 0]), torch.zeros_like(q[:, :, 0]))
-    return mixer(q, k, v, rope=rope, x_BTE=x)[1]
+def example_states(
+    config: LinearizedConfig, dtype: torch.dtype, *, rows: int = 1
+) -> dict[int, State]:
+    """Return each mixer's state after a token, which has the structure and shapes of every later
+    one; layers that have the same mixer share it.
+    """
+    made: dict[str, State] = {}
+    found: dict[int, State] = {}
+    for layer in config.converted_layers():
+        kind, shape = str(config.mixers[layer]), config.head_shape(layer)
+        if config.mixers[layer].get("budget"):
+            kind += f" in layer {layer}"
+        if kind not in made:
+            mixer = config.build_mixer(layer, backend="reference").to(dtype)
+            heads = (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads)
+            q, k, v = (torch.zeros(rows, 1, n, shape.head_dim, dtype=dtype) for n in heads)
+            x = torch.zeros(rows, 1, shape.hidden_size, dtype=dtype)
+            rope = (torch.ones_like(q[:, :, 0]), torch.zeros_like(q[:, :, 0]))
+            made[kind] = mixer(q, k, v, rope=rope, x_BTE=x)[1]
+        found[layer] = made[kind]
+    return found
 
 
 def _kv_bytes(

@@ -193,16 +193,14 @@ def _fill(layer: Any, state: Any, length: int) -> None:
 
 def _templates(cache: LinearizedCache, rows: int, length: int, dtype: torch.dtype) -> list[Any]:
     """Return what each layer holds after so many tokens, by structure, shape and dtype."""
-    from lowline.linearize.body.cache import MixerLayer, state_after_a_token
+    from lowline.linearize.body.cache import MixerLayer, example_states
 
     config, found = cache.config, list[Any]()
-    made: dict[str, Any] = {}
+    mixed = any(isinstance(layer, MixerLayer) for layer in cache.layers)
+    states = example_states(config, dtype, rows=rows) if mixed else {}
     for number, layer in enumerate(cache.layers):
         if isinstance(layer, MixerLayer):
-            kind = str(config.mixers[number])
-            if kind not in made:
-                made[kind] = state_after_a_token(config, number, dtype, rows=rows)
-            found.append(made[kind])
+            found.append(states[number])
             continue
         kv_heads = config.num_key_value_heads or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from helpers.models import converted, tokens
+from helpers.models import converted, small_options, teacher, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -30,7 +30,12 @@ READ = 17
 
 def on_disk(folder, mixer="lolcats", layers=HYBRID, name="llama", dtype=torch.float32):
     """Return a tiny converted model as it is loaded from a directory."""
-    converted(mixer, layers, name).to(dtype).save_pretrained(folder)
+    if mixer == "memory, budget":
+        options = small_options("memory") | {"merged": 0, "budget": "5+3,4; 4,4; 3+4,6+2"}
+        model = convert(teacher(name), mixer="memory", layers=layers, options=options)
+    else:
+        model = converted(mixer, layers, name)
+    model.to(dtype).save_pretrained(folder)
     return load_teacher(folder).eval()
 
 
@@ -51,10 +56,15 @@ CASES = [
     *((m, layers, "llama") for m in sorted(MIXERS) for layers in ("all", HYBRID)),
     ("memory", HYBRID, "mistral, window"),
     ("memory", HYBRID, "qwen3, head_dim 24"),
+    ("memory, budget", "all", "llama"),
     ("lolcats", "none", "qwen2, windows above"),
     ("gated_deltanet", HYBRID, "cola, QK-norm, mixed"),
 ]
-QUICK = (("memory", HYBRID, "mistral, window"), ("gated_deltanet", "all", "llama"))
+QUICK = (
+    ("memory, budget", "all", "llama"),
+    ("memory", HYBRID, "mistral, window"),
+    ("gated_deltanet", "all", "llama"),
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -206,7 +216,7 @@ def test_tensors_of_other_shapes_and_dtypes_are_refused(made, tmp_path):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A converted model's directory, with the tokenizer, and a text of several pieces."""
-    from helpers.models import architecture, scrambled, small_options
+    from helpers.models import architecture, scrambled
 
     from lowline.linearize.body.hf import FAMILIES
     from lowline.linearize.convert import linearized_config
