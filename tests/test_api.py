@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import training
+from helpers import forked, training
 from helpers.models import architecture, error, scrambled, tokens
 from helpers.runs import make_run
 from torch import nn
@@ -79,7 +79,8 @@ for function in (convert, train, lowline.convert, lowline.train):
     except lowline.LowlineError as error:
         print("nowhere" in str(error))
 """
-    assert python(code.replace('"nowhere.toml"', '"/nowhere.toml"')).split() == ["True"] * 8
+    done = forked.run(["-c", code.replace('"nowhere.toml"', '"/nowhere.toml"')])
+    assert (done.stdout.split(), done.returncode) == (["True"] * 8, 0), done.stderr
 
 
 # ---------------------------------------------------------------------------------- low-rank layers

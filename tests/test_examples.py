@@ -3,10 +3,11 @@
 import os
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import forked
+from helpers.processes import FOR_HELPERS
 
 ROOT = Path(__file__).parents[1]
 SRUN = """#!/bin/bash
@@ -83,12 +84,6 @@ def test_the_tutorials_mixer_runs_through_conversion_and_generation(tmp_path: Pa
     code = "\n".join(line[4:] for line in block.splitlines() if line.startswith("    "))
     script = tmp_path / "own_mixer.py"
     script.write_text(f"{code}\n{USE_OF_MIXER}")
-    done = subprocess.run(
-        [sys.executable, "-P", str(script)],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = forked.run([str(script)], env=FOR_HELPERS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["equal", "generated"]

@@ -3,11 +3,13 @@
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
 import pytest
-from helpers import models
+from helpers import forked, models
+from helpers.processes import ENVIRONMENT
 from nbclient import NotebookClient
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -28,8 +30,27 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **variables: s
     return "".join(output.get("text", "") for output in outputs)
 
 
+CELLS = """
+import os, sys, nbformat
+os.chdir(sys.argv[2])
+for cell in nbformat.read(sys.argv[1], as_version=4).cells:
+    if cell.cell_type == "code":
+        exec(cell.source)
+"""
+
+
+def run_cells(name: str, folder: Path, _: pytest.MonkeyPatch, **variables: str) -> str:
+    """Run the cells of a notebook without Jupyter; return what they printed."""
+    words = (str(EXAMPLES / f"{name}.ipynb"), str(folder))
+    environment = {**ENVIRONMENT, "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg", **variables}
+    done = forked.run(["-c", CELLS, *words], env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("run", [run_cells, pytest.param(run, marks=pytest.mark.slow)])
 def test_cola_notebook_trains_three_models_and_generates(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., str]
 ) -> None:
     printed = run("cola", tmp_path, monkeypatch, LOWLINE_NOTEBOOK_STEPS="2")
     assert printed.count("last loss") == 3

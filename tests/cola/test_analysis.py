@@ -2,15 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
-from helpers import runs
+from helpers import forked, runs
 from helpers.processes import FOR_HELPERS
 from helpers.runs import make_run
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -324,13 +322,8 @@ TWO_PROCESSES = """
 def test_two_processes(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(textwrap.dedent(TWO_PROCESSES))
-    result = subprocess.run(
-        [sys.executable, "-P", str(script)],
-        env=FOR_HELPERS | {"PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent)))},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    paths = {"PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent)))}
+    result = forked.run([str(script)], env=FOR_HELPERS | paths)
     assert result.returncode == 0, result.stderr[-9000:]
     assert result.stdout.count("ok") == 2
 

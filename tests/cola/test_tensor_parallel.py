@@ -7,12 +7,11 @@ values, logits, loss and every gradient; and what a tensor-parallel block sends.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import forked
 from helpers.processes import FOR_HELPERS
 
 WORKER = Path(__file__).parents[1] / "workers" / "parallel_model.py"
@@ -33,13 +32,7 @@ TOLERANCE = 1e-5
 
 def launch(processes: int, folder: Path) -> dict[str, Any]:
     report = folder / "report.json"
-    run = subprocess.run(
-        [sys.executable, "-P", str(WORKER), str(processes), str(report)],
-        env=FOR_HELPERS,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    run = forked.run([str(WORKER), str(processes), str(report)], env=FOR_HELPERS, timeout=600)
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(report.read_text())
 

@@ -2,63 +2,52 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import select
 import signal
 import subprocess
-import sys
 import time
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from helpers.processes import FOR_HELPERS, TESTS
+from helpers import forked
+from helpers.forked import Forked
+from helpers.processes import TESTS
 from helpers.training import curve
 from lowline.train.config.folder import saved_steps
 from lowline.train.model import step_folder
 
 
-class Trainer:
-    """`lowline.train` in forks of one process that has imported it (workers/forked_trainer.py)."""
+def run(
+    arguments: list[str], processes: int, log: Path, kill: random.Random, within: float
+) -> bool:
+    """Start `lowline.train` and kill it at a moment of the next seconds; return whether it was.
 
-    def __init__(self) -> None:
-        line = [sys.executable, "-P", str(TESTS / "workers" / "forked_trainer.py")]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
-        self._process = subprocess.Popen(line, env=FOR_HELPERS, **pipes)
-        assert self._process.stdout.readline() == b"ready\n"
+    Of two ranks, one alone is killed as often as both.
 
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
-
-    def run(
-        self, arguments: list[str], processes: int, log: Path, kill: random.Random, within: float
-    ) -> bool:
-        """Start a command and kill it at a moment of the next seconds; return whether it was.
-
-        Of two ranks, one alone is killed as often as both.
-
-        Args:
-            within: the seconds; 0: it is not killed.
-        """
-        self._process.stdin.write(json.dumps([arguments, processes, str(log)]).encode() + b"\n")
-        pid = int(self._process.stdout.readline())
-        answer = select.select([self._process.stdout], [], [], kill.uniform(0, within) or 600)[0]
-        killed = not answer
-        if killed:
-            assert within, f"nothing after 600 s: {log.read_text()[-3000:]}"
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    Args:
+        within: the seconds; 0: it is not killed.
+    """
+    with log.open("a") as shown:
+        line = [str(TESTS / "workers" / "ranks_of_train.py"), str(processes), *arguments]
+        process = Forked(line, stdout=shown, stderr=shown, session=True)
+    try:
+        code, killed = process.wait(kill.uniform(0, within) or 600), False
+    except subprocess.TimeoutExpired:
+        assert within, f"nothing after 600 s: {log.read_text()[-3000:]}"
+        with suppress(ProcessLookupError, FileNotFoundError):  # it has just ended
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             if processes > 1 and kill.random() < 0.5 and len(children) == processes:
                 os.kill(int(kill.choice(children)), signal.SIGKILL)
             else:
-                os.killpg(pid, signal.SIGKILL)
-        code = int(self._process.stdout.readline())
-        assert killed or code == 0, log.read_text()[-3000:]
-        return killed and code != 0
+                os.killpg(process.pid, signal.SIGKILL)
+        code, killed = process.wait(), True
+    assert killed or code == 0, log.read_text()[-3000:]
+    return killed and code != 0
 
 
 def result(output: Path) -> dict[str, Any]:
@@ -89,17 +78,16 @@ def _values(step: Path) -> dict[str, str]:
     return {"step": step.name, **digests}
 
 
-def campaign(
-    trainer: Trainer, line: Any, folder: Path, *, processes: int, kills: int, seed: int
-) -> dict[str, int]:
+def campaign(line: Any, folder: Path, *, processes: int, kills: int, seed: int) -> dict[str, int]:
     """Kill runs of a command until there are so many kills; each must end as one that was calm.
 
     Args:
         line: gives the arguments of a run by its output folder.
     """
     draw, calm = random.Random(seed), folder / "calm"
+    forked.run(["-c", ""])  # the imports are no part of the seconds
     began = time.monotonic()
-    trainer.run(line(calm), processes, folder / "calm.log", draw, 0)
+    run(line(calm), processes, folder / "calm.log", draw, 0)
     seconds, wanted = time.monotonic() - began, result(calm)
     assert wanted, "a run leaves something to compare"
     counts = {"kills": 0, "with a checkpoint": 0, "runs": 0, "identical": 0}
@@ -107,9 +95,7 @@ def campaign(
         output = folder / f"run-{counts['runs']}"
         for life in range(5):  # the last is not killed
             within = seconds if life < 4 and counts["kills"] < kills else 0
-            if not trainer.run(
-                line(output), processes, folder / f"{output.name}.log", draw, within
-            ):
+            if not run(line(output), processes, folder / f"{output.name}.log", draw, within):
                 break
             counts["kills"] += 1
             counts["with a checkpoint"] += any(output.rglob("checkpoint/step-*"))

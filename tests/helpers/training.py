@@ -12,12 +12,14 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from unittest import mock
 
 import torch
 
+from helpers.forked import Forked
 from helpers.processes import ENVIRONMENT, train_line
 from lowline.train.config.run import ColaConfig, ModelConfig
 
@@ -28,7 +30,7 @@ TINY = (
     *("--cola.rank=16", "--training.seq_len=64", "--training.steps=12", "--metrics.log_every=1"),
     "--training.global_batch_size=8",
     *("--schedule.warmup_steps=2", "--checkpoint.every=4", "--evaluation.every=6"),
-    *("--evaluation.max_tokens=4096", "--metrics.tensorboard=false"),
+    *("--evaluation.max_tokens=1536", "--metrics.tensorboard=false"),
 )
 MODEL = ModelConfig(dim=64, n_layers=2, n_heads=2, ffn_dim=172, vocab_size=4096)
 MIXER = ('--mixer.name="lolcats"', "--mixer.options={window = 8}", "--cola.rank=0")
@@ -45,14 +47,18 @@ def launch(output: Path, *arguments: str, processes: int = 1) -> subprocess.Comp
     return subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
-def start(output: Path, *arguments: str, processes: int = 1) -> subprocess.Popen[str]:
-    """Start the real command; its output goes to `output`.log."""
+def start(
+    output: Path, *arguments: str, processes: int = 1, session: bool = False
+) -> subprocess.Popen[str] | Forked:
+    """Start the command, of several processes under torchrun; its output goes to `output`.log."""
     line = command(output, *arguments, processes=processes)
     with Path(f"{output}.log").open("w") as log:
+        if processes == 1:
+            return Forked(line[2:], stdout=log, stderr=log, session=session)
         return subprocess.Popen(line, env=ENVIRONMENT, stdout=log, stderr=log, text=True)
 
 
-def kill_with_children(process: subprocess.Popen) -> None:
+def kill_with_children(process: subprocess.Popen | Forked) -> None:
     """Kill a process and those it started, such as torchrun's, and wait until they are gone."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     for pid in [process.pid, *map(int, children)]:
@@ -96,9 +102,19 @@ def distilled(teacher: Path, *arguments: str) -> tuple[str, ...]:
     )
 
 
+@cache
+def _imported() -> None:
+    """Import what runs import, and keep it from the collection with which every run ends."""
+    import lowline.train.engine.trainer  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+
+
 @contextmanager
 def one_process() -> Iterator[None]:
     """Undo what a training process does to itself, and skip torchtitan's last two seconds."""
+    _imported()
     root, threads, environment = logging.getLogger(), torch.get_num_threads(), dict(os.environ)
     handlers, level = root.handlers[:], root.level
     torch.set_num_threads(1)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.forked import Forked
 from helpers.kernels import needs_compiler
 
 from lowline.kernels import backends, cpu
@@ -149,11 +150,8 @@ def test_a_killed_build_leaves_no_module(folder: Path, monkeypatch: pytest.Monke
         f"cpu.__file__ = {str(folder / '__init__.py')!r}\n"
         "cpu.load('tiny')\n"
     )
-    build = subprocess.Popen(
-        [sys.executable, "-c", program],
-        env=os.environ | {"CXX": str(slow)},
-        start_new_session=True,
-    )
+    environment = os.environ | {"CXX": str(slow)}
+    build = Forked(["-c", program], stdout=2, stderr=2, env=environment, session=True)
     try:
         deadline = time.monotonic() + 60
         while not (folder / "half").exists():

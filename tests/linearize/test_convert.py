@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import forked
 from helpers.models import (
     ARCHITECTURES,
     SHAPE,
@@ -258,7 +259,7 @@ def test_saved_model_gives_the_same_logits_bit_for_bit_in_a_new_process(tokenize
     )
     torch.save(tokens(), tmp_path / "ids.pt")
     arguments = [str(folder), str(tmp_path / "ids.pt"), str(tmp_path / "out.pt")]
-    subprocess.run([sys.executable, "-P", "-c", program, *arguments], check=True)
+    forked.run(["-c", program, *arguments]).check_returncode()
     ours, hidden, kind = torch.load(tmp_path / "out.pt", weights_only=True)
     assert kind == "LinearizedLlamaForCausalLM"
     assert torch.equal(ours, logits(model))

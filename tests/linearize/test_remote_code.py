@@ -116,6 +116,7 @@ assert "lowline" in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_lm_eval_scores_a_directory(folders, tmp_path):
     items = [
         {"q": f"A list {i}", "a": [" of things", " in words"], "label": i % 2} for i in range(3)

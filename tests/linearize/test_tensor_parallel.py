@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+from helpers import forked
 from helpers.processes import FOR_HELPERS, TESTS
 
 from lowline.linearize.mixers import MIXERS
@@ -26,13 +25,7 @@ TOLERANCE = 1e-4
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     report = tmp_path_factory.mktemp("two") / "report.json"
     worker = TESTS / "workers" / "parallel_stages.py"
-    run = subprocess.run(
-        [sys.executable, "-P", str(worker), str(report)],
-        env=FOR_HELPERS,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    run = forked.run([str(worker), str(report)], env=FOR_HELPERS, timeout=600)
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(report.read_text())
 

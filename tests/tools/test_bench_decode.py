@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import forked
 from helpers.models import architecture, scrambled
 from transformers import AutoModelForCausalLM
 
@@ -47,12 +45,11 @@ def setup_of(folder: Path, new: int = 3) -> bench.Setup:
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "lowline.tools.cli", "bench", "decode",
+    done = forked.run(
+        ["-m", "lowline.tools.cli", "bench", "decode",
          str(folder / "converted"), "--contexts", "64", "16", "40", "--batch", "2", "1",
          "--prompt", "24", "--new", "3", "--repeats", "2", "--max-gb", "0.00008",
          "--json", str(out / "decode.json"), "--plot", str(out / "decode.png")],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Loading weights" not in done.stderr

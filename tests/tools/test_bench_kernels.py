@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
+from helpers import forked
 
 from lowline.tools.bench.kernels import cases
 from lowline.tools.bench.kernels import run as bench
@@ -19,15 +18,12 @@ PARTS = ("recurrence", "window", "decode", "scan")
 
 
 def lowline(*arguments):
-    """The real command in a process of its own."""
+    """The command in a process of its own."""
     from lowline.kernels.cpu import missing
 
     if missing():
         pytest.skip(f"backend cpu: {missing()}")
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "lowline.tools.cli", "bench", "kernels", *SMALL, *arguments],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    return forked.run(["-m", "lowline.tools.cli", "bench", "kernels", *SMALL, *arguments])
 
 
 @pytest.fixture(scope="module")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import forked
 from helpers.models import architecture, moved, scrambled, teacher
 from transformers import AutoModelForCausalLM
 
@@ -45,11 +44,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 def lowline(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Return the real command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "lowline.tools.cli", "evaluate", *map(str, arguments)],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    """Return the command in a process of its own."""
+    return forked.run(["-m", "lowline.tools.cli", "evaluate", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")

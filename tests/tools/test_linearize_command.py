@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import training
+from helpers.forked import Forked
 from helpers.processes import ENVIRONMENT, train_line
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -295,14 +296,14 @@ def test_a_signal_stops_a_job(teacher: Path, tmp_path: Path) -> None:
     """In its second stage, with a checkpoint; then it resumes there."""
     more = ("--stage.distill.checkpoint.every=1000", "--stage.distill.training.steps=40")
     line = job(teacher, tmp_path, *more, processes=1)
-    process = subprocess.Popen(line, env=ENVIRONMENT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    with (tmp_path / "log").open("w") as log:
+        process = Forked(line[2:], stdout=log, stderr=log)
     second = stage(tmp_path, "2-distill")
     while process.poll() is None and not read_metrics(second):
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM
+    said = (tmp_path / "log").read_text()
     (step,) = saved_steps(second / "checkpoint")
     assert f"stopped by SIGTERM after step {step}, saved" in said
     assert "stage 'distill' ended with 143; the same command resumes" in said

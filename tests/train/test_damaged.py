@@ -25,7 +25,7 @@ from lowline.train.model import step_folder
 FILES = {".metadata", "__0_0.distcp", "config.toml", "inputs.json", CHECKSUMS}
 OPTIONS = (
     *("--training.steps=6", "--checkpoint.every=2", "--checkpoint.keep=9"),
-    "--evaluation.enable=false",
+    *("--evaluation.enable=false", "--training.global_batch_size=2"),
 )
 
 

@@ -5,14 +5,13 @@ Every test reads documents that spell their own number, so that what came out ca
 
 import json
 import pickle
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from helpers import forked
 from helpers.processes import FOR_HELPERS
 
 from lowline.errors import LowlineError
@@ -401,8 +400,7 @@ def launch(root, world, streaming, steps, die_at=-1):
     script = root / "train.py"
     script.write_text(TRAIN)
     words = map(str, (world, root, int(streaming), steps, die_at))
-    command = [sys.executable, "-P", str(script), *words]
-    return subprocess.run(command, env=FOR_HELPERS, capture_output=True, text=True, timeout=300)
+    return forked.run([str(script), *words], env=FOR_HELPERS)
 
 
 def logged(root):

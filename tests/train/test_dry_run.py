@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import os
-import subprocess
 import sys
 import types
 from collections.abc import Sequence
@@ -19,8 +17,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import forked
 from helpers.built import build_parts, check_by_building, fake_process_group
 from helpers.live_bytes import LiveBytes
+from helpers.processes import FOR_HELPERS
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.components.loss import cross_entropy_loss
 
@@ -136,18 +136,7 @@ def run_as_script(
 ) -> dict[str, Any]:
     """Return what a process of its own finds: {"built": {case: ...}, "measured": {case: ...}}."""
     arguments = json.dumps([build, overrides, measure])
-    done = subprocess.run(
-        [sys.executable, "-P", __file__, arguments],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONSAFEPATH": "1",
-            "PYTHONPATH": str(Path(__file__).parents[1]),  # for helpers
-        },
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = forked.run([__file__, arguments], env=FOR_HELPERS, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 

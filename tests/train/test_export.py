@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from helpers import forked
 from helpers.processes import FOR_HELPERS
 from helpers.runs import build, make_run
 from safetensors import safe_open
@@ -170,8 +169,8 @@ def test_shards_of_two_ranks_go_in_and_out(tmp_path):
     run = run_of(tie_embeddings=True, qk_norm=True)
     saved(run, tmp_path / "one" / "checkpoint" / "step-1")
     first = tools_export.export(tmp_path / "one", tmp_path / "first", dtype="bfloat16")
-    line = [sys.executable, "-P", str(WORKER), str(first), str(tmp_path / "two")]
-    subprocess.run(line, check=True, env=FOR_HELPERS)
+    line = [str(WORKER), str(first), str(tmp_path / "two")]
+    forked.run(line, env=FOR_HELPERS).check_returncode()
     step = tmp_path / "two" / "checkpoint" / "step-1"
     (step / "config.toml").write_text(to_toml(run))
     second = tools_export.export(step, tmp_path / "second", dtype="bfloat16")

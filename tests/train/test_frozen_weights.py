@@ -15,7 +15,10 @@ from lowline.train.config.folder import saved_steps
 BF16 = '--training.precision="bfloat16"'
 TRANSFER = (*training.MIXER, BF16, '--objective.kind="transfer"', "--optimizer.lr=0.1")
 LORA = (*training.MIXER, BF16, "--lora.rank=4", "--optimizer.lr=0.1")
-SHORT = ("--training.steps=6", "--checkpoint.every=3", "--evaluation.every=3")
+SHORT = (  # a CPU computes bfloat16 slowly
+    *("--training.steps=6", "--checkpoint.every=3", "--evaluation.every=3"),
+    *("--training.global_batch_size=2", "--evaluation.max_tokens=256"),
+)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from helpers import forked
 from helpers.models import LLAMA3 as HF_LLAMA3
 from helpers.models import error, scrambled, tokens
 from helpers.runs import build, make_run
@@ -197,7 +198,7 @@ def test_saved_model_gives_the_same_logits_bit_for_bit_in_a_new_process(cola_mod
     ids, out = tokens(length=SEQ_LEN, vocab=4096), tmp_path / "out.pt"
     torch.save(ids, tmp_path / "ids.pt")
     arguments = [str(tmp_path / "model"), str(tmp_path / "ids.pt"), str(out)]
-    subprocess.run([sys.executable, "-P", "-c", program, *arguments], check=True)
+    forked.run(["-c", program, *arguments]).check_returncode()
     logits, hidden, kind = torch.load(out, weights_only=True)
     with torch.no_grad():
         assert torch.equal(logits, cola_model(ids).logits)
@@ -205,7 +206,9 @@ def test_saved_model_gives_the_same_logits_bit_for_bit_in_a_new_process(cola_mod
     assert kind == "CoLAForCausalLM"
 
 
-@pytest.mark.parametrize("first", ["transformers", "lowline.cola.hf"])
+@pytest.mark.parametrize(
+    "first", ["transformers", pytest.param("lowline.cola.hf", marks=pytest.mark.slow)]
+)
 def test_importing_lowline_is_light_and_registers_whatever_comes_first(first):
     program = (
         "import sys, lowline\n"

@@ -11,13 +11,6 @@ from helpers.blockwise import DISTILL, STAGES, save_teacher
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def trainer():
-    trainer = kills.Trainer()
-    yield trainer
-    trainer.close()
-
-
 def pretraining(folder: Path):
     return lambda output: [*training.TINY, f"--output={output}", "--checkpoint.every=1"]
 
@@ -40,9 +33,9 @@ def layer_groups(folder: Path):
         *((layer_groups, 1, 12), (layer_groups, 2, 8)),
     ],
 )
-def test_killed_runs_are_calm_ones(trainer, tmp_path, capsys, kind, processes, count):
+def test_killed_runs_are_calm_ones(tmp_path, capsys, kind, processes, count):
     line, seed = kind(tmp_path), 100 * processes + count
-    counts = kills.campaign(trainer, line, tmp_path, processes=processes, kills=count, seed=seed)
+    counts = kills.campaign(line, tmp_path, processes=processes, kills=count, seed=seed)
     with capsys.disabled():
         print(f"\n{kind.__name__}, {processes} processes: {counts}")
     assert counts["identical"] == counts["runs"] and counts["with a checkpoint"] > count // 4

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import training
+from helpers import forked, training
 from helpers.processes import FOR_HELPERS, TESTS
 
 from lowline.train.config.optimizer import SCHEDULES, MuonConfig, OptimizerConfig
@@ -106,9 +104,9 @@ def sharded(tmp_path_factory):
     """Three steps on two ranks with Muon and AdamW, in two microbatches each."""
     output = tmp_path_factory.mktemp("sharded") / "run"
     worker = TESTS / "workers" / "engine_on_two_ranks.py"
-    line = [sys.executable, "-P", str(worker), *training.TINY[1:], f"--output={output}"]
+    line = [str(worker), *training.TINY[1:], f"--output={output}"]
     line += ["--optimizer.name=muon", "--training.local_batch_size=2", "--schedule.warmup_steps=0"]
-    result = subprocess.run(line, env=FOR_HELPERS, capture_output=True, text=True, timeout=300)
+    result = forked.run(line, env=FOR_HELPERS)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 

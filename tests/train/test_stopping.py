@@ -8,11 +8,11 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
 from importlib.resources import as_file, files
 
 import pytest
 from helpers import training
+from helpers.forked import Forked
 
 from lowline.train.config.folder import saved_steps
 from lowline.train.data import ListSource
@@ -36,7 +36,7 @@ def test_a_signal_stops_an_evaluation_after_its_batch(whole, tmp_path, monkeypat
     from lowline.train.engine.evaluation import Evaluator
 
     output, batches, sums = tmp_path / "run", [], Evaluator._sums
-    last = 2 if step == 6 else 10  # 8 batches an evaluation
+    last = 1 if step == 6 else 4  # 3 batches an evaluation
 
     def stop(self, *arguments):
         batches.append(1)
@@ -87,14 +87,12 @@ def test_a_closed_terminal_stops_as_sigterm_does(whole, tmp_path, monkeypatch):
 @pytest.mark.parametrize("options", [(), ("--metrics.progress=bar",)], ids=["lines", "bar"])
 def test_a_closed_pipe_ends_no_run(whole, tmp_path, options):
     """As `lowline train ... 2>&1 | head -1`."""
-    process = subprocess.Popen(
-        training.command(tmp_path / "run", *options),
-        env={**training.ENVIRONMENT, "TERM": "xterm"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert process.stdout is not None and process.stdout.readline()
-    process.stdout.close()
+    line, (ours, theirs) = training.command(tmp_path / "run", *options), os.pipe()
+    environment = {**training.ENVIRONMENT, "TERM": "xterm"}
+    process = Forked(line[2:], env=environment, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    with os.fdopen(ours) as shown:
+        assert shown.readline()
     assert process.wait(timeout=300) == 0
     assert training.curve(tmp_path / "run") == training.curve(whole)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from helpers import training
+from helpers.forked import Forked
 from safetensors.torch import load_file
 
 from lowline.train.config.folder import saved_steps
@@ -32,7 +33,7 @@ def whole(tmp_path_factory):
     return output
 
 
-def _wait_until(process: subprocess.Popen, happened) -> None:
+def _wait_until(process: subprocess.Popen | Forked, happened) -> None:
     while not happened():
         assert process.poll() is None, "the run ended before it could be interrupted"
         time.sleep(0.005)
@@ -48,8 +49,8 @@ def test_killed_while_saving_then_restarted(whole, tmp_path):
     process = training.start(output, "--metrics.tensorboard=true")
     half = output / "checkpoint" / "step-8.saving"
     _wait_until(process, half.is_dir)
-    process.kill()
-    process.wait()
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
     assert half.is_dir() and saved_steps(output / "checkpoint") == [4]
     assert training.train_here(output, "--metrics.tensorboard=true") == 0
     assert training.curve(output) == training.curve(whole)
@@ -156,11 +157,8 @@ def test_a_signal_saves_and_stops(whole, tmp_path):
 def test_a_signal_to_the_group_reaches_no_data_worker(whole, tmp_path):
     """As a terminal and Slurm send it: the loader's workers get it, too, and do not end the run."""
     output = tmp_path / "run"
-    line = training.command(output, "--checkpoint.every=1000", "--data.num_workers=2")
-    with Path(f"{output}.log").open("w") as log:
-        process = subprocess.Popen(
-            line, env=training.ENVIRONMENT, stdout=log, stderr=log, start_new_session=True
-        )
+    options = ("--checkpoint.every=1000", "--data.num_workers=2")
+    process = training.start(output, *options, session=True)
     _wait_until(process, _recorded(output, 3))
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(timeout=60) == 128 + signal.SIGTERM, Path(f"{output}.log").read_text()
