@@ -28,7 +28,7 @@ def test_all_have_the_same_optimizer():
         == (
             f"--optimizer.name={o.name}",
             f"--optimizer.lr={o.lr:.0e}".replace("e-0", "e-"),
-            f"--optimizer.muon_lr={o.muon_lr:.0e}".replace("e-0", "e-"),
+            "--optimizer.muon_lr=5e-3",  # the best of 2e-3, 5e-3 and 1e-2 for the shrunk model
         )
     )
 

@@ -5,8 +5,8 @@ lowline.train --config configs/demo_*.toml`, on the English documentation inside
 did is read back from their output folders: a table, a plot of the loss against FLOPs and tokens,
 and the low-rank model as a Hugging Face directory from which a new process generates text.
 
-All have Muon for the matrices of their blocks, at the same learning rates, and train until they
-have used the FLOPs of the low-rank model's run.
+All have Muon for the matrices of their blocks, each at the learning rate that was best for it after
+1M tokens (docs/dev/log.md), and train until they have used the FLOPs of the low-rank model's run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LOW_RANK = "cola2"
 MODELS = ("dense", "shrunk", LOW_RANK)  # dense made narrower until a token costs low rank's FLOPs
-MUON = ("--optimizer.name=muon", "--optimizer.lr=3e-3", "--optimizer.muon_lr=2e-3")
+MUON = ("--optimizer.name=muon", "--optimizer.lr=3e-3", "--optimizer.muon_lr=5e-3")
 OVERRIDES = {"dense": MUON, "shrunk": MUON, LOW_RANK: ()}
 PROMPT = "Return a new list containing"
 TURNS = 5
