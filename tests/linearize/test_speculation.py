@@ -278,3 +278,36 @@ def test_a_conversation_continues_with_drafts(scripted, cola):
 
 
 # ---------------------------------------------------------------------------------------- sampling
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["lookup", "assistant"])
+def test_two_sampled_tokens_have_the_models_distribution(how):
+    """Chi-square of draws of two tokens with drafts, against the products of the probabilities."""
+    draws, vocabulary = 4000, 5
+
+    def tiny(seed: int) -> PreTrainedModel:
+        config = architecture("llama")
+        config.update(dict(vocab_size=vocabulary, num_hidden_layers=1, hidden_size=32,
+                           intermediate_size=32, head_dim=16))  # fmt: skip
+        model = scrambled(LlamaForCausalLM(config), seed)
+        model.lm_head.weight.data *= 0.3  # so that every token has a chance
+        return convert(model, mixer="lolcats", options=small_options("lolcats"))
+
+    model, prompt = tiny(0), torch.tensor([[1, 2, 3, 1, 2]])
+    drafts = {"prompt_lookup_num_tokens": 3} if how == "lookup" else {"assistant_model": tiny(1)}
+    if how == "assistant":
+        drafts["assistant_model"].generation_config.num_assistant_tokens = 2
+    with torch.no_grad():
+        first = model(prompt).logits[0, -1].double().softmax(-1)
+        after = torch.cat([prompt.expand(vocabulary, -1), torch.arange(vocabulary)[:, None]], 1)
+        second = model(after).logits[:, -1].double().softmax(-1)
+    expected = draws * first[:, None] * second
+    assert expected.min() > 5  # what the test asks of every cell
+    seen = torch.zeros(vocabulary, vocabulary, dtype=torch.double)
+    torch.manual_seed(0)
+    for _ in range(draws):
+        made = generate(model, prompt, do_sample=True, top_k=0, max_new_tokens=3, **drafts)
+        seen[made[0, 5], made[0, 6]] += 1
+    chi_square = ((seen - expected) ** 2 / expected).sum().item()
+    assert chi_square < 51.2  # 24 degrees of freedom: exceeded by chance once in a thousand

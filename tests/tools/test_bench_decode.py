@@ -147,9 +147,26 @@ def test_the_converted_model_runs_on_its_state(folder):
     assert cache.get_seq_length() == 3
 
 
+def test_lookup_measures_what_generate_does(folder, tmp_path, capsys):
+    (tmp_path / "twice.txt").write_text("one two three one two three one two")
+    report = bench.bench_decode(
+        str(folder / "converted"), part=("lookup",), prompts=(tmp_path / "twice.txt",),
+        proposed=3, new=6, repeats=1,
+    )  # fmt: skip
+    found = report["lookup"]["prompts"]["twice"]
+    assert list(report) == ["machine", "setup", "lookup"]
+    assert found["same_tokens"] == 6 == round(found["steps"] * found["tokens_per_step"])
+    plain, drafted = (found["seconds"][name]["walls"] for name in ("plain", "lookup"))
+    assert found["speedup"]["wall"] == pytest.approx(plain[0] / drafted[0])
+    printed = capsys.readouterr().out
+    assert "prompt lookup, 3 tokens proposed" in printed and "6 of 6" in printed
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
+        (["--part", "lookup"], "part lookup needs a text to continue; give --prompts FILE"),
+        (["--part", "lookup", "--prompts", "none.txt"], "none.txt is no file with text"),
         (["--contexts", "0"], "contexts = (0,); one or more, each at least 1"),
         (["--batch", "0"], "batch = (0,)"),
         (["--new", "0"], "new = 0; at least 1"),

@@ -7,6 +7,8 @@ decode    seconds per token, greedily, from a cache that holds a context: the mo
           and its argmax. The converted model has read its context, in chunks; the teacher's cache
           is filled with random keys and values, which cost what any others do
 prefill   seconds to read a prompt of a batch of one, up to the first token's logits
+lookup    seconds per token of `generate` with and without prompt lookup, after the texts of
+          `prompts`: speculative decoding (`lowline.tools.bench.lookup`); on request
 
 Every context and both models take turns, and ratios are medians of the turns' own
 (`lowline.tools.bench.timing`). The teacher has the cache that `generate` gives it, which takes new
@@ -26,9 +28,11 @@ from lowline.command_line import DType
 from lowline.errors import LowlineError
 from lowline.hub import check_source
 from lowline.plotting import check_plot, colour, finish, new_figure
+from lowline.tools.bench.lookup import check_prompts, lookup, print_lookup
 from lowline.tools.bench.timing import (
     Cases,
     Timing,
+    a_token,
     at_least_one,
     interleave,
     machine,
@@ -46,7 +50,7 @@ if TYPE_CHECKING:
     from lowline.linearize.body.hf import LinearizedConfig
     from lowline.linearize.evaluation.rows import Row
 
-Part = Literal["decode", "prefill"]
+Part = Literal["decode", "prefill", "lookup"]
 Clock = Literal["wall", "cpu"]
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 PROMPTS = 2  # turns of prefill, and none before them
@@ -86,6 +90,8 @@ def bench_decode(
     contexts: tuple[int, ...] = CONTEXTS,
     batch: tuple[int, ...] = (1, 8),
     prompt: int = 8192,
+    prompts: tuple[Path, ...] = (),
+    proposed: int = 8,
     new: int = 8,
     repeats: int = 5,
     threads: int = 1,
@@ -104,6 +110,8 @@ def bench_decode(
         contexts: Tokens before those that are decoded.
         batch: Sequences that are decoded at once.
         prompt: Tokens of the prompt that is read.
+        prompts: Text files, each a prompt of the part lookup.
+        proposed: Tokens that lookup proposes in a step.
         new: Tokens that are decoded in a turn.
         repeats: Turns; medians are over these. A prompt takes two of them.
         threads: Threads per operator.
@@ -122,12 +130,14 @@ def bench_decode(
         ValueError: no such model or teacher, a model that was not converted, or a number out of
             its range.
     """
-    at_least_one(prompt=prompt, new=new, repeats=repeats, threads=threads)
+    at_least_one(prompt=prompt, proposed=proposed, new=new, repeats=repeats, threads=threads)
     for name, numbers in (("contexts", contexts), ("batch", batch)):
         if not numbers or min(numbers) < 1:
             raise LowlineError(f"{name} = {numbers}; one or more, each at least 1")
     if not part:
-        raise LowlineError("part is empty; choose from decode, prefill")
+        raise LowlineError("part is empty; choose from decode, prefill, lookup")
+    if "lookup" in part:
+        check_prompts(prompts)
     check_plot(plot)
     if plot is not None and "decode" not in part:
         raise LowlineError(f"plot = {plot}: only the part decode is drawn; add it to --part")
@@ -135,6 +145,7 @@ def bench_decode(
         check_source(source)
     import torch
 
+    from lowline.linearize.source import load_tokenizer
     from lowline.quiet import quiet_libraries
 
     quiet_libraries()
@@ -156,6 +167,9 @@ def bench_decode(
         if "prefill" in part:
             report["prefill"] = prefill(setup, prompt)
             print_prefill(console, report)
+        if "lookup" in part:
+            report["lookup"] = lookup(setup, load_tokenizer(model), prompts, proposed)
+            print_lookup(console, report)
     write_report(report, json, draw(report) if plot else None, plot)
     return report
 
@@ -282,17 +296,6 @@ def decode_case(setup: Setup, cache: Cache, rows: int) -> Callable[[], object]:
                     length.fill_(context)
 
     return call
-
-
-def a_token(timing: Timing, tokens: int) -> Timing:
-    """Of one of so many tokens."""
-    return Timing(
-        walls=[x / tokens for x in timing.walls],
-        cpus=[x / tokens for x in timing.cpus],
-        wall=timing.wall / tokens,
-        wall_min=timing.wall_min / tokens,
-        cpu=timing.cpu / tokens,
-    )
 
 
 def random_ids(setup: Setup, length: int) -> torch.Tensor:

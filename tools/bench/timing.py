@@ -108,6 +108,17 @@ def _time(call: Callable[[], object], calls: int, device: str) -> tuple[float, f
     return wall / calls, cpu / calls / torch.get_num_threads()
 
 
+def a_token(timing: Timing, tokens: int) -> Timing:
+    """Return the timing of one of so many tokens."""
+    return Timing(
+        walls=[x / tokens for x in timing.walls],
+        cpus=[x / tokens for x in timing.cpus],
+        wall=timing.wall / tokens,
+        wall_min=timing.wall_min / tokens,
+        cpu=timing.cpu / tokens,
+    )
+
+
 def ratio(of: Timing, to: Timing, factor: float = 1.0) -> dict[str, float]:
     """Medians of the turns' own ratios, in which a machine's slow minutes cancel; and of minima.
 
