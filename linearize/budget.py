@@ -77,6 +77,7 @@ def head_costs(model: Any, text: Text, sizes: list[Size], options: MemoryOptions
         costs = []
         for recorder in recorders:
             q, k, v, o = recorder.kept
+            assert o.grad is not None
             costs.append(_layer_costs(q[0], k[0], v[0], o[0], o.grad[0], at, sizes, options))
             recorder.kept = ()
     return torch.stack(costs) * text.stride

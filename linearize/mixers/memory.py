@@ -50,14 +50,14 @@ class Memory(Mixer):
         """See `Mixer.forward`. The state is one for each group of heads if there are several."""
         inputs = (apply_rope(q_BTHD, rope), apply_rope(k_BTGD, rope), v_BTGD)
         if len(self.groups) == 1:
-            return self._attend(*inputs, *self.sizes[0], state, cu_seqlens)
+            return self._attend(inputs, self.sizes[0], state, cu_seqlens)
         n_kv_heads = k_BTGD.shape[2]
         grouped = [x.unflatten(2, (n_kv_heads, -1)) for x in inputs]
         outputs, states = [], []
         for n, (size, heads) in enumerate(zip(self.sizes, self.groups, strict=True)):
-            own = (x[:, :, heads].flatten(2, 3) for x in grouped)
+            q, k, v = (x[:, :, heads].flatten(2, 3) for x in grouped)
             before = None if state is None else state[n]
-            o, after = self._attend(*own, *size, before, cu_seqlens)
+            o, after = self._attend((q, k, v), size, before, cu_seqlens)
             outputs.append(o.unflatten(2, (len(heads), -1)))
             states.append(after)
         placed = [g for heads in self.groups for g in heads]
@@ -66,16 +66,13 @@ class Memory(Mixer):
 
     def _attend(
         self,
-        q_BTHD: torch.Tensor,
-        k_BTGD: torch.Tensor,
-        v_BTGD: torch.Tensor,
-        window: int,
-        exact: int,
+        inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        size: tuple[int, int],
         state: State | None,
         cu_seqlens: torch.Tensor | None,
     ) -> tuple[torch.Tensor, State]:
         """Return the output and the next state of heads of one size."""
-        o, inputs = self.options, (q_BTHD, k_BTGD, v_BTGD)
+        o, (window, exact) = self.options, size
         if not exact + o.merged:
             return attend(
                 *inputs,
@@ -85,7 +82,7 @@ class Memory(Mixer):
                 cu_seqlens=cu_seqlens,
                 backend=o.backend,  # type: ignore[arg-type]
             )
-        if state is not None and is_step(q_BTHD, cu_seqlens, *state):
+        if state is not None and is_step(inputs[0], cu_seqlens, *state):
             q, k, v = (x[:, 0] for x in inputs)
             o_BHD = row_memory_step(
                 *(q, k, v),

@@ -276,8 +276,9 @@ class MemoryOptions(MixerOptions):
                         f"budget: {head!r} in layer {n}; give each key and value head a window, or "
                         "a window and rows, such as '300' or '64+192'"
                     )
-            numbers = [(*map(int, head.split("+", 1)), 0)[:2] for head in heads]
-            found.append(numbers or [(self.window, self.exact)])
+            numbers = [head.partition("+") for head in heads]
+            sizes = [(int(window), int(exact or 0)) for window, _, exact in numbers]
+            found.append(sizes or [(self.window, self.exact)])
         return found
 
     @property
