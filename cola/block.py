@@ -310,8 +310,9 @@ def _enter(
             p.enter(x, b) if isinstance(p, LowRankLinear) else p(x)
             for p, b in zip(projections, before, strict=True)
         )
-    terms = [p.latent_term(b) for p, b in zip(projections, before, strict=True)]
-    entries = [p.A for p in projections]
+    low_rank = [p for p in projections if isinstance(p, LowRankLinear)]  # all of them are
+    terms = [p.latent_term(b) for p, b in zip(low_rank, before, strict=True)]
+    entries = [p.A for p in low_rank]
     z = grouped(x, entries).split([entry.out_features for entry in entries], dim=-1)
     return tuple(z_i if t is None else z_i + t for z_i, t in zip(z, terms, strict=True))
 

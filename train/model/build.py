@@ -145,7 +145,7 @@ class Llama(Llama3Model):
                 attention_masks = document_mask(positions, next(self.parameters()).dtype)
         inputs = MixerInputs(bounds, attention_masks, transfer)
         h = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
-        carried = ()  # what a variant's layers hand on beside h
+        carried: list[Any] = []  # what a variant's layers hand on beside h
         for name, layer in self.layers.items():  # a pipeline stage or a block has some of them
             h = layer(h, inputs if mixed[int(name)] else attention_masks, positions, *carried)
             h, *carried = h if isinstance(h, tuple) else (h,)
