@@ -9,9 +9,10 @@ import sys
 
 import pytest
 import torch
-from helpers.models import converted, small_options, teacher, tokens
+from helpers.models import architecture, converted, scrambled, small_options, teacher, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from lowline.errors import LowlineError
 from lowline.linearize.body import context_file
@@ -216,8 +217,6 @@ def test_tensors_of_other_shapes_and_dtypes_are_refused(made, tmp_path):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A converted model's directory, with the tokenizer, and a text of several pieces."""
-    from helpers.models import architecture, scrambled
-
     from lowline.linearize.body.hf import FAMILIES
     from lowline.linearize.convert import linearized_config
 
@@ -254,6 +253,8 @@ def test_a_text_is_read_once_and_continued(saved, tmp_path, capsys, monkeypatch)
     )  # fmt: skip
     assert said == tokenizer.decode(theirs[0, ids.shape[1] :], skip_special_tokens=True)
     assert said.startswith(" And so") and capsys.readouterr().out.rstrip("\n") == said.rstrip("\n")
+    assert said == generate_command(str(folder), prompt=" And so", context=state, max_new_tokens=8,
+                                    lookup=3)  # fmt: skip
     answer = generate_command(str(folder), prompt="Why?", context=state, chat=True,
                               max_new_tokens=8)  # fmt: skip
     whole = generate_command(str(folder), prompt="Ask: Why?\nSay:", context=state,
@@ -281,3 +282,11 @@ def test_the_commands_refuse_what_cannot_be_meant(saved, tmp_path, capsys):
     read(model, tokens(1, READ)).save(state)
     assert main(["generate", str(folder), "x", "--context", str(state)]) == 2
     assert "was saved without token_ids of one text" in capsys.readouterr().err
+    config = architecture("llama")
+    config.vocab_size = 4096
+    plain = str(
+        save(scrambled(LlamaForCausalLM(config)), load_tokenizer("embedded").hf, tmp_path / "plain")
+    )
+    assert main(["context", "save", plain, str(text), str(state)]) == 0
+    assert main(["generate", plain, "x", "--context", str(state), "--lookup"]) == 2
+    assert "converted and CoLA models only" in capsys.readouterr().err

@@ -111,7 +111,9 @@ def generate(
     speculation: dict[str, Any] = {}
     speculates = lookup is not None or draft is not None
     if speculates and held is not None and not isinstance(body, ExactDrafts):
-        raise LowlineError(f"context: with lookup or draft converted models only; {model} is none")
+        raise LowlineError(
+            f"context with lookup or draft: converted and CoLA models only, and {model} is neither"
+        )
     if lookup is not None:
         speculation = {"prompt_lookup_num_tokens": lookup}
     elif draft is not None:
