@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import training
+from helpers import forked, training
 from helpers.forked import Forked
 from helpers.processes import ENVIRONMENT, train_line
 from safetensors.torch import load_file
@@ -111,7 +111,7 @@ def losses(folder: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def converted(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("converted")
-    done = run(*command(teacher, folder))
+    done = forked.run(command(teacher, folder)[1:])
     assert done.returncode == 0, done.stdout + done.stderr
     # Each stage says where its checkpoint is; only the conversion's end says what to do with it.
     assert done.stderr.count("done     ") == 2 and "lowline export" not in done.stdout + done.stderr
@@ -294,7 +294,7 @@ def converted_by_two(teacher: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_a_signal_stops_a_job(teacher: Path, tmp_path: Path) -> None:
     """In its second stage, with a checkpoint; then it resumes there."""
-    more = ("--stage.distill.checkpoint.every=1000", "--stage.distill.training.steps=40")
+    more = ("--stage.distill.checkpoint.every=1000", "--stage.distill.training.steps=25")
     line = job(teacher, tmp_path, *more, processes=1)
     with (tmp_path / "log").open("w") as log:
         process = Forked(line[2:], stdout=log, stderr=log)

@@ -202,7 +202,6 @@ def test_what_training_reads_and_cannot_use_is_named(capsys, tmp_path, kind):
     assert 'data.on_bad_row = "skip"' in said
 
 
-@pytest.mark.slow
 def test_the_real_command_says_it_once():
     """Two processes, one message; torchrun's own report comes after it."""
     line = training.command(

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import training
+from helpers import forked, training
 from helpers.forked import Forked
+from helpers.processes import TESTS
 
 from lowline.train.config.folder import saved_steps
 from lowline.train.config.load import load_config
 from lowline.train.engine.metrics import read_metrics, tag_of
+
+RANKS = (str(TESTS / "workers" / "ranks_of_train.py"), "2")
 
 
 @pytest.fixture(scope="module")
@@ -187,10 +190,14 @@ def test_a_bar_on_a_terminal(tmp_path):
     assert "watch" not in text and "model    0.5" in text and "held-out loss" in text
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
+@pytest.fixture(scope="module", params=["forks", pytest.param("torchrun", marks=pytest.mark.slow)])
+def two_ranks(tmp_path_factory, request):
+    """A run of two ranks: forks with what torchrun gives them, or the real thing."""
     output = tmp_path_factory.mktemp("two") / "run"
-    result = training.launch(output, processes=2)
+    if request.param == "forks":
+        result = forked.run([*RANKS, *training.command(output)[4:]])
+    else:
+        result = training.launch(output, processes=2)
     assert result.returncode == 0, result.stderr
     return output, result.stderr
 
