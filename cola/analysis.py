@@ -166,7 +166,7 @@ class ActivationRanks:
                 self._add(name, z if self.which == "bottleneck" else y)
                 return y
 
-            module.expand = watched_expand  # type: ignore[method-assign]
+            module.expand = watched_expand  # type: ignore[method-assign, assignment]
             self._undo.append(lambda: delattr(module, "expand"))
         else:
             handle = module.register_forward_hook(lambda _, args, y: self._add(name, y))

@@ -47,7 +47,7 @@ from torchtitan.protocols.model import ModelConfigConverter
 from torchtitan.protocols.module import Module
 
 from lowline.cola.low_rank import ACTIVATIONS, INITS, LowRankLinear, init_std
-from lowline.cola.projections import MLP_IN, PROJECTIONS, QKV
+from lowline.cola.projections import MLP_IN, PROJECTIONS, QKV, ProjectionName
 from lowline.cola.sharded import init_unsharded
 from lowline.cola.variants import Crossing, variant_of
 from lowline.kernels.low_rank import grouped_linear
@@ -170,7 +170,7 @@ class ColaBlock(Llama3TransformerBlock):
         """
         run = _recomputed if self.memory == "cola-m" and torch.is_grad_enabled() else _plain
 
-        def of(kind: Crossing, *names: str) -> Carried:
+        def of(kind: Crossing, *names: ProjectionName) -> Carried:
             if previous is None or self.crosses != kind:
                 return ()
             return tuple(previous[_PLACE[name]] for name in names)

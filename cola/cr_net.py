@@ -37,4 +37,4 @@ class CRNet(Variant):
         self, layer: LowRankLinear, h: torch.Tensor, previous: torch.Tensor | None
     ) -> torch.Tensor | None:
         """Return β·y of the layer before."""
-        return None if previous is None else layer.gate * previous
+        return None if previous is None or layer.gate is None else layer.gate * previous

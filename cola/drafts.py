@@ -67,14 +67,14 @@ class ExactDrafts:
         if stops := self._stops:
             propose = generator.get_candidates
 
-            def cut(ids: torch.LongTensor, **kwargs: Any) -> tuple[torch.LongTensor, None]:
+            def cut(ids: torch.LongTensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
                 drafted, _ = propose(ids, **kwargs)
                 for length in range(ids.shape[1] + 1, drafted.shape[1] + 1):
                     if stops(drafted[:, :length], None).all():
                         return drafted[:, : length - 1], None
                 return drafted, None
 
-            generator.get_candidates = cut  # type: ignore[method-assign]
+            generator.get_candidates = cut  # type: ignore[method-assign, assignment]
         return generator
 
     def prepare_inputs_for_generation(

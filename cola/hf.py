@@ -242,7 +242,7 @@ class CoLAModel(CoLAPreTrainedModel, LlamaModel):
         return super().forward(*args, **kwargs)
 
 
-class CoLAForCausalLM(ExactDrafts, CoLAPreTrainedModel, LlamaForCausalLM):
+class CoLAForCausalLM(ExactDrafts, CoLAPreTrainedModel, LlamaForCausalLM):  # type: ignore[misc]
     """The language model: token ids [B, T] to logits [B, T, vocab_size], and `generate`."""
 
     def __init__(self, config: CoLAConfig):

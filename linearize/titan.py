@@ -37,7 +37,7 @@ from torchtitan.models.common.attention import GQAttention
 from torchtitan.protocols.model import ModelConfigConverter
 from torchtitan.protocols.module import Module
 
-from lowline.cola.block import ColaBlock
+from lowline.cola.block import Carried, ColaBlock
 from lowline.cola.sharded import set_full_tensor
 from lowline.linearize.losses import transfer_loss, weight_loss
 from lowline.linearize.mixers import HeadShape, Mixer, build_mixer
@@ -315,8 +315,9 @@ class MixerColaBlock(ColaBlock):
         x_BLD: torch.Tensor,
         attention_masks: Any = None,
         positions: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return super().forward(x_BLD, (attention_masks, x_BLD), positions)
+        previous: Carried | None = None,
+    ) -> Any:
+        return super().forward(x_BLD, (attention_masks, x_BLD), positions, previous)
 
     def _mix(
         self,

@@ -103,7 +103,7 @@ def check_target(path: Path) -> None:
 def load_cache(cls: type[LinearizedCache], path: Path) -> LinearizedCache:
     """Read a cache; see `LinearizedCache.load`."""
     facts, tensors = _read(path)
-    config = AutoConfig.for_model(**facts["config"])
+    config: Any = AutoConfig.for_model(**facts["config"])
     cache, length = cls(config), facts["length"]
     ids = tensors.pop(TOKENS, None)
     cache.token_ids = None if ids is None else ids.long()
@@ -198,7 +198,8 @@ def _templates(cache: LinearizedCache, rows: int, length: int, dtype: torch.dtyp
     config, found = cache.config, list[Any]()
     mixed = any(isinstance(layer, MixerLayer) for layer in cache.layers)
     states = example_states(config, dtype, rows=rows) if mixed else {}
-    for number, layer in enumerate(cache.layers):
+    layers: list[Any] = cache.layers
+    for number, layer in enumerate(layers):
         if isinstance(layer, MixerLayer):
             found.append(states[number])
             continue

@@ -294,7 +294,7 @@ def _check_cache(cache: Cache, converted: list[int]) -> None:
         )
 
 
-class _CausalLM(ExactDrafts, _Linearized, GenerationMixin):
+class _CausalLM(ExactDrafts, _Linearized, GenerationMixin):  # type: ignore[misc]
     """The language model: token ids [B, T] to logits [B, T, vocab_size], and `generate`."""
 
     body_class: type[_Body]
@@ -342,7 +342,7 @@ class _CausalLM(ExactDrafts, _Linearized, GenerationMixin):
         with torch.no_grad():
             for layer in self.config.converted_layers():
                 mixer = self.model.layers[layer].get_submodule("self_attn.mixer")
-                cache.layers[layer].replay_kept(mixer)  # type: ignore[attr-defined, arg-type]
+                cache.layers[layer].replay_kept(mixer)  # type: ignore[union-attr, arg-type]
 
     def _prepare_cache_for_generation(self, generation_config: Any, *args: Any) -> bool:
         if generation_config.cache_implementation not in (None, "dynamic"):

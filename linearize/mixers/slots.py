@@ -63,10 +63,8 @@ class Slots(Mixer):
         bias_HM = self.bias if self.linear_enabled else torch.full_like(self.bias, -torch.inf)
         if state is not None and are_few(q_BTHD, cu_seqlens, *state):
             outputs = [
-                slot_window_step(
-                    *(x[:, t] for x in inputs), bias_HM, state=state, backend=o.backend
-                )
-                for t in range(q_BTHD.shape[1])
+                slot_window_step(q, k, v, slot, bias_HM, state=state, backend=o.backend)
+                for q, k, v, slot in zip(*(x.unbind(1) for x in inputs), strict=True)
             ]
             return torch.stack(outputs, 1), state
         out, after = slot_window_attention(

@@ -70,9 +70,10 @@ class _Case:
     def __init__(self, setup: Setup, ids: torch.Tensor, **how: Any) -> None:
         from lowline.linearize.body.cache import LinearizedCache
 
-        self.model: Any = setup.model
+        model: Any = setup.model
+        self.model = model
         self.ids, self.how, self.new = ids, how, setup.new
-        self.read = LinearizedCache(self.model.config)
+        self.read = LinearizedCache(model.config)
         self.model(ids[:, :-1], past_key_values=self.read, logits_to_keep=1)
 
     def __call__(self) -> None:

@@ -232,10 +232,10 @@ def _arrow_rows(file: str, columns: Columns) -> Iterator[Row]:
 
 def column_types(schema: "pa.Schema") -> dict[str, str]:
     """Return the type of each column that a schema has once, by name."""
-    return {name: str(schema.field(name).type) for name in schema.names if _once(schema, name)}
+    return {name: str(schema.field(name).type) for name in schema.names if _has_once(schema, name)}
 
 
-def _once(schema: "pa.Schema", name: str) -> bool:
+def _has_once(schema: "pa.Schema", name: str) -> bool:
     return schema.get_field_index(name) >= 0
 
 
