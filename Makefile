@@ -9,8 +9,9 @@ FOLDERS := kernels cola linearize train configs tools
 # The folders at the top (kernels/, train/, ...) must not shadow packages of those names.
 export PYTHONSAFEPATH := 1
 
-# A file's tests share fixtures, so one worker runs all of them; tests/conftest.py orders the files.
-WORKERS := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# A file's tests share fixtures, so one worker runs all of them; tests/conftest.py orders the files. Three
+# workers keep two cores busy, since many tests wait for processes.
+WORKERS := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 # A few cheap tests of every folder: formulas, one training run, configurations, commands.
 SMOKE := tests/test_files.py tests/kernels/test_doors.py tests/kernels/test_packs.py \
 	tests/cola/test_cola.py tests/cola/test_projections.py tests/linearize/test_titan.py \
