@@ -447,5 +447,4 @@ def test_a_configuration_is_checked_without_torch(name: str, arguments: str) -> 
 
 
 def test_a_conversion_is_sent_to_its_command() -> None:
-    text = message(CONFIGS / "linearize" / "demo_smollm2.toml")
-    assert "lowline linearize --config" in text
+    assert "lowline linearize --config" in message(CONFIGS / "linearize" / "demo_smollm2.toml")
