@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
+from helpers import forked
 from helpers.models import architecture, converted, scrambled, small_options, teacher, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -222,8 +222,8 @@ def saved(tmp_path_factory):
 
     config = architecture("llama")
     config.vocab_size = 4096
-    options = small_options("memory")
-    config = linearized_config(config, mixer="memory", layers=HYBRID, options=options)
+    options = small_options("slots")
+    config = linearized_config(config, mixer="slots", layers=HYBRID, options=options)
     model, tokenizer = scrambled(FAMILIES["llama"].causal_lm(config)), load_tokenizer("embedded").hf
     tokenizer.chat_template = "{% for m in messages %}Ask: {{ m.content }}\n{% endfor %}Say:"
     folder = tmp_path_factory.mktemp("saved")
@@ -234,11 +234,8 @@ def saved(tmp_path_factory):
 def test_a_text_is_read_once_and_continued(saved, tmp_path, capsys, monkeypatch):
     folder, text = saved
     state = tmp_path / "state.safetensors"
-    script = "import sys; from lowline.tools.cli import main; sys.exit(main())"
-    done = subprocess.run(
-        [sys.executable, "-c", script, "context", "save", str(folder), str(text), str(state)],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    words = ["context", "save", str(folder), str(text), str(state)]
+    done = forked.run(["-m", "lowline.tools.cli", *words])
     assert done.returncode == 0, done.stderr
     model, tokenizer = load_teacher(folder).eval(), load_tokenizer(str(folder)).hf
     ids = tokenizer(text.read_text(), return_tensors="pt")["input_ids"]

@@ -88,7 +88,10 @@ def test_no_code_and_no_pickles_are_loaded() -> None:
 
 
 def test_safetensors_are_opened_by_the_loader_and_for_files_of_our_own() -> None:
-    """Nothing else reads weights past the checks; `torch.load` only takes what is no pickle."""
+    """Nothing else reads weights past the checks; `torch.load` only takes what is no pickle.
+
+    A saved context is no weights: it has a SHA-256 of its own.
+    """
     users = {
         path.relative_to(ROOT).as_posix()
         for folder in ("kernels", "cola", "linearize", "train", "tools")
@@ -96,4 +99,8 @@ def test_safetensors_are_opened_by_the_loader_and_for_files_of_our_own() -> None
         if any(word in path.read_text() for word in ("safe_open(", "load_file(", "torch.load("))
     }
     ours = {"blockwise/store.py", "model/step_folder.py", "objectives/logit_cache.py"}
-    assert users == {"linearize/source.py", *(f"train/{name}" for name in ours)}
+    assert users == {
+        "linearize/source.py",
+        "linearize/body/context_file.py",
+        *(f"train/{name}" for name in ours),
+    }

@@ -332,9 +332,8 @@ BAD = {
     '--objective.kind="transfer" --objective.attention_weight=1 --mixer.name="gated_deltanet"': (
         "mixer 'gated_deltanet', whose output is not an average"
     ),
-    '--objective.kind="transfer" --objective.attention_weight=1 --training.seq_len=2048': (
-        "with training.seq_len = 2048"
-    ),
+    '--objective.kind="transfer" --objective.attention_weight=1 --training.seq_len=2048 '
+    "--evaluation.max_tokens=2048": "with training.seq_len = 2048",
     '--objective.kind="transfer" --mixer.layers="none"': "without a mixer in any layer",
     '--objective.kind="transfer" --mixer.name="liger_gla"': "mixer 'liger_gla' has none",
     '--mixer.name="hedgehog" --mixer.options={} --objective.window_dropout=0.5': "window_dropout",
