@@ -151,7 +151,8 @@ def convert(conversion: Conversion) -> int:
     with job(stages.output) as processes:
         processes.on_first(lambda: conversion.local_batch_size(processes.size))
         teacher = conversion.teacher()  # it is there by now, or comes to another machine from a hub
-        processes.on_first(lambda: choose_layers(stages, conversion.runs(teacher)))
+        if stages.first_auto() is not None:
+            processes.on_first(lambda: choose_layers(stages, conversion.runs(teacher)))
         runs = conversion.runs(teacher)
         first = processes.on_first(lambda: _first_to_do(conversion, runs))
         for run in runs[first:]:

@@ -29,7 +29,7 @@ FILLER = 8_192  # tokens of text, of which those between two copies are taken
 
 
 def choose_layers(stages: Stages, runs: list[RunConfig]) -> None:
-    """Measure the layers of a conversion that asks for it, unless they were measured before.
+    """Measure the layers of a conversion with "auto:K", unless they were measured before.
 
     Args:
         stages: the conversion.
@@ -38,8 +38,8 @@ def choose_layers(stages: Stages, runs: list[RunConfig]) -> None:
     Raises:
         ConfigError: the layers were measured with other settings.
     """
-    if (number := stages.first_auto()) is None:
-        return
+    number = stages.first_auto()
+    assert number is not None
     run = runs[number]
     assert run.mixer is not None
     softmax = run.model.n_layers - len(run.mixer_layers())

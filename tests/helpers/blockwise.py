@@ -46,16 +46,16 @@ objective.kind = "distill"
 
 
 def save_teacher(folder: Path, layers: int = 5, seed: int = 0, **more) -> Path:
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        **more,
-    )
+    sizes = {
+        "vocab_size": 4096,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    config = LlamaConfig(**sizes | more)
     models.scrambled(LlamaForCausalLM(config), seed).save_pretrained(folder)
     load_tokenizer("embedded").hf.save_pretrained(folder)
     return folder

@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from helpers import training
-from transformers import LlamaConfig, LlamaForCausalLM
+from helpers.blockwise import linearize, save_teacher
 
 from lowline.linearize import layer_choice
 from lowline.linearize.layers import costliest
 from lowline.tools.cli import main
 from lowline.train.config.load import ConfigError
 from lowline.train.conversion import load_conversion
-from lowline.train.data.tokenizer import load_tokenizer
 from lowline.train.layer_choice import choose_layers
 
 STAGES = """
@@ -48,26 +45,14 @@ objective.kind = "distill"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a file of stages, and with a teacher."""
     folder = tmp_path_factory.mktemp("auto")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "teacher")
-    load_tokenizer("embedded").hf.save_pretrained(folder / "teacher")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 256}
+    save_teacher(folder / "teacher", layers=3, **sizes)
     (folder / "stages.toml").write_text(STAGES)
     return folder
 
 
 def command(folder: Path, *more: str) -> int:
-    line = ["linearize", str(folder / "teacher"), "--config", str(folder / "stages.toml")]
-    with training.one_process():
-        return main([*line, "--output", str(folder / "out"), "--evaluation=none", *more])
+    return linearize(folder / "teacher", folder / "out", *more, text=STAGES)
 
 
 def chosen(folder: Path, output: Path, *keys: str) -> list[Any]:

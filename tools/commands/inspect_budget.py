@@ -60,8 +60,9 @@ def inspect_budget(
     check_source(checkpoint)
     import torch
 
-    from lowline.linearize.body.hf import LinearizedConfig
+    from lowline.linearize.body.hf import SOFTMAX, LinearizedConfig
     from lowline.linearize.budget import allocate, budget_text, head_costs, sizes_up_to
+    from lowline.linearize.convert import linearized_config
     from lowline.linearize.mixers.options import MemoryOptions
     from lowline.linearize.source import load_config
     from lowline.tools.commands.inspect_rank import load_model, read_text, token_rows
@@ -83,7 +84,8 @@ def inspect_budget(
             costs = head_costs(model, one, sizes, options)
             found.append(weight / len(texts) * costs)
     costs_NS = torch.stack(found).sum(0).flatten(0, 1)
-    D, G = _head(model.config)
+    shape = linearized_config(model.config, mixer=SOFTMAX, layers="none").head_shape(0)
+    D, G = shape.head_dim, shape.n_kv_heads
     of_token = 2 * D * 4
     held = [
         (w + e + SINKS) * of_token + 8 + (4 * (w + 2 * e + D // 2 + 1) if e else 0)
@@ -94,12 +96,6 @@ def inspect_budget(
     print(f'[mixer]\nname = "memory"\noptions.sinks = {SINKS}\noptions.horizon = {horizon}')
     print(f'options.budget = "{budget}"')
     return budget
-
-
-def _head(config: Any) -> tuple[int, int]:
-    """Return features and number of key and value heads."""
-    D = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return D, config.num_key_value_heads or config.num_attention_heads
 
 
 def _stretches(ids_T: Any, seq_len: int) -> list[Text]:
