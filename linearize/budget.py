@@ -196,50 +196,66 @@ def _layer_costs(
     sizes: list[Size],
     options: MemoryOptions,
 ) -> torch.Tensor:
-    """Return ½ Σ (g · Δo)² over the positions `at`, (G, S)."""
+    """Return ½ Σ (g · Δo)² over the positions `at`, (G, S).
+
+    With `options.merged` all that rows dropped is in one mean.
+    """
     (G, T, _), device = k_GTD.shape, q_HTD.device
     at_P = at_P.to(device)
     q = (q_HTD * q_HTD.shape[-1] ** -0.5).unflatten(0, (G, -1))
-    received, p_GhPT = _weights(q, k_GTD, at_P, options)
-    o, grad = (x.unflatten(0, (G, -1))[:, :, at_P] for x in (o_HTD, grad_HTD))
+    received, p_GhPT, log_z_GhP = _weights(q, k_GTD, at_P, options)
+    o, grad, q = (x.unflatten(0, (G, -1))[:, :, at_P] for x in (o_HTD, grad_HTD, q.flatten(0, 1)))
     column = torch.arange(T, device=device)
     causal = column <= at_P[:, None]
     costs = torch.zeros(G, len(sizes), device=device)
     kept = _kept(received, at_P, sizes, options)
-    for n, (window, exact) in enumerate(sizes):
+    for n, (window, rows) in enumerate(sizes):
         last = at_P[:, None]
-        if exact:  # the tokens of a block leave together
+        if rows:  # the tokens of a block leave together
             last = last // options.block * options.block + options.block - 1
         seen_GPT = (((column > last - window) | (column < options.sinks)) & causal)[None]
-        if exact:
+        if rows:
             seen_GPT = seen_GPT | kept[n] & causal
         p = p_GhPT * seen_GPT[:, None]
-        change = (p @ v_GTD[:, None]) / p.sum(-1, keepdim=True) - o
+        y, total = p @ v_GTD[:, None], p.sum(-1, keepdim=True)
+        if rows and options.merged:
+            gone = (causal & ~seen_GPT).to(p.dtype)
+            n_GP1 = gone.sum(-1, keepdim=True)
+            mean_k, mean_v = (gone @ x / n_GP1.clamp(min=1) for x in (k_GTD, v_GTD))
+            bias = n_GP1.log() + options.bias * (n_GP1 > 1)
+            score = (q * mean_k[:, None]).sum(-1, keepdim=True) + bias[:, None]
+            share = (score - log_z_GhP[..., None]).exp()
+            y, total = y + share * mean_v[:, None], total + share
+        change = y / total - o
         costs[:, n] = (grad * change).sum((1, 3)).square().sum(-1) / 2
     return costs
 
 
 def _weights(
     q_GhTD: torch.Tensor, k_GTD: torch.Tensor, at_P: torch.Tensor, options: MemoryOptions
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the attention received in each block of queries, (G, blocks, T), faded to the block's
-    end, and the weights of the queries `at`, (G, h, P, T).
+    end, and of the queries `at` the weights, (G, h, P, T), and the logarithms of their sums before
+    they were normalized, (G, h, P).
     """
     T, block = q_GhTD.shape[2], options.block
     fade = 1 - 1 / options.horizon if options.horizon else 1.0
     fades = fade ** torch.arange(block - 1, -1, -1.0, device=q_GhTD.device)
-    received, chosen = [], []
+    received, chosen, log_z = [], [], []
     step = QUERIES // block * block or block
     for start in range(0, T, step):
         stop = min(start + step, T)
         scores = q_GhTD[:, :, start:stop] @ k_GTD[:, None, :stop].mT
         t = torch.arange(start, stop, device=q_GhTD.device)[:, None]
         later = torch.arange(stop, device=q_GhTD.device) > t
-        p = F.pad(scores.masked_fill(later, -torch.inf).softmax(-1), (0, T - stop))
-        chosen.append(p[:, :, at_P[(at_P >= start) & (at_P < stop)] - start])
+        scores = scores.masked_fill(later, -torch.inf)
+        here = at_P[(at_P >= start) & (at_P < stop)] - start
+        log_z.append(scores[:, :, here].logsumexp(-1))
+        p = F.pad(scores.softmax(-1), (0, T - stop))
+        chosen.append(p[:, :, here])
         got = F.pad(p.sum(1), (0, 0, 0, -(stop - start) % block)).unflatten(1, (-1, block))
         received.append((got * fades[:, None]).sum(2))
-    return torch.cat(received, 1), torch.cat(chosen, 2)
+    return torch.cat(received, 1), torch.cat(chosen, 2), torch.cat(log_z, 2)
 
 
 def _kept(
@@ -255,12 +271,12 @@ def _kept(
     for block in range(blocks):
         start = block * options.block
         here = at_P // options.block == block
-        for n, (window, exact) in with_rows.items():
+        for n, (window, rows) in with_rows.items():
             end = max(start + options.block - window, 0)
             held[n][:, max(end - options.block, options.sinks) : end] = True
-            if end - options.sinks > exact:
+            if end - options.sinks > rows:
                 rank = total_GT.masked_fill(~held[n], -1)
-                top = rank.topk(exact, -1).indices
+                top = rank.topk(rows - options.merged, -1).indices
                 held[n] = torch.zeros_like(held[n]).scatter_(1, top, True) & held[n]
             found[n][:, here] = held[n][:, None]
         total_GT = fade * total_GT + received_GbT[:, block]

@@ -16,6 +16,7 @@ from lowline.linearize.evaluation.harness import METRICS, HarnessTask
 from lowline.linearize.evaluation.measure import Measure
 from lowline.linearize.evaluation.retrieval import Retrieval
 from lowline.linearize.evaluation.rows import Row
+from lowline.linearize.evaluation.ruler import KINDS, Ruler
 from lowline.linearize.evaluation.second_copy import SecondCopy
 from lowline.linearize.evaluation.shares import Shares
 from lowline.linearize.evaluation.text import Perplexity
@@ -121,6 +122,7 @@ def explanation(measures: Sequence[Measure]) -> str:
         Perplexity: "ppl @T: perplexity on text in rows of T tokens",
         SecondCopy: "copy: loss on the second copy of a random string, nats per token, by distance",
         Retrieval: "passkey, needle: share of facts that generation repeats, by distance",
+        Ruler: "ruler: share of RULER's answers that generation gives, all kinds and each",
         Shares: "share: of the linear part in the layers' output, mean over layers",
         Choices: "piqa: share of right choices",
     }
@@ -145,6 +147,11 @@ def _columns(measure: Measure, window: int) -> Iterator[tuple[str, Callable[[Any
         cell = _copied if isinstance(measure, SecondCopy) else _retrieved
         yield f"{word}\n≤ {window}", lambda scores: cell(_within(scores, window, True))
         yield f"{word}\n> {window}", lambda scores: cell(_within(scores, window, False))
+    elif isinstance(measure, Ruler):
+        for length in measure.lengths:
+            yield f"ruler\n@{length}", partial(_answered, "length", length)
+        for kind in KINDS:
+            yield f"ruler\n{kind}", partial(_answered, "kind", kind)
     elif isinstance(measure, Choices | HarnessTask):
         for metric in METRICS:
             yield f"{measure.task}\n{metric}", partial(_metric, metric)
@@ -203,6 +210,10 @@ def _copied(scores: list[Any]) -> str:
 def _retrieved(scores: list[Any]) -> str:
     asked = sum(score["asked"] for score in scores)
     return _percent(sum(score["found"] for score in scores) / asked) if asked else ""
+
+
+def _answered(name: str, value: Any, scores: list[Any]) -> str:
+    return _retrieved([score for score in scores if score[name] == value])
 
 
 def _percent(fraction: float | None) -> str:

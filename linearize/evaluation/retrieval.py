@@ -139,14 +139,8 @@ class Retrieval:
                 f"lengths: the text has {len(self.haystack)} tokens, a prompt needs {hay} of them; "
                 "give more text or shorter lengths"
             )
-        cut = round(depth * hay)
-        near = range(max(0, cut - NEAR), min(hay, cut + NEAR) + 1)
-        ends = [at for at in near if at in (0, hay) or self._ends_sentence(text[at - 1])]
-        cut = min(ends, key=lambda at: abs(at - cut), default=cut)
+        cut = sentence_end(self.tokenizer, text, round(depth * hay))
         return text[:cut], text[cut:]
-
-    def _ends_sentence(self, token: int) -> bool:
-        return str(self.tokenizer.decode([token])).rstrip(" ").endswith((".", "\n", "!", "?"))
 
     def _questions(self, length: int) -> list[Question]:
         """Return those of one length: every depth in turn, `samples` of each."""
@@ -180,8 +174,7 @@ class Retrieval:
         """Return what the model says after prompts of one length."""
         answers = ("00000", *WORDS)
         new = 2 + max(len(encode(self.tokenizer, f" {answer}.")) for answer in answers)
-        ids = greedy(model, torch.tensor(prompts), new)
-        return [str(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        return continued(model, self.tokenizer, prompts, new)
 
     def is_answered(self, question: Question, said: str) -> bool:
         """Return whether a continuation begins with the answer."""
@@ -200,6 +193,25 @@ def _sentences(kind: Kind, draw: random.Random) -> tuple[str, str, str]:
     city, word = draw.choice(CITIES), draw.choice(WORDS)
     fact = f" The secret word of {city} is {word}."
     return fact, f" What is the secret word of {city}? The secret word of {city} is", word
+
+
+def sentence_end(tokenizer: PreTrainedTokenizerBase, text: list[int], place: int) -> int:
+    """Return the place nearest to another where a sentence of a text ends, if one is near."""
+
+    def ends(token: int) -> bool:
+        return str(tokenizer.decode([token])).rstrip(" ").endswith((".", "\n", "!", "?"))
+
+    near = range(max(0, place - NEAR), min(len(text), place + NEAR) + 1)
+    found = [at for at in near if at in (0, len(text)) or ends(text[at - 1])]
+    return min(found, key=lambda at: abs(at - place), default=place)
+
+
+def continued(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], new: int
+) -> list[str]:
+    """Return the `new` most likely tokens after prompts of one length, as text."""
+    ids = greedy(model, torch.tensor(prompts), new)
+    return [str(text) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 @torch.no_grad()

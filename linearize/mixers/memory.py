@@ -27,8 +27,8 @@ class Memory(Mixer):
     def __init__(self, shape: HeadShape, options: MemoryOptions) -> None:
         super().__init__(shape)
         self.options = options
-        self.sizes = [(options.window, options.exact)]
-        """Window and exact of each group of heads."""
+        self.sizes = [(options.window, options.exact + options.merged)]
+        """Window and rows of each group of heads."""
         self.groups = [list(range(shape.n_kv_heads))]
         """The key and value heads of each size."""
         if options.budget:
@@ -72,8 +72,8 @@ class Memory(Mixer):
         cu_seqlens: torch.Tensor | None,
     ) -> tuple[torch.Tensor, State]:
         """Return the output and the next state of heads of one size."""
-        o, (window, exact) = self.options, size
-        if not exact + o.merged:
+        o, (window, rows) = self.options, size
+        if not rows:
             return attend(
                 *inputs,
                 window=window,
@@ -87,7 +87,7 @@ class Memory(Mixer):
             o_BHD = row_memory_step(
                 *(q, k, v),
                 state=state,
-                exact=exact,
+                exact=rows - o.merged,
                 block=o.block,
                 horizon=o.horizon,
                 bias=o.bias,
@@ -97,7 +97,7 @@ class Memory(Mixer):
         return row_memory_attention(
             *inputs,
             window=window,
-            exact=exact,
+            exact=rows - o.merged,
             merged=o.merged,
             sinks=o.sinks,
             block=o.block,

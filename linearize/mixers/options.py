@@ -186,9 +186,10 @@ class MemoryOptions(MixerOptions):
         block: how many tokens leave the window together; a token sees window - block + 1 at least.
         horizon: tokens after which attention received has faded to a third; 0: it never fades.
         bias: what is added to the scores of rows that hold several tokens.
-        budget: window and exact of each key and value head, in place of those two: layers apart by
-            ";", heads by ",", such as "64+192, 300; 16+8, 64+500" of a model of two layers; a head
-            without "+" has the window only. `lowline inspect budget` measures one.
+        budget: window and rows, `merged` included, of each key and value head, in place of window
+            and exact: layers apart by ";", heads by ",", such as "64+192, 300; 16+8, 64+500" of a
+            model of two layers; a head without "+" has the window only. `lowline inspect budget`
+            measures one.
         backend: "auto", "torch" or "reference"; see `lowline.kernels.backends`.
     """
 
@@ -212,16 +213,16 @@ class MemoryOptions(MixerOptions):
             raise LowlineError("exact = 0, merged = 0; give one of them a row, or use sink_window")
         check_finite("bias", self.bias)
         check_choice("backend", self.backend, SLOT_BACKENDS)
-        if self.budget and self.merged:
-            raise LowlineError(f"merged = {self.merged} beside a budget, which has no such rows")
-        for window, exact in {head for layer in self.heads() for head in layer}:
+        for window, rows in {head for layer in self.heads() for head in layer}:
             if window < 1:
                 raise LowlineError(f"budget: a window of {window}; give at least 1")
-            if (exact or not self.budget) and self.block > window:
+            if 0 < rows < self.merged:
+                raise LowlineError(f"budget: {rows} rows with merged = {self.merged} of them")
+            if (rows or not self.budget) and self.block > window:
                 raise LowlineError(f"block = {self.block} with window = {window}; at most that")
 
     def heads(self) -> list[list[tuple[int, int]]]:
-        """Return window and exact of each layer's heads; one for all where there is no budget.
+        """Return window and rows of each layer's heads; one for all where there is no budget.
 
         Raises:
             LowlineError: a budget of another form.
@@ -238,15 +239,15 @@ class MemoryOptions(MixerOptions):
                         "a window and rows, such as '300' or '64+192'"
                     )
             numbers = [head.partition("+") for head in heads]
-            sizes = [(int(window), int(exact or 0)) for window, _, exact in numbers]
-            found.append(sizes or [(self.window, self.exact)])
+            sizes = [(int(window), int(rows or 0)) for window, _, rows in numbers]
+            found.append(sizes or [(self.window, self.exact + self.merged)])
         return found
 
     @property
     def softmax_tokens(self) -> int:
         """How many keys softmax reads for each query, a mean over heads."""
         sizes = [sum(head) for layer in self.heads() for head in layer]
-        return sum(sizes) // len(sizes) + self.merged + self.sinks
+        return sum(sizes) // len(sizes) + self.sinks
 
     def check_model(self, n_layers: int, n_kv_heads: int) -> None:
         """Raise ValueError for a budget of another number of layers or heads."""

@@ -37,7 +37,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "memory, budget": (
         "memory",
-        dict(sinks=SINKS, block=2, horizon=6, budget=f"{WINDOW}+3, {WINDOW - 1}; 300, 64+192"),
+        dict(
+            sinks=SINKS,
+            merged=1,
+            block=2,
+            horizon=6,
+            budget=f"{WINDOW}+3, {WINDOW - 1}; 300, 64+192",
+        ),  # fmt: skip
     ),
     "liger_gsa, no window": ("liger_gsa", dict(window=0)),
     "retention": ("retention", dict(window=WINDOW, sinks=SINKS, share_init=0.3)),

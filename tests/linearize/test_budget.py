@@ -36,9 +36,10 @@ def test_a_budget_gives_each_head_its_window_and_rows():
 
 
 @torch.no_grad()
-def test_equal_heads_are_the_memory_without_a_budget():
-    same = with_budget("; ".join(["4+3, 4+3"] * 3), horizon=6)
-    plain = with_budget("", window=4, exact=3, horizon=6)
+@pytest.mark.parametrize("merged", [0, 1])
+def test_equal_heads_are_the_memory_without_a_budget(merged):
+    same = with_budget("; ".join(["4+3, 4+3"] * 3), horizon=6, merged=merged)
+    plain = with_budget("", window=4, exact=3 - merged, horizon=6, merged=merged)
     ids = tokens(2, 24)
     assert torch.equal(same(ids).logits, plain(ids).logits)
     assert state_bytes(same.config) == state_bytes(plain.config)
@@ -46,8 +47,9 @@ def test_equal_heads_are_the_memory_without_a_budget():
 
 
 @torch.no_grad()
-def test_layers_and_heads_hold_what_they_were_given():
-    model, ids = with_budget(), tokens(2, 24)
+@pytest.mark.parametrize("merged", [0, 1])
+def test_layers_and_heads_hold_what_they_were_given(merged):
+    model, ids = with_budget(merged=merged), tokens(2, 24)
     expected = model(ids, use_cache=False).logits
     for pieces in ([24], [9, 1, 14], [20, 1, 1, 1, 1]):
         cache, logits = LinearizedCache(model.config), []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -32,12 +33,13 @@ T = 40
 OPTIONS = MemoryOptions(window=8, sinks=2, block=4, horizon=0)
 
 
-def test_costs_are_half_the_squared_change_of_the_loss_to_first_order():
+@pytest.mark.parametrize("merged", [0, 1])
+def test_costs_are_half_the_squared_change_of_the_loss_to_first_order(merged):
     """Errors are those of the mixer on the model's own q, k and v; gradients those of autograd."""
     model, ids = teacher(), tokens(1, T)[0]
     text = Text(ids=ids, scored=torch.arange(10, T - 1), drawn=False)
     sizes = [(8, 0), (13, 0), (8, 4), (T, 0), (8, T)]
-    costs = head_costs(model, text, sizes, OPTIONS)
+    costs = head_costs(model, text, sizes, replace(OPTIONS, merged=merged))
     assert all(p.requires_grad for p in model.parameters())
     assert costs.shape == (3, 2, 5) and costs[..., 3:].max() < 1e-8
 
@@ -54,7 +56,7 @@ def test_costs_are_half_the_squared_change_of_the_loss_to_first_order():
     for layer, (q, k, v, o) in enumerate(kept):
         for n, (window, exact) in enumerate(sizes[:3]):
             head = f"{window}+{exact}" if exact else str(window)
-            options = MemoryOptions(sinks=2, block=4, budget=f"{head}, {head}")
+            options = MemoryOptions(sinks=2, block=4, budget=f"{head}, {head}", merged=merged)
             ours, _ = Memory(shape, options)(
                 *(x.transpose(1, 2) for x in (q, k, v)), rope=(one, zero), x_BTE=one
             )
@@ -106,7 +108,7 @@ def test_the_command_prints_a_table_of_as_many_bytes(tmp_path, capsys):
     table = tomllib.loads(capsys.readouterr().out)["mixer"]
     assert table == {
         "name": "memory",
-        "options": {"sinks": 4, "horizon": 512, "budget": budget},
+        "options": {"sinks": 4, "horizon": 512, "merged": 1, "bias": 1.0, "budget": budget},
     }
     window = linearized_config(config, mixer="sink_window", options={"window": 60, "sinks": 4})
     ours = convert(folder, mixer=table["name"], options=table["options"])

@@ -231,7 +231,7 @@ def test_parameters_have_the_type_that_is_set(case):
         ("memory", {"budget": "64, 64+; 64, 64"}, "budget: '64\\+' in layer 0; give each key"),
         ("memory", {"budget": "64, 0; 64, 64"}, "budget: a window of 0"),
         ("memory", {"budget": "64, 64; 64, 8+9"}, "block = 16 with window = 8; at most that"),
-        ("memory", {"budget": "8, 9", "merged": 3}, "merged = 3 beside a budget"),
+        ("memory", {"budget": "64, 64+3", "merged": 4}, "budget: 3 rows with merged = 4 of them"),
         ("liger_gsa", {"backend": "gpu"}, "'auto', 'reference'"),
     ],
 )

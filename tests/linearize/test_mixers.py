@@ -89,10 +89,10 @@ def naive(mixer: Mixer, name: str, given: dict[str, torch.Tensor], b: int, h: in
     if name == "sink_window":
         return softmax_window(rq, rk, v, o.window, o.sinks)
     if name == "memory" and o.budget:
-        window, exact = o.heads()[shape.layer][g]
-        if not exact:
+        window, rows = o.heads()[shape.layer][g]
+        if not rows:
             return softmax_window(rq, rk, v, window, o.sinks)
-        o = replace(o, window=window, exact=exact, budget="")
+        o = replace(o, window=window, exact=rows - o.merged, budget="")
     if name == "memory":
         group = slice(g * shape.queries_per_kv_head, (g + 1) * shape.queries_per_kv_head)
         rotated = apply_rope(given["q"], rope)[b, :, group]

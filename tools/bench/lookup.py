@@ -37,14 +37,13 @@ def check_prompts(prompts: tuple[Path, ...]) -> None:
 
 def lookup(setup: Setup, tokenizer: Any, prompts: tuple[Path, ...], k: int) -> dict[str, Any]:
     """Measure each prompt; seconds are per token."""
-    from lowline.train.data.template import render_chat
+    from lowline.train.data.template import render_question
 
     found: dict[str, Any] = {"proposed": k, "tokens": setup.new, "prompts": {}}
     for path in prompts:
         text, template = path.read_text(encoding="utf-8"), tokenizer.chat_template
         if template is not None:
-            message = [{"role": "user", "content": text}]
-            text = render_chat(tokenizer, message, add_generation_prompt=True)
+            text = render_question(tokenizer, text)
         ids = tokenizer(text, add_special_tokens=template is None, return_tensors="pt")["input_ids"]
         ids = ids.to(setup.device)
         cases = {PLAIN: _Case(setup, ids), LOOKUP: _Case(setup, ids, prompt_lookup_num_tokens=k)}

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     Plan = list[tuple[Row, Measure]]
 
-TASKS = ("perplexity", "second-copy", "passkey", "needle", "shares")
+TASKS = ("perplexity", "second-copy", "passkey", "needle", "ruler", "shares")
 LOSSES = ("perplexity", "second-copy")  # those that a model is also asked without its linear part
 ITEM_TOKENS = 256  # of an item of lm-eval, when its batches are made
 
@@ -60,7 +60,7 @@ class Size:
 
 
 FULL = Size(
-    tasks=TASKS,
+    tasks=("perplexity", "second-copy", "passkey", "needle", "shares"),
     contexts=(256, 1024, 4096),
     tokens=32768,
     distances=(32, 64, 128, 256, 512, 1024, 2048),
@@ -78,11 +78,11 @@ QUICK = Size(
     samples=2,
 )
 LONG = Size(
-    tasks=("perplexity", "second-copy"),
+    tasks=("perplexity", "second-copy", "ruler"),
     contexts=(2048,),
     tokens=6144,
     distances=(128, 512, 1024),
-    lengths=(),
+    lengths=(1024,),
     depths=(),
     samples=4,
 )
@@ -116,12 +116,12 @@ def evaluate(
 
     Args:
         models: Hugging Face directories, hub ids or GGUF files, converted or not.
-        tasks: perplexity, second-copy, passkey, needle, shares; piqa; tasks of lm-eval or YAML
-            files in its format. Default: the first five.
+        tasks: perplexity, second-copy, passkey, needle, ruler, shares; piqa; tasks of lm-eval or
+            YAML files in its format. Default: the first four and shares.
         quick: Smaller defaults, which take a small model a few minutes on a CPU.
         suite: "long" asks how memories of as many bytes compare: perplexity on the starts of long
-            documents, a row each, and copying over a distance of text; beside the converted models
-            there is eviction by attention received, too.
+            documents, a row each, copying over a distance of text, and RULER; beside the converted
+            models there is eviction by attention received, too.
         teacher: The model they were converted from; default: the one they name.
         baselines: Evaluate teacher and windows beside a converted model.
         text: For perplexity: a .txt, .jsonl or .parquet file; default: the held-out part of
@@ -130,7 +130,7 @@ def evaluate(
         tokens: At most so many tokens of the text.
         contexts: Lengths of the rows that the text is cut into.
         distances: From a random string to its second copy, in tokens; at least 32, its length.
-        lengths: Tokens of a prompt that hides a pass key or a needle.
+        lengths: Tokens of a prompt that hides a pass key, a needle, or RULER's facts.
         depths: Where the key or needle is hidden, from 0 (at the start) to 1.
         samples: Random strings of each distance, prompts of each length and depth.
         piqa: A file of JSON lines with goal, sol1, sol2 and label, for the task piqa.
@@ -244,6 +244,7 @@ class Maker:
         from lowline.linearize.evaluation.choices import Choices, read_piqa
         from lowline.linearize.evaluation.harness import HarnessTask
         from lowline.linearize.evaluation.retrieval import Retrieval
+        from lowline.linearize.evaluation.ruler import Ruler
         from lowline.linearize.evaluation.second_copy import SecondCopy
         from lowline.linearize.evaluation.shares import Shares
         from lowline.linearize.evaluation.text import Perplexity
@@ -262,6 +263,8 @@ class Maker:
             haystack = self.text.ids if task == "needle" else []
             return Retrieval(kind=cast(Any, task), tokenizer=tokenizer, haystack=haystack,
                              lengths=size.lengths, depths=size.depths, **drawn)  # fmt: skip
+        if task == "ruler":
+            return Ruler(tokenizer=tokenizer, haystack=self.text.ids, lengths=size.lengths, **drawn)
         if task == "shares":
             return Shares(text=self.text, context=min(max(size.contexts), 1024), rows=4)
         if task == "piqa" and self.piqa is not None:

@@ -160,11 +160,10 @@ def _asked(tokenizer: Any, message: str, model: str) -> str:
         raise LowlineError(
             f"chat: {model} has no chat template; leave out --chat to continue a text"
         )
-    from lowline.train.data.template import TemplateRefusalError, render_chat
+    from lowline.train.data.template import TemplateRefusalError, render_question
 
-    messages = [{"role": "user", "content": message}]
     try:
-        return render_chat(tokenizer, messages, add_generation_prompt=True)
+        return render_question(tokenizer, message)
     except TemplateRefusalError as error:
         raise LowlineError(f"chat: {error}") from error
 

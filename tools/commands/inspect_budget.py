@@ -19,7 +19,8 @@ from lowline.hub import check_source
 if TYPE_CHECKING:
     from lowline.linearize.budget import Text
 
-SINKS, STRIDE, STRING, LEAD = 4, 8, 32, 64
+SINKS, STRIDE, LENGTH_BYTES = 4, 8, 8
+MERGED, BIAS = 1, 1.0  # a row for the mean of all that is dropped
 WEIGHT = 0.3  # of strings that come twice beside running text
 
 
@@ -60,7 +61,8 @@ def inspect_budget(
     check_source(checkpoint)
     import torch
 
-    from lowline.linearize.body.hf import SOFTMAX, LinearizedConfig
+    from lowline.linearize.body.cache import state_bytes
+    from lowline.linearize.body.hf import LinearizedConfig
     from lowline.linearize.budget import allocate, budget_text, head_costs, sizes_up_to
     from lowline.linearize.convert import linearized_config
     from lowline.linearize.mixers.options import MemoryOptions
@@ -69,7 +71,7 @@ def inspect_budget(
 
     if isinstance(load_config(checkpoint), LinearizedConfig):
         raise LowlineError(f"{checkpoint} was converted before; give the model it was made from")
-    options = MemoryOptions(window=window, sinks=SINKS, horizon=horizon)
+    options = MemoryOptions(window=window, sinks=SINKS, horizon=horizon, merged=MERGED, bias=BIAS)
     documents = read_text(text)
     model, tokenizer = load_model(checkpoint)
     (ids,) = token_rows(tokenizer, documents, rows * seq_len, seq_len=rows * seq_len)
@@ -77,23 +79,28 @@ def inspect_budget(
     found = []
     for kind, texts, weight in (
         ("text", _stretches(ids[0], seq_len), 1.0),
-        ("strings", _copies(ids[0], min(seq_len // 2, 512), copies, model), WEIGHT),
+        ("strings", _copies(tokenizer, ids[0], min(seq_len // 2, 512), copies), WEIGHT),
     ):
         for n, one in enumerate(texts):
             print(f"measuring {kind} {n + 1} of {len(texts)}", file=sys.stderr, flush=True)
             costs = head_costs(model, one, sizes, options)
             found.append(weight / len(texts) * costs)
     costs_NS = torch.stack(found).sum(0).flatten(0, 1)
-    shape = linearized_config(model.config, mixer=SOFTMAX, layers="none").head_shape(0)
-    D, G = shape.head_dim, shape.n_kv_heads
-    of_token = 2 * D * 4
-    held = [
-        (w + e + SINKS) * of_token + 8 + (4 * (w + 2 * e + D // 2 + 1) if e else 0)
-        for w, e in sizes
+    L, G = found[0].shape[:2]
+
+    def held(mixer: str, **options: int) -> int:
+        config = linearized_config(model.config, mixer=mixer, options=options | {"sinks": SINKS})
+        return state_bytes(config, dtype=torch.float32)
+
+    of_layers = [
+        held("memory", window=w, exact=e) if e else held("sink_window", window=w) for w, e in sizes
     ]
-    total = len(costs_NS) // G * (G * (tokens + SINKS) * of_token + 8)
-    budget = budget_text(allocate(costs_NS, torch.tensor(held), total), sizes, G)
+    # A head has a length of its own where no other head of its layer has its size.
+    bytes_S = torch.tensor(of_layers) / (L * G) + LENGTH_BYTES
+    total = held("sink_window", window=tokens)
+    budget = budget_text(allocate(costs_NS, bytes_S, total), sizes, G)
     print(f'[mixer]\nname = "memory"\noptions.sinks = {SINKS}\noptions.horizon = {horizon}')
+    print(f"options.merged = {MERGED}\noptions.bias = {BIAS}")
     print(f'options.budget = "{budget}"')
     return budget
 
@@ -107,17 +114,19 @@ def _stretches(ids_T: Any, seq_len: int) -> list[Text]:
     return [Text(ids=row, scored=scored, stride=STRIDE) for row in ids_T.split(seq_len)]
 
 
-def _copies(ids_T: Any, distance: int, samples: int, model: Any) -> list[Text]:
+def _copies(tokenizer: Any, ids_T: Any, distance: int, samples: int) -> list[Text]:
     """Return strings of random tokens that come twice, the text before and between them."""
     import torch
 
     from lowline.linearize.budget import Text
+    from lowline.linearize.evaluation.second_copy import SecondCopy
 
-    generator, texts = torch.Generator().manual_seed(0), []
-    for n in range(samples):
-        string = torch.randint(model.config.vocab_size, (STRING,), generator=generator)
-        filler = ids_T.roll(-n * distance)[: LEAD + distance - STRING]
-        ids = torch.cat([filler[:LEAD], string, filler[LEAD:], string])
-        scored = torch.arange(len(ids) - STRING, len(ids) - 1)
-        texts.append(Text(ids=ids, scored=scored, drawn=False))
-    return texts
+    if not samples:
+        return []
+    strings = SecondCopy.of(
+        tokenizer, distances=(distance,), samples=samples, seed=0, batch_tokens=0,
+        filler=ids_T.tolist(),
+    )  # fmt: skip
+    rows = strings.sequences(distance)
+    scored = torch.arange(rows.shape[1] - strings.length, rows.shape[1] - 1)
+    return [Text(ids=row, scored=scored, drawn=False) for row in rows]

@@ -70,6 +70,12 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Any, **options: An
     return rendered
 
 
+def render_question(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
+    """Return a user's message, up to where the answer begins; errors as of `render_chat`."""
+    messages = [{"role": "user", "content": message}]
+    return str(render_chat(tokenizer, messages, add_generation_prompt=True))
+
+
 @lru_cache(maxsize=16)
 def check_template_source(template: str) -> None:
     """Raise LowlineError for a template that could make a number of any size in one step."""
