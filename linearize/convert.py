@@ -5,9 +5,9 @@
 
 Sources are a hub id, a directory, a GGUF file (dequantized by transformers), or a loaded model, of
 the architectures in `lowline.linearize.body.hf.FAMILIES`; a model that was converted before may be
-converted further. Every weight that was there stays as it is, bit for bit; mixers begin as their
-constructors leave them. What is saved loads with transformers' `from_pretrained`, after
-`import lowline`.
+converted further. Every weight that was there stays as it is, bit for bit, but where a mixer's
+`start` is "random"; mixers begin as their constructors leave them. What is saved loads with
+transformers' `from_pretrained`, after `import lowline`.
 
 Layer patterns, for which layers get the mixer (counted from 0):
 
@@ -85,6 +85,8 @@ def convert(
         if config.mixers[layer] != before[layer]:
             place = f"model.layers.{layer}.self_attn.mixer."
             weights = {k: v for k, v in weights.items() if not k.startswith(place)}
+            if config.mixers[layer].get("start") == "random":
+                weights |= _random_projections(weights, layer)
             if config.mixers[layer]["name"] != SOFTMAX:
                 new = config.build_mixer(layer).state_dict()
                 weights |= {place + name: weight for name, weight in new.items()}
@@ -154,6 +156,16 @@ def _is_tied(model: PreTrainedModel) -> bool:
     parts: Any = model.get_output_embeddings(), model.get_input_embeddings()
     head, embedding = (part.weight for part in parts)
     return head is embedding or torch.equal(head, embedding)
+
+
+def _random_projections(weights: Mapping[str, torch.Tensor], layer: int) -> dict[str, torch.Tensor]:
+    """Return new matrices for an attention layer's q, k, v and o."""
+    place = f"model.layers.{layer}.self_attn."
+    return {
+        name: torch.randn_like(weight) * weight.shape[-1] ** -0.5
+        for name, weight in weights.items()
+        if name.startswith(place) and weight.dim() > 1
+    }
 
 
 def _mixers(config: PreTrainedConfig) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ than GGUF.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -37,6 +36,7 @@ from transformers import (
 
 from lowline.errors import LowlineError, one_line
 from lowline.hub import check_source
+from lowline.linearize import mamba_in_llama
 from lowline.linearize.body.hf import FAMILIES, PREFIX
 from lowline.linearize.gguf_header import ROPE_FACTORS, Header, read_header
 from lowline.weight_files import (
@@ -45,6 +45,7 @@ from lowline.weight_files import (
     Stored,
     has_weights,
     is_computed,
+    read_json,
     stored_weights,
 )
 
@@ -79,7 +80,16 @@ def load_teacher(
         family_of(fields, str(source))
     directory = hf_directory(place)
     config = read_config(directory)
-    weights = read_weights(directory, config)
+    if (fields := read_json(directory / mamba_in_llama.FILE)) is None:
+        weights = read_weights(directory, config)
+    else:
+        config = mamba_in_llama.published_config(config, fields)
+        with named(directory):
+            weights = mamba_in_llama.published_weights(_read(stored_weights(directory)), config)
+        if config.tie_word_embeddings:
+            weights.pop(HEAD, None)
+        found = {name: tuple(weight.shape) for name, weight in weights.items()}
+        check_shapes(found, hf_shapes(config), str(directory))
     kind: Any = dtype or config.dtype
     if not isinstance(kind, torch.dtype):  # a configuration need not name one
         kind = next(iter(weights.values())).dtype
@@ -204,7 +214,10 @@ def read_weights(directory: Path, config: PreTrainedConfig) -> dict[str, torch.T
     Raises:
         LowlineError: as `checked_weights`.
     """
-    stored = checked_weights(directory, config)
+    return _read(checked_weights(directory, config))
+
+
+def _read(stored: Mapping[str, Stored]) -> dict[str, torch.Tensor]:
     weights: dict[str, torch.Tensor] = {}
     for path in dict.fromkeys(entry.file for entry in stored.values()):
         with safe_open(path, framework="pt") as file:
@@ -273,23 +286,6 @@ def hf_directory(source: str | Path) -> Path:
 
     with _from_hub(source):
         return Path(snapshot_download(str(source), allow_patterns=FILES, ignore_patterns=OTHERS))
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the object in a JSON file; None where there is no such file.
-
-    Raises:
-        LowlineError: it holds something else.
-    """
-    if not path.is_file():
-        return None
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise LowlineError(f"{path} cannot be loaded, it is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise LowlineError(f"{path} cannot be loaded: it holds no JSON object")
-    return fields
 
 
 @contextmanager

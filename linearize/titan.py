@@ -41,6 +41,7 @@ from lowline.cola.block import Carried, ColaBlock
 from lowline.cola.sharded import set_full_tensor
 from lowline.linearize.losses import transfer_loss, weight_loss
 from lowline.linearize.mixers import HeadShape, Mixer, build_mixer
+from lowline.linearize.mixers.fitting import Sample
 
 
 @dataclass(eq=False)
@@ -56,6 +57,9 @@ class Transfer:
     take_keys: Callable[[torch.Tensor], None] | None = None
     """Where given, it gets each converted layer's keys (B, L, N, H), in the order of the layers,
     and mixers do nothing."""
+    take_sample: Callable[[Sample], None] | None = None
+    """Where given, it gets each converted layer's tokens and softmax outputs, in that order, and
+    mixers do nothing."""
     losses: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -125,6 +129,27 @@ class MixerAttention(GQAttention):
         for name, weight in self.mixer.state_dict().items():
             set_full_tensor(weight, new[name])
 
+    @torch.no_grad()
+    def draw_projections(self) -> None:
+        """Give q, k, v and o random matrices, the same on every rank."""
+        generator = torch.Generator().manual_seed(torch.initial_seed() + self.config.layer)
+        for name, weight in self.named_parameters():
+            if not name.startswith("mixer.") and weight.dim() > 1:
+                value = torch.randn(weight.shape, generator=generator) * weight.shape[-1] ** -0.5
+                set_full_tensor(weight, value)
+
+    @torch.no_grad()
+    def fitted(self, sample: Sample) -> dict[str, torch.Tensor]:
+        """Return full values of the mixer's parameters, fitted to softmax attention's outputs."""
+        with torch.random.fork_rng(devices=[]):
+            mixer = self._new_mixer().to(sample.q.device)
+        for name, weight in self.mixer.named_parameters():
+            full = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            mixer.get_parameter(name).copy_(full)
+        exact = (t.float() for t in sample[:-1])
+        values = mixer.fit(Sample(*exact, sample.cu_seqlens))
+        return {name: value.detach().clone() for name, value in values.items()}
+
     def forward(
         self,
         x_BLD: torch.Tensor,
@@ -158,6 +183,11 @@ class MixerAttention(GQAttention):
         softmax_BLNH = self._softmax(inputs, positions, *qkv)
         if transfer.take_keys is not None:
             transfer.take_keys(k_BLNH.full_tensor() if isinstance(k_BLNH, DTensor) else k_BLNH)
+            return softmax_BLNH
+        if transfer.take_sample is not None:
+            tensors = self._inputs_of_mixer(inputs, positions, x_BLD, *qkv)
+            wanted = softmax_BLNH.reshape(*tensors[0].shape[:2], *softmax_BLNH.shape[2:])
+            transfer.take_sample(Sample(*tensors, wanted, inputs.cu_seqlens))
             return softmax_BLNH
         with torch.set_grad_enabled(transfer.learns):
             out_BLNH = self._mixed(inputs, positions, x_BLD, *qkv)
@@ -202,6 +232,22 @@ class MixerAttention(GQAttention):
             total_B = total_B + weight_loss(weights, target, counted_BL)
         return total_B / counted_BL.sum(1).clamp(min=1)
 
+    def _inputs_of_mixer(
+        self,
+        inputs: MixerInputs,
+        positions: torch.Tensor | None,
+        x_BLD: torch.Tensor,
+        *qkv_BLNH: torch.Tensor,
+        table_L2H: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """Return q, k, v, x, cos and sin, of packed documents as a batch of one."""
+        table_L2H = self.rope.cache if table_L2H is None else table_L2H
+        rope = table_L2H[: x_BLD.shape[1]][None] if positions is None else table_L2H[positions]
+        tensors = [*qkv_BLNH, x_BLD, *rope.chunk(2, -1)]
+        if inputs.cu_seqlens is not None:  # row after row
+            tensors = [tensor.flatten(0, 1)[None] for tensor in tensors]
+        return tensors
+
     def _mixed(
         self,
         inputs: MixerInputs,
@@ -218,12 +264,9 @@ class MixerAttention(GQAttention):
             )
             qkv_BLNH = tuple(t.to_local() for t in shards[1:-1])
             table_L2H = shards[-1].to_local()
-        length = x_BLD.shape[1]
-        rope = table_L2H[:length][None] if positions is None else table_L2H[positions]
-        tensors = [*qkv_BLNH, x_BLD, *rope.chunk(2, -1)]
-        if inputs.cu_seqlens is not None:  # a batch of one, row after row
-            tensors = [tensor.flatten(0, 1)[None] for tensor in tensors]
-        q, k, v, x, cos, sin = tensors
+        q, k, v, x, cos, sin = self._inputs_of_mixer(
+            inputs, positions, x_BLD, *qkv_BLNH, table_L2H=table_L2H
+        )
         out, _ = self.mixer(q, k, v, rope=(cos, sin), x_BTE=x, cu_seqlens=inputs.cu_seqlens)
         out = out.reshape(qkv_BLNH[0].shape)
         if self._heads is None:

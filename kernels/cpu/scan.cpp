@@ -2,7 +2,8 @@
 //
 //   h_t = e^{δ_t A} h_{t-1} + δ_t x_t B_t,   y_t = (Σ_n C_tn h_tn + D x_t) silu(z_t)
 //
-// A vector holds neighbouring channels, which share B_t and C_t: the states of a group of channels
+// A vector holds neighbouring channels, which share B_t and C_t (those of their set, where sets of
+// channels have their own): the states of a group of channels
 // are N vectors, and the forward loop has no sum over lanes. Tokens go in chunks of 64, all
 // groups of channels of a chunk before the next, so that a chunk's rows are read while they are in
 // the cache; rows lie too far apart for the processor to fetch the next ones by itself. For the
@@ -20,17 +21,17 @@ using namespace lowline;
 template <class T> struct Scan {
   Rows<T> x, dt, z;
   Tensor rates_tensor, B_tensor, C_tensor;
-  const float *rates, *B, *C;  // rates: A·log2(e), (group, N, lane); B, C: (batch, time, N)
+  const float *rates, *B, *C;  // rates: A·log2(e), (group, N, lane); B, C: (batch, time, set, N)
   Channels D, bias;
   bool use_softplus;
-  int64_t time, channels, states, groups;
+  int64_t time, channels, states, groups, sets;
   std::vector<Sequence> all;
 
   Scan(const Tensor& x_, const Tensor& dt_, const Tensor& A_, const Tensor& B_, const Tensor& C_,
        const Optional& D_, const Optional& z_, const Optional& bias_, bool softplus_,
        const Optional& cu_seqlens)
       : x(x_), dt(dt_), z(z_), D(D_), bias(bias_), use_softplus(softplus_), time(x_.size(1)),
-        channels(x_.size(2)), states(A_.size(1)), groups((channels + W - 1) / W),
+        channels(x_.size(2)), states(A_.size(1)), groups((channels + W - 1) / W), sets(B_.size(2)),
         all(sequences(x_.size(0), time, cu_seqlens)) {
     rates_tensor = whole_vectors(A_.to(at::kFloat).t() * 1.4426950408889634);
     rates_tensor = rates_tensor.view({states, groups, W}).transpose(0, 1).contiguous();
@@ -41,6 +42,11 @@ template <class T> struct Scan {
   }
 
   int lanes_of(int64_t group) const { return std::min<int64_t>(W, channels - group * W); }
+
+  // where a token's B and C for a group of channels are
+  int64_t into(int64_t token, int64_t group) const {
+    return (token * sets + group * sets / groups) * states;
+  }
 
   // δ before softplus, and after it
   vec raw_step(const Sequence& s, int64_t t, int64_t group) const {
@@ -93,7 +99,7 @@ template <class T> struct Scan {
       const vec xt = load(x.at(s.batch, row) + group * W, lanes), dtt = step(raw_step(s, t, group));
       const vec in = dtt * xt;
       const float* rate = rates + group * states * W;
-      const float *b = B + token * states, *c = C + token * states;
+      const float *b = B + into(token, group), *c = C + into(token, group);
       vec out = skip * xt;
       for (int64_t n = 0, count = states; n < count; n++) {
         const vec next = exp2(dtt * load(rate + n * W)) * load(h + n * W) + in * b[n];
@@ -111,7 +117,7 @@ template <class T> struct Scan {
   struct Gradients {
     Rows<T> x, dt, z;
     float *A, *D, *bias;  // (group, N, lane), (group, lane), (group, lane)
-    float *B, *C;          // (threads, batch, time, N)
+    float *B, *C;          // (threads, batch, time, set, N)
     float* state;          // in: of the final states; out: of the initial ones
   };
 
@@ -122,8 +128,8 @@ template <class T> struct Scan {
       FlushDenormals flush;
       Buffer carried((end - begin) * states), hs((CHUNK + 1) * states), decays(CHUNK * states);
       Gradients own = grad;
-      own.B += at::get_thread_num() * tokens * states;
-      own.C += at::get_thread_num() * tokens * states;
+      own.B += at::get_thread_num() * tokens * sets * states;
+      own.C += at::get_thread_num() * tokens * sets * states;
       for (size_t s = 0; s < all.size(); s++) {
         float* dstate = grad.state + s * channels * states;
         for (int64_t g = begin; g < end; g++)
@@ -158,7 +164,8 @@ template <class T> struct Scan {
       xs[i] = load(x.at(s.batch, row) + group * W, lanes);
       raw[i] = raw_step(s, t0 + i, group);
       const vec dtt = step(raw[i]), in = dtt * xs[i];
-      const float *b = B + token * count, *c = C + token * count, *h = hs.at(i * count);
+      const float *b = B + into(token, group), *c = C + into(token, group);
+      const float* h = hs.at(i * count);
       float *next_h = hs.at((i + 1) * count), *decay = decays.at(i * count);
       vec y = skip * xs[i];
       for (int64_t n = 0; n < count; n++) {
@@ -181,7 +188,7 @@ template <class T> struct Scan {
         dout *= zt * gate;
       }
       const vec dtt = step(raw[i]), in = dtt * xs[i];
-      const float *b = B + token * count, *c = C + token * count;
+      const float *b = B + into(token, group), *c = C + into(token, group);
       const float *h = hs.at(i * count), *next_h = hs.at((i + 1) * count);
       const float* decay = decays.at(i * count);
       vec din = {}, dlog_rate = {};
@@ -199,7 +206,7 @@ template <class T> struct Scan {
           store(dA + at, load(dA + at) + dlog * dtt);
           store(dh + at, before);
         }
-        float *dB = grad.B + token * count + n0, *dC = grad.C + token * count + n0;
+        float *dB = grad.B + into(token, group) + n0, *dC = grad.C + into(token, group) + n0;
         store(dB, load(dB, some) + sums(dBs), some);
         store(dC, load(dC, some) + sums(dCs), some);
       }
@@ -244,7 +251,7 @@ std::vector<Tensor> scan_backward(const Tensor& dy, const Tensor& x, const Tenso
   const auto sums_like = dstate.options();
   Tensor dx = like(x), ddt = like(dt), dz = z ? like(*z) : at::empty({0}, x.options());
   const int64_t threads = at::get_num_threads();
-  Tensor dBs = at::zeros({threads, B.size(0), B.size(1), B.size(2)}, sums_like);
+  Tensor dBs = at::zeros({threads, B.size(0), B.size(1), B.size(2), B.size(3)}, sums_like);
   Tensor dCs = at::zeros_like(dBs), dA, dD, dbias;
   with_type(x, [&](auto element) {
     using T = decltype(element);

@@ -77,8 +77,8 @@ def selective_scan(
     x_BTD: Tensor,
     dt_BTD: Tensor,
     A_DN: Tensor,
-    B_BTN: Tensor,
-    C_BTN: Tensor,
+    B_BTGN: Tensor,
+    C_BTGN: Tensor,
     D_D: Tensor | None,
     z_BTD: Tensor | None,
     dt_bias_D: Tensor | None,
@@ -88,7 +88,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """See `lowline.kernels.scan.selective_scan`, which checks and documents."""
     x, dt, z = (rows(tensor) for tensor in (x_BTD, dt_BTD, z_BTD))
-    tensors = (x, dt, A_DN, B_BTN, C_BTN, D_D, z, dt_bias_D, initial_state_SDN)
+    tensors = (x, dt, A_DN, B_BTGN, C_BTGN, D_D, z, dt_bias_D, initial_state_SDN)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     y, state, _ = _op(Call(*tensors, cu_seqlens, dt_softplus, keep))
     return y, state

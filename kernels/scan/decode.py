@@ -24,7 +24,7 @@ class ScanBlock(NamedTuple):
 
     x: torch.Tensor  # (B, T, D)
     dt: torch.Tensor  # (B, T, D)
-    B: torch.Tensor  # (B, T, N)
+    B: torch.Tensor  # (B, T, N), or (B, T, G, N)
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def selective_scan_verify(
     check_pair("selective_scan_verify", pending, accepted)
     # before the state moves: a refused call leaves it unchanged
     check(x_BTD, dt_BTD, A_DN, B_BTN, C_BTN, D_D, z_BTD, dt_bias_D, state, None)
-    pick(x_BTD, A_DN, backend)
+    pick(x_BTD, A_DN, B_BTN, backend)
     if pending is not None and accepted is not None:
         selective_scan_advance(
             *(state, pending.x, pending.dt, A_DN, pending.B),

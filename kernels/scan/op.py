@@ -5,8 +5,8 @@
 h is D x N: each channel has N states that decay at their own rates, so the decay is no product of
 a row and a column and the recurrence has no form in GEMMs. δ_t is `dt`, or softplus(dt + bias).
 
-Left out: complex A, and B and C in groups of channels (Mamba1 has one group; Mamba2 is
-`lowline.kernels.recurrence` with a scalar gate).
+B and C are those of all channels, or of groups of neighbouring channels each its own. Left out:
+complex A. (Mamba2 is `lowline.kernels.recurrence` with a scalar gate.)
 
 Shapes: B batch, T time, D channels, N states per channel, S sequences (B, or those of
 `cu_seqlens`).
@@ -46,15 +46,16 @@ def selective_scan(
         x_BTD: the input.
         dt_BTD: step sizes, ≥ 0 after bias and softplus.
         A_DN: rates, ≤ 0.
-        B_BTN, C_BTN: how the input enters the states and how the states are read.
+        B_BTN, C_BTN: how the input enters the states and how the states are read; (B, T, G, N)
+            where each of G groups of neighbouring channels has its own.
         D_D: weight of the input in the output; none when None.
         z_BTD: gate of the output; none when None.
         dt_bias_D: added to dt.
         dt_softplus: take softplus(dt + bias) for the step size.
         initial_state: (S, D, N); zero when None.
         cu_seqlens: (S + 1,) bounds of sequences packed in a batch of one, from 0 to T.
-        backend: see `lowline.kernels.backends`. "cpu" takes fp32 and bf16, "triton" fp16, too, and
-            up to 64 states.
+        backend: see `lowline.kernels.backends`. "cpu" takes fp32 and bf16, and groups of multiples
+            of 16 channels; "triton" fp16, too, up to 64 states, and groups of even numbers.
 
     x, dt, B, C and z have one type; A, D, the bias and the state may have another. Sums are fp32,
     of fp64 input fp64.
@@ -66,8 +67,10 @@ def selective_scan(
         ValueError: shapes or types that do not fit, or a backend that does not cover the call.
     """
     check(x_BTD, dt_BTD, A_DN, B_BTN, C_BTN, D_D, z_BTD, dt_bias_D, initial_state, cu_seqlens)
-    return _implementation(pick(x_BTD, A_DN, backend))(
-        x_BTD, dt_BTD, A_DN, B_BTN, C_BTN, D_D, z_BTD, dt_bias_D, dt_softplus,
+    run = _implementation(pick(x_BTD, A_DN, B_BTN, backend))
+    B_BTGN, C_BTGN = (t if t.dim() == 4 else t.unsqueeze(2) for t in (B_BTN, C_BTN))
+    return run(
+        x_BTD, dt_BTD, A_DN, B_BTGN, C_BTGN, D_D, z_BTD, dt_bias_D, dt_softplus,
         initial_state, cu_seqlens,
     )  # fmt: skip
 
@@ -95,16 +98,20 @@ def check(
         raise ValueError(
             f"{NAME}: A is {tuple(A.shape)}; it is (channels, states) with {channels} channels"
         )
-    states = A.shape[1]
+    states = (B.shape[2], A.shape[1]) if B.dim() == 4 else (A.shape[1],)
+    if len(states) == 2 and (states[0] == 0 or channels % states[0]):
+        raise ValueError(
+            f"{NAME}: B has {states[0]} groups; their number divides the {channels} channels"
+        )
     sequences = check_pack(NAME, batch, time, cu_seqlens)
     for name, tensor, shape in (
         ("dt", dt, (batch, time, channels)),
-        ("B", B, (batch, time, states)),
-        ("C", C, (batch, time, states)),
+        ("B", B, (batch, time, *states)),
+        ("C", C, (batch, time, *states)),
         ("z", z, (batch, time, channels)),
         ("D", D, (channels,)),
         ("dt_bias", dt_bias, (channels,)),
-        ("initial_state", initial_state, (sequences, channels, states)),
+        ("initial_state", initial_state, (sequences, *A.shape)),
     ):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{NAME}: {name} is {tuple(tensor.shape)}, not {shape}")
@@ -115,11 +122,16 @@ def check(
             )
 
 
-def pick(x: torch.Tensor, A: torch.Tensor, backend: str) -> str:
+def pick(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, backend: str) -> str:
     """Return the backend that runs a call; ValueError where the one asked for does not cover it."""
     cpu, triton = type_reason(x.dtype, "cpu"), type_reason(x.dtype, "triton")
     if A.shape[1] > 64:
         triton = f"A has {A.shape[1]} states; it takes up to 64"
+    if B.dim() == 4 and B.shape[2] > 1:
+        width = A.shape[0] // B.shape[2]
+        said = f"groups of {width} channels; it takes multiples of "
+        cpu = f"{said}16" if width % 16 else cpu
+        triton = f"{said}2" if width % 2 else triton
     return choose(NAME, backend, x.device, cpu=cpu, triton=triton, module="scan")
 
 

@@ -12,8 +12,8 @@ def selective_scan(
     x_BTD: torch.Tensor,
     dt_BTD: torch.Tensor,
     A_DN: torch.Tensor,
-    B_BTN: torch.Tensor,
-    C_BTN: torch.Tensor,
+    B_BTGN: torch.Tensor,
+    C_BTGN: torch.Tensor,
     D_D: torch.Tensor | None,
     z_BTD: torch.Tensor | None,
     dt_bias_D: torch.Tensor | None,
@@ -24,7 +24,9 @@ def selective_scan(
     """See `lowline.kernels.scan.selective_scan`, which checks and documents."""
     kind = torch.promote_types(x_BTD.dtype, torch.float32)
     dt = step_size(dt_BTD, dt_bias_D, dt_softplus)
-    x, A, B, C = (tensor.to(kind) for tensor in (x_BTD, A_DN, B_BTN, C_BTN))
+    x, A = x_BTD.to(kind), A_DN.to(kind)
+    width = A.shape[0] // B_BTGN.shape[2]
+    B, C = (tensor.to(kind).repeat_interleave(width, 2) for tensor in (B_BTGN, C_BTGN))
     ys, states = [], []
     bounds = [0, x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     for s, (start, end) in enumerate(pairwise(bounds)):
@@ -36,8 +38,8 @@ def selective_scan(
             h_BDN = initial_state_SDN[s : s + 1].to(kind)
         for t in range(start, end):
             decay = torch.exp(dt[:, t, :, None] * A)
-            h_BDN = decay * h_BDN + (dt[:, t] * x[:, t])[:, :, None] * B[:, t, None, :]
-            ys.append((h_BDN * C[:, t, None, :]).sum(-1))
+            h_BDN = decay * h_BDN + (dt[:, t] * x[:, t])[:, :, None] * B[:, t]
+            ys.append((h_BDN * C[:, t]).sum(-1))
         states.append(h_BDN)
     y = torch.stack(ys, 1) if ys else torch.zeros_like(x)
     return finish(y, x_BTD, D_D, z_BTD), torch.cat(states)

@@ -9,7 +9,8 @@ Nothing of size T·D·N is kept for the backward pass: the states between chunks
 elements, and a chunk's states are recomputed when the backward pass reaches it. The gradient of
 the states runs through the same scan, backwards.
 
-Shapes: M blocks of R tokens make a chunk of L; the rest as in `lowline.kernels.scan.op`.
+Shapes: M blocks of R tokens make a chunk of L, G groups of channels each have B and C; the rest as
+in `lowline.kernels.scan.op`.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def selective_scan(
     x_BTD: torch.Tensor,
     dt_BTD: torch.Tensor,
     A_DN: torch.Tensor,
-    B_BTN: torch.Tensor,
-    C_BTN: torch.Tensor,
+    B_BTGN: torch.Tensor,
+    C_BTGN: torch.Tensor,
     D_D: torch.Tensor | None,
     z_BTD: torch.Tensor | None,
     dt_bias_D: torch.Tensor | None,
@@ -48,7 +49,7 @@ def selective_scan(
         initial_state_SDN = dt.new_zeros(sequences, *A_DN.shape)
     bounds = None if cu_seqlens is None else cu_seqlens.tolist()
     y, state = _ChunkedScan.apply(
-        x_BTD, dt, A_DN.to(dt.dtype), B_BTN, C_BTN, initial_state_SDN.to(dt.dtype), bounds
+        x_BTD, dt, A_DN.to(dt.dtype), B_BTGN, C_BTGN, initial_state_SDN.to(dt.dtype), bounds
     )
     return finish(y, x_BTD, D_D, z_BTD), state
 
@@ -75,8 +76,8 @@ class _ChunkedScan(torch.autograd.Function):
             carries.append(carry)
             h, _, carry = _states(x, dt, A, B, initial, bounds, chunk, carry)
             here = slice(0, chunk.stop - chunk.start)
-            C_LBN = C[:, chunk].transpose(0, 1).to(h.dtype)
-            y[:, chunk] = (h[here] @ C_LBN[..., None])[..., 0].transpose(0, 1)
+            C_LBGN = C[:, chunk].transpose(0, 1).to(h.dtype)
+            y[:, chunk] = _over_states(h[here], C_LBGN).transpose(0, 1)
             rows, which = _inside(bounds, chunk, ends=True)
             final[which] = h[rows, 0]
         if bounds is None:
@@ -100,7 +101,7 @@ class _ChunkedScan(torch.autograd.Function):
         for chunk, carry in zip(reversed(_chunks(x.shape[1])), reversed(carries), strict=True):
             L = chunk.stop - chunk.start
             h, decay, _ = _states(x, dt, A, B, initial, bounds, chunk, carry)
-            x_LBD, dt_LBD, dy_LBD, B_LBN, C_LBN = (
+            x_LBD, dt_LBD, dy_LBD, B_LBGN, C_LBGN = (
                 tensor[:, chunk].transpose(0, 1).to(h.dtype) for tensor in (x, dt, dy, B, C)
             )
             starts, which_start = _inside(bounds, chunk)
@@ -108,7 +109,7 @@ class _ChunkedScan(torch.autograd.Function):
 
             # dh_t = C_t dy_t + e^{δ_{t+1} A} dh_{t+1}
             dh = h.new_zeros(h.shape)
-            torch.mul(dy_LBD[..., None], C_LBN[:, :, None, :], out=dh[:L])
+            dh[:L] = _outer(dy_LBD, C_LBGN)
             dh[ends, 0] += dfinal[which_end]
             kept = decay.clone()
             kept[starts] = 0
@@ -119,17 +120,37 @@ class _ChunkedScan(torch.autograd.Function):
 
             before = torch.cat([carry[None], h[:-1]])
             before[starts, 0] = initial[which_start]
-            dC[:, chunk] = (dy_LBD[:, :, None] @ h[:L])[:, :, 0].transpose(0, 1)
+            dC[:, chunk] = _over_channels(dy_LBD, h[:L], C_LBGN).transpose(0, 1)
             dh = dh[:L]
-            dB[:, chunk] = ((dt_LBD * x_LBD)[:, :, None] @ dh)[:, :, 0].transpose(0, 1)
+            dB[:, chunk] = _over_channels(dt_LBD * x_LBD, dh, B_LBGN).transpose(0, 1)
             dlog = before[:L].mul_(decay[:L]).mul_(dh)  # with respect to δA
-            dxdt = (dh @ B_LBN[..., None])[..., 0]
+            dxdt = _over_states(dh, B_LBGN)
             dx[:, chunk] = (dxdt * dt_LBD).transpose(0, 1)
             ddt[:, chunk] = (torch.einsum("lbdn,dn->lbd", dlog, A) + dxdt * x_LBD).transpose(0, 1)
             dA += torch.einsum("lbdn,lbd->dn", dlog, dt_LBD)
         if bounds is None:
             dinitial = dcarry
         return dx.to(x.dtype), ddt, dA, dB.to(B.dtype), dC.to(C.dtype), dinitial, None
+
+
+def _outer(x_LBD: torch.Tensor, B_LBGN: torch.Tensor) -> torch.Tensor:
+    """Return x_d B_n, (L, B, D, N), with the B of the channel's group."""
+    x_LBGC = x_LBD.unflatten(2, (B_LBGN.shape[2], -1))
+    return (x_LBGC[..., None] * B_LBGN[:, :, :, None]).flatten(2, 3)
+
+
+def _over_states(h_LBDN: torch.Tensor, C_LBGN: torch.Tensor) -> torch.Tensor:
+    """Return Σ_n h_dn C_n, (L, B, D), with the C of the channel's group."""
+    h_LBGCN = h_LBDN.unflatten(2, (C_LBGN.shape[2], -1))
+    return (h_LBGCN @ C_LBGN[..., None]).flatten(2)
+
+
+def _over_channels(
+    x_LBD: torch.Tensor, h_LBDN: torch.Tensor, like_LBGN: torch.Tensor
+) -> torch.Tensor:
+    """Return Σ_d x_d h_dn over the channels of each group, (L, B, G, N)."""
+    x_LBGC, h_LBGCN = (t.unflatten(2, (like_LBGN.shape[2], -1)) for t in (x_LBD, h_LBDN))
+    return (x_LBGC[..., None, :] @ h_LBGCN)[..., 0, :]
 
 
 def _chunks(T: int) -> list[slice]:
@@ -162,9 +183,9 @@ def _states(
     carry: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return h and e^{δA}, (L, B, D, N), of a chunk padded to full blocks; the state after it."""
-    x_LBD, dt_LBD, B_LBN = (tensor[:, chunk].transpose(0, 1).to(dt.dtype) for tensor in (x, dt, B))
+    x_LBD, dt_LBD, B_LBGN = (tensor[:, chunk].transpose(0, 1).to(dt.dtype) for tensor in (x, dt, B))
     decay = torch.exp2(dt_LBD[..., None] * (A * LOG2_E))
-    h = (dt_LBD * x_LBD)[..., None] * B_LBN[:, :, None, :]
+    h = _outer(dt_LBD * x_LBD, B_LBGN)
     if fill := -h.shape[0] % BLOCK:  # rows that change nothing
         decay = F.pad(decay, (0, 0, 0, 0, 0, 0, 0, fill), value=1.0)
         h = F.pad(h, (0, 0, 0, 0, 0, 0, 0, fill))

@@ -96,12 +96,15 @@ def _states(x, dt, A, B, h):
 @triton.jit(do_not_specialize=["T"])
 def _forward_kernel(
     x, dt, A, B, C, D_D, z, bias, state, y, state_out, edges, cu,
-    x_b, x_t, dt_b, dt_t, B_b, B_t, C_b, C_t, z_b, z_t, T, D,
+    x_b, x_t, dt_b, dt_t, B_b, B_t, B_g, C_b, C_t, C_g, z_b, z_t, T, D, WIDTH,
     N: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, SOFTPLUS: tl.constexpr,
     PACKED: tl.constexpr, L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(1)
     row, start, end, tile = _bounds(s, cu, T, L, PACKED)
+    group = (tl.program_id(0) * BLOCK_D // WIDTH).to(tl.int64)  # a program's channels share B, C
+    B += row * B_b + group * B_g
+    C += row * C_b + group * C_g
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
     here = d[:, None] * N + n[None, :]
@@ -117,9 +120,9 @@ def _forward_kernel(
         x_LD = _rows(x + row * x_b, t, start, end, x_t, d, D)
         raw = _rows(dt + row * dt_b, t, start, end, dt_t, d, D)
         dt_LD = _step_size(raw, bias_D, t, start, end, SOFTPLUS)
-        B_LN = _rows(B + row * B_b, t, start, end, B_t, n, N)
+        B_LN = _rows(B, t, start, end, B_t, n, N)
         h_LDN = _states(x_LD, dt_LD, A_DN, B_LN, h)
-        C_LN = _rows(C + row * C_b, t, start, end, C_t, n, N)
+        C_LN = _rows(C, t, start, end, C_t, n, N)
         y_LD = tl.sum(h_LDN * C_LN[:, None, :], 2)
         if SKIP:
             y_LD += tl.load(D_D + d, mask=d < D, other=0.0)[None, :] * x_LD
@@ -136,12 +139,15 @@ def _forward_kernel(
 def _backward_kernel(
     x, dt, A, B, C, D_D, z, bias, dy, dstate_out, edges, cu,
     dx, ddt, dA, dB, dC, dD, dz, dbias, dstate,
-    x_b, x_t, dt_b, dt_t, B_b, B_t, C_b, C_t, z_b, z_t, T, D, tokens,
+    x_b, x_t, dt_b, dt_t, B_b, B_t, B_g, C_b, C_t, C_g, z_b, z_t, T, D, WIDTH, tokens,
     N: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, SOFTPLUS: tl.constexpr,
     PACKED: tl.constexpr, L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(1)
     row, start, end, tile = _bounds(s, cu, T, L, PACKED)
+    group = (tl.program_id(0) * BLOCK_D // WIDTH).to(tl.int64)  # a program's channels share B, C
+    B += row * B_b + group * B_g
+    C += row * C_b + group * C_g
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
     here = d[:, None] * N + n[None, :]
@@ -166,15 +172,15 @@ def _backward_kernel(
         x_LD = _rows(x + row * x_b, t - 1, first, end, x_t, d, D)
         raw = _rows(dt + row * dt_b, t - 1, first, end, dt_t, d, D)
         dt_LD = _step_size(raw, bias_D, t - 1, first, end, SOFTPLUS)
-        B_LN = _rows(B + row * B_b, t - 1, first, end, B_t, n, N)
+        B_LN = _rows(B, t - 1, first, end, B_t, n, N)
         before = _states(x_LD, dt_LD, A_DN, B_LN, h0)
 
         x_LD = _rows(x + row * x_b, t, start, end, x_t, d, D)
         raw = _rows(dt + row * dt_b, t, start, end, dt_t, d, D)
         dt_LD = _step_size(raw, bias_D, t, start, end, SOFTPLUS)
         step_slope = tl.sigmoid(raw + bias_D[None, :])
-        B_LN = _rows(B + row * B_b, t, start, end, B_t, n, N)
-        C_LN = _rows(C + row * C_b, t, start, end, C_t, n, N)
+        B_LN = _rows(B, t, start, end, B_t, n, N)
+        C_LN = _rows(C, t, start, end, C_t, n, N)
         decayed = tl.exp(dt_LD[:, :, None] * A_DN[None, :, :]) * before
         h = decayed + (dt_LD * x_LD)[:, :, None] * B_LN[:, None, :]
 
@@ -254,13 +260,18 @@ def _arguments(call: Call) -> dict[str, Any]:
             (given[name],) = rows_dense(given[name])
             strides = given[name].stride()
         given |= {f"{name}_b": strides[0], f"{name}_t": strides[1]}
-    N = call.A.shape[1]
+        if name in ("B", "C"):
+            given[f"{name}_g"] = strides[2]
+    (D, N), groups = call.A.shape, call.B.shape[2]
     states = max(2, triton.next_power_of_2(N))
+    block, width = max(2, 128 // states), D // groups
+    if groups > 1:  # no block reaches into another group
+        block = min(block, width & -width)
     return given | dict(
         A=call.A.contiguous(), state=call.state.contiguous(), T=call.x.shape[1],
-        D=call.x.shape[2], SKIP=call.D_D is not None, GATE=call.z is not None,
+        D=D, WIDTH=width, SKIP=call.D_D is not None, GATE=call.z is not None,
         SOFTPLUS=call.softplus, PACKED=call.cu is not None, N=N, L=TOKENS,
-        BLOCK_D=max(2, 128 // states), BLOCK_N=states,
+        BLOCK_D=block, BLOCK_N=states,
     )  # fmt: skip
 
 
@@ -301,8 +312,11 @@ def _backward(
         _backward_kernel, (programs, S), **given, **out, dy=dy.contiguous(),
         dstate_out=dstate_out.contiguous(), edges=kept[0], tokens=rows * T,
     )  # fmt: skip
+    dB, dC = (
+        out[n].unflatten(0, (call.B.shape[2], -1)).sum(1).permute(1, 2, 0, 3) for n in ("dB", "dC")
+    )
     return [
-        out["dx"], out["ddt"], out["dA"].sum(0), out["dB"].sum(0), out["dC"].sum(0),
+        out["dx"], out["ddt"], out["dA"].sum(0), dB, dC,
         out["dD"].sum(0), out["dz"], out["dbias"].sum(0), out["dstate"],
     ]  # fmt: skip
 
@@ -317,8 +331,8 @@ def selective_scan(
     x_BTD: Tensor,
     dt_BTD: Tensor,
     A_DN: Tensor,
-    B_BTN: Tensor,
-    C_BTN: Tensor,
+    B_BTGN: Tensor,
+    C_BTGN: Tensor,
     D_D: Tensor | None,
     z_BTD: Tensor | None,
     dt_bias_D: Tensor | None,
@@ -336,7 +350,7 @@ def selective_scan(
     state = initial_state_SDN
     state = torch.zeros(S, D, N, device=device) if state is None else state.float()
     D_D = None if D_D is None else D_D.float()
-    tensors = (x_BTD, dt_BTD, A_DN.float(), B_BTN, C_BTN, D_D, z_BTD, bias, state, cu)
+    tensors = (x_BTD, dt_BTD, A_DN.float(), B_BTGN, C_BTGN, D_D, z_BTD, bias, state, cu)
     y, state_out, _ = OP(Call(*tensors, dt_softplus))
     return y, state_out
 
@@ -348,7 +362,11 @@ def aot_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
         def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(size, dtype=dtype, device="meta")
 
-        x, B, state = empty(1, 4096, 2048, dtype=dtype), empty(1, 4096, 16, dtype=dtype), (2048, 16)
+        x, B, state = (
+            empty(1, 4096, 2048, dtype=dtype),
+            empty(1, 4096, 1, 16, dtype=dtype),
+            (2048, 16),
+        )
         tensors = (x, x, empty(*state), B, B, empty(2048), x, empty(2048), empty(1, *state))
         call = Call(*tensors, None, True)
 

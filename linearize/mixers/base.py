@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from lowline.linearize.mixers.fitting import Sample
 from lowline.linearize.mixers.options import MixerOptions
 
 Rope = tuple[torch.Tensor, torch.Tensor]
@@ -114,6 +115,16 @@ class Mixer(nn.Module):
 
         Raises:
             ValueError: too few tokens.
+        """
+        return {}
+
+    def fit(self, sample: Sample) -> dict[str, torch.Tensor]:
+        """Return parameters, by name, with which the output is nearest to softmax attention's.
+
+        It may change the mixer's own.
+
+        Args:
+            sample: tokens and softmax attention's output; see `lowline.linearize.mixers.fitting`.
         """
         return {}
 

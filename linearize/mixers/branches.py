@@ -3,6 +3,7 @@
     attend    softmax attention in a window, with or without a linear part below its denominator
     recur     a gated linear recurrence
     beside    (1 - m) · window + m · linear, the window after the rotary embedding
+    convolve  a short causal convolution before a recurrence
 
 A single token that follows a state takes the kernels' step, which changes the state in place,
 unless gradients are recorded; on a CPU so do a few tokens, such as a draft's, which the kernels for
@@ -20,6 +21,8 @@ import torch
 
 from lowline.errors import LowlineError
 from lowline.kernels.backends import Backend
+from lowline.kernels.conv import causal_conv, causal_conv_step
+from lowline.kernels.conv.op import Activation
 from lowline.kernels.recurrence import gated_linear_recurrence, recurrence_step
 from lowline.kernels.recurrence.op import Gate
 from lowline.kernels.window import (
@@ -132,6 +135,24 @@ def recur(
         cu_seqlens=cu_seqlens,
         backend=backend,
     )
+
+
+def convolve(
+    x_BTC: torch.Tensor,
+    taps_CW: torch.Tensor,
+    bias_C: torch.Tensor | None = None,
+    *,
+    activation: Activation | None = None,
+    state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    backend: Backend,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`causal_conv`, by its step where that will do."""
+    how: dict[str, Any] = {"activation": activation}
+    if state is not None and is_step(x_BTC, cu_seqlens, state):
+        return causal_conv_step(x_BTC[:, 0], taps_CW, bias_C, state=state, **how)[:, None], state
+    how |= {"initial_state": state, "cu_seqlens": cu_seqlens, "backend": backend}
+    return causal_conv(x_BTC, taps_CW, bias_C, **how)
 
 
 def beside(

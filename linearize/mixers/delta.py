@@ -25,16 +25,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lowline.kernels.conv import causal_conv, causal_conv_step
 from lowline.linearize.mixers.base import HeadShape, Mixer, Rope, State, apply_rope
 from lowline.linearize.mixers.branches import (
     States,
     at_least_fp32,
     beside,
-    is_step,
+    convolve,
     recur,
     repeat_heads,
 )
+from lowline.linearize.mixers.fitting import DECAYS, Sample, best_of, best_share, parts_beside
 from lowline.linearize.mixers.learned_share import LearnedShare
 from lowline.linearize.mixers.options import DeltaOptions as DeltaOptions
 
@@ -148,18 +148,40 @@ class GatedDeltaNet(Mixer):
         if self.taps is None:
             return q_BTHD, k_BTGD, v_BTGD, None
         joined_BTC = torch.cat([q_BTHD, k_BTGD, v_BTGD], 2).flatten(2)
-        if taken is not None and is_step(q_BTHD, cu_seqlens, taken):
-            joined_BTC = causal_conv_step(joined_BTC[:, 0], self.taps, state=taken)[:, None]
-        else:
-            joined_BTC, taken = causal_conv(
-                joined_BTC,
-                self.taps,
-                initial_state=taken,
-                cu_seqlens=cu_seqlens,
-                backend=self.options.backend,
-            )
+        joined_BTC, taken = convolve(
+            joined_BTC,
+            self.taps,
+            state=taken,
+            cu_seqlens=cu_seqlens,
+            backend=self.options.backend,
+        )
         heads = (self.shape.n_heads, self.shape.n_kv_heads, self.shape.n_kv_heads)
         return *joined_BTC.unflatten(2, (sum(heads), -1)).split(heads, 2), taken
+
+    @torch.no_grad()
+    def fit(self, sample: Sample) -> dict[str, torch.Tensor]:
+        """See `Mixer.fit`: the decays, and the share beside a window."""
+        bias, wanted = self.decay.up.bias, sample.wanted.flatten(0, 1)
+        states = self.decay.log_rate.numel()
+        shares: dict[float, torch.Tensor] = {}
+        if self.share is not None:
+            self.share.logit_H.zero_()
+
+        def tried(rate: float) -> torch.Tensor:
+            bias.fill_(math.log(math.expm1(rate)))
+            if self.share is None:
+                return (sample.mixed(self) - wanted).square().sum((0, 2))
+            shares[rate], errors_H = best_share(*parts_beside(self, sample), wanted)
+            return errors_H
+
+        chosen = best_of(DECAYS, tried, self.shape.n_heads // states)
+        found = torch.expm1(bias.new_tensor(chosen)).log()
+        values = {"decay.up.bias": found.repeat_interleave(len(bias) // states)}
+        if self.share is not None:
+            rates = [rate for rate in chosen for _ in range(self.shape.n_heads // states)]
+            share_H = torch.stack([shares[rate][head] for head, rate in enumerate(rates)])
+            values["share.logit_H"] = share_H.logit()
+        return values
 
 
 class KDA(GatedDeltaNet):

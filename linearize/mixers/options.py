@@ -26,9 +26,10 @@ StateHeads = Literal["query", "kv"]
 """Whether each query head has a state of its own, or those of a key and value head share one."""
 STATE_HEADS = ("query", "kv")
 MIXINGS = ("window", "both", "linear")  # of lolcats
+STARTS = ("attention", "random")  # of Mamba
 SLOT_BACKENDS = ("auto", "reference", "torch")
 
-FACTS = ("learns", "has_window", "has_linear", "is_average", "calibrates", "splits")
+FACTS = ("learns", "has_window", "has_linear", "is_average", "calibrates", "fits", "splits")
 
 
 class MixerOptions:
@@ -39,6 +40,7 @@ class MixerOptions:
         has_linear: it has a part with a state that sums over all tokens.
         is_average: the output is a mean of values, with weights of at least 0 that sum to 1.
         calibrates: `Mixer.calibrate` returns something.
+        fits: `Mixer.fit` returns something.
         splits: its heads can lie on several ranks, each with its part of the parameters.
     """
 
@@ -46,6 +48,7 @@ class MixerOptions:
     has_linear: ClassVar[bool] = True
     is_average: ClassVar[bool] = False
     calibrates: ClassVar[bool] = False
+    fits: ClassVar[bool] = False
 
     @property
     def splits(self) -> bool:
@@ -280,6 +283,7 @@ class RetentionOptions(MixerOptions):
         backend: which kernels compute it; see `lowline.kernels.backends`.
     """
 
+    fits = True
     window: int = 64
     sinks: int = 4
     share_init: float = 0.01
@@ -308,6 +312,7 @@ class DeltaOptions(MixerOptions):
         backend: which kernels compute it; see `lowline.kernels.backends`.
     """
 
+    fits = True
     window: int = 64
     sinks: int = 4
     share_init: float = 0.01
@@ -323,6 +328,55 @@ class DeltaOptions(MixerOptions):
         check_int("conv", self.conv, 0)
         check_choice("state_heads", self.state_heads, STATE_HEADS)
         check_backend(self.backend)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Options(MixerOptions):
+    """Options of `Mamba2`.
+
+    Args:
+        conv: taps of the convolution of q, k and v.
+        start: what q, k, v and o begin with: "attention", the layer's own; "random", to measure
+            what that is worth.
+        backend: which kernels compute it; see `lowline.kernels.backends`.
+    """
+
+    fits = True
+    conv: int = 4
+    start: Literal["attention", "random"] = "attention"
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        check_int("conv", self.conv, 1)
+        check_choice("start", self.start, STARTS)
+        check_backend(self.backend)
+
+    @property
+    def splits(self) -> bool:
+        """Whether a rank can have some of the heads."""
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba1Options(Mamba2Options):
+    """Options of `Mamba1`.
+
+    Args:
+        conv: taps of the convolution of v.
+        states: of each channel, a divisor of the head dimension. Default: 16, as published, or
+            the next smaller divisor.
+        start: what q, k, v and o begin with: "attention", the layer's own; "random", to measure
+            what that is worth.
+        backend: which kernels compute it; see `lowline.kernels.backends`.
+    """
+
+    fits = False
+    states: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.states is not None:
+            check_int("states", self.states, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,6 +428,8 @@ OPTIONS: dict[str, type[MixerOptions]] = {
     "liger_gsa": LigerOptions,
     "liger_hgrn2": LigerOptions,
     "lolcats": LolcatsOptions,
+    "mamba1": Mamba1Options,
+    "mamba2": Mamba2Options,
     "memory": MemoryOptions,
     "retention": RetentionOptions,
     "sink_window": SinkWindowOptions,

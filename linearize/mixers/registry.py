@@ -13,6 +13,8 @@ from lowline.linearize.mixers.hedgehog import Hedgehog
 from lowline.linearize.mixers.liger import LigerGLA, LigerHGRN2
 from lowline.linearize.mixers.liger_gsa import LigerGSA
 from lowline.linearize.mixers.lolcats import Lolcats
+from lowline.linearize.mixers.mamba1 import Mamba1
+from lowline.linearize.mixers.mamba2 import Mamba2
 from lowline.linearize.mixers.memory import Memory
 from lowline.linearize.mixers.options import FACTS, OPTIONS, MixerOptions, mixer_options
 from lowline.linearize.mixers.retention import Retention
@@ -28,6 +30,8 @@ _CLASSES: dict[str, type[Mixer]] = {
     "liger_gsa": LigerGSA,
     "liger_hgrn2": LigerHGRN2,
     "lolcats": Lolcats,
+    "mamba1": Mamba1,
+    "mamba2": Mamba2,
     "memory": Memory,
     "retention": Retention,
     "sink_window": SinkWindow,

@@ -23,11 +23,13 @@ from lowline.linearize.mixers.branches import (
     recur,
     repeat_heads,
 )
+from lowline.linearize.mixers.fitting import Sample, best_of, best_scale, parts_beside
 from lowline.linearize.mixers.learned_share import LearnedShare
 from lowline.linearize.mixers.options import RetentionOptions as RetentionOptions
 
 FASTEST, SLOWEST = 1 / 32, 1 / 512  # what a head forgets in a step
 EPSILON = 1e-6  # below the root of the norm
+SHARES = (0.01, 0.03, 0.1, 0.2, 0.4)  # that `fit` tries
 
 
 class Retention(Mixer):
@@ -89,3 +91,18 @@ class Retention(Mixer):
             state=state,
             cu_seqlens=cu_seqlens,
         )
+
+    @torch.no_grad()
+    def fit(self, sample: Sample) -> dict[str, torch.Tensor]:
+        """See `Mixer.fit`: the norm's scale, and the share beside a window."""
+        wanted = sample.wanted.flatten(0, 1)
+        self.norm_HD.fill_(1)
+        if self.share is None:
+            return {"norm_HD": best_scale(sample.mixed(self), wanted)[0]}
+        self.share.logit_H.zero_()
+        window, linear = parts_beside(self, sample)
+        scales = {m: best_scale(m * linear, wanted - (1 - m) * window) for m in SHARES}
+        chosen = best_of(SHARES, lambda m: scales[m][1])
+        share_H = self.norm_HD.new_tensor(chosen)
+        norm_HD = torch.stack([scales[m][0][head] for head, m in enumerate(chosen)])
+        return {"norm_HD": norm_HD, "share.logit_H": share_H.logit()}

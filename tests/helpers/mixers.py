@@ -11,6 +11,7 @@ from lowline.linearize.mixers import HeadShape, Mixer, build_mixer
 WINDOW, SINKS = 5, 2
 LIGER = ("liger_gla", "liger_hgrn2", "liger_gsa")
 DELTA = ("gated_deltanet", "kda")
+MAMBA = ("mamba1", "mamba2")
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sink_window": ("sink_window", dict(window=WINDOW, sinks=SINKS)),
     "window only": ("sink_window", dict(window=WINDOW, sinks=0)),
@@ -53,6 +54,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "kda",
         dict(window=WINDOW, conv=4, state_heads="kv", rotary=False, share_init=0.3),
     ),
+    "mamba1": ("mamba1", {}),
+    "mamba1, four states": ("mamba1", dict(states=4, conv=2)),
+    "mamba2": ("mamba2", {}),
     "gated_deltanet, conv, no window": ("gated_deltanet", dict(window=0, sinks=0, conv=3)),
 }
 SHAPES = {

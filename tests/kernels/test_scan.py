@@ -78,6 +78,28 @@ def test_matches_reference(backend: str, dtype: torch.dtype, T: int, D: int, N: 
     )
 
 
+@pytest.mark.parametrize(("backend", "dtype"), COVERED)
+def test_groups_of_channels_are_each_alone(backend: str, dtype: torch.dtype) -> None:
+    """Against the reference, and the reference against a call for each group."""
+    T, width, groups = 70, 32, 3
+    inputs = draw(T, width * groups, 16, dtype)
+    for name in ("B_BTN", "C_BTN"):
+        parts = [draw(T, 1, 16, dtype, seed=seed)[name] for seed in range(groups)]
+        inputs[name] = torch.stack(parts, 2)
+    assert_matches(
+        partial(selective_scan, backend=backend), reference, inputs, TOLERANCE[dtype],
+        dt_softplus=True,
+    )  # fmt: skip
+    y, state = reference(**inputs, dt_softplus=True)
+    for g in range(groups):
+        here = slice(g * width, g * width + width)
+        own = {n: inputs[n][..., here] for n in ("x_BTD", "dt_BTD", "z_BTD", "D_D", "dt_bias_D")}
+        own |= {n: inputs[n][:, :, g] for n in ("B_BTN", "C_BTN")}
+        own |= {"A_DN": inputs["A_DN"][here], "initial_state": inputs["initial_state"][:, here]}
+        y_own, state_own = reference(**own, dt_softplus=True)
+        assert torch.equal(y[..., here], y_own) and torch.equal(state[:, here], state_own)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "dtype"), COVERED)
 @pytest.mark.parametrize(
@@ -313,6 +335,11 @@ def test_inside_torch_compile(backend: str) -> None:
         ({"backend": "best"}, "choose from"),
         ({"A_DN": torch.zeros(3, 16)}, "with 16 channels"),
         ({"B_BTN": torch.zeros(2, 5, 15)}, r"B is \(2, 5, 15\), not \(2, 5, 16\)"),
+        (
+            {"B_BTN": torch.zeros(2, 5, 3, 16)},
+            "B has 3 groups; their number divides the 16 channels",
+        ),
+        ({"C_BTN": torch.zeros(2, 5, 1, 16)}, r"C is \(2, 5, 1, 16\), not \(2, 5, 16\)"),
         ({"dt_BTD": torch.zeros(2, 5, 16).double()}, "cast one to the other"),
         ({"initial_state": torch.zeros(1, 16, 16)}, "initial_state is"),
         ({"cu_seqlens": torch.tensor([0, 5])}, "batch of one"),

@@ -31,6 +31,9 @@ def test_parameter_counts():
     assert count("gated_deltanet") == (E + 1) * H + H + E * H + H
     assert count("kda", state_heads="kv") == E * D + (D + 1) * G * D + G + E * G + H
     assert count("slots", slots=5) == (G * D + H) * 5
+    C, R = H * D, 3  # channels, and the rank of steps: hidden_size / 16, rounded up
+    assert count("mamba1") == E * C + R * (E + C) + (1 + 12 + 1 + 4 + 1) * C
+    assert count("mamba2", conv=3) == E * H * D + E * H + 3 * H + 4 * (H + 2 * G) * D + H * D
     assert count("kda", conv=4) - count("kda") == 4 * (H + 2 * G) * D
 
 
@@ -221,6 +224,9 @@ def test_parameters_have_the_type_that_is_set(case):
         ("kda", {"rotary": 1}, "True or False"),
         ("kda", {"conv": -1}, "conv = -1"),
         ("slots", {"slots": 0}, "slots = 0"),
+        ("mamba1", {"states": 16}, "states = 16 with heads of 24 channels; give a divisor of 24"),
+        ("mamba1", {"states": 0}, "states = 0; give an integer of at least 1"),
+        ("mamba2", {"conv": 0}, "conv = 0; give an integer of at least 1"),
         ("slots", {"backend": "cpu"}, "backend = 'cpu'; choose from 'auto', 'reference', 'torch'"),
         ("memory", {"exact": 0, "merged": 0}, "give one of them a row"),
         ("memory", {"exact": -1}, "exact = -1; give an integer of at least 0"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.memory import text_book
-from helpers.mixers import CASES, DELTA, LIGER, SHAPES, SHARED, error, inputs, made, run
+from helpers.mixers import CASES, DELTA, LIGER, MAMBA, SHAPES, SHARED, error, inputs, made, run
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lowline.linearize.mixers import Mixer
@@ -77,6 +77,44 @@ def convolved(x, taps):
     return torch.stack(rows).sum(-1)
 
 
+def mamba2(mixer, u, q, k, v, h, g):
+    D = q.shape[1]
+
+    def taken(x, conv, head):
+        part = slice(head * D, head * D + D)
+        return F.silu(convolved(x, conv.weight[part]) + conv.bias[part])
+
+    x, B, C = taken(v, mixer.conv_v, g), taken(k, mixer.conv_k, g), taken(q, mixer.conv_q, h)
+    delta = (1 + (u @ mixer.step.weight[h] + mixer.step_bias[h]).exp()).log()
+    decay = (-delta * mixer.log_rate_H[h].exp()).exp()
+    S, out = torch.zeros(D, D, dtype=q.dtype), []
+    for t in range(len(q)):
+        S = decay[t] * S + delta[t] * torch.outer(B[t], x[t])
+        out.append(S.T @ C[t] + mixer.skip_H[h] * x[t])
+    y = torch.stack(out) * F.silu(u @ mixer.gate.weight[h * D : h * D + D].T)
+    return mixer.norm_HD[h] * y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+def mamba1(mixer, u, q, k, v, h, g):
+    D = q.shape[1]
+    here = slice(h * D, h * D + D)
+    x = F.silu(convolved(v, mixer.conv.weight[here]) + mixer.conv.bias[here])
+    raw = u @ mixer.step_down.weight.T @ mixer.step.weight[here].T + mixer.step_bias[here]
+    delta, rates = (1 + raw.exp()).log(), mixer.log_rate_CN[here].exp()
+    N, columns = rates.shape[1], []
+    for c in range(D):
+        B, C = (t[:, c // N * N : c // N * N + N] for t in (k, q))
+        state, column = torch.zeros(N, dtype=q.dtype), []
+        for t in range(len(q)):
+            state = (-delta[t, c] * rates[c]).exp() * state + delta[t, c] * B[t] * x[t, c]
+            column.append(state @ C[t] + mixer.skip_C[here][c] * x[t, c])
+        columns.append(torch.stack(column))
+    return torch.stack(columns, 1) * F.silu(u @ mixer.gate.weight[here].T)
+
+
+MAMBAS = {"mamba1": mamba1, "mamba2": mamba2}
+
+
 @torch.no_grad()
 def naive(mixer: Mixer, name: str, given: dict[str, torch.Tensor], b: int, h: int) -> torch.Tensor:
     """Return the output of query head h in row b."""
@@ -127,6 +165,8 @@ def naive(mixer: Mixer, name: str, given: dict[str, torch.Tensor], b: int, h: in
         phi_q = (rq @ mixer.map_q.weight[h] + mixer.map_q.bias[h]).relu()
         phi_k = (rk @ mixer.map_k.weight[s] + mixer.map_k.bias[s]).relu()
         return normalized(phi_q, phi_k, v)
+    if name in MAMBA:
+        return MAMBAS[name](mixer, given["x"][b], q, k, v, h, g)
     if name in LIGER:
         share, fq, fk = 0.5, q.softmax(-1), k.softmax(-1)
         linear = {
@@ -185,7 +225,7 @@ def test_formula(case, shape):
             for b in range(2)
         ]
         # γ of retention, and its state's head, are computed in fp32
-        tolerance = 1e-6 if CASES[case][0] == "retention" else 1e-9
+        tolerance = {"retention": 1e-6, "mamba1": 1e-12, "mamba2": 1e-12}.get(CASES[case][0], 1e-9)
         assert error(ours, torch.stack(rows)) <= tolerance, backend
 
 
@@ -282,7 +322,7 @@ def test_gradients_reach_every_parameter_and_input(case):
         made(case, dtype=torch.float64, backend="torch"),
         inputs(SHARED, 19, dtype=torch.float64),
     )
-    used = {"q", "k", "v"} | ({"x"} if CASES[case][0] in DELTA else set())
+    used = {"q", "k", "v"} | ({"x"} if CASES[case][0] in (*DELTA, *MAMBA) else set())
     for name in used:
         given[name].requires_grad_()
     o, _ = run(mixer, given)

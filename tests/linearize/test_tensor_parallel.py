@@ -14,8 +14,8 @@ from lowline.train.config.load import ConfigError, load_config
 
 BASE = TESTS.parent / "configs" / "demo_dense.toml"
 OTHERS = ("lora", "lora beside a mixer", "qk_norm", "low-rank")
-LEARNED = ("gated_deltanet", "hedgehog", "kda", "lolcats", "low-rank", "qk_norm", "retention",
-           "slots", "t2r")  # fmt: skip
+LEARNED = ("gated_deltanet", "hedgehog", "kda", "lolcats", "low-rank", "mamba1", "mamba2",
+           "qk_norm", "retention", "slots", "t2r")  # fmt: skip
 # Sums run in another order than on one rank: fp32 roundings, 1.2e-7 each. Rectified features (t2r)
 # cancel most, to 2e-5 where measured.
 TOLERANCE = 1e-4

@@ -88,7 +88,7 @@ def test_mixers_begin_as_their_constructors_leave_them(mixer):
     torch.manual_seed(0)
     body.init_states()
     assert all(p.isfinite().all() for p in body.parameters())
-    if mixer not in ("t2r", "kda", "slots"):  # which begin random
+    if mixer not in ("t2r", "kda", "slots", "mamba1", "mamba2"):  # which begin random
         wanted = {k: v for k, v in theirs.state_dict().items() if ".mixer." in k}
         found = {k: v for k, v in to_hf_names(body.state_dict(), tied=False).items() if k in wanted}
         assert found.keys() == wanted.keys()

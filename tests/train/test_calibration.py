@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lowline.linearize.mixers.slots import Slots, centres
+from lowline.linearize.titan import MixerAttention
 from lowline.train.config.load import ConfigError, load_config
 from lowline.train.engine import trainer as engine
 from lowline.train.hf.export import export
@@ -106,6 +107,52 @@ def test_two_ranks_are_one(teacher, tmp_path):
         found.append(centroids(output, tmp_path / f"hf_{processes}"))
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+
+
+def test_outputs_are_fitted_before_the_first_step(teacher, tmp_path, monkeypatch, capsys):
+    """Of the layers that are new: in a chain the others stay as they were trained."""
+    fitted, of_titan = [], MixerAttention.fitted
+
+    def fit(self, sample):
+        fitted.append((self.config.layer, sample))
+        return of_titan(self, sample)
+
+    monkeypatch.setattr(MixerAttention, "fitted", fit)
+    line = ('--mixer.name="mamba2"', "--mixer.options={}", *SLOTS[2:])
+    first = (f"--checkpoint.initial_weights={teacher}", *line, "--mixer.layers=[0]")
+    assert training.train_here(tmp_path / "first", *first) == 0
+    step = tmp_path / "first" / "checkpoint" / "step-2"
+    second = (f"--checkpoint.initial_weights={step}", *line, "--mixer.layers=[0, 1]")
+    assert training.train_here(tmp_path / "second", *second) == 0
+    assert [layer for layer, _ in fitted] == [0, 1]
+    assert capsys.readouterr().err.count("calibrated 1 mixers on a batch") == 2
+    folders = [tmp_path / f"{name}_hf" for name in ("first", "second")]
+    for name, folder in zip(("first", "second"), folders, strict=True):
+        export(tmp_path / name, folder)
+    weights = [load_file(folder / "model.safetensors") for folder in folders]
+    place = "model.layers.{}.self_attn.mixer."
+    for name, weight in weights[0].items():
+        if name.startswith(place.format(0)):
+            torch.testing.assert_close(weights[1][name], weight)
+    scale = weights[1][place.format(1) + "norm_HD"]
+    assert (scale - 1).abs().mean() > 0.2  # it began with 1
+
+
+def test_projections_that_begin_at_random(teacher, tmp_path):
+    line = ('--mixer.name="mamba2"', '--mixer.options={start = "random"}', "--cola.rank=0")
+    line += ('--objective.kind="transfer"', *SLOTS[5:], "--mixer.layers=[1]")
+    assert (
+        training.train_here(tmp_path / "run", f"--checkpoint.initial_weights={teacher}", *line) == 0
+    )
+    export(tmp_path / "run", tmp_path / "hf")
+    ours, theirs = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "hf", teacher)
+    )
+    for name, weight in theirs.items():
+        drawn = "layers.1.self_attn" in name
+        assert torch.equal(ours[name], weight) != drawn, name
+        if drawn:
+            assert ours[name].std().item() == pytest.approx(weight.shape[1] ** -0.5, rel=0.1)
 
 
 def test_a_mixer_without_a_start_of_its_own_is_refused():

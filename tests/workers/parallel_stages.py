@@ -38,6 +38,8 @@ MIXERS: dict[str, dict[str, Any]] = {
     "liger_gsa": {"window": 4},
     "liger_hgrn2": {"window": 4},
     "lolcats": {"window": 4, "features": 4},
+    "mamba1": {},
+    "mamba2": {},
     "memory": {**WINDOW, "exact": 2, "merged": 2, "block": 2},
     "retention": WINDOW,
     "sink_window": WINDOW,

@@ -182,3 +182,20 @@ def _damage(path: Path) -> Iterator[None]:
         raise LowlineError(
             f"{path} cannot be loaded, it is damaged ({reason}); download or copy it again"
         ) from error
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file; None where there is no such file.
+
+    Raises:
+        LowlineError: it holds something else.
+    """
+    if not path.is_file():
+        return None
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise LowlineError(f"{path} cannot be loaded, it is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise LowlineError(f"{path} cannot be loaded: it holds no JSON object")
+    return fields

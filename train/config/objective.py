@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from lowline.cola.projections import ATTENTION, PROJECTIONS, ProjectionName
+from lowline.linearize.mixers.options import OPTIONS
 from lowline.train.config.fields import (
     NOTHING,
     RUN,
@@ -92,7 +93,8 @@ class ObjectiveSection:
     window_dropout_until: Annotated[float, Field(gt=0, le=1)] = 0.5
     """The fraction of the steps after which window dropout is off."""
     calibration_steps: NonNegative = 0
-    """Steps of text on which mixers that can be calibrated ("slots") are set up; 0 sets up none."""
+    """Steps of text on which mixers are set up that begin from the teacher's attention ("slots",
+    "mamba2", "gated_deltanet", "kda", "retention"); 0 sets up none."""
 
     teacher: ClassVar[str | None] = None  # the Hugging Face directory of a model to learn from
     needs_teacher: ClassVar[bool] = False
@@ -206,10 +208,18 @@ def check_stage(run: RunConfig) -> None:
             f"optimizer.mixer_lr = {run.optimizer.mixer_lr} without a mixer that has "
             "parameters; leave it out"
         )
-    if objective.calibration_steps and not (layers and run.mixer_options().calibrates):
+    options = run.mixer_options() if layers and objective.calibration_steps else None
+    if objective.calibration_steps and not (options and (options.calibrates or options.fits)):
+        able = [name for name, kind in OPTIONS.items() if kind.calibrates or kind.fits]
         raise ValueError(
             f"objective.calibration_steps = {objective.calibration_steps} needs a mixer that is "
-            'calibrated ("slots"); set it to 0 or choose that mixer'
+            f"calibrated ({', '.join(able)}); set it to 0 or choose such a mixer"
+        )
+    if options and options.fits and run.parallelism.tensor_parallel > 1:
+        raise ValueError(
+            f"objective.calibration_steps = {objective.calibration_steps} with "
+            f"parallelism.tensor_parallel = {run.parallelism.tensor_parallel}: a mixer is fitted "
+            "on a rank that has all its heads; set one of them to 0 or 1"
         )
     if objective.window_dropout:
         mixer = run.mixer_options() if layers else None

@@ -47,7 +47,7 @@ from lowline.train.engine.titan_compat import pipeline, without_assets
 from lowline.train.hf.weights import LlamaStateDictAdapter
 from lowline.train.model.build import build_model_config
 from lowline.train.model.parallelize import parallelize
-from lowline.train.objectives.calibration import calibrate
+from lowline.train.objectives.calibration import begin_mixers
 from lowline.train.objectives.window_dropout import WindowDropout
 
 
@@ -140,11 +140,8 @@ class Trainer(TitanTrainer):
         self._set_learning_rates()
         if self.step:  # the process that saved this step may not have come to its evaluation
             self._evaluate_if_missing()
-        elif steps := self.config.run.objective.calibration_steps:
-            if initial_mixer(self.config.run) is not None:
-                self.metrics_processor.say("mixers go on as they came: they are not calibrated")
-            else:
-                calibrate(self, steps)
+        elif self.config.run.mixer is not None:
+            begin_mixers(self, initial_mixer(self.config.run))
         return self._batches(super().batch_generator(data_iterable))
 
     def _set_learning_rates(self) -> None:

@@ -16,12 +16,13 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 
 from lowline.errors import LowlineError
 from lowline.linearize.body.hf import LinearizedConfig
-from lowline.linearize.source import GENERATION, hf_shapes, named, read_config, read_json
+from lowline.linearize.source import GENERATION, hf_shapes, named, read_config
 from lowline.train.config.folder import is_step_folder
 from lowline.train.config.load import load_config
 from lowline.train.config.run import RunConfig
 from lowline.train.data.template import check_template_source
 from lowline.train.hf.config import config_to_hf
+from lowline.weight_files import read_json
 
 DECIDED = {  # what the tables of a run hold, or what names files that an export does not have
     *("architectures", "auto_map", "dtype", "model_type", "transformers_version"),

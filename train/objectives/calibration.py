@@ -1,26 +1,30 @@
-"""Mixers that begin from the teacher's keys: set before a run's first step.
+"""What mixers begin with that is not their constructors': set before a run's first step.
 
-So many steps' text goes through softmax attention of the run's own weights, as in a transfer; each
-mixer that asks for it (`Mixer.calibrate`) gets its layer's keys before the rotary embedding. The
-text is that of the first steps, which train on it afterwards as if it had not been read.
+So many steps' text goes through softmax attention of the run's own weights, as in a transfer. A
+mixer that begins from the teacher's keys (`Mixer.calibrate`) gets its layer's, before the rotary
+embedding; one that is fitted to the teacher's outputs (`Mixer.fit`) gets those of the first batch.
+The text is that of the first steps, which train on it afterwards as if it had not been read. Layers
+whose mixer came with the initial weights stay as they are.
 
 Keys are taken evenly from all ranks and steps, `KEYS` in all, without those of the first `SINKS`
-tokens of documents, which are unlike all others.
+tokens of documents, which are unlike all others. Fitted are rank 0's outputs.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torchtitan.components.loss import IGNORE_INDEX
 
 from lowline.cola.sharded import set_full_tensor
-from lowline.linearize.mixers.base import Mixer
-from lowline.linearize.titan import Transfer
+from lowline.linearize.mixers.fitting import Sample
+from lowline.linearize.titan import MixerAttention, Transfer
+from lowline.train.hf.config import resolved_mixers
 
 if TYPE_CHECKING:
+    from lowline.train.config.run import MixerConfig
     from lowline.train.engine.trainer import Trainer
 
 KEYS = 16_384
@@ -28,14 +32,37 @@ SINKS = 4
 
 
 @torch.no_grad()
-def calibrate(trainer: Trainer, steps: int) -> None:
-    """Set the mixers' parameters; on all ranks at once.
+def begin_mixers(trainer: Trainer, before: MixerConfig | None) -> None:
+    """Set what the mixers begin with that this run is the first to have; on all ranks at once.
+
+    Args:
+        before: the mixer that came with the initial weights, if one did.
 
     Raises:
         ValueError: a mixer got too few keys.
     """
+    run = trainer.config.run
+    held = resolved_mixers(before, run.model.n_layers)
+    modules = trainer.model_parts[0].modules()
+    layers = [module for module in modules if isinstance(module, MixerAttention)]
+    new = [layer for layer in layers if layer.config.layer not in held]
+    for layer in new:
+        if getattr(layer.mixer.options, "start", None) == "random":
+            layer.draw_projections()
+    steps = run.objective.calibration_steps
+    if steps and not new:
+        trainer.metrics_processor.say("mixers go on as they came: they are not calibrated")
+    elif steps:
+        calibrate(trainer, steps, layers, new)
+
+
+def calibrate(
+    trainer: Trainer, steps: int, layers: list[MixerAttention], new: list[MixerAttention]
+) -> None:
+    """Set the parameters of the mixers in the layers `new`, among all that have one."""
+    fits = trainer.config.run.mixer_options().fits
+    fitted: list[dict[str, torch.Tensor]] = []  # of every layer
     model, loader = trainer.model_parts[0], trainer.dataloader
-    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
     taken: list[torch.Tensor] = []  # of every batch and layer
     training, ranks, group = trainer.config.training, 1, None
     if trainer.parallel_dims.dp_enabled:  # ranks of tensor parallelism have the same rows
@@ -54,21 +81,38 @@ def calibrate(trainer: Trainer, steps: int) -> None:
             def take(k_BLNH: torch.Tensor, places: torch.Tensor = places) -> None:
                 taken.append(k_BLNH.flatten(0, 1)[places].float())
 
+            def fit(sample: Sample) -> None:
+                layer = layers[len(fitted)]
+                fitted.append(layer.fitted(sample) if layer in new else {})
+
+            given: Any = {"take_sample": fit} if fits else {"take_keys": take}
             with trainer.train_context():
-                model(tokens, **extra, transfer=Transfer(counted_BL, take_keys=take))
+                model(tokens, **extra, transfer=Transfer(counted_BL, **given))
+            if fits:
+                break
     finally:
         loader.load_state_dict(position)
         trainer.ntokens_seen = seen
-    for i, mixer in enumerate(mixers):
-        keys = torch.cat(taken[i :: len(mixers)])
-        if ranks > 1:
-            everywhere = [torch.empty_like(keys) for _ in range(ranks)]
-            dist.all_gather(everywhere, keys, group=group)
-            by_step = [part.unflatten(0, (steps, -1)) for part in everywhere]
-            keys = torch.cat(by_step, 1).flatten(0, 1)  # in the order that one rank has
-        for parameter, value in mixer.calibrate(keys).items():
-            set_full_tensor(mixer.get_parameter(parameter), value)
-    trainer.metrics_processor.say(f"calibrated {len(mixers)} mixers on {len(keys):,} keys each")
+    for i, layer in enumerate(layers):
+        if layer not in new:
+            continue
+        if fits:
+            values = fitted[i]
+            if ranks > 1:
+                for value in values.values():
+                    dist.broadcast(value, group=group, group_src=0)
+        else:
+            keys = torch.cat(taken[i :: len(layers)])
+            if ranks > 1:
+                everywhere = [torch.empty_like(keys) for _ in range(ranks)]
+                dist.all_gather(everywhere, keys, group=group)
+                by_step = [part.unflatten(0, (steps, -1)) for part in everywhere]
+                keys = torch.cat(by_step, 1).flatten(0, 1)  # in the order that one rank has
+            values = layer.mixer.calibrate(keys)
+        for parameter, value in values.items():
+            set_full_tensor(layer.mixer.get_parameter(parameter), value)
+    of = "a batch" if fits else f"{len(keys):,} keys each"
+    trainer.metrics_processor.say(f"calibrated {len(new)} mixers on {of}")
 
 
 def evenly(wanted_BL: torch.Tensor, n: int) -> torch.Tensor:

@@ -38,7 +38,7 @@ CALLS = {
     "scan": (
         "selective_scan_triton",
         lambda: (
-            *(_leaf(1, 3, 2), _leaf(1, 3, 2), _leaf(2, 2), _leaf(1, 3, 2), _leaf(1, 3, 2)),
+            *(_leaf(1, 3, 2), _leaf(1, 3, 2), _leaf(2, 2), _leaf(1, 3, 1, 2), _leaf(1, 3, 1, 2)),
             *(_leaf(2), None, _leaf(2), _leaf(1, 2, 2), None, True),
         ),
     ),

@@ -155,6 +155,11 @@ def test_scan(dtype: torch.dtype, device: torch.device) -> None:
     check(selective_scan, inputs, device, dtype, dt_softplus=True)
 
 
+def test_scan_of_groups(device: torch.device) -> None:
+    groups = {n: random(1, 35, 2, 2, seed=seed) for seed, n in enumerate(("B_BTN", "C_BTN"))}
+    check(selective_scan, scan_inputs(35, 8, 2) | groups, device, FP32)
+
+
 @pytest.mark.parametrize("rate", [pytest.param(0.0, marks=SLOW), 50.0])
 def test_scan_of_no_and_strong_decay(rate: float, device: torch.device) -> None:
     check(selective_scan, scan_inputs(33, 2, 2, rate), device, FP32)
