@@ -31,6 +31,8 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig
 from transformers import initialization as init
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -44,6 +46,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from lowline.cola.drafts import ExactDrafts
 from lowline.cola.low_rank import ACTIVATIONS, LowRankLinear, init_std
+from lowline.cola.one_token import one_token, softmax
 from lowline.cola.projections import PROJECTIONS
 from lowline.cola.remote_code import SavesRemoteCode
 from lowline.cola.variants import Name as Variant
@@ -236,7 +239,12 @@ class CoLAModel(CoLAPreTrainedModel, LlamaModel):
         self.post_init()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what LlamaModel returns."""
+        """Return what LlamaModel returns; one token more on a CPU takes two calls per block."""
+        if (
+            not args
+            and (x := one_token(self, **kwargs, attend=softmax, layers=(DynamicLayer,))) is not None
+        ):
+            return BaseModelOutputWithPast(x, kwargs["past_key_values"])
         if variant_of(self.config.variant).crosses:
             kwargs["crossing"] = Crossing()
         return super().forward(*args, **kwargs)

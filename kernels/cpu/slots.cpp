@@ -110,7 +110,25 @@ PyObject* step(PyObject* const* args, Py_ssize_t) {
   Py_RETURN_NONE;
 }
 
-PyMethodDef methods[] = {{"step", (PyCFunction)(void*)guarded<step>, METH_FASTCALL, nullptr},
+// nearest(k, centroids, slot): of each head's key k, (G, D), the centroid (G, M, D) nearest to it
+PyObject* nearest(PyObject* const* args, Py_ssize_t) {
+  const float *k = tensor(args[0])->data_ptr<float>(), *c = tensor(args[1])->data_ptr<float>();
+  int64_t* slot = tensor(args[2])->data_ptr<int64_t>();
+  const long G = tensor(args[1])->size(0), M = tensor(args[1])->size(1);
+  const long D = tensor(args[1])->size(2);
+  for (long g = 0; g < G; g++, k += D) {
+    float most = -std::numeric_limits<float>::infinity();
+    slot[g] = 0;
+    for (long m = 0; m < M; m++, c += D) {
+      const float near = dot(k, c, D) - dot(c, c, D) / 2;
+      if (near > most) most = near, slot[g] = m;
+    }
+  }
+  Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {{"nearest", (PyCFunction)(void*)guarded<nearest>, METH_FASTCALL, nullptr},
+                         {"step", (PyCFunction)(void*)guarded<step>, METH_FASTCALL, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "lowline_slots", nullptr, -1, methods};
 

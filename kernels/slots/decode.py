@@ -60,6 +60,15 @@ def slot_window_step(
     return _step(q_BHD, k_BGD, v_BGV, slot_BG, bias_HM, state, scale)
 
 
+def nearest_slots(k_11GD: torch.Tensor, centroids_GMD: torch.Tensor) -> torch.Tensor:
+    """Return the number (1, 1, G) of each head's centroid nearest to one fp32 key, in C++."""
+    from lowline.kernels.cpu import load
+
+    slot_11G = k_11GD.new_empty(k_11GD.shape[:3], dtype=torch.int64)
+    load("slots").nearest(k_11GD.contiguous(), centroids_GMD.contiguous(), slot_11G)
+    return slot_11G
+
+
 def _not_on_cpu(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, state: SlotState
 ) -> str | None:

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache
 
+from lowline.cola.one_token import softmax
 from lowline.linearize.body.cache import LinearizedCache, MixerLayer, Tokens
 from lowline.linearize.body.packing import Packing
 from lowline.linearize.mixers.base import Mixer
@@ -81,6 +83,28 @@ class LinearizedAttention(nn.Module):
             projection(x_BTE).unflatten(-1, (-1, self.mixer.shape.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
+        return *self._normalised(q, k), v
+
+    def _normalised(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.q_norm is None or self.k_norm is None:
+            return q, k
+        return self.q_norm(q), self.k_norm(k)
+
+    def step(
+        self, q: torch.Tensor, k: torch.Tensor, *rest: torch.Tensor, cache: Cache
+    ) -> torch.Tensor:
+        """Return the mixer's output for one token from its projections, v, x, cos and sin."""
+        held = cache.layers[self.layer_idx]
+        assert isinstance(held, MixerLayer)
+        o_BTHD = held.mix(self.mixer, Tokens(*self._normalised(q, k), *rest), None)
+        held.update(1)
+        return o_BTHD
+
+
+def attend_token(
+    attention: Any, q: Any, k: Any, v: Any, x: Any, rope: Any, cache: Any
+) -> torch.Tensor:
+    """Return the output of a layer's mixer or attention (`lowline.cola.one_token`)."""
+    if isinstance(attention, LinearizedAttention):
+        return attention.step(q, k, v, x, *rope, cache=cache).contiguous()
+    return softmax(attention, q, k, v, x, rope, cache)

@@ -46,6 +46,7 @@ from transformers import (
     Qwen3Model,
 )
 from transformers import initialization as init
+from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -53,9 +54,10 @@ from transformers.utils.generic import merge_with_config_defaults
 
 from lowline.cola.drafts import ExactDrafts
 from lowline.cola.hf import CoLAConfig, CoLAForCausalLM, CoLAModel
+from lowline.cola.one_token import one_token
 from lowline.cola.remote_code import SavesRemoteCode
 from lowline.errors import LowlineError
-from lowline.linearize.body.attention import LinearizedAttention
+from lowline.linearize.body.attention import LinearizedAttention, attend_token
 from lowline.linearize.body.cache import LAYER_TYPE, LinearizedCache, MixerLayer
 from lowline.linearize.body.packing import plan_packing
 from lowline.linearize.mixers import MIXERS, build_mixer
@@ -229,6 +231,19 @@ class _Body(_Linearized):
             if isinstance(past_key_values, LinearizedCache):
                 past_key_values.attach(self)
             _check_cache(past_key_values, converted)
+            x = one_token(
+                self,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                attend=attend_token,
+                layers=(DynamicLayer, MixerLayer),
+                **kwargs,
+            )
+            if x is not None:
+                return BaseModelOutputWithPast(x, past_key_values)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         packing = None
         if tokens is not None and converted:

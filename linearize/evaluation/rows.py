@@ -7,6 +7,7 @@
     window + sinks               no training; the window of the converted model
     window                       the same without sinks
     the converted model
+    … int8                       if asked for: the same with linear layers' weights of int8
     … linear part off            what is left of it without its linear part
 
 The windows are put into the teacher (mixer `sink_window`), in the layers that were converted: in a
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from lowline.cola.int8 import to_int8
 from lowline.errors import LowlineError
 from lowline.linearize.body.cache import state_bytes
 from lowline.linearize.body.hf import SOFTMAX, LinearizedConfig
@@ -67,7 +69,12 @@ class Row:
 
 
 def rows_of(
-    source: str, *, teacher: str | None, dtype: torch.dtype, eviction: bool = False
+    source: str,
+    *,
+    teacher: str | None,
+    dtype: torch.dtype,
+    eviction: bool = False,
+    int8: bool = False,
 ) -> list[Row]:
     """Return the rows of a checkpoint: those above if it was converted, else itself alone.
 
@@ -76,6 +83,7 @@ def rows_of(
         teacher: the same, of what it was converted from; None for what it names itself.
         dtype: to compute in.
         eviction: whether to add that row.
+        int8: whether to add the checkpoint with weights of int8.
 
     Raises:
         ValueError: no such checkpoint or teacher, or a teacher of another shape.
@@ -83,8 +91,9 @@ def rows_of(
     config = load_config(source)
     name = Path(source).stem if source.endswith(".gguf") else Path(source).name or source
     layers = _converted_layers(config)
+    rounded = [_checkpoint(source, config, dtype, label=f"{name}, int8", int8=True)] if int8 else []
     if not layers:
-        return [_checkpoint(source, config, dtype, label=name)]
+        return [_checkpoint(source, config, dtype, label=name), *rounded]
     assert isinstance(config, LinearizedConfig)
     teacher, before = _teacher(source, config, teacher)
     window = max((config.mixers[layer].get("window", 0) for layer in layers), default=0) or WINDOW
@@ -111,6 +120,7 @@ def rows_of(
         untrained(f"window {window} + {SINKS} sinks", "sink_window", window=window, sinks=SINKS),
         untrained(f"window {window}", "sink_window", window=window, sinks=0),
         itself,
+        *rounded,
     ]
     if eviction:
         evicting = evicting_options(config, before, dtype, window=window)
@@ -163,18 +173,23 @@ def _largest(
     return 1 + max(0, state_bytes(config, dtype=dtype) - least) // of_one
 
 
-def _checkpoint(source: str, config: PreTrainedConfig, dtype: torch.dtype, **row: Any) -> Row:
+def _checkpoint(
+    source: str, config: PreTrainedConfig, dtype: torch.dtype, *, int8: bool = False, **row: Any
+) -> Row:
     if not isinstance(config, LinearizedConfig):
         config = linearized_config(config, mixer=SOFTMAX, layers="none")
     identity = _identity(source, dtype)
     if row.get("linear_off"):
         identity["linear_off"] = True
-    load = partial(_load, source, dtype)
+    if int8:
+        identity["weights"] = "int8"
+    load = partial(_load, source, dtype, int8)
     return Row(identity=identity, config=config, dtype=dtype, load=load, **row)
 
 
-def _load(source: str, dtype: torch.dtype) -> PreTrainedModel:
-    return load_teacher(source, dtype=dtype).eval()
+def _load(source: str, dtype: torch.dtype, int8: bool) -> PreTrainedModel:
+    model = load_teacher(source, dtype=dtype).eval()
+    return to_int8(model) if int8 else model
 
 
 def _teacher(

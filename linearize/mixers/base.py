@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from lowline.kernels.dense import is_one_token, rotate_token
 from lowline.linearize.mixers.fitting import Sample
 from lowline.linearize.mixers.options import MixerOptions
 
@@ -131,6 +132,8 @@ class Mixer(nn.Module):
 
 def apply_rope(x_BTHD: torch.Tensor, rope: Rope) -> torch.Tensor:
     """Rotary embedding of the half-split layout that Hugging Face checkpoints have."""
+    if is_one_token(x_BTHD, *rope):
+        return rotate_token(x_BTHD, *rope)
     cos_BT1D, sin_BT1D = (t.unsqueeze(-2).to(x_BTHD.dtype) for t in rope)
     first, second = x_BTHD.chunk(2, -1)
     return torch.addcmul(x_BTHD * cos_BT1D, torch.cat([-second, first], -1), sin_BT1D)

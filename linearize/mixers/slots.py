@@ -22,7 +22,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lowline.errors import LowlineError
-from lowline.kernels.slots import SlotState, slot_window_attention, slot_window_step
+from lowline.kernels.dense import is_one_token
+from lowline.kernels.slots import (
+    SlotState,
+    nearest_slots,
+    slot_window_attention,
+    slot_window_step,
+)
 from lowline.linearize.mixers.base import HeadShape, Mixer, Rope, apply_rope
 from lowline.linearize.mixers.branches import are_few, at_least_fp32, dropping_window
 from lowline.linearize.mixers.options import SlotsOptions as SlotsOptions
@@ -62,6 +68,10 @@ class Slots(Mixer):
         inputs = (apply_rope(q_BTHD, rope), apply_rope(k_BTGD, rope), v_BTGD, slot_BTG)
         bias_HM = self.bias if self.linear_enabled else torch.full_like(self.bias, -torch.inf)
         if state is not None and are_few(q_BTHD, cu_seqlens, *state):
+            if q_BTHD.shape[1] == 1:
+                token = (x.squeeze(1) for x in inputs)
+                o_BHD = slot_window_step(*token, bias_HM, state=state, backend=o.backend)
+                return o_BHD[:, None], state
             outputs = [
                 slot_window_step(q, k, v, slot, bias_HM, state=state, backend=o.backend)
                 for q, k, v, slot in zip(*(x.unbind(1) for x in inputs), strict=True)
@@ -81,6 +91,8 @@ class Slots(Mixer):
     @torch.no_grad()
     def assign(self, k_BTGD: torch.Tensor) -> torch.Tensor:
         """m(j), (B, T, G), of keys before the rotary embedding."""
+        if is_one_token(k_BTGD, self.centroids, module="slots"):
+            return nearest_slots(k_BTGD, self.centroids)
         c_GMD = at_least_fp32(self.centroids)
         k_GLD = at_least_fp32(k_BTGD).flatten(0, 1).transpose(0, 1)
         near_GLM = torch.baddbmm(-c_GMD.square().sum(-1)[:, None] / 2, k_GLD, c_GMD.mT)

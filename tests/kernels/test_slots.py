@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lowline.kernels.slots import SlotState, slot_window_attention, slot_window_step
+from lowline.kernels.slots import (
+    SlotState,
+    nearest_slots,
+    slot_window_attention,
+    slot_window_step,
+)
 
 H, G, D, V, M = 4, 2, 8, 6, 3
 FLOATS = ("k", "v", "sink_k", "sink_v", "keys", "values", "tokens")
@@ -295,3 +300,11 @@ def test_refusals(change, words):
     _, state = slot_window_attention(q, k, v, slot, bias, window=3)
     with pytest.raises(ValueError, match=r"state's k has shape \(2, 3, 2, 8\), this call needs"):
         slot_window_attention(q, k, v, slot, bias, window=4, initial_state=state)
+
+
+@pytest.mark.parametrize("size", [(1, 3, 16), (3, 64, 64), (2, 5, 24)])
+def test_nearest_centroid_of_one_key(size):
+    centroids = torch.randn(size, generator=torch.Generator().manual_seed(2))
+    for key in torch.randn(20, 1, 1, size[0], size[2]):
+        distance = (key[0, 0, :, None].double() - centroids.double()).square().sum(-1)
+        assert torch.equal(nearest_slots(key, centroids)[0, 0], distance.argmin(-1))

@@ -12,8 +12,10 @@ from helpers.models import ARCHITECTURES, architecture, converted, scrambled, sm
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, LlamaConfig, PreTrainedModel, pipeline
 
+from lowline.cola.int8 import Int8Linear, to_int8
 from lowline.linearize.body.cache import LinearizedCache, MixerLayer, break_even_length, state_bytes
 from lowline.linearize.convert import linearized_config, save
+from lowline.linearize.evaluation.rows import rows_of
 from lowline.linearize.mixers import MIXERS
 from lowline.linearize.mixers.base import Mixer
 from lowline.tools.cli import main
@@ -125,6 +127,22 @@ def test_the_command_streams_what_the_model_generates(saved, capsys):
     assert said == tokenizer.decode(ids, skip_special_tokens=True) != "A list is"
     out, err = capsys.readouterr()
     assert out.rstrip("\n") == said.rstrip("\n") and "tokens" not in err
+
+
+def test_the_command_decodes_with_weights_of_int8(saved):
+    folder, model, tokenizer = saved
+    how = {"prompt": "A list is", "max_new_tokens": NEW}
+    ids = to_int8(copy.deepcopy(model)).generate(
+        **tokenizer(how["prompt"], return_tensors="pt"), max_new_tokens=NEW, do_sample=False
+    )[0]
+    said = generate_command(str(folder), weights="int8", **how)
+    assert said == tokenizer.decode(ids, skip_special_tokens=True)
+    with pytest.raises(ValueError, match="computes in float32, not float16"):
+        generate_command(str(folder), weights="int8", dtype="float16", **how)
+    rows = rows_of(str(folder), teacher=str(folder), dtype=torch.float32, int8=True)
+    rounded = next(row for row in rows if row.identity.get("weights") == "int8")
+    assert rounded.label.endswith(", int8") and not rounded.converted
+    assert isinstance(rounded.load().lm_head, Int8Linear)
 
 
 def test_the_command_answers_through_the_chat_template(saved, capsys):

@@ -167,6 +167,8 @@ def test_lookup_measures_what_generate_does(folder, tmp_path, capsys):
     [
         (["--part", "lookup"], "part lookup needs a text to continue; give --prompts FILE"),
         (["--part", "lookup", "--prompts", "none.txt"], "none.txt is no file with text"),
+        (["--part", "llama"], "part llama compares with llama.cpp on a GGUF file of the teacher"),
+        (["--weights", "int8", "--dtype", "bfloat16"], "int8 computes in float32, not bfloat16"),
         (["--contexts", "0"], "contexts = (0,); one or more, each at least 1"),
         (["--batch", "0"], "batch = (0,)"),
         (["--new", "0"], "new = 0; at least 1"),

@@ -9,6 +9,7 @@ decode    seconds per token, greedily, from a cache that holds a context: the mo
 prefill   seconds to read a prompt of a batch of one, up to the first token's logits
 lookup    seconds per token of `generate` with and without prompt lookup, after the texts of
           `prompts`: speculative decoding (`lowline.tools.bench.lookup`); on request
+llama     seconds per token beside llama.cpp's (`lowline.tools.bench.llama`); on request
 
 Every context and both models take turns, and ratios are medians of the turns' own
 (`lowline.tools.bench.timing`). The teacher has the cache that `generate` gives it, which takes new
@@ -24,10 +25,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lowline.command_line import DType
+from lowline.command_line import DType, Weights
 from lowline.errors import LowlineError
 from lowline.hub import check_source
 from lowline.plotting import check_plot, colour, finish, new_figure
+from lowline.tools.bench.llama import check_gguf, llama, print_llama
 from lowline.tools.bench.lookup import check_prompts, lookup, print_lookup
 from lowline.tools.bench.timing import (
     Cases,
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
     from lowline.linearize.body.hf import LinearizedConfig
     from lowline.linearize.evaluation.rows import Row
 
-Part = Literal["decode", "prefill", "lookup"]
+Part = Literal["decode", "prefill", "lookup", "llama"]
 Clock = Literal["wall", "cpu"]
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 PROMPTS = 2  # turns of prefill, and none before them
@@ -98,6 +100,8 @@ def bench_decode(
     clock: Clock = "wall",
     max_gb: float = 4.0,
     dtype: DType = "float32",
+    weights: Weights = "float",
+    gguf: Path | None = None,
     json: Path | None = None,
     plot: Path | None = None,
 ) -> dict[str, Any]:
@@ -119,6 +123,8 @@ def bench_decode(
             (`lowline.tools.bench.timing`).
         max_gb: The largest cache of the teacher that is measured.
         dtype: The type that is computed in.
+        weights: int8: linear layers of the converted model are rounded to 8 bits.
+        gguf: The teacher as a GGUF file, which llama.cpp runs in the part llama.
         json: A file for the numbers.
         plot: A PNG, PDF or SVG file to draw time and memory against the context in.
 
@@ -135,9 +141,11 @@ def bench_decode(
         if not numbers or min(numbers) < 1:
             raise LowlineError(f"{name} = {numbers}; one or more, each at least 1")
     if not part:
-        raise LowlineError("part is empty; choose from decode, prefill, lookup")
+        raise LowlineError("part is empty; choose from decode, prefill, lookup, llama")
     if "lookup" in part:
         check_prompts(prompts)
+    if "llama" in part:
+        check_gguf(gguf)
     check_plot(plot)
     if plot is not None and "decode" not in part:
         raise LowlineError(f"plot = {plot}: only the part decode is drawn; add it to --part")
@@ -145,20 +153,29 @@ def bench_decode(
         check_source(source)
     import torch
 
+    from lowline.cola.int8 import check_int8, to_int8
     from lowline.linearize.source import load_tokenizer
     from lowline.quiet import quiet_libraries
 
     quiet_libraries()
+    check_int8(weights, dtype)
     console, device = wide_console(), "cuda" if torch.cuda.is_available() else "cpu"
     converted, original = rows_of_both(model, teacher, dtype)
     report: dict[str, Any] = {"machine": machine(threads, device)}
     contexts, batch = tuple(sorted(set(contexts))), tuple(sorted(set(batch)))
     with threads_of_operators(threads), console.status("") as status, torch.no_grad():
-        setup = Setup(model=load(converted, device), teacher=load(original, device),
-                      teacher_config=original.config, new=new, repeats=repeats, device=device,
-                      tell=status.update)  # fmt: skip
+        loaded = load(converted, device)
+        setup = Setup(
+            model=to_int8(loaded) if weights == "int8" else loaded,
+            teacher=load(original, device),
+            teacher_config=original.config,
+            new=new,
+            repeats=repeats,
+            device=device,
+            tell=status.update,
+        )
         report["setup"] = {"model": model, "dtype": dtype, "new": new, "repeats": repeats,
-                           "clock": clock}  # fmt: skip
+                           "clock": clock, "weights": weights}  # fmt: skip
         if "decode" in part:
             report["decode"] = {}
             for rows, entry in decode(setup, contexts, batch, max_gb):
@@ -170,6 +187,9 @@ def bench_decode(
         if "lookup" in part:
             report["lookup"] = lookup(setup, load_tokenizer(model), prompts, proposed)
             print_lookup(console, report)
+        if "llama" in part and gguf is not None:
+            report["llama"] = llama(setup, contexts, gguf, threads)
+            print_llama(console, report)
     write_report(report, json, draw(report) if plot else None, plot)
     return report
 

@@ -22,7 +22,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from lowline.command_line import DType
+from lowline.command_line import DType, Weights
 from lowline.errors import LowlineError
 from lowline.files import write_text
 from lowline.hub import check_source
@@ -109,6 +109,7 @@ def evaluate(
     limit: int | None = None,
     batch_tokens: int = 4096,
     dtype: DType = "float32",
+    weights: Weights = "float",
     seed: int = 0,
     output: Path = Path("outputs/evaluation"),
 ) -> list[dict[str, Any]]:
@@ -137,6 +138,7 @@ def evaluate(
         limit: The first so many items of piqa and of each task of lm-eval.
         batch_tokens: Tokens that go through a model at once.
         dtype: The type that is computed in.
+        weights: int8: a row more for each model, with linear layers rounded to 8 bits.
         seed: The seed of everything random.
         output: The directory for results.json and plots; a later call adds to what is there.
 
@@ -167,6 +169,7 @@ def evaluate(
     check_tasks(chosen, piqa is not None)
     import torch
 
+    from lowline.cola.int8 import check_int8
     from lowline.linearize.evaluation.plots import plots
     from lowline.linearize.evaluation.report import Results, explanation, table
     from lowline.linearize.evaluation.rows import rows_of
@@ -174,14 +177,19 @@ def evaluate(
     from lowline.quiet import quiet_libraries
 
     quiet_libraries()
+    check_int8(weights, dtype)
     documents, long = open_text(text, text_key), suite == "long"
     plan: Plan = []
     for source in models:
         tokenizer = load_tokenizer(source)
         make = Maker(size, tokenizer, documents, piqa, limit, batch_tokens, seed, long)
-        rows = rows_of(source, teacher=teacher, dtype=getattr(torch, dtype), eviction=long)
+        int8 = weights == "int8"
+        rows = rows_of(
+            source, teacher=teacher, dtype=getattr(torch, dtype), eviction=long, int8=int8
+        )
         if not baselines:
-            rows = [row for row in rows if row.converted or row.linear_off] or rows
+            kept = ("linear_off", "weights")
+            rows = [r for r in rows if r.converted or r.identity.keys() & set(kept)] or rows
         measures = [make(task) for task in chosen]
         plan += [(row, measure) for row in rows for measure in measures if fits(row, measure)]
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from lowline.command_line import DType, Mark
+from lowline.command_line import DType, Mark, Weights
 from lowline.errors import LowlineError
 from lowline.hub import check_source
 from lowline.tools.commands.context import after_context, read_context
@@ -38,6 +38,7 @@ def generate(
     lookup: Annotated[int | None, Mark("bare", LOOKUP)] = None,
     draft: str | None = None,
     dtype: DType = "float32",
+    weights: Weights = "float",
     context: Path | None = None,
     stats: bool = False,
 ) -> str:
@@ -56,6 +57,8 @@ def generate(
             is that without it; it pays where the answer repeats parts of the prompt.
         draft: Speculative decoding: a smaller model of the same tokenizer proposes tokens.
         dtype: The type that is computed in.
+        weights: int8: those of linear layers are rounded to 8 bits when the model is loaded, which
+            decodes faster on a CPU.
         context: What the model has read before, a file of `lowline context save`; the prompt
             follows it.
         stats: Print speed, and the bytes of state between tokens, to stderr.
@@ -83,13 +86,16 @@ def generate(
     from transformers import TextStreamer
 
     from lowline.cola.drafts import ExactDrafts
+    from lowline.cola.int8 import check_int8, to_int8
     from lowline.linearize.source import load_teacher, load_tokenizer
     from lowline.quiet import quiet_libraries
 
     quiet_libraries()
+    check_int8(weights, dtype)
     held = None if context is None else read_context(context)
     tokenizer = load_tokenizer(model)
     body: Any = load_teacher(model, dtype=getattr(torch, dtype)).eval()
+    body = to_int8(body) if weights == "int8" else body
     body.to("cuda" if torch.cuda.is_available() else "cpu")
     begins = not chat and held is None  # with what the tokenizer puts before every text
     inputs: Any = tokenizer(_asked(tokenizer, prompt, model) if chat else prompt,

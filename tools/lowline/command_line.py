@@ -50,6 +50,7 @@ class Mark:
 Positional = Annotated[str | None, Mark("positional")]
 Keys = Annotated[tuple[str, ...], Mark("keys")]
 DType = Literal["float32", "bfloat16", "float16"]  # of weights, or to compute in
+Weights = Literal["float", "int8"]  # those of linear layers, when a model is loaded
 
 
 class UsageError(LowlineError):
