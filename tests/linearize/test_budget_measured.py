@@ -108,7 +108,7 @@ def test_the_command_prints_a_table_of_as_many_bytes(tmp_path, capsys):
     table = tomllib.loads(capsys.readouterr().out)["mixer"]
     assert table == {
         "name": "memory",
-        "options": {"sinks": 4, "horizon": 512, "merged": 1, "bias": 1.0, "budget": budget},
+        "options": {"sinks": 4, "horizon": 512, "budget": budget},
     }
     window = linearized_config(config, mixer="sink_window", options={"window": 60, "sinks": 4})
     ours = convert(folder, mixer=table["name"], options=table["options"])

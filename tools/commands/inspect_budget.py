@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from lowline.linearize.budget import Text
 
 SINKS, STRIDE, LENGTH_BYTES = 4, 8, 8
-MERGED, BIAS = 1, 1.0  # a row for the mean of all that is dropped
 WEIGHT = 0.3  # of strings that come twice beside running text
 
 
@@ -71,7 +70,7 @@ def inspect_budget(
 
     if isinstance(load_config(checkpoint), LinearizedConfig):
         raise LowlineError(f"{checkpoint} was converted before; give the model it was made from")
-    options = MemoryOptions(window=window, sinks=SINKS, horizon=horizon, merged=MERGED, bias=BIAS)
+    options = MemoryOptions(window=window, sinks=SINKS, horizon=horizon)
     documents = read_text(text)
     model, tokenizer = load_model(checkpoint)
     (ids,) = token_rows(tokenizer, documents, rows * seq_len, seq_len=rows * seq_len)
@@ -100,7 +99,6 @@ def inspect_budget(
     total = held("sink_window", window=tokens)
     budget = budget_text(allocate(costs_NS, bytes_S, total), sizes, G)
     print(f'[mixer]\nname = "memory"\noptions.sinks = {SINKS}\noptions.horizon = {horizon}')
-    print(f"options.merged = {MERGED}\noptions.bias = {BIAS}")
     print(f'options.budget = "{budget}"')
     return budget
 
