@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 FOLDERS := kernels cola linearize train configs tools
 # The folders at the top (kernels/, train/, ...) must not shadow packages of those names.
 export PYTHONSAFEPATH := 1
+# Workers and the processes of tests would each compile all that they import.
+unexport PYTHONDONTWRITEBYTECODE
 
 # A file's tests share fixtures, so one worker runs all of them; tests/conftest.py orders the files. Three
 # workers keep two cores busy, since many tests wait for processes.

@@ -48,7 +48,10 @@ def run_cells(name: str, folder: Path, _: pytest.MonkeyPatch, **variables: str) 
     return done.stdout
 
 
-@pytest.mark.parametrize("run", [run_cells, pytest.param(run, marks=pytest.mark.slow)])
+BOTH = pytest.mark.parametrize("run", [run_cells, pytest.param(run, marks=pytest.mark.slow)])
+
+
+@BOTH
 def test_cola_notebook_trains_three_models_and_generates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., str]
 ) -> None:
@@ -57,8 +60,9 @@ def test_cola_notebook_trains_three_models_and_generates(
     assert "CoLAForCausalLM 3.35M parameters" in printed
 
 
+@BOTH
 def test_linearize_notebook_converts_scores_and_generates(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., str]
 ) -> None:
     source = tmp_path / "teacher"
     config = LlamaConfig(**models.SHAPE | {"vocab_size": 4096})

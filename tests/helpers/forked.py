@@ -6,7 +6,7 @@ process that is started as users start it: `subprocess`.
 
 from __future__ import annotations
 
-import atexit
+import errno
 import json
 import os
 import select
@@ -14,22 +14,36 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import IO, Any
 
 from helpers.processes import ENVIRONMENT, TESTS
 
+# All workers of a run of pytest share a server, which ends with the process that started them.
+_OWNER = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+_ADDRESS = "\0lowline-" + os.environ.get("PYTEST_XDIST_TESTRUNUID", str(_OWNER))
+
 
 @cache
 def _server() -> socket.socket:
-    """Start the server, once in this process; it ends with it."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    line = [sys.executable, "-P", str(TESTS / "workers" / "fork_server.py")]
-    process = subprocess.Popen(line, env=ENVIRONMENT, stdin=theirs)
-    theirs.close()
-    atexit.register(lambda: (ours.close(), process.wait()))
-    return ours
+    """Connect to the server; the first worker to ask starts it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        try:
+            listener.bind(_ADDRESS)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+        else:
+            listener.listen()
+            script = str(TESTS / "workers" / "fork_server.py")
+            line = [sys.executable, "-P", script, str(_OWNER)]
+            subprocess.Popen(line, env=ENVIRONMENT, stdin=listener)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    while connection.connect_ex(_ADDRESS) == errno.ECONNREFUSED:
+        time.sleep(0.01)  # it is bound, but does not listen yet
+    return connection
 
 
 class Forked:

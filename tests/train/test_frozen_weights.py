@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -39,15 +41,27 @@ def everything_in_fp32():
     return mock.patch("lowline.train.model.parallelize.store_frozen")
 
 
+@pytest.fixture(scope="module")
+def trained(teacher, tmp_path_factory):
+    """A run from the teacher's weights; of the same arguments, the same one."""
+
+    @cache
+    def run(*arguments: str, in_fp32: bool = False) -> Path:
+        folder = tmp_path_factory.mktemp("trained") / "run"
+        weights = f"--checkpoint.initial_weights={teacher}"  # `arguments` may name others
+        with everything_in_fp32() if in_fp32 else nullcontext():
+            assert training.train_here(folder, weights, *arguments, *SHORT) == 0
+        return folder
+
+    return run
+
+
 @pytest.mark.parametrize("arguments", [TRANSFER, LORA], ids=["transfer", "lora"])
-def test_losses_are_those_with_frozen_weights_in_fp32(teacher, tmp_path, arguments):
-    arguments = (f"--checkpoint.initial_weights={teacher}", *arguments, *SHORT)
-    assert training.train_here(tmp_path / "half", *arguments) == 0
-    with everything_in_fp32():
-        assert training.train_here(tmp_path / "full", *arguments) == 0
-    assert training.curve(tmp_path / "half") == training.curve(tmp_path / "full")
-    assert set(stored_dtypes(tmp_path / "full").values()) == {torch.float32}
-    for name, dtype in stored_dtypes(tmp_path / "half").items():
+def test_losses_are_those_with_frozen_weights_in_fp32(trained, arguments):
+    half, full = trained(*arguments), trained(*arguments, in_fp32=True)
+    assert training.curve(half) == training.curve(full)
+    assert set(stored_dtypes(full).values()) == {torch.float32}
+    for name, dtype in stored_dtypes(half).items():
         trains = ".mixer." in name or ".lora_" in name
         assert dtype == (torch.float32 if trains else torch.bfloat16), name
 
@@ -60,30 +74,22 @@ def test_random_frozen_weights_are_those_of_fp32_rounded(tmp_path):
     assert training.curve(tmp_path / "half") == training.curve(tmp_path / "full")
 
 
-def test_a_checkpoint_with_frozen_weights_in_fp32_resumes(teacher, tmp_path):
+def test_a_checkpoint_with_frozen_weights_in_fp32_resumes(trained, teacher, tmp_path):
+    whole = trained(*TRANSFER, in_fp32=True)
+    training.cut(whole, tmp_path / "cut", 3)
     arguments = (f"--checkpoint.initial_weights={teacher}", *TRANSFER, *SHORT)
-    with everything_in_fp32():
-        assert training.train_here(tmp_path / "whole", *arguments) == 0
-    training.cut(tmp_path / "whole", tmp_path / "cut", 3)
     assert training.train_here(tmp_path / "cut", *arguments) == 0
-    assert training.curve(tmp_path / "cut") == training.curve(tmp_path / "whole")
+    assert training.curve(tmp_path / "cut") == training.curve(whole)
     assert torch.bfloat16 in stored_dtypes(tmp_path / "cut").values()
 
 
-def test_what_a_stage_merged_into_frozen_weights_is_rounded_once(teacher, tmp_path):
+def test_what_a_stage_merged_into_frozen_weights_is_rounded_once(trained):
     """LoRA's factors come in fp32, so the next stage begins with W + B·A in fp32, rounded."""
-    first = (f"--checkpoint.initial_weights={teacher}", *LORA, *SHORT)
-    assert training.train_here(tmp_path / "lora", *first) == 0
-    second = (f"--checkpoint.initial_weights={tmp_path / 'lora' / 'checkpoint' / 'step-6'}",)
-    second += (*TRANSFER, *SHORT)
-    assert training.train_here(tmp_path / "half", *second) == 0
-    with everything_in_fp32():
-        assert training.train_here(tmp_path / "full", *second) == 0
-    assert training.curve(tmp_path / "half") == training.curve(tmp_path / "full")
+    lora = trained(*LORA)
+    second = (f"--checkpoint.initial_weights={lora / 'checkpoint' / 'step-6'}", *TRANSFER)
+    assert training.curve(trained(*second)) == training.curve(trained(*second, in_fp32=True))
 
 
-def test_in_fp32_nothing_is_stored_otherwise(teacher, tmp_path):
-    arguments = (f"--checkpoint.initial_weights={teacher}", *TRANSFER, *SHORT)
-    arguments += ('--training.precision="float32"',)
-    assert training.train_here(tmp_path / "run", *arguments) == 0
-    assert set(stored_dtypes(tmp_path / "run").values()) == {torch.float32}
+def test_in_fp32_nothing_is_stored_otherwise(trained):
+    run = trained(*TRANSFER, '--training.precision="float32"')
+    assert set(stored_dtypes(run).values()) == {torch.float32}

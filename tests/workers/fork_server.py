@@ -1,9 +1,10 @@
 """A process that has imported what the commands need, and forks one for each that it is asked for.
 
 A fork is the command with its own process id, environment, output and signals; what it lacks are
-the imports, six CPU seconds of them. Standard input is a socket (`helpers.forked` has its other
-end). A message is JSON, the arguments of Python and the environment, and it brings file
-descriptors: where the id and the exit code go, standard output, standard error.
+the imports, six CPU seconds of them. Standard input is a listening socket, to which each worker of
+pytest connects through `helpers.forked`; the argument is the id of the process to end with. A
+message is JSON, the arguments of Python and the environment, and it brings file descriptors: where
+the id and the exit code go, standard output, standard error.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import sys
@@ -28,21 +30,39 @@ LIBRARIES = (
 
 
 def main() -> None:
-    requests = socket.socket(fileno=0)
     for library in LIBRARIES:
         importlib.import_module(library)
     gc.collect()
     gc.freeze()  # a fork's own collections need not look at what was imported
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # who waits for a command is a process of its own
+    if request := serve(socket.socket(fileno=0), os.pidfd_open(int(sys.argv[1]))):
+        answer_request(*request)
+
+
+def serve(listener: socket.socket, owner: int) -> tuple[bytes, list[int]] | None:
+    """Fork for each request and return it in the fork; return None when the owner has ended."""
+    clients: list[socket.socket] = []
     while True:
-        message, files, _, _ = socket.recv_fds(requests, 1 << 20, 3)
-        if not message:
-            return
-        if os.fork() == 0:
-            break
-        for file in files:
-            os.close(file)
-    requests.close()
+        ready = select.select([owner, listener, *clients], [], [])[0]
+        if owner in ready:
+            return None
+        if listener in ready:
+            clients.append(listener.accept()[0])
+        for client in [client for client in clients if client in ready]:
+            message, files, _, _ = socket.recv_fds(client, 1 << 20, 3)
+            if not message:
+                clients.remove(client)
+                client.close()
+            elif os.fork() == 0:
+                os.close(owner)
+                for connection in (listener, *clients):
+                    connection.close()
+                return message, files
+            for file in files:
+                os.close(file)
+
+
+def answer_request(message: bytes, files: list[int]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     answer, output, errors = files
     if pid := os.fork():

@@ -1,6 +1,6 @@
 """Models with mixers and LoRA over two processes against the same on one.
 
-    python tests/workers/parallel_stages.py REPORT.json
+    python tests/workers/parallel_stages.py REPORT.json NAME...
 
 Tensor parallel over both. Every rank also holds the whole model and compares initial values, loss
 and every gradient, of next-token prediction and of a transfer. The assertions are in
@@ -114,12 +114,13 @@ def compare(run: RunConfig, kind: str) -> dict[str, Any]:
     }
 
 
-def main(report: str) -> None:
+def main(report: str, *names: str) -> None:
     dist.init_process_group("gloo")
     set_spmd_backend("partial_dtensor")
     torch.set_num_threads(1)
     result: dict[str, Any] = {"next-token": {}, "transfer": {}}
-    for name, run in runs().items():
+    made = runs()
+    for name, run in ((name, made[name]) for name in names):
         result["next-token"][name] = compare(run, "next-token")
         learns = run.mixer is not None and run.mixer_options().learns
         if learns and run.lora is None:
@@ -131,4 +132,4 @@ def main(report: str) -> None:
 
 
 if __name__ == "__main__":
-    fork_ranks(main, sys.argv[1], processes=2)
+    fork_ranks(main, *sys.argv[1:], processes=2)

@@ -14,13 +14,14 @@ import torch
 
 from lowline.kernels.triton_tools.interpreter import install, interpreting
 
+FOLDER = Path(__file__).parent
 if interpreting():
     install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if Path(__file__).parent in item.path.parents:
+        if item.path.parent == FOLDER:
             item.add_marker(pytest.mark.gpu)
 
 
