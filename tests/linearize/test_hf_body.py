@@ -100,8 +100,11 @@ def test_invariants_of_every_mixer(mixer):
     check_invariants(converted(mixer, "1", "qwen3, head_dim 24"))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_invariants_of_every_architecture(name):
+@pytest.mark.parametrize(  # those whose attention differs; `slow` has them all
+    "name",
+    ["llama, biases, yarn", "mistral, window", "qwen2, windows above", "cola, QK-norm, mixed"],
+)
+def test_invariants_of_architectures(name):
     check_invariants(converted(ANY, "all", name))
 
 

@@ -75,7 +75,13 @@ def test_every_bit_and_every_length_is_seen(trained, tmp_path, trials):
     assert damage(folder) is None
 
 
-@pytest.mark.parametrize("name", sorted(FILES))
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("__0_0.distcp", "config.toml"),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (".metadata", "inputs.json", CHECKSUMS)),
+    ],
+)
 def test_a_damaged_newest_step_is_named_and_an_older_one_used(trained, tmp_path, capsys, name):
     """In a small file the command sees it before it starts anything, in a large one before it loads
     it.
@@ -125,7 +131,14 @@ def test_damaged_inputs_without_checksums_are_named(trained, tmp_path, capsys):
         assert f"{newest}/inputs.json is damaged" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damaged", ["truncated", "zeroed", "text", "missing"])
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        "truncated",
+        "missing",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("zeroed", "text")),
+    ],
+)
 def test_an_index_without_checksums_is_no_raw_error(trained, tmp_path, capsys, damaged):
     output = _copy(trained, tmp_path)
     newest = output / "checkpoint" / "step-6"

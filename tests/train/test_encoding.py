@@ -105,7 +105,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
-@pytest.mark.parametrize("piece", [1 << 10, 3_000])
+@pytest.mark.parametrize("piece", [1 << 10, pytest.param(3_000, marks=pytest.mark.slow)])
 def test_pieces_have_the_tokens_of_the_whole(tokenizer, monkeypatch, name, piece):
     """With small pieces, so that there are many cuts."""
     monkeypatch.setattr(encoding, "_PIECE", piece)
