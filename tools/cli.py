@@ -54,6 +54,9 @@ COMMANDS = {
     "compress": Command(
         "tools.commands.compress:compress", "make a dense checkpoint low-rank, without training"
     ),
+    "draft": Command(
+        "tools.commands.draft:draft", "make a small model that drafts tokens for a larger one"
+    ),
     "plan blockwise": Command(
         "tools.commands.plan:plan_blockwise", "show disk, time and GPUs of blockwise transfer"
     ),

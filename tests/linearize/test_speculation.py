@@ -18,8 +18,12 @@ from helpers.models import (
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 from transformers.generation import GenerationMixin
-from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.generation.candidate_generator import (
+    AssistedCandidateGenerator,
+    CandidateGenerator,
+)
 
+from lowline.cola.drafts import Lookup
 from lowline.linearize.body.cache import RECORDED, LinearizedCache, MixerLayer, Tokens, state_bytes
 from lowline.linearize.convert import convert
 from lowline.linearize.mixers import MIXERS
@@ -277,27 +281,91 @@ def test_a_conversation_continues_with_drafts(scripted, cola):
         ids = torch.cat([plain, tokens(1, 4, seed=seed)], 1)
 
 
+# ------------------------------------------------------------------------- drafts that do not pay
+
+
+def drafted(known: list[int], prompt: int) -> list[tuple[int, int]]:
+    """Return proposed and accepted tokens of each step after a prompt, as greedy decoding has."""
+    lookup, ids, steps = Lookup(8, 1000), torch.tensor([known]), []
+    while prompt < len(known):
+        found, _ = lookup.get_candidates(ids[:, :prompt])
+        draft, following = found[0, prompt:].tolist(), known[prompt:]
+        right = next((n for n, t in enumerate(draft) if following[n : n + 1] != [t]), len(draft))
+        steps.append((len(draft), right))
+        prompt += right + 1
+    return steps
+
+
+def test_lookup_proposes_where_it_is_right():
+    random = torch.Generator().manual_seed(0)
+    text = torch.randint(1000, (60,), generator=random).tolist()
+    copying = drafted(text + text[:50], 60)
+    assert len(copying) < 12 and all(right == n for n, right in copying[:-1])
+    assert drafted(text + [7] * 24, 60)[-1] == (8, 8)  # a copy may reach into itself
+    new = torch.randint(1000, (300,), generator=random).tolist()
+    assert not any(n for n, _ in drafted(text + new, 60))
+
+
+def test_lookup_that_is_wrong_stops_and_begins_again():
+    """After each of the words of a prompt another follows than before; then it is copied."""
+    random = torch.Generator().manual_seed(0)
+    words = torch.randint(1, 500, (60, 3), generator=random).tolist()
+    prompt = [token for word in words for token in [*word, 0]]
+    other = [token for word in words for token in [*word, 500 + word[0]]]
+    steps = drafted(prompt + other + prompt, len(prompt))
+    middle = next(i for i in range(len(steps)) if sum(r + 1 for _, r in steps[:i]) >= len(other))
+    wrong = [n for n, right in steps[:middle] if n and not right]
+    assert 1 <= len(wrong) <= 8 and not any(n for n, _ in steps[middle // 2 : middle])
+    assert sum(right for _, right in steps[middle:]) > len(prompt) / 2
+
+
+def test_an_assistant_that_is_wrong_pauses(monkeypatch):
+    model, ids, asked = converted("slots", HYBRID), tokens(1, 7), []
+    propose = AssistedCandidateGenerator.get_candidates
+
+    def counted(self, ids, **how):
+        found = propose(self, ids, **how)
+        asked.append((ids.shape[1], found[0].shape[1] - ids.shape[1]))
+        return found
+
+    monkeypatch.setattr(AssistedCandidateGenerator, "get_candidates", counted)
+    plain = generate(model, ids, max_new_tokens=40)
+    wrong = scrambled(LlamaForCausalLM(architecture("llama")), 5)
+    wrong.generation_config.assistant_confidence_threshold = 0.0
+    assert torch.equal(generate(model, ids, max_new_tokens=40, assistant_model=wrong), plain)
+    if plain[0, 7:].unique().numel() > 8:  # of noise: hardly any token is the assistant's
+        assert len(asked) < 12
+        assert asked[0][1] == 20 and asked[-1][1] <= 3
+    asked.clear()
+    model.generation_config.assistant_confidence_threshold = 0.0
+    assert torch.equal(generate(model, ids, max_new_tokens=40, assistant_model=model), plain)
+    assert [n for _, n in asked] == [20, 18]
+
+
 # ---------------------------------------------------------------------------------------- sampling
 
 
-@pytest.mark.slow
+def tiny(vocabulary: int, seed: int) -> PreTrainedModel:
+    """Return a converted model of a few tokens, of which each has a chance."""
+    config = architecture("llama")
+    config.update(dict(vocab_size=vocabulary, num_hidden_layers=1, hidden_size=32,
+                       intermediate_size=32, head_dim=16))  # fmt: skip
+    model = scrambled(LlamaForCausalLM(config), seed)
+    model.lm_head.weight.data *= 0.3
+    return convert(model, mixer="lolcats", options=small_options("lolcats"))
+
+
+def drafts_of(how: str, assistant: PreTrainedModel) -> dict:
+    assistant.generation_config.num_assistant_tokens = 2
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    return {"prompt_lookup_num_tokens": 3} if how == "lookup" else {"assistant_model": assistant}
+
+
 @pytest.mark.parametrize("how", ["lookup", "assistant"])
 def test_two_sampled_tokens_have_the_models_distribution(how):
     """Chi-square of draws of two tokens with drafts, against the products of the probabilities."""
-    draws, vocabulary = 4000, 5
-
-    def tiny(seed: int) -> PreTrainedModel:
-        config = architecture("llama")
-        config.update(dict(vocab_size=vocabulary, num_hidden_layers=1, hidden_size=32,
-                           intermediate_size=32, head_dim=16))  # fmt: skip
-        model = scrambled(LlamaForCausalLM(config), seed)
-        model.lm_head.weight.data *= 0.3  # so that every token has a chance
-        return convert(model, mixer="lolcats", options=small_options("lolcats"))
-
-    model, prompt = tiny(0), torch.tensor([[1, 2, 3, 1, 2]])
-    drafts = {"prompt_lookup_num_tokens": 3} if how == "lookup" else {"assistant_model": tiny(1)}
-    if how == "assistant":
-        drafts["assistant_model"].generation_config.num_assistant_tokens = 2
+    draws, vocabulary = 150, 3
+    model, prompt = tiny(vocabulary, 0), torch.tensor([[1, 2, 0] * 4])
     with torch.no_grad():
         first = model(prompt).logits[0, -1].double().softmax(-1)
         after = torch.cat([prompt.expand(vocabulary, -1), torch.arange(vocabulary)[:, None]], 1)
@@ -305,9 +373,38 @@ def test_two_sampled_tokens_have_the_models_distribution(how):
     expected = draws * first[:, None] * second
     assert expected.min() > 5  # what the test asks of every cell
     seen = torch.zeros(vocabulary, vocabulary, dtype=torch.double)
+    lengths: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    drafts = drafts_of(how, tiny(vocabulary, 1))
     torch.manual_seed(0)
     for _ in range(draws):
-        made = generate(model, prompt, do_sample=True, top_k=0, max_new_tokens=3, **drafts)
-        seen[made[0, 5], made[0, 6]] += 1
-    chi_square = ((seen - expected) ** 2 / expected).sum().item()
-    assert chi_square < 51.2  # 24 degrees of freedom: exceeded by chance once in a thousand
+        made = generate(model, prompt, do_sample=True, top_k=0, max_new_tokens=5, **drafts)
+        seen[tuple(made[0, 12:14])] += 1
+    assert max(lengths) > prompt.shape[1]  # there were drafts
+    assert ((seen - expected) ** 2 / expected).sum() < 26.1  # 8 degrees: once in a thousand
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["lookup", "assistant"])
+def test_a_hundred_thousand_sampled_pairs(how):
+    """Of models whose logits depend on the last token only, so that one text has many draws."""
+    vocabulary, length = 5, 1000
+    models = [tiny(vocabulary, seed) for seed in range(2)]
+    for model in models:
+        layer = model.model.layers[0]
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    with torch.no_grad():
+        after = models[0](torch.arange(vocabulary)[:, None]).logits[:, -1].double().softmax(-1)
+    seen = torch.zeros(vocabulary, vocabulary, dtype=torch.double)
+    torch.manual_seed(0)
+    for _ in range(100):
+        made = generate(models[0], torch.tensor([[1, 2, 3, 1, 2]]), do_sample=True, top_k=0,
+                        max_new_tokens=length, **drafts_of(how, models[1]))[0, 4:]  # fmt: skip
+        pairs = made[:-1] * vocabulary + made[1:]
+        seen += pairs.bincount(minlength=vocabulary**2).view(vocabulary, vocabulary)
+    assert seen.sum() == 100_000
+    expected = seen.sum(1, keepdim=True) * after
+    assert ((seen - expected) ** 2 / expected).sum() < 45.3  # 20 degrees: once in a thousand

@@ -5,6 +5,7 @@ lowline generate converted/ "What is a list?" --chat --stats
 lowline generate converted/ "Summarize: ..." --lookup
 lowline generate converted/ "A list is" --draft smaller/
 lowline generate converted/ "In short:" --context read.safetensors
+lowline generate teacher/ --prompts questions.jsonl --output answers.jsonl --chat
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from lowline.command_line import DType, Mark, Weights
+from lowline.command_line import DType, Mark, Positional, Weights
 from lowline.errors import LowlineError
 from lowline.hub import check_source
+from lowline.tools.commands.answers import answer_file, asked, check_files
 from lowline.tools.commands.context import after_context, read_context
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ LOOKUP = 8  # tokens
 def generate(
     model: str,
     *,
-    prompt: str,
+    prompt: Positional = None,
     chat: bool = False,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -41,8 +43,13 @@ def generate(
     weights: Weights = "float",
     context: Path | None = None,
     stats: bool = False,
+    prompts: Path | None = None,
+    output: Path | None = None,
+    batch_size: int = 8,
 ) -> str:
     """Continue a prompt; the text is printed as it is generated.
+
+    With `prompts` and `output` a file of prompts is answered into a file of answers instead.
 
     Args:
         model: A Hugging Face directory (exported, converted or neither), a hub id or a GGUF file.
@@ -62,9 +69,15 @@ def generate(
         context: What the model has read before, a file of `lowline context save`; the prompt
             follows it.
         stats: Print speed, and the bytes of state between tokens, to stderr.
+        prompts: A file of JSON lines, each with a text as "prompt" or a conversation as "messages".
+        output: A new file of JSON lines: each prompt with "response", or its messages with the
+            answer. Given again after an interruption, the command resumes after its last batch.
+            `data.prompt_key = "prompt"` with `data.response_key = "response"`, or
+            `data.messages_key = "messages"`, train on it.
+        batch_size: Prompts that are answered at once.
 
     Returns:
-        The prompt and its continuation; with `chat` the answer.
+        The prompt and its continuation; with `chat` the answer; with `prompts` nothing.
 
     Raises:
         ValueError: no such model, an empty prompt, no chat template, a number out of its range, a
@@ -78,6 +91,8 @@ def generate(
         raise LowlineError(f"max_new_tokens = {max_new_tokens}; at least 1")
     if lookup is not None and lookup < 1:
         raise LowlineError(f"lookup = {lookup}; at least 1, or leave it out")
+    alone = [n for n, v in (("lookup", lookup), ("draft", draft), ("context", context)) if v]
+    check_files(prompt, prompts, output, batch_size, [*alone, *["stats"] * stats])
     if lookup is not None and draft is not None:
         raise LowlineError("lookup and draft both propose tokens; give one of them")
     for source in (model,) if draft is None else (model, draft):
@@ -97,8 +112,18 @@ def generate(
     body: Any = load_teacher(model, dtype=getattr(torch, dtype)).eval()
     body = to_int8(body) if weights == "int8" else body
     body.to("cuda" if torch.cuda.is_available() else "cpu")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    if prompts is not None and output is not None:
+        how = sampling | {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
+        answer_file(body, tokenizer, prompts, output, batch_size, chat=chat, seed=seed, how=how)
+        return ""
+    assert prompt is not None
     begins = not chat and held is None  # with what the tokenizer puts before every text
-    inputs: Any = tokenizer(_asked(tokenizer, prompt, model) if chat else prompt,
+    inputs: Any = tokenizer(asked(tokenizer, prompt, model) if chat else prompt,
                             add_special_tokens=begins, return_tensors="pt")  # fmt: skip
     if inputs["input_ids"].shape[1] == 0:
         raise LowlineError(f"prompt = {prompt!r} has no tokens; give some text to continue")
@@ -109,11 +134,6 @@ def generate(
         inputs["input_ids"] = after_context(held, inputs["input_ids"], tokenizer)
         inputs["past_key_values"], before = held, held.get_seq_length()
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = tokenizer.eos_token_id
     speculation: dict[str, Any] = {}
     speculates = lookup is not None or draft is not None
     if speculates and held is not None and not isinstance(body, ExactDrafts):
@@ -156,22 +176,6 @@ def _check_draft(tokenizer: Any, other: Any, model: str, draft: str) -> None:
             f"draft = {draft}: its tokenizer is another than that of {model}, token {token!r} is "
             f"{theirs.get(token)} there and {ours.get(token)} here; give a draft of the same one"
         )
-
-
-def _asked(tokenizer: Any, message: str, model: str) -> str:
-    """Return a user's message as the model's chat template has it, up to where the answer
-    begins.
-    """
-    if tokenizer.chat_template is None:
-        raise LowlineError(
-            f"chat: {model} has no chat template; leave out --chat to continue a text"
-        )
-    from lowline.train.data.template import TemplateRefusalError, render_question
-
-    try:
-        return render_question(tokenizer, message)
-    except TemplateRefusalError as error:
-        raise LowlineError(f"chat: {error}") from error
 
 
 class _Clocked:

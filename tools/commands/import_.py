@@ -63,8 +63,8 @@ def import_tables(
     tables = {
         "output": f"outputs/{Path(weights).resolve().name}",
         "tokenizer": weights,
-        "model": _set_fields(model),
-        "cola": _set_fields(cola),
+        "model": set_fields(model),
+        "cola": set_fields(cola),
         "checkpoint": {"initial_weights": weights},
         "training": START | {"seq_len": min(START["seq_len"], model.max_seq_len or 1 << 30)},
         "optimizer": {"lr": 1e-5},
@@ -75,10 +75,10 @@ def import_tables(
     print(tomli_w.dumps({name: table for name, table in tables.items() if table}), end="")
 
 
-def _set_fields(section: Any) -> dict[str, Any]:
+def set_fields(section: Any) -> dict[str, Any]:
     """Return a section's fields that differ from their defaults."""
     return {
-        f.name: value if not dataclasses.is_dataclass(value) else _set_fields(value)
+        f.name: value if not dataclasses.is_dataclass(value) else set_fields(value)
         for f in dataclasses.fields(section)
         if (value := getattr(section, f.name)) != f.default
     }

@@ -40,6 +40,10 @@ class SourceConfig:
     """The column that holds what the user says, for conversations of one exchange."""
     response_key: Name | None = None
     """The column that holds what the model answers, beside `prompt_key`."""
+    chosen_key: Name | None = None
+    """The column of the better answer of a pair: text beside `prompt_key`, or messages."""
+    rejected_key: Name | None = None
+    """The column of the worse answer, in the form of `chosen_key`."""
     streaming: bool = False
     """Whether documents are read as they come, without an index on disk."""
     on_bad_row: Literal["error", "skip"] = "error"
@@ -55,7 +59,18 @@ class SourceConfig:
             )
         if isinstance(self.path, list):  # TOML has lists only
             object.__setattr__(self, "path", tuple(self.path))
-        if (self.prompt_key is None) != (self.response_key is None):
+        pairs = self.chosen_key is not None
+        if pairs != (self.rejected_key is not None):
+            raise LowlineError(
+                f"data.chosen_key = {self.chosen_key!r}, data.rejected_key = "
+                f"{self.rejected_key!r}: give both, or neither"
+            )
+        if pairs and (self.response_key is not None or self.messages_key is not None):
+            raise LowlineError(
+                f"data.chosen_key = {self.chosen_key!r} beside data.response_key or "
+                "data.messages_key: a row is read as one pair; keep data.prompt_key at most"
+            )
+        if not pairs and (self.prompt_key is None) != (self.response_key is None):
             raise LowlineError(
                 f"data.prompt_key = {self.prompt_key!r}, data.response_key = "
                 f"{self.response_key!r}: give both, or neither"
@@ -65,10 +80,10 @@ class SourceConfig:
                 f"data.messages_key = {self.messages_key!r} and data.prompt_key = "
                 f"{self.prompt_key!r}: a row is read as one conversation: keep one of them"
             )
-        if self.dataset == "embedded" and (self.messages_key or self.prompt_key):
+        if self.dataset == "embedded" and self.chats:
             raise LowlineError(
-                "data.dataset = 'embedded' holds no conversations: remove data.messages_key and "
-                "data.prompt_key, or set data.dataset to 'files' or 'hub'"
+                "data.dataset = 'embedded' holds no conversations: remove data.messages_key, "
+                "data.prompt_key and data.chosen_key, or set data.dataset to 'files' or 'hub'"
             )
         for key, default in (("text_key", "text"), ("on_bad_row", "error")):
             if self.dataset == "embedded" and getattr(self, key) != default:
@@ -106,6 +121,11 @@ class SourceConfig:
                 f"data.path = {self.path!r}: with data.dataset = 'hub' it must be one "
                 "dataset id, such as 'allenai/c4'"
             )
+
+    @property
+    def chats(self) -> bool:
+        """Return whether rows are conversations, single or in pairs."""
+        return any((self.messages_key, self.prompt_key, self.chosen_key))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,6 +70,7 @@ OBJECTIVES = {
     "transfer": "lowline.train.objectives.transfer:TransferSection",
     "distill": "lowline.train.objectives.distill:DistillSection",
     "reverse-distill": "lowline.train.objectives.reverse_distill:ReverseDistillSection",
+    "dpo": "lowline.train.objectives.dpo:DpoSection",
 }
 """Every objective, one line each: its `kind` and the section of its file."""
 
@@ -98,6 +99,7 @@ class ObjectiveSection:
 
     teacher: ClassVar[str | None] = None  # the Hugging Face directory of a model to learn from
     needs_teacher: ClassVar[bool] = False
+    pairs: ClassVar[bool] = False  # the data are pairs of answers
     perplexity: ClassVar[bool] = False  # e to the loss is one
     mixers_only: ClassVar[bool] = False  # nothing but mixers trains or has a backward pass
     fsdp_only: ClassVar[bool] = True  # neither tensor nor pipeline parallelism
@@ -175,6 +177,7 @@ def check_stage(run: RunConfig) -> None:
     learned = bool(layers) and run.mixer_options().learns
     objective = run.objective
     objective.check(run)
+    _check_pairs(run)
     if run.compile and layers:
         raise ValueError(
             "compile = true with [mixer]: mixers choose their kernels as they run, which "
@@ -238,6 +241,19 @@ def check_stage(run: RunConfig) -> None:
         )
     if run.parallelism.tensor_parallel > 1:
         _check_tensor_parallel(run)
+
+
+def _check_pairs(run: RunConfig) -> None:
+    sources = {"data": run.data}
+    if run.evaluation.enable:
+        sources["evaluation.data"] = run.held_out()
+    for name, source in sources.items():
+        if (source.chosen_key is not None) != run.objective.pairs:
+            raise ValueError(
+                f"{name}.chosen_key = {source.chosen_key!r} with objective.kind = "
+                f'"{run.objective.kind}": "dpo" learns from pairs of answers, and no other does; '
+                "set chosen_key and rejected_key, or another objective"
+            )
 
 
 def _check_tensor_parallel(run: RunConfig) -> None:

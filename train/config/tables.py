@@ -26,7 +26,8 @@ VARIANTS = {"objective": KIND, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
 """The tables of which one key decides what the others are."""
 # Keys of [data] that belong to one dataset, and those of rows, which "embedded" does not have.
 OF_DATASET = ("path", "name", "revision", "split", "streaming")
-OF_ROWS = ("text_key", "messages_key", "prompt_key", "response_key", "on_bad_row")
+OF_ROWS = ("text_key", "messages_key", "prompt_key", "response_key",
+           "chosen_key", "rejected_key", "on_bad_row")  # fmt: skip
 
 # Two keys for one thing, of which a table has one.
 ONE_OF = {"warmup": "warmup_steps", "warmup_steps": "warmup"}

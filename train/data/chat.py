@@ -46,6 +46,46 @@ class Conversation(tuple[Message, ...]):
         return self if answered else Conversation()
 
 
+class Pair(tuple[Conversation, ...]):
+    """Two conversations that end in the better and in the worse answer."""
+
+    place: Place | None = None
+
+    def strip(self) -> Pair:
+        """Return the pair if both answers have text, an empty one if not."""
+        return self if all(c.strip() for c in self) else Pair()
+
+
+def pair_of(*row: Any, place: Place) -> Pair:
+    """Return the pair in a row: its prompt, if there is one, and two answers, as text or messages.
+
+    Raises:
+        BadRowError: values of another form, or an answer that is not the assistant's.
+    """
+    *prompt, chosen, rejected = row
+    asked = [message for value in prompt for message in _turns(value, "user", place)]
+    found = Pair(Conversation(asked + _turns(v, ASSISTANT, place)) for v in (chosen, rejected))
+    for one in found:
+        one.place = place
+        if not asked and len(one) < 2 or one[-1].role != ASSISTANT:
+            raise BadRowError(
+                place,
+                f"pair {str(list(map(tuple, one)))[:80]} is not a prompt and an answer of the "
+                "assistant: set data.prompt_key, or give complete lists of messages",
+            )
+    found.place = place
+    return found
+
+
+def _turns(value: Any, role: str, place: Place) -> list[Message]:
+    """Return messages that are given as a list, or as the text of one of `role`."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_message(message, place) for message in value]
+    return [
+        _message({"role": role, "content": None if isinstance(value, Number) else value}, place)
+    ]
+
+
 def conversation_of(*row: Any, place: Place) -> Conversation:
     """Return the conversation in a row: a list of {"role", "content"}, or a prompt and a response.
 

@@ -1,7 +1,8 @@
 """Which columns of a row make its document, and what becomes of a row that makes none.
 
 A document is the text of a row, or, with `messages_key` or `prompt_key` and `response_key`, its
-conversation (`chat`). A row that cannot be read raises `BadRowError`, which names file and line;
+conversation (`chat`), or, with `chosen_key` and `rejected_key`, a pair of them.
+A row that cannot be read raises `BadRowError`, which names file and line;
 `data.on_bad_row` ("error" or "skip") decides what then happens. A skipped row keeps its number as
 an empty document, so that correcting one row moves no other.
 """
@@ -14,13 +15,13 @@ from typing import Any, Literal
 
 from lowline.errors import LowlineError
 from lowline.train.config.data import SourceConfig
-from lowline.train.data.chat import Conversation, conversation_of
+from lowline.train.data.chat import Conversation, Pair, conversation_of, pair_of
 from lowline.train.data.values import BadRowError, Number, Place, Repeated, kind_of
 
 logger = logging.getLogger("lowline")
 
-Text = str | Conversation
-"""A document: plain text, or a conversation."""
+Text = str | Conversation | Pair
+"""A document: plain text, a conversation, or a pair of them."""
 
 _STRINGS = (
     "string",
@@ -37,7 +38,7 @@ class Columns:
     """Which columns make a document, and how."""
 
     names: tuple[str, ...]
-    kind: Literal["text", "messages", "exchange"]
+    kind: Literal["text", "messages", "exchange", "pair"]
 
     def document(self, row: Mapping[str, Any], place: Place) -> Text:
         """Return the document of a row, which may hold other columns as well.
@@ -55,12 +56,15 @@ class Columns:
         values = [row[name] for name in self.names]
         if self.kind == "messages":
             return conversation_of(*values, place=place)
+        if self.kind == "pair":
+            return pair_of(*values, place=place)
         texts = [self._text(n, v, place) for n, v in zip(self.names, values, strict=True)]
         return texts[0] if self.kind == "text" else conversation_of(*texts, place=place)
 
     def empty(self) -> Text:
         """Return the document that stands in the place of a skipped row."""
-        return "" if self.kind == "text" else Conversation()
+        empty: dict[str, Text] = {"text": "", "pair": Pair()}
+        return empty.get(self.kind, Conversation())
 
     def check(self, types: Mapping[str, str], name: str) -> None:
         """Raise LowlineError for a column that a table lacks, or that does not hold strings.
@@ -74,7 +78,7 @@ class Columns:
                 raise LowlineError(
                     f"{name} has no column {column!r}; it has {sorted(types)}. Set {self.keys()}"
                 )
-            if self.kind != "messages" and not types[column].startswith(_STRINGS):
+            if self.kind in ("text", "exchange") and not types[column].startswith(_STRINGS):
                 raise LowlineError(
                     f"{name}: column {column!r} holds {types[column]}, not strings. Set "
                     f"{self.keys()} to columns of {sorted(types)} that hold text"
@@ -83,6 +87,7 @@ class Columns:
     def keys(self) -> str:
         """Return the configuration keys that name these columns."""
         keys = {"text": "text_key", "messages": "messages_key"}
+        keys["pair"] = "prompt_key, data.chosen_key and data.rejected_key"
         return f"data.{keys.get(self.kind, 'prompt_key and data.response_key')}"
 
     def _text(self, name: str, value: Any, place: Place) -> str:
@@ -103,6 +108,9 @@ def columns_of(config: SourceConfig) -> Columns:
     """Return the columns that a row's document is made of."""
     if config.messages_key is not None:
         return Columns((config.messages_key,), "messages")
+    if config.chosen_key is not None and config.rejected_key is not None:
+        prompt = () if config.prompt_key is None else (config.prompt_key,)
+        return Columns((*prompt, config.chosen_key, config.rejected_key), "pair")
     if config.prompt_key is not None and config.response_key is not None:
         return Columns((config.prompt_key, config.response_key), "exchange")
     return Columns((config.text_key,), "text")

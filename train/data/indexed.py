@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowline.errors import LowlineError
 from lowline.files import write_file
-from lowline.train.data.chat import Conversation, Message
+from lowline.train.data.chat import Conversation, Message, Pair
 from lowline.train.data.columns import BadRows, Columns, Text, report_skipped
 from lowline.train.data.rows import read_rows
 from lowline.train.data.values import BadRowError, Place
@@ -89,7 +89,12 @@ class IndexedFiles:
         stored = self._chunks[chunk][row].as_py()
         if self._columns.kind == "text":
             return stored
-        found = Conversation(Message(*message) for message in json.loads(stored))
+        held = json.loads(stored)
+        found: Conversation | Pair
+        if self._columns.kind == "pair":
+            found = Pair(Conversation(Message(*message) for message in one) for one in held)
+        else:
+            found = Conversation(Message(*message) for message in held)
         file = self._files[self._of_file[chunk][row].as_py()]
         number = abs(self._numbers[chunk][row].as_py())
         found.place = Place(file, "line" if self._kind == "json" else "row", number)

@@ -12,8 +12,12 @@ row. Per row (N rows, T tokens):
 - `positions_NT`  0, 1, 2, ... starting again at every document and every row. A 0 marks a start,
                   so attention masks follow from it: document = cumsum(positions == 0).
 
-Padding exists only where a finite run of documents has ended: EOS tokens, each a document of its
+Padding exists where a finite run of documents has ended: EOS tokens, each a document of its
 own (position 0), labels ignored.
+
+A pair of conversations (`data.chosen_key`) is two documents, which lie in one row; where the next
+pair does not fit, a row ends in padding. Their labels are only those that their last answer begins
+with, so that the number of labels is that of answers.
 
 Left out: best-fit packing (reorders documents, and cuts none, at the price of an order that
 depends on their lengths).
@@ -28,12 +32,12 @@ import torch
 from torch import Tensor
 
 from lowline.errors import LowlineError
-from lowline.train.data.chat import Conversation
+from lowline.train.data.chat import Conversation, Pair
 from lowline.train.data.columns import BadRows
 from lowline.train.data.encoding import TextEncoder, document_tokens
 from lowline.train.data.order import Dealer, Document
 from lowline.train.data.sources import Source, Text
-from lowline.train.data.values import BadRowError
+from lowline.train.data.values import BadRowError, Place
 
 IGNORE_INDEX = -100
 _PATIENCE = 10_000  # conversations that a template may refuse one after another
@@ -60,6 +64,21 @@ def document_rows(document: Text, tokenizer: Encoder) -> tuple[np.ndarray, np.nd
     labels = np.full(len(tokens), IGNORE_INDEX, np.int64)
     labels[:-1] = np.where(trained[1:], tokens[1:], IGNORE_INDEX)
     return tokens, labels
+
+
+def pair_rows(pair: Pair, tokenizer: Encoder) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return a pair's tokens and labels, int64 [n] each, and where its second document begins."""
+    tokens, labels = [], []
+    for conversation in pair:
+        of_one, written = tokenizer.encode_chat(conversation)
+        if not written.any():
+            place = pair.place or Place("a pair", "row", 0)
+            raise BadRowError(place, "has an answer that the chat template leaves out")
+        start = len(written) - int(np.argmin(written[::-1]))  # of the last answer
+        tokens.append(of_one)
+        labels.append(np.full(len(of_one), IGNORE_INDEX, np.int64))
+        labels[-1][start - 1] = of_one[start]
+    return np.concatenate(tokens), np.concatenate(labels), len(tokens[0])
 
 
 class LanePacker:
@@ -93,6 +112,8 @@ class LanePacker:
         self._tokens = self._labels = np.empty(0, np.int64)
         self._resuming = state[2] > 0
         self._bad_rows, self._refused = bad_rows or BadRows(), 0
+        self._second = 0  # where the second document of a pair begins
+        self._held: Document | None = None  # a pair that did not fit into the last row
 
     def fill(self, input_T: np.ndarray, labels_T: np.ndarray, positions_T: np.ndarray) -> None:
         """Write the lane's next row into three int64 [T] arrays."""
@@ -100,16 +121,22 @@ class LanePacker:
         while filled < row:
             unit, number, token = self.state
             if token == 0 or self._resuming:
-                document = self._dealer.next_document(self._lane)
+                document = self._held or self._dealer.next_document(self._lane)
+                self._held = None
                 if document is None:
                     break
-                if not self._begin(document):
+                if not self._begin(document, row):
                     continue
+                if self._second and len(self._tokens) > row - filled:
+                    self._held = document
+                    break
                 unit, number, token = self.state
             taken = min(row - filled, len(self._tokens) - token)
             span, end = slice(filled, filled + taken), token + taken
             input_T[span] = self._tokens[token:end]
             positions_T[span] = np.arange(taken)
+            if self._second:
+                positions_T[span][self._second :] -= self._second
             labels_T[span] = self._labels[token:end]
             filled += taken
             self.state = (unit, number, end)
@@ -120,17 +147,31 @@ class LanePacker:
         labels_T[filled:] = IGNORE_INDEX
         positions_T[filled:] = 0
 
-    def _begin(self, document: Document) -> bool:
-        """Encode a document and stand at its next token; return whether it is one."""
+    def _begin(self, document: Document, row: int) -> bool:
+        """Encode a document and stand at its next token; return whether it is one.
+
+        Args:
+            row: tokens of a row, which a pair must fit into.
+        """
         place = (document.unit, document.number)
         try:
-            self._tokens, self._labels = document_rows(document.text, self._tokenizer)
+            if isinstance(document.text, Pair):
+                rows = pair_rows(document.text, self._tokenizer)
+                self._tokens, self._labels, self._second = rows
+                if len(self._tokens) > row:
+                    raise BadRowError(
+                        document.text.place or Place("a pair", "row", 0),
+                        f"has {len(self._tokens)} tokens with both answers, more than "
+                        f"training.seq_len = {row}, which a pair must fit into",
+                    )
+            else:
+                self._tokens, self._labels = document_rows(document.text, self._tokenizer)
         except BadRowError as error:
             self._bad_rows.refuse(error)
             self._refused += 1
             if self._refused > _PATIENCE:
                 raise LowlineError(
-                    f"the chat template refuses {_PATIENCE} conversations one after another; the "
+                    f"{_PATIENCE} conversations one after another cannot be used; the "
                     f"last one: {error.reason()}"
                 ) from error
             if not self._resuming:

@@ -93,7 +93,7 @@ def check_inputs(run: RunConfig, world_size: int, inputs: Inputs | None = None) 
     run.local_batch_size(world_size)
     _check_rank_measurement(run)
     tokenizer = load_tokenizer(run.tokenizer)
-    chat = run.data.messages_key is not None or run.data.prompt_key is not None
+    chat = run.data.chats
     if chat:
         check_template(tokenizer.hf)
     needed = tokenizer.get_vocab_size(special=chat)

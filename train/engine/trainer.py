@@ -138,10 +138,11 @@ class Trainer(TitanTrainer):
         """Return the batches from here on; torchtitan asks for them once a checkpoint is loaded."""
         self.metrics_processor.resume(self.step)
         self._set_learning_rates()
+        if not self.step and self.config.run.mixer is not None:
+            begin_mixers(self, initial_mixer(self.config.run))
+        self.objective.begin(self)
         if self.step:  # the process that saved this step may not have come to its evaluation
             self._evaluate_if_missing()
-        elif self.config.run.mixer is not None:
-            begin_mixers(self, initial_mixer(self.config.run))
         return self._batches(super().batch_generator(data_iterable))
 
     def _set_learning_rates(self) -> None:

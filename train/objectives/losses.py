@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from torchtitan.components.loss import BaseLoss, cross_entropy_loss
 
@@ -20,6 +21,34 @@ Divergence = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.T
 def full_logits(logits: torch.Tensor) -> torch.Tensor:
     """Return logits of the full vocabulary, of which each tensor-parallel rank has a part."""
     return logits.full_tensor() if isinstance(logits, DTensor) else logits
+
+
+def log_probabilities(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the log-probability of each label (B, T), 0 where there is none."""
+    flat = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+    return -flat.view(labels.shape)
+
+
+class WeightedLogProbability(BaseLoss):
+    """Σ_t w_t log p(x_{t+1}), of the logits of some tokens."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseLoss.Config):
+        pass
+
+    def __init__(self, config: Config, **kwargs: Any) -> None:
+        """Take what torchtitan gives; there is nothing to configure."""
+
+    def __call__(
+        self,
+        pred: torch.Tensor,
+        labels: torch.Tensor,
+        global_valid_tokens: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the sum."""
+        return (weight * log_probabilities(full_logits(pred), labels)).sum(), {}
 
 
 class TeacherLoss(BaseLoss):

@@ -46,6 +46,9 @@ class Objective:
     def __init__(self, loss_fn: BaseLoss) -> None:
         self.loss_fn = loss_fn
 
+    def begin(self, trainer: Any) -> None:
+        """Prepare for training, once the weights are those of the step it resumes after."""
+
     def begin_step(self, step: int) -> None:
         """Note that a step starts, with its first microbatch."""
 

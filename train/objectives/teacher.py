@@ -63,23 +63,11 @@ class TeacherSection(ObjectiveSection):
 
     def check_files(self, run: RunConfig) -> None:
         """Raise ConfigError or ValueError where the teacher cannot teach the run's model."""
-        from lowline.train.hf.weights import check_same_model
-
-        source = str(self.teacher)
-        if not (Path(source) / "config.json").is_file():
-            raise ConfigError(
-                f"objective.teacher = {source!r} is no Hugging Face directory (config.json; "
-                f"working directory {Path.cwd()}); `lowline import` makes one of a hub id or a "
-                "GGUF file"
-            )
-        teacher = teacher_run(run)
-        check_same_model(source, teacher.model, teacher.cola, teacher.mixer)
+        check_teacher(run)
 
     def logit_chunks(self, run: RunConfig, rows: int) -> int:
         """Return into how many pieces sequences are cut so that their logits stay few."""
-        L = run.training.seq_len
-        wanted = rows * L * run.model.vocab_size / LOGITS_AT_ONCE
-        return next(n for n in range(1, L + 1) if L % n == 0 and (n >= wanted or n == L))
+        return logit_chunks(run, rows)
 
     def loss_config(self, run: RunConfig, rows: int) -> BaseLoss.Config:
         """Return torchtitan's configuration of the loss function on logits."""
@@ -164,6 +152,28 @@ class TeacherObjective(Objective):
 
         with torch.no_grad():
             return {"teacher": self.teacher(inputs_BL, **extra)}
+
+
+def logit_chunks(run: RunConfig, rows: int) -> int:
+    """Return into how many pieces sequences are cut so that their logits stay few."""
+    L = run.training.seq_len
+    wanted = rows * L * run.model.vocab_size / LOGITS_AT_ONCE
+    return next(n for n in range(1, L + 1) if L % n == 0 and (n >= wanted or n == L))
+
+
+def check_teacher(run: RunConfig) -> None:
+    """Raise ConfigError or ValueError where the teacher cannot teach the run's model."""
+    from lowline.train.hf.weights import check_same_model
+
+    source = str(run.objective.teacher)
+    if not (Path(source) / "config.json").is_file():
+        raise ConfigError(
+            f"objective.teacher = {source!r} is no Hugging Face directory (config.json; "
+            f"working directory {Path.cwd()}); `lowline import` makes one of a hub id or a "
+            "GGUF file"
+        )
+    teacher = teacher_run(run)
+    check_same_model(source, teacher.model, teacher.cola, teacher.mixer)
 
 
 def teacher_run(run: RunConfig) -> RunConfig:
