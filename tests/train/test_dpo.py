@@ -171,8 +171,9 @@ def test_loss_gradient_and_numbers_are_the_formula(tmp_path, monkeypatch):
     objective = DpoObjective(loss_fn, section, Reference(tmp_path / "r", source=None, rank=0))
     objective._teacher = frozen
     with torch.no_grad():
+        objective.held_out(model, ids, labels, {"positions": positions})
+        objective._teacher = None
         held_out = objective.held_out(model, ids, labels, {"positions": positions})
-    objective._teacher = None
     objective.begin_step(1)
     for row in range(2):  # of two microbatches
         part = slice(row, row + 1)
