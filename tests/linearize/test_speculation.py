@@ -382,7 +382,7 @@ def test_two_sampled_tokens_have_the_models_distribution(how):
     torch.manual_seed(0)
     for _ in range(draws):
         made = generate(model, prompt, do_sample=True, top_k=0, max_new_tokens=5,
-                        pad_token_id=None, **drafts)  # fmt: skip
+                        pad_token_id=99, **drafts)  # fmt: skip
         seen[tuple(made[0, 12:14])] += 1
     assert max(lengths) > prompt.shape[1]  # there were drafts
     assert ((seen - expected) ** 2 / expected).sum() < 26.1  # 8 degrees: once in a thousand
@@ -404,7 +404,7 @@ def test_a_hundred_thousand_sampled_pairs(how):
     torch.manual_seed(0)
     for _ in range(100):
         made = generate(models[0], torch.tensor([[1, 2, 3, 1, 2]]), do_sample=True, top_k=0,
-                        max_new_tokens=length, pad_token_id=None,
+                        max_new_tokens=length, pad_token_id=99,
                         **drafts_of(how, models[1]))[0, 4:]  # fmt: skip
         pairs = made[:-1] * vocabulary + made[1:]
         seen += pairs.bincount(minlength=vocabulary**2).view(vocabulary, vocabulary)

@@ -277,6 +277,7 @@ WRONG_PATHS = {  # of every command that takes one
     "import": "./nowhere",
     "linearize": "./nowhere --config " + STAGES,
     "compress": "./nowhere out",
+    "draft": "./nowhere out 2",
     "plan blockwise": "./nowhere",
     "generate": "./nowhere text",
     "context save": "./nowhere text out.safetensors",

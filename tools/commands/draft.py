@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowline.errors import LowlineError
+from lowline.hub import check_source
 from lowline.tools.commands.import_ import set_fields
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def draft(
     """
     if output.is_file() or output.is_dir() and any(output.iterdir()):
         raise LowlineError(f"output = {output} exists and is not empty; give another directory")
+    check_source(target)
     if not (Path(target) / "config.json").is_file():
         raise LowlineError(
             f"{target} is no directory of a Hugging Face model, which a teacher has to be: "
