@@ -1,6 +1,6 @@
 """`lowline draft`: a smaller model for speculative decoding, made of some layers of the target.
 
-lowline draft target/ --output draft/ --layers 6 > draft.toml
+lowline draft target/ draft/ 6 > draft.toml
 lowline train draft.toml
 lowline export outputs/draft trained_draft/
 lowline generate target/ "A list is" --draft trained_draft/
