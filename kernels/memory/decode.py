@@ -1,22 +1,36 @@
-"""Window and rows from a state, a token at a time; time and memory do not grow with the context.
+"""Window and rows from states, a token at a time; time and memory do not grow with the context.
+
+Heads may have windows and rows of several sizes. Then there is a state for the heads of each size;
+that of heads without rows is a window's.
 
 Shapes: those of `op`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from lowline.kernels.backends import choose
-from lowline.kernels.memory.op import NO_KERNEL, MemoryState, Rule, check_call, state_shapes
+from lowline.kernels.memory.op import (
+    NO_KERNEL,
+    MemoryState,
+    Rule,
+    check_call,
+    heads_of,
+    in_order,
+    not_on_cpu,
+    state_shapes,
+)
 from lowline.kernels.memory.rows import Rows, admit
 from lowline.kernels.memory.torch_form import pair_energy, row_bias
-from lowline.kernels.window.state import check_state, ring_positions
+from lowline.kernels.window.decode import window_linear_step
+from lowline.kernels.window.state import WindowState, check_state, ring_positions
 
 OP = "row_memory_step"
 
 
-@torch.no_grad()
 def row_memory_step(
     q_BHD: torch.Tensor,
     k_BGD: torch.Tensor,
@@ -33,7 +47,8 @@ def row_memory_step(
     """Compute one token of each sequence; advance the state in place.
 
     Arguments are `row_memory_attention`'s without the time dimension; window, sinks and merged are
-    the state's. For one token `torch` and `reference` are the same.
+    the state's. `cpu` covers fp32 with D and V multiples of 16; for one token `torch` and
+    `reference` are the same.
 
     Returns:
         o_BHV in q's dtype.
@@ -42,18 +57,97 @@ def row_memory_step(
         ValueError: shapes or dtypes that do not fit the state, or a backend that does not cover
             the call.
     """
-    window, sinks, R = state.k.shape[1], state.sink_k.shape[1], state.row_tokens.shape[-1]
-    rule = Rule(
-        window=window, sinks=sinks, exact=exact, merged=R - exact, block=block, horizon=horizon,
-        bias=bias, scale=q_BHD.shape[-1] ** -0.5 if scale is None else scale,
-    )  # fmt: skip
-    check_call(OP, q_BHD, k_BGD, v_BGV, rule)
-    check_state(OP, state, state_shapes(len(q_BHD), k_BGD, v_BGV, rule))
-    choose(OP, "torch" if backend == "auto" else backend, q_BHD.device, cpu=NO_KERNEL,
-           triton=NO_KERNEL)  # fmt: skip
-    due_B = (state.length % block == 0) & (state.length + block > window + sinks)
-    if bool(due_B.any()):
-        _let_leave(state, due_B.nonzero()[:, 0], rule)
+    o_BTHV = row_memory_steps(
+        *(x[:, None] for x in (q_BHD, k_BGD, v_BGV)),
+        states=(state,),
+        heads=(tuple(range(k_BGD.shape[1])),),
+        exact=(exact,),
+        block=block,
+        horizon=horizon,
+        bias=bias,
+        scale=scale,
+        backend=backend,
+    )
+    return o_BTHV[:, 0]
+
+
+@torch.no_grad()
+def row_memory_steps(
+    q_BTHD: torch.Tensor,
+    k_BTGD: torch.Tensor,
+    v_BTGV: torch.Tensor,
+    *,
+    states: Sequence[MemoryState | WindowState],
+    heads: Sequence[Sequence[int]],
+    exact: Sequence[int],
+    block: int,
+    horizon: int = 0,
+    bias: float = 0.0,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Compute a few tokens of each sequence, one after another, of heads of several sizes; advance
+    the states in place.
+
+    Args:
+        states: of the heads of each size; a `WindowState` of heads without rows.
+        heads: the key/value heads of each size, every one of them once.
+        exact: rows that are never merged, of each size.
+
+    Returns:
+        o_BTHV in q's dtype.
+
+    Raises:
+        ValueError: as `row_memory_step`.
+    """
+    q, k, v = q_BTHD, k_BTGD, v_BTGV
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    cpu = not_on_cpu(q, k, v, *states)
+    which = choose(OP, backend, q.device, cpu=cpu, triton=NO_KERNEL, module="row_memory")
+    if which == "cpu":
+        from lowline.kernels.memory.cpu import advance
+
+        groups = [(tuple(s), tuple(g), e) for s, g, e in zip(states, heads, exact, strict=True)]
+        keeps = 1 - 1 / horizon if horizon else 1.0
+        o_BTHV = advance(q, k, v, groups, block=block, keeps=keeps, bias=bias, scale=scale)
+        if o_BTHV is not None:
+            return o_BTHV
+        # a wrong call: its errors are found below
+    outputs = []
+    for state, group, n_exact in zip(states, heads, exact, strict=True):
+        given = [heads_of(x, group, k.shape[2]) for x in (q, k, v)]
+        if isinstance(state, MemoryState):
+            rule = Rule(
+                window=state.k.shape[1], sinks=state.sink_k.shape[1], exact=n_exact,
+                merged=state.row_tokens.shape[-1] - n_exact, block=block, horizon=horizon,
+                bias=bias, scale=scale,
+            )  # fmt: skip
+            check_call(OP, *given, rule)
+            check_state(OP, state, state_shapes(len(q), given[1], given[2], rule))
+        tokens = zip(*(x.unbind(1) for x in given), strict=True)
+        outputs.append(
+            torch.stack(
+                [
+                    _step(*token, state, rule)
+                    if isinstance(state, MemoryState)
+                    else window_linear_step(*token, state=state, scale=scale, backend=backend)
+                    for token in tokens
+                ],
+                1,
+            )
+        )
+    return in_order(outputs, heads)
+
+
+def _step(
+    q_BHD: torch.Tensor, k_BGD: torch.Tensor, v_BGV: torch.Tensor, state: MemoryState, rule: Rule
+) -> torch.Tensor:
+    """Compute `row_memory_step` in plain torch."""
+    begins_B = (state.length % rule.block == 0) & (
+        state.length + rule.block > rule.window + rule.sinks
+    )
+    if bool(begins_B.any()):
+        _let_leave(state, begins_B.nonzero()[:, 0], rule)
     return _attend(q_BHD, k_BGD, v_BGV, state, rule)
 
 

@@ -41,7 +41,7 @@ rows, w window, s sinks, N sequences.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,8 +49,9 @@ import torch
 
 from lowline.kernels.backends import choose
 from lowline.kernels.packs import check_pack
+from lowline.kernels.window import op as window_op
 from lowline.kernels.window.op import check_heads
-from lowline.kernels.window.state import accumulation_dtype, check_state
+from lowline.kernels.window.state import WindowState, accumulation_dtype, check_state
 
 OP = "row_memory_attention"
 NO_KERNEL = "it has no kernel of its own there"
@@ -133,7 +134,8 @@ def row_memory_attention(
             the host, and so are the state's lengths.
         initial_state: what a call on the preceding tokens returned (N sequences; N = B unless
             packed). Gradients flow to keys and values.
-        backend: `torch` (which `auto` takes) or `reference`. bf16 is computed in fp32.
+        backend: `torch`, `reference`, or `cpu`, which covers fp32 with D and V multiples of 16;
+            gradients of complete sequences only. bf16 is computed in fp32.
 
     Returns:
         o_BTHV in q's dtype, and the state after the last token.
@@ -156,10 +158,22 @@ def row_memory_attention(
     else:
         check_state(OP, initial_state, shapes)
         state = initial_state
-    wanted = "torch" if backend == "auto" else backend
-    which = choose(OP, wanted, q_BTHD.device, cpu=NO_KERNEL, triton=NO_KERNEL)
+    bounds = None if cu_seqlens is None else cu_seqlens.tolist()
+    cpu = not_on_cpu(q_BTHD, k_BTGD, v_BTGV, *([] if initial_state is None else [state]))
+    learns = torch.is_grad_enabled() and any(
+        x.requires_grad for x in (q_BTHD, k_BTGD, v_BTGV, *state)
+    )
+    if learns and initial_state is not None:
+        cpu = "it has no gradients of what follows a state"
+    elif learns and torch.compiler.is_compiling():
+        cpu = "torch.compile cannot trace it"
+    which = choose(OP, backend, q_BTHD.device, cpu=cpu, triton=NO_KERNEL, module="row_memory")
     attend: Callable[..., tuple[torch.Tensor, MemoryState]]
-    if which == "torch":
+    if which == "cpu":
+        from lowline.kernels.memory import cpu as compiled
+
+        attend = compiled.attend
+    elif which == "torch":
         from lowline.kernels.memory import torch_form
 
         attend = torch_form.attend
@@ -169,13 +183,12 @@ def row_memory_attention(
         attend = reference.attend
     lengths = [0] * N if initial_state is None else state.length.tolist()
     T = q_BTHD.shape[1]
-    if cu_seqlens is None and len(set(lengths)) <= 1 and T and N:
+    if bounds is None and len(set(lengths)) <= 1 and T and N:
         return attend(q_BTHD, k_BTGD, v_BTGV, state, lengths[0], rule)
     # One sequence at a time: blocks begin at other places in each.
-    bounds = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
     outputs, after = [], []
     for n, length in enumerate(lengths):
-        row, (a, b) = (n, (0, T)) if cu_seqlens is None else (0, bounds[n : n + 2])
+        row, (a, b) = (n, (0, T)) if bounds is None else (0, bounds[n : n + 2])
         alone = MemoryState(*(x[n : n + 1] for x in state))
         q, k, v = (x[row : row + 1, a:b] for x in (q_BTHD, k_BTGD, v_BTGV))
         if a < b:
@@ -185,7 +198,7 @@ def row_memory_attention(
     nothing = q_BTHD.new_empty(q_BTHD.shape[0], 0, q_BTHD.shape[2], v_BTGV.shape[-1])
     if not outputs:
         return nothing, state
-    o_BTHV = torch.cat(outputs, 0 if cu_seqlens is None else 1)
+    o_BTHV = torch.cat(outputs, 0 if bounds is None else 1)
     return o_BTHV, MemoryState(*(torch.cat(x) for x in zip(*after, strict=True)))
 
 
@@ -237,3 +250,31 @@ def check_call(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule:
         raise ValueError(
             f"{op}: exact = {rule.exact}, merged = {rule.merged}; give at least one row"
         )
+
+
+def not_on_cpu(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *states: MemoryState | WindowState
+) -> str | None:
+    """Return why the C++ backend does not cover a call; None where it does."""
+    if any(x.dtype != torch.float32 for x in (q, k, v, *(state.k for state in states))):
+        return "it computes in fp32 only"
+    if not all(x.is_contiguous() for state in states for x in state):
+        return "the state's tensors are not contiguous"
+    return window_op.not_on_cpu(q.dtype, q.shape[-1], v.shape[-1], 0)
+
+
+def heads_of(x_BTHD: torch.Tensor, heads: Sequence[int], n_kv_heads: int) -> torch.Tensor:
+    """Return what belongs to some key/value heads: x of query heads, or of these."""
+    if len(heads) == n_kv_heads:
+        return x_BTHD
+    return x_BTHD.unflatten(2, (n_kv_heads, -1))[:, :, list(heads)].flatten(2, 3)
+
+
+def in_order(outputs: Sequence[torch.Tensor], heads: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return outputs, (B, T, H, V), of groups of key/value heads as one, heads in their order."""
+    if len(outputs) == 1:
+        return outputs[0]
+    placed = [g for group in heads for g in group]
+    order = sorted(range(len(placed)), key=placed.__getitem__)
+    grouped = [o.unflatten(2, (len(group), -1)) for o, group in zip(outputs, heads, strict=True)]
+    return torch.cat(grouped, 2)[:, :, order].flatten(2, 3)

@@ -3,7 +3,8 @@
 Rows that would merge are found without a loop over pairs: in a round every row looks for its
 nearest, and the cheapest of the pairs that are each other's nearest merge. The cost is Ward's (of
 keys weighted by the queries' energy, and values), by which a merge brings no other pair nearer than
-the cheaper of its two rows was, so the pairs of a round do not disturb each other.
+the cheaper of its two rows was, so the pairs of a round do not disturb each other. Among equals the
+older row stays, and the pair of older rows merges.
 
 Shapes: those of `op`; P = R + C rows before the choice.
 """
@@ -45,7 +46,8 @@ def admit(
     if bool(excess_NG.any()):
         # Of one token there are at least `exact` rows then: only others have merged so far.
         rank = rows.received.masked_fill(tokens != 1, -1)
-        kept = torch.zeros_like(tokens).scatter_(-1, rank.topk(rule.exact).indices, 1)
+        best = rank.sort(dim=-1, descending=True, stable=True).indices[..., : rule.exact]
+        kept = torch.zeros_like(tokens).scatter_(-1, best, 1)
         if rule.merged:
             rest = kept.sort(dim=-1, stable=True).indices[..., : tokens.shape[-1] - rule.exact]
             weight, free = _weights(q_energy_NGd, v_energy_NG, seen), _take(rows, rest)
@@ -88,8 +90,9 @@ def _merge_round(
     dtype, n = rows.tokens.dtype, rows.tokens
     with torch.no_grad():
         x = torch.cat([rows.k.to(dtype) * weight[0], rows.v.to(dtype) * weight[1]], -1)
-        square = x.square().sum(-1)
-        distance = square[..., None] + square[..., None, :] - 2 * (x @ x.mT)
+        product = x @ x.mT
+        square = product.diagonal(dim1=-2, dim2=-1)
+        distance = square[..., None] + square[..., None, :] - 2 * product
         together = (n[..., None] * n[..., None, :]) / (n[..., None] + n[..., None, :]).clamp(min=1)
         cost = (distance + distance.mT).clamp(min=0) * together  # symmetric to the last bit
         none = torch.zeros_like(n).masked_fill(n == 0, torch.inf)
@@ -99,7 +102,7 @@ def _merge_round(
         index = torch.arange(n.shape[-1], device=n.device)
         first = (nearest.gather(-1, nearest) == index) & (index < nearest)
         least = least.masked_fill(~first, torch.inf)
-        price, i = least.topk(min(most, n.shape[-1]), largest=False)
+        price, i = (x[..., :most] for x in least.sort(dim=-1, stable=True))
         j = nearest.gather(-1, i)
         rank = torch.arange(i.shape[-1], device=n.device)
         chosen = (rank < excess_NG[..., None]) & (price < torch.inf)

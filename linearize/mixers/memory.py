@@ -13,11 +13,15 @@ one size share a state; a head without rows is a window with sinks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
+
 import torch
 
-from lowline.kernels.memory import row_memory_attention, row_memory_step
+from lowline.kernels.memory import row_memory_attention, row_memory_steps
+from lowline.kernels.memory.op import heads_of, in_order
 from lowline.linearize.mixers.base import HeadShape, Mixer, Rope, State, apply_rope
-from lowline.linearize.mixers.branches import attend, is_step
+from lowline.linearize.mixers.branches import are_few, attend
 from lowline.linearize.mixers.options import MemoryOptions as MemoryOptions
 
 
@@ -48,25 +52,33 @@ class Memory(Mixer):
         cu_seqlens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, State]:
         """See `Mixer.forward`. The state is one for each group of heads if there are several."""
-        inputs = (apply_rope(q_BTHD, rope), apply_rope(k_BTGD, rope), v_BTGD)
-        if len(self.groups) == 1:
-            return self._attend(inputs, self.sizes[0], state, cu_seqlens)
-        n_kv_heads = k_BTGD.shape[2]
-        grouped = [x.unflatten(2, (n_kv_heads, -1)) for x in inputs]
-        outputs, states = [], []
+        q, k, v = (apply_rope(q_BTHD, rope), apply_rope(k_BTGD, rope), v_BTGD)
+        o, one = self.options, len(self.groups) == 1
+        states = (state,) if one or state is None else state
+        by_token = q.shape[1] == 1 or q.dtype == torch.float32  # else torch is faster with all
+        if by_token and state is not None and are_few(q, cu_seqlens, *chain(*states)):
+            o_BTHD = row_memory_steps(
+                *(q, k, v),
+                states=states,
+                heads=self.groups,
+                exact=[max(rows - o.merged, 0) for _, rows in self.sizes],
+                block=o.block,
+                horizon=o.horizon,
+                bias=o.bias,
+                backend=o.backend,
+            )
+            return o_BTHD, state
+        outputs, after = [], []
         for n, (size, heads) in enumerate(zip(self.sizes, self.groups, strict=True)):
-            q, k, v = (x[:, :, heads].flatten(2, 3) for x in grouped)
-            before = None if state is None else state[n]
-            o, after = self._attend((q, k, v), size, before, cu_seqlens)
-            outputs.append(o.unflatten(2, (len(heads), -1)))
-            states.append(after)
-        placed = [g for heads in self.groups for g in heads]
-        order = sorted(range(n_kv_heads), key=placed.__getitem__)
-        return torch.cat(outputs, 2)[:, :, order].flatten(2, 3), tuple(states)
+            given = [heads_of(x, heads, k.shape[2]) for x in (q, k, v)]
+            of_group = self._attend(given, size, None if state is None else states[n], cu_seqlens)
+            outputs.append(of_group[0])
+            after.append(of_group[1])
+        return in_order(outputs, self.groups), after[0] if one else tuple(after)
 
     def _attend(
         self,
-        inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        inputs: Sequence[torch.Tensor],
         size: tuple[int, int],
         state: State | None,
         cu_seqlens: torch.Tensor | None,
@@ -82,18 +94,6 @@ class Memory(Mixer):
                 cu_seqlens=cu_seqlens,
                 backend=o.backend,  # type: ignore[arg-type]
             )
-        if state is not None and is_step(inputs[0], cu_seqlens, *state):
-            q, k, v = (x[:, 0] for x in inputs)
-            o_BHD = row_memory_step(
-                *(q, k, v),
-                state=state,
-                exact=rows - o.merged,
-                block=o.block,
-                horizon=o.horizon,
-                bias=o.bias,
-                backend=o.backend,
-            )
-            return o_BHD[:, None], state
         return row_memory_attention(
             *inputs,
             window=window,

@@ -6,10 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.kernels import needs_compiler, poisoned, relative_error
 from helpers.memory import text_book
 from torch.utils._pytree import tree_map_only
 
-from lowline.kernels.memory import MemoryState, row_memory_attention, row_memory_step
+from lowline.kernels.memory import (
+    MemoryState,
+    row_memory_attention,
+    row_memory_step,
+    row_memory_steps,
+)
+from lowline.kernels.window import window_linear_attention
 from lowline.linearize.mixers.options import MemoryOptions
 
 H, G, D, V, T = 4, 2, 8, 6, 39
@@ -139,6 +146,119 @@ def test_gradients_are_those_of_the_definition():
     close(grads[0], grads[2], 1e-9)
 
 
+def wide(length, dtype=torch.float32):
+    """q, k, v of dimensions that the C++ kernel takes."""
+    g = torch.Generator().manual_seed(1)
+    sizes = ((6, 32), (2, 32), (2, 16))
+    return [torch.randn(2, length, *size, generator=g).to(dtype) for size in sizes]
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_form_is_the_plain_one(case):
+    """Pieces of any length, a token at a time among them; and the states that other forms made."""
+    given, options = wide(90), CASES[case] | {"bias": 0.3}
+    exact = [x.double() for x in given]
+    want = row_memory_attention(*exact, **options, backend="torch")
+    bounds = (0, 13, 14, 15, 50, 90)
+    for backends in (["cpu"] * 5, ["torch", "cpu", "torch", "cpu", "torch"]):
+        state, outputs = None, []
+        for a, b, backend in zip(bounds, bounds[1:], backends, strict=False):
+            tokens = part(given, slice(a, b))
+            kept = None if state is None else [x.clone() for x in state]
+            o, after = row_memory_attention(*tokens, **options, initial_state=state,
+                                            backend=backend)  # fmt: skip
+            if state is not None:
+                assert all(map(torch.equal, kept, state))  # which the call leaves as it was
+            outputs.append(o)
+            state = after
+        for got, there in zip((torch.cat(outputs, 1), *state), _flat(want), strict=True):
+            assert relative_error(got, there) < 1e-5
+        assert torch.equal(state.row_tokens.double(), want[1].row_tokens)
+    packed = [torch.cat([x[0, :33], x[1, :50]])[None] for x in given]
+    cu = torch.tensor([0, 33, 33, 83])
+    got = row_memory_attention(*packed, **options, cu_seqlens=cu, backend="cpu")
+    with_torch = row_memory_attention(*packed, **options, cu_seqlens=cu, backend="torch")
+    for ours, theirs in zip(_flat(got), _flat(with_torch), strict=True):
+        assert relative_error(ours, theirs) < 1e-5
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_the_compiled_form_are_the_plain_ones(case):
+    """Of the outputs, and of the keys and values that the state holds; packed sequences too."""
+    given, options = wide(53), CASES[case] | {"bias": 0.3}
+    packed = [torch.cat([x[0, :33], x[1, :20]])[None] for x in given]
+    cu = torch.tensor([0, 33, 33, 53])
+    for tensors, how in ((given, {}), (packed, {"cu_seqlens": cu})):
+        grads = []
+        for backend, dtype in (("cpu", torch.float32), ("torch", torch.float64)):
+            leaves = [x.to(dtype).requires_grad_() for x in tensors]
+            with poisoned():
+                o, s = row_memory_attention(*leaves, **options, **how, backend=backend)
+                held = (o, s.k, s.v, s.sink_k, s.sink_v, s.row_k, s.row_v)
+                loss = sum((x * x.detach().cos()).sum() for x in held)
+                grads.append(torch.autograd.grad(loss, leaves))
+            assert s.row_received.grad_fn is None
+        for ours, theirs in zip(*grads, strict=True):
+            assert relative_error(ours, theirs) < 1e-5
+    state = row_memory_attention(*given, **options)[1]
+    leaves = [x.clone().requires_grad_() for x in given]
+    with pytest.raises(ValueError, match="no gradients of what follows a state"):
+        row_memory_attention(*leaves, **options, initial_state=state, backend="cpu")
+
+
+@needs_compiler
+def test_among_equals_the_older_row_stays_and_older_pairs_merge():
+    """Uniform attention: the same rows in every form, where all candidates are equal."""
+    q, k, v = (torch.zeros(1, 40, 1, 16) for _ in range(3))
+    v[0, :, 0, 0] = torch.arange(40.0)  # tells rows apart, and weighs nothing in a choice
+    for backend in ("cpu", "torch", "reference"):
+        how = dict(window=4, block=2, horizon=1, backend=backend)
+        _, state = row_memory_attention(q, k, v, exact=3, **how)
+        assert state.row_v[0, 0, :, 0].tolist() == [0, 1, 2]
+    q[..., 0], k[0, :, 0, 0], v = 1.0, torch.arange(40) % 2, torch.ones_like(v)  # two kinds
+    for backend in ("cpu", "torch", "reference"):
+        how = dict(window=4, block=4, backend=backend)
+        _, state = row_memory_attention(q, k, v, exact=0, merged=4, **how)
+        assert state.row_tokens[0, 0].sum() == 36 and state.row_k[0, 0, :, 0].unique().numel() == 2
+
+
+@needs_compiler
+@pytest.mark.parametrize("length", [1, 7])
+def test_heads_of_several_sizes_are_those_alone(length):
+    """One call, with sequences at several places in their blocks."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 80, n, 16, generator=g) for n in (8, 4, 4))
+    heads, exact, how = ((2,), (0, 3), (1,)), (5, 0, 2), dict(sinks=2)
+    rows = dict(block=4, horizon=9, bias=0.2)
+    outs = {}
+    for backend in ("cpu", "torch"):
+        states, outputs = [], []
+        for group, n_exact, window in zip(heads, exact, (8, 12, 4), strict=True):
+            of_q = [2 * h + i for h in group for i in (0, 1)]
+            alone = [
+                (window_linear_attention(*tokens, window=window, **how) if not n_exact else
+                 row_memory_attention(*tokens, window=window, exact=n_exact, **rows, **how))[1]
+                for n, t in enumerate((21, 54))
+                for tokens in [(q[n : n + 1, :t, of_q], k[n : n + 1, :t, group],
+                                v[n : n + 1, :t, group])]
+            ]  # fmt: skip
+            states.append(type(alone[0])(*(torch.cat(x) for x in zip(*alone, strict=True))))
+        for i in range(0, 21, length):
+            n = torch.arange(2)[:, None]
+            t = torch.tensor([21, 54])[:, None] + torch.arange(i, i + length)
+            tokens = (x[n, t] for x in (q, k, v))
+            outputs.append(row_memory_steps(*tokens, states=states, heads=heads, exact=exact,
+                                            **rows, backend=backend))  # fmt: skip
+        outs[backend] = [torch.cat(outputs, 1), *(x for state in states for x in state)]
+    for ours, theirs in zip(*outs.values(), strict=True):
+        assert relative_error(ours, theirs) < 1e-5
+    whole = row_memory_attention(q[1:, :, 4:6], k[1:, :, 2:3], v[1:, :, 2:3], window=8, exact=5,
+                                 **rows, **how)[0]  # fmt: skip
+    torch.testing.assert_close(outs["cpu"][0][1, :, 4:6], whole[0, 54:75], rtol=1e-5, atol=1e-5)
+
+
 def test_what_does_not_fit_is_refused():
     given, options = inputs(), CASES["both"]
     _, state = row_memory_attention(*given, **options)
@@ -146,7 +266,8 @@ def test_what_does_not_fit_is_refused():
         (dict(block=9), "1 <= block <= window"),
         (dict(exact=0, merged=0), "give at least one row"),
         (dict(exact=4), "row_k has shape"),
-        (dict(backend="cpu"), "no kernel of its own"),
+        (dict(backend="cpu"), "it computes in fp32 only"),
+        (dict(backend="triton"), "no kernel of its own"),
     ):
         with pytest.raises(ValueError, match=words):
             row_memory_attention(*given, **(options | changes), initial_state=state)

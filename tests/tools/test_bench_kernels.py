@@ -84,7 +84,9 @@ def test_window(run):
 def test_decode(run):
     report, printed, _ = run
     result = report["decode"]
-    ops = [f"{backend} {kind}" for backend in BACKENDS for kind in ("none", "window")]
+    ops = [
+        f"{backend} {kind}" for backend in BACKENDS for kind in ("none", "window", "slots", "rows")
+    ]
     names = {f"{op}, {n}" for op in ("kv cache", *ops) for n in (1024, 8192)}
     names |= {f"{backend} {kind}" for backend in BACKENDS for kind in (*cases.GATES[1:], "verify")}
     assert set(result["seconds"]) == names

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 GATES = ("none", "scalar", "key", "value", "delta")
 WINDOW = 64  # exact tokens
+SINKS, SUMMARY = 4, 192  # of a step of slots and of rows: exact first tokens, and slots or rows
 DRAFT = 4  # proposed tokens of a verify, to which the last accepted one comes
 SCAN = (512, 16)  # channels, states a channel
 
@@ -172,6 +173,36 @@ def window_step_case(shape: Shape, backend: str, context: int) -> Callable[[], o
     )
     token = [x[:, 0] for x in window_inputs(shape, 1)]
     return partial(window_linear_step, *token, state=state, backend=backend)
+
+
+def slots_step_case(shape: Shape, backend: str, context: int) -> Callable[[], object]:
+    """Return a token of window-and-slots attention after `context` others."""
+    import torch
+
+    from lowline.kernels.slots import slot_window_attention, slot_window_step
+
+    bias = torch.zeros(shape.heads, SUMMARY, device=shape.device)
+
+    def inputs(length: int) -> list[torch.Tensor]:
+        slot = torch.randint(SUMMARY, (1, length, shape.heads), device=shape.device)
+        return [*(shape.randn(1, length, shape.heads, shape.head_dim) for _ in range(3)), slot]
+
+    with_sinks: Any = {"window": WINDOW, "sinks": SINKS}
+    _, state = slot_window_attention(*inputs(context), bias, **with_sinks)  # type: ignore[misc]
+    token = [x[:, 0] for x in inputs(1)]
+    return partial(slot_window_step, *token, bias, state=state, backend=backend)  # type: ignore
+
+
+def rows_step_case(shape: Shape, backend: str, context: int) -> Callable[[], object]:
+    """Return a token of window-and-rows attention after `context` others."""
+    from lowline.kernels.memory import row_memory_attention, row_memory_step
+
+    how: Any = {"exact": SUMMARY, "block": 16, "horizon": 512}
+    before, token = ([shape.randn(1, n, shape.heads, shape.head_dim) for _ in range(3)]
+                     for n in (context, 1))  # fmt: skip
+    _, state = row_memory_attention(*before, window=WINDOW, sinks=SINKS, **how)
+    now = [x[:, 0] for x in token]
+    return partial(row_memory_step, *now, state=state, backend=backend, **how)
 
 
 # ------------------------------------------------------------------------------------------- scan

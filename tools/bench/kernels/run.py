@@ -6,7 +6,8 @@
 recurrence  forward + backward of the gated linear recurrence, every gate and the delta rule,
             against torch's causal attention at the same length
 window      the same of window-plus-linear attention, 64 exact tokens
-decode      one token of both, against attention over a cache of 1k and 8k tokens
+decode      one token of both, and of a window with 192 slots or rows, against attention over a
+            cache of 1k and 8k tokens
 scan        forward + backward of the selective scan, against a copy of the bytes it must move
 memory      peak bytes of the first two, forward + backward, inputs not counted
 
@@ -41,8 +42,10 @@ from lowline.tools.bench.kernels.cases import (
     SCAN,
     Shape,
     cache_case,
+    rows_step_case,
     scan_bytes,
     scan_case,
+    slots_step_case,
     step_case,
     training_cases,
     verify_case,
@@ -306,9 +309,12 @@ def bench_decode(setup: Setup) -> dict[str, Any]:
             for n in CACHES:
                 cases[f"{backend} none, {n}"] = step_case(shape, backend, "none", n)
                 cases[f"{backend} window, {n}"] = window_step_case(shape, backend, n)
+                cases[f"{backend} slots, {n}"] = slots_step_case(shape, backend, n)
+                cases[f"{backend} rows, {n}"] = rows_step_case(shape, backend, n)
         timings = setup.run("decode", cases, shortest=SHORTEST)
     short, long = CACHES
-    ops = [f"{backend} {kind}" for backend in setup.backends for kind in ("none", "window")]
+    kinds = ("none", "window", "slots", "rows")
+    ops = [f"{backend} {kind}" for backend in setup.backends for kind in kinds]
     return {
         "seconds": {name: asdict(t) for name, t in timings.items()},
         "tokens_a_call": {name: DRAFT + 1 if "verify" in name else 1 for name in timings},

@@ -1,0 +1,239 @@
+// Window-and-rows attention in fp32: tokens enter states, which change in place; and its gradients.
+// The formula is that of `lowline.kernels.memory.op`.
+//
+// Heads of several sizes are several groups of one call, each with a state. D, V: multiples of 16.
+#include <array>
+
+#include "row_memory_backward.h"
+
+namespace lowline {
+namespace {
+
+struct Rule {  // of all groups
+  long block;
+  float keeps, bias, scale;
+};
+
+// Some key/value heads of the call, and their state.
+struct Group {
+  Memory state;
+  std::vector<long> heads;
+  long exact;
+  int32_t* places = nullptr;  // (N, G, blocks, R + block): see `Choice`; null where not kept
+};
+
+struct Call {
+  Tokens q, k, v;
+  float* out;
+  long T, H, h;  // h query heads of a key/value head
+  Rule rule;
+
+  // All tokens of head i of a group, in sequence n.
+  void run(const Group& group, long n, long i, Arena& arena) const {
+    static thread_local Choice choice;
+    const Memory& x = group.state;
+    const long g = group.heads[i], first = x.length[n], end = first + T;
+    const long C = x.R ? rule.block : 1;  // without rows the window moves by a token
+    for (long start = first, stop; start < end; start = stop) {
+      arena.reset();
+      const long begin = start / C * C, seen_from = std::max(begin + C - x.w, x.sinks);
+      stop = std::min(begin + C, end);
+      if (start == begin && x.R) {
+        HeadRows rows(x, n, i);
+        choice.rows.clear();
+        for (long r = 0; r < rows.held; r++) choice.rows.push_back(rows[r]);
+        for (long p = std::max(begin - x.w, x.sinks); p < begin + C - x.w; p++) {
+          const long slot = p % x.w;
+          choice.rows.push_back(
+              {x.ring_k(n, slot, i), x.ring_v(n, slot, i), x.ring_received(n, slot, i), 1});
+        }
+        if ((long)choice.rows.size() > rows.held) {
+          choice.choose(x.R, group.exact, x.q_energy + (n * x.G + i) * x.D / 2,
+                        x.v_energy[n * x.G + i], begin, x.D, x.V, arena);
+          rows.set(choice.rows);
+          if (group.places) {
+            const long blocks = (T + C - 1) / C, at = (n * x.G + i) * blocks + begin / C;
+            std::copy(choice.places.begin(), choice.places.end(), group.places + at * (x.R + C));
+          }
+        }
+      }
+      for (long p = start; p < stop; p++) {
+        x.keep(n, i, p, k(n, p - first, g), v(n, p - first, g));
+        if (x.R) x.ring_received(n, p % x.w, i) = 0;
+      }
+      read(x, n, i, g, start, stop, std::min(seen_from, stop), arena);
+    }
+  }
+
+  // The outputs of the tokens [start, stop) of a block, which the window holds already.
+  void read(const Memory& x, long n, long i, long g, long start, long stop, long seen_from,
+            Arena& arena) const {
+    const long D = x.D, V = x.V, c = stop - start, first = x.length[n], head = n * x.G + i;
+    const long held = x.R ? HeadRows(x, n, i).held : 0;
+    const long slot = seen_from % x.w, near = stop - seen_from, before = std::min(near, x.w - slot);
+    const Columns columns[] = {
+        {x.first_k(n, 0, i), x.first_v(n, 0, i), x.G * D, x.G * V, std::min(x.sinks, stop)},
+        {x.row_k + head * x.R * D, x.row_v + head * x.R * V, D, V, held},
+        {x.ring_k(n, slot, i), x.ring_v(n, slot, i), x.G * D, x.G * V, before},
+        {x.ring_k(n, 0, i), x.ring_v(n, 0, i), x.G * D, x.G * V, near - before}};
+    auto query = [&](long lane) { return q(n, start - first + lane % c, g * h + lane / c); };
+    Piece piece(c, h, D, V, query, rule.scale, arena);
+    piece.weigh(columns, start, seen_from, x.row_tokens + head * x.R, rule.bias, arena);
+    float *y = arena.take(piece.lanes * V), *total = piece.total;
+    piece.gather(y, piece.weights, V,
+                 [](const Columns& from) { return std::pair(from.v, from.v_apart); });
+    for (long lane = 0; lane < piece.lanes; lane++)
+      copy_rows(out + ((n * T + start - first + lane % c) * H + g * h + lane / c) * V, V,
+                y + lane * V, V, 1, V, 1 / total[lane]);
+    if (!x.R) return;
+
+    // What was received: weights over their totals, faded to the end of the piece.
+    const long L = piece.L;
+    std::memset(total + piece.lanes, 0, sizeof(float) * (L - piece.lanes));
+    for (long lane = 0; lane < piece.lanes; lane++)
+      total[lane] = std::pow(rule.keeps, float(c - 1 - lane % c)) / total[lane];
+    const float fade = std::pow(rule.keeps, float(c));
+    float* received = x.row_received + head * x.R;
+    for (long r = 0; r < held; r++)
+      received[r] = fade * received[r] + dot(piece.part(1) + r * L, total, L);
+    for (long s = 0; s < x.w; s++) x.ring_received(n, s, i) *= fade;
+    for (long p = seen_from; p < stop; p++)
+      x.ring_received(n, p % x.w, i) += dot(piece.part(2) + (p - seen_from) * L, total, L);
+    float* energy = x.q_energy + head * D / 2;
+    for (long lane = 0; lane < piece.lanes; lane++)
+      for (long d = 0; d < D / 2; d++) {
+        const float a = piece.q[lane * D + d], b = piece.q[lane * D + D / 2 + d];
+        energy[d] += (a * a + b * b) / 2;
+      }
+    for (long t = start - first; t < stop - first; t++)
+      x.v_energy[head] += dot(v(n, t, g), v(n, t, g), V);
+  }
+};
+
+const at::Tensor& item(PyObject* tuple, int i) { return *tensor(PyTuple_GET_ITEM(tuple, i)); }
+
+// Whether tokens, (B, T, heads, features), and groups are fp32, lie as `Call` reads them and fit
+// each other.
+bool covers(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, PyObject* groups,
+            long block) {
+  for (const at::Tensor* x : {&q, &k, &v})
+    if (x->scalar_type() != at::kFloat || x->dim() != 4 || x->stride(3) != 1) return false;
+  const long N = q.size(0), D = q.size(3), G = k.size(2), V = v.size(3);
+  using Sizes = at::IntArrayRef;
+  if (k.sizes() != Sizes{N, q.size(1), G, D} || v.sizes() != Sizes{N, q.size(1), G, V} || !G ||
+      q.size(2) % G || D % 16 || V % 16)
+    return false;
+  long heads = 0;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(groups); i++) {
+    PyObject* group = PyTuple_GET_ITEM(groups, i);
+    PyObject *state = PyTuple_GET_ITEM(group, 0), *of_group = PyTuple_GET_ITEM(group, 1);
+    if (!PyTuple_Check(state)) return false;
+    const long size = PyTuple_GET_SIZE(state), g = PyTuple_GET_SIZE(of_group);
+    if (size != 7 && size != 12) return false;
+    for (int j = 0; j < size; j++) {
+      if (!plain(PyTuple_GET_ITEM(state, j)) || !item(state, j).is_contiguous()) return false;
+      if (item(state, j).scalar_type() != (j == size - 1 ? at::kLong : at::kFloat)) return false;
+    }
+    const long w = item(state, 0).dim() == 4 ? item(state, 0).size(1) : 0;
+    const long s = item(state, 3).dim() == 4 ? item(state, 3).size(1) : 0;
+    auto is = [&](int j, Sizes sizes) { return item(state, j).sizes() == sizes; };
+    if (!w || !is(0, {N, w, g, D}) || !is(1, {N, w, g, V}) || !is(3, {N, s, g, D}) ||
+        !is(4, {N, s, g, V}) || !is(size - 1, {N}))
+      return false;
+    if (size == 7 && item(state, 2).numel()) return false;  // features
+    if (size == 12) {
+      const long R = item(state, 8).dim() == 3 ? item(state, 8).size(2) : 0;
+      const long exact = PyLong_AsLong(PyTuple_GET_ITEM(group, 2));
+      if (!R || block < 1 || block > w || exact < 0 || exact > R || !is(2, {N, w, g}) || !is(5, {N, g, R, D}) ||
+          !is(6, {N, g, R, V}) || !is(7, {N, g, R}) || !is(8, {N, g, R}) ||
+          !is(9, {N, g, D / 2}) || !is(10, {N, g}))
+        return false;
+    }
+    for (long j = 0; j < g; j++) {
+      const long head = PyLong_AsLong(PyTuple_GET_ITEM(of_group, j));
+      if (head < 0 || head >= G) return false;
+    }
+    heads += g;
+  }
+  return heads == G;
+}
+
+// advance(q, k, v, groups, block, keeps, bias, scale, places) -> o (B, T, H, V); or None, nothing
+// done, for a call that it does not cover. A group is (state, its key/value heads, exact). `places`,
+// of one group without a past, is what `backward` needs, or None.
+PyObject* advance(PyObject* const* args, Py_ssize_t) {
+  for (int i = 0; i < 3; i++)
+    if (!plain(args[i])) Py_RETURN_NONE;
+  const at::Tensor &q = *tensor(args[0]), &k = *tensor(args[1]), &v = *tensor(args[2]);
+  const long block = PyLong_AsLong(args[4]);
+  if (!covers(q, k, v, args[3], block)) Py_RETURN_NONE;
+  const at::Tensor o = at::empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options());
+  std::vector<Group> groups;
+  std::vector<std::array<long, 3>> tasks;  // group, sequence, head
+  long work = 1;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[3]); i++) {
+    PyObject* group = PyTuple_GET_ITEM(args[3], i);
+    PyObject* heads = PyTuple_GET_ITEM(group, 1);
+    groups.push_back({Memory(PyTuple_GET_ITEM(group, 0)), {},
+                      PyLong_AsLong(PyTuple_GET_ITEM(group, 2))});
+    const Memory& x = groups.back().state;
+    for (Py_ssize_t j = 0; j < PyTuple_GET_SIZE(heads); j++)
+      groups.back().heads.push_back(PyLong_AsLong(PyTuple_GET_ITEM(heads, j)));
+    for (long n = 0; n < x.N; n++)
+      for (long j = 0; j < x.G; j++) tasks.push_back({i, n, j});
+    work = std::max(work, (x.w + x.R) * (x.D + x.V) * long(q.size(1)));
+  }
+  if (args[8] != Py_None) groups[0].places = tensor(args[8])->data_ptr<int32_t>();
+  const Call call{Tokens(&q), Tokens(&k), Tokens(&v), o.data_ptr<float>(), q.size(1), q.size(2),
+                  q.size(2) / k.size(2),
+                  {block, float(PyFloat_AsDouble(args[5])), float(PyFloat_AsDouble(args[6])),
+                   float(PyFloat_AsDouble(args[7]))}};
+  {
+    WithoutPython others;
+    at::parallel_for(0, tasks.size(), std::max<int64_t>(1, TASK / work),
+                     [&](int64_t from, int64_t to) {
+                       static thread_local Arena arena;
+                       FlushDenormals flush;
+                       for (int64_t t = from; t < to; t++)
+                         call.run(groups[tasks[t][0]], tasks[t][1], tasks[t][2], arena);
+                     });
+  }
+  for (const Group& group : groups) {
+    for (long n = 0; n < group.state.N; n++) group.state.length[n] += call.T;
+    group.state.changed();
+  }
+  return THPVariable_Wrap(o);
+}
+
+// backward(q, k, v, o, d_o, places, dq, dk, dv, d_row_k, d_row_v, window, sinks, block, bias,
+// scale): of complete sequences. dq … d_row_v are contiguous; those of rows are given, and change.
+PyObject* backward(PyObject* const* args, Py_ssize_t) {
+  auto data = [&](int i) { return tensor(args[i])->data_ptr<float>(); };
+  const at::Tensor &q = *tensor(args[0]), &k = *tensor(args[1]), &rows = *tensor(args[9]);
+  const Backward call{Tokens(&q), Tokens(&k), Tokens(tensor(args[2])), Tokens(tensor(args[3])),
+                      Tokens(tensor(args[4])), tensor(args[5])->data_ptr<int32_t>(),
+                      data(6), data(7), data(8), data(9), data(10), q.size(1), q.size(2),
+                      k.size(2), q.size(3), tensor(args[2])->size(3), rows.size(2),
+                      PyLong_AsLong(args[11]), PyLong_AsLong(args[12]), PyLong_AsLong(args[13]),
+                      float(PyFloat_AsDouble(args[14])), float(PyFloat_AsDouble(args[15]))};
+  {
+    WithoutPython others;
+    at::parallel_for(0, q.size(0) * call.G, 1, [&](int64_t from, int64_t to) {
+      Arena kept, arena;
+      FlushDenormals flush;
+      for (int64_t t = from; t < to; t++) call.run(t / call.G, t % call.G, kept, arena);
+    });
+  }
+  Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"advance", (PyCFunction)(void*)guarded<advance>, METH_FASTCALL, nullptr},
+    {"backward", (PyCFunction)(void*)guarded<backward>, METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "lowline_row_memory", nullptr, -1, methods};
+
+}  // namespace
+}  // namespace lowline
+
+PyMODINIT_FUNC PyInit_lowline_row_memory() { return PyModule_Create(&lowline::module); }
