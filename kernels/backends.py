@@ -60,7 +60,7 @@ def choose(
         if cpu is None:
             return "cpu"
     if backend == "triton" or (backend == "auto" and device.type == "cuda" and triton is None):
-        if triton is None and device.type != "cuda" and not _interpreted():
+        if triton is None and device.type != "cuda" and not interpreting():
             triton = f"the tensors are on {device}"
         if triton is None:
             return "triton"
@@ -81,7 +81,8 @@ def type_reason(dtype: torch.dtype, backend: str) -> str | None:
     return f"the tensors are {dtype}; it takes {', '.join(names[:-1])} and {names[-1]}"
 
 
-def _interpreted() -> bool:
+def interpreting() -> bool:
+    """Return whether Triton interprets kernels that are decorated from now on."""
     from triton import knobs
 
     return bool(knobs.runtime.interpret)

@@ -38,7 +38,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import lowline.kernels
-from lowline.kernels.triton_tools.interpreter import interpreting
+from lowline.kernels.backends import interpreting
 from lowline.kernels.triton_tools.launch import (
     Launch,
     Options,

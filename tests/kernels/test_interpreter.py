@@ -1,4 +1,4 @@
-"""Runs `tests/interpreted` in a process of its own, in Triton's interpreter."""
+"""Runs `tests/kernels/interpreted` in a process of its own, in Triton's interpreter."""
 
 import os
 import subprocess

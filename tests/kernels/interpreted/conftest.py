@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.triton_interpreter import install
 
-from lowline.kernels.triton_tools.interpreter import install, interpreting
+from lowline.kernels.backends import interpreting
 
 FOLDER = Path(__file__).parent
 if interpreting():

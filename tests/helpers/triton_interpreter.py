@@ -5,9 +5,9 @@ the uint16 of its bits and, as shipped in Triton 3.7 and 3.9, computes with thos
 products and comparisons of bfloat16 are silently wrong, and fp32 is truncated to bfloat16 where a
 GPU rounds. `install()` widens bfloat16 operands to fp32, exactly, and rounds results to nearest
 even, which is what the hardware does. Reductions and atomics of bfloat16 raise: a GPU's order of
-rounding differs, so kernels reduce in fp32. Also fixed: libdevice's functions, which return None,
-`minimum` and `maximum` of NaN, associative scans (a hundred times faster), and the autotuner, which
-needs a GPU to time on and here takes the first of its configurations.
+rounding differs, so kernels reduce in fp32. Also fixed: `minimum` and `maximum` of NaN, and
+associative scans, which become a hundred times faster. Left out, since no kernel here uses them:
+libdevice's functions, which return None, and the autotuner.
 
 The interpreter is more permissive than a GPU: races, misaligned loads and too much shared memory
 go unnoticed (`aot` finds the last). It multiplies fp32 in full precision whatever `input_precision`
@@ -17,21 +17,11 @@ is. In Triton 3.7 it evaluates `a < b < c` as `b < c`: write two comparisons.
 from __future__ import annotations
 
 import functools
-import types
 from typing import Any
 
 import numpy as np
-import torch
 
-# libdevice's name -> the torch function that computes it.
-LIBDEVICE = ("erf", "exp", "expm1", "log", "log1p", "rsqrt", "sqrt", "tanh")
-
-
-def interpreting() -> bool:
-    """Return whether kernels decorated from now on are interpreted (`TRITON_INTERPRET=1`)."""
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
+from lowline.kernels.backends import interpreting
 
 
 @functools.cache
@@ -43,10 +33,8 @@ def install() -> None:
     """
     if not interpreting():
         raise RuntimeError("set TRITON_INTERPRET=1 before importing any kernel, then install()")
-    _mend_arithmetic()
-    _mend_reductions()
-    _mend_libdevice()
-    _stand_in_for_driver()
+    _fix_arithmetic()
+    _fix_reductions()
 
 
 def bf16_to_fp32(bits: np.ndarray) -> np.ndarray:
@@ -85,7 +73,7 @@ def _narrow(handle: Any) -> Any:
     return TensorHandle(fp32_to_bf16(handle.data), tl.bfloat16)
 
 
-def _mend_arithmetic() -> None:
+def _fix_arithmetic() -> None:
     from triton import language as tl
     from triton.runtime.interpreter import InterpreterBuilder as Builder
     from triton.runtime.interpreter import TensorHandle
@@ -136,7 +124,7 @@ def _mend_arithmetic() -> None:
         Builder.get_bf16 = lambda self, value: _narrow(self.get_fp32(value))
 
 
-def _mend_reductions() -> None:
+def _fix_reductions() -> None:
     from triton.runtime.interpreter import ReduceScanOpInterface, ScanOps
 
     shipped = ReduceScanOpInterface.check_tensor
@@ -167,40 +155,3 @@ def _mend_reductions() -> None:
 
     ReduceScanOpInterface.check_tensor = check_tensor
     ScanOps.generic_scan = scan
-
-
-def _mend_libdevice() -> None:
-    from triton import language as tl
-    from triton.language.extra import libdevice
-    from triton.runtime.interpreter import TensorHandle
-
-    def by_torch(name: str) -> Any:
-        def function(x: Any, **_: Any) -> Any:
-            data = torch.from_numpy(np.ascontiguousarray(x.handle.data))
-            if not data.is_floating_point():
-                raise TypeError(f"libdevice.{name} takes fp32 or fp64, not {x.dtype}")
-            return tl.tensor(TensorHandle(getattr(torch, name)(data).numpy(), x.dtype), x.type)
-
-        return function
-
-    for name in LIBDEVICE:
-        setattr(libdevice, name, by_torch(name))
-
-
-def _stand_in_for_driver() -> None:
-    """Install a driver that times nothing: `autotune` takes the first of its configurations."""
-    from triton.runtime.driver import driver
-
-    def benchmark(call: Any, quantiles: Any = None, **_: Any) -> list[float]:
-        call()
-        return [0.0, 0.0, 0.0]
-
-    driver.set_active(
-        types.SimpleNamespace(
-            get_benchmarker=lambda: benchmark,
-            get_current_device=lambda: 0,
-            get_current_target=lambda: None,
-            get_active_torch_device=lambda: torch.device("cpu"),
-            get_device_interface=lambda: torch.cpu,
-        )
-    )

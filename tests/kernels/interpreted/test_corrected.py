@@ -1,12 +1,11 @@
-"""The mended interpreter computes bfloat16 as torch does, bit for bit."""
+"""The corrected interpreter computes bfloat16 as torch does, bit for bit."""
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
-from lowline.kernels.triton_tools.interpreter import interpreting
+from lowline.kernels.backends import interpreting
 
 
 @triton.jit
@@ -24,8 +23,6 @@ def _elementwise(x_ptr, y_ptr, o_ptr, n: tl.constexpr, OP: tl.constexpr):
         o = tl.maximum(x, y)
     elif OP == "where":
         o = tl.where(x < y, x, y)
-    elif OP == "log1p":
-        o = libdevice.log1p(tl.abs(x.to(tl.float32)))
     elif OP == "half":
         o = x.to(tl.float16)
     else:
@@ -40,7 +37,6 @@ EXPECTED = {
     "negate": lambda x, y: -x,
     "maximum": torch.fmax,
     "where": torch.minimum,
-    "log1p": lambda x, y: x.float().abs().log1p().to(x.dtype),
     "half": lambda x, y: x.half().to(x.dtype),
     "cast": lambda x, y: x,
 }
@@ -51,11 +47,7 @@ def test_bf16_elementwise_is_torchs(op: str, device: torch.device) -> None:
     x, y = torch.randn(2, 1024, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
     out = torch.full_like(x, torch.nan)
     _elementwise[(1,)](x, y, out, n=1024, OP=op)
-    want = EXPECTED[op](x, y)
-    if op == "log1p":
-        torch.testing.assert_close(out, want)
-    else:
-        assert torch.equal(out, want)
+    assert torch.equal(out, EXPECTED[op](x, y))
 
 
 def test_fp32_to_bf16_rounds_to_nearest_even(device: torch.device) -> None:
@@ -110,19 +102,6 @@ def test_reduction_of_bf16_raises(device: torch.device) -> None:
     x = torch.ones(16, dtype=torch.bfloat16)
     with pytest.raises(Exception, match="cast to fp32"):
         _sum[(1,)](x, torch.zeros(1), n=16)
-
-
-@triton.autotune([triton.Config({"n": 16}), triton.Config({"n": 32})], key=["length"])
-@triton.jit
-def _tuned(o_ptr, length, n: tl.constexpr):
-    at = tl.program_id(0) * n + tl.arange(0, n)
-    tl.store(o_ptr + at, 1.0, mask=at < length)
-
-
-def test_autotune_runs(device: torch.device) -> None:
-    out = torch.zeros(100, device=device)
-    _tuned[lambda meta: (triton.cdiv(100, meta["n"]),)](out, 100)
-    assert out.tolist() == [1.0] * 100
 
 
 @triton.jit
