@@ -1,25 +1,16 @@
-"""The causal short convolution in C++ (`kernels/cpu/conv.h`), as an operator for torch.compile."""
+"""The causal short convolution in C++ (`kernels/cpu/conv.h`), as an operator for torch.compile.
+
+Here states are (S, W - 1, D).
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor
 
+from lowline.kernels.conv.op import Call
 from lowline.kernels.cpu import load
 from lowline.kernels.scan.cpu import rows
 from lowline.kernels.triton_tools.custom_op import define
-
-
-class Call(NamedTuple):
-    """The arguments of the operator."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    state: Tensor  # (S, W - 1, D)
-    cu: Tensor | None
-    silu: bool
 
 
 def _forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -46,16 +37,8 @@ _op = define(
 )  # fmt: skip
 
 
-def causal_conv(
-    x_BTD: Tensor,
-    weight_DW: Tensor,
-    bias_D: Tensor | None,
-    activation: str | None,
-    initial_state_SDW: Tensor,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def causal_conv(call: Call) -> tuple[Tensor, Tensor]:
     """See `lowline.kernels.conv.causal_conv`, which checks and documents."""
-    state_SWD = initial_state_SDW.transpose(1, 2).contiguous()
-    call = Call(rows(x_BTD), weight_DW, bias_D, state_SWD, cu_seqlens, activation == "silu")
-    y, final_SWD = _op(call)
+    state_SWD = call.state.transpose(1, 2).contiguous()
+    y, final_SWD = _op(call._replace(x=rows(call.x), state=state_SWD))
     return y, final_SWD.transpose(1, 2)

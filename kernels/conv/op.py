@@ -12,7 +12,7 @@ Shapes: B batch, T time, D channels, W taps, S sequences (B, or those of `cu_seq
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -21,6 +21,17 @@ from lowline.kernels.packs import check_pack
 
 NAME = "causal_conv"
 Activation = Literal["silu"]
+
+
+class Call(NamedTuple):
+    """The arguments of every backend, those with a gradient first."""
+
+    x: torch.Tensor  # (B, T, D)
+    weight: torch.Tensor  # (D, W)
+    bias: torch.Tensor | None  # (D,)
+    state: torch.Tensor  # (S, D, W - 1)
+    cu: torch.Tensor | None
+    silu: bool
 
 
 def causal_conv(
@@ -57,12 +68,12 @@ def causal_conv(
             not cover the call.
     """
     check(x_BTD, weight_DW, bias_D, activation, initial_state, cu_seqlens)
-    which = pick(x_BTD, backend)
+    run = _implementation(pick(x_BTD, backend))
     if initial_state is None:
         sequences = x_BTD.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         initial_state = x_BTD.new_zeros(sequences, weight_DW.shape[0], weight_DW.shape[1] - 1)
-    run = _implementation(which)
-    return run(x_BTD, weight_DW, bias_D, activation, initial_state, cu_seqlens)
+    silu = activation == "silu"
+    return run(Call(x_BTD, weight_DW, bias_D, initial_state, cu_seqlens, silu))
 
 
 def check(
@@ -105,20 +116,14 @@ def pick(x: torch.Tensor, backend: str) -> str:
     return choose(NAME, backend, x.device, cpu=cpu, triton=triton, module="scan")
 
 
-def _implementation(which: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """Return the backend's function; all have the signature of `reference.causal_conv`."""
-    if which == "reference":
-        from lowline.kernels.conv import reference
-
-        return reference.causal_conv
-    if which == "torch":
-        from lowline.kernels.conv import torch_form as shifted
-
-        return shifted.causal_conv
-    if which == "cpu":
-        from lowline.kernels.conv import cpu
-
-        return cpu.causal_conv
-    from lowline.kernels.conv import triton_kernels as triton_conv
-
-    return triton_conv.causal_conv
+def _implementation(which: str) -> Callable[[Call], tuple[torch.Tensor, torch.Tensor]]:
+    """Return the backend's function."""
+    if which == "triton":
+        from lowline.kernels.conv.triton_kernels import causal_conv
+    elif which == "cpu":
+        from lowline.kernels.conv.cpu import causal_conv
+    elif which == "torch":
+        from lowline.kernels.conv.torch_form import causal_conv
+    else:
+        from lowline.kernels.conv.reference import causal_conv
+    return causal_conv

@@ -9,16 +9,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from lowline.kernels.conv.op import Call
 
-def causal_conv(
-    x_BTD: torch.Tensor,
-    weight_DW: torch.Tensor,
-    bias_D: torch.Tensor | None,
-    activation: str | None,
-    initial_state_SDW: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+
+def causal_conv(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """See `lowline.kernels.conv.causal_conv`, which checks and documents."""
+    x_BTD, weight_DW, bias_D, initial_state_SDW, cu_seqlens, silu = call
     kind = torch.promote_types(x_BTD.dtype, torch.float32)
     taps = weight_DW.shape[1]
     state_SWD = initial_state_SDW.transpose(1, 2)
@@ -44,7 +40,7 @@ def causal_conv(
         y = y[:, tokens - (taps - 1)]
     if bias_D is not None:
         y = y + bias_D.to(kind)
-    if activation == "silu":
+    if silu:
         y = F.silu(y)
     return y.to(x_BTD.dtype), final_SWD.transpose(1, 2)
 

@@ -17,13 +17,14 @@ Legend: as in `op`; N tokens and BLOCK_D channels of a program.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowline.kernels.conv.op import Call
 from lowline.kernels.packs import as_bounds, sequence_of_tokens
 from lowline.kernels.triton_tools.custom_op import define
 from lowline.kernels.triton_tools.launch import launch, rows_dense
@@ -179,17 +180,6 @@ def _input_gradient_kernel(
     tl.store(dx + block + at, total.to(dx.dtype.element_ty), mask=there)
 
 
-class Call(NamedTuple):
-    """The arguments of the operator."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    state: Tensor
-    cu: Tensor | None
-    silu: bool
-
-
 def _arguments(call: Call) -> dict[str, Any]:
     """Return what all three kernels take."""
     (x,), cu, T = rows_dense(call.x), call.cu, call.x.shape[1]
@@ -260,18 +250,11 @@ OP = define(
 )
 
 
-def causal_conv(
-    x_BTD: Tensor,
-    weight_DW: Tensor,
-    bias_D: Tensor | None,
-    activation: str | None,
-    initial_state_SDW: Tensor,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def causal_conv(call: Call) -> tuple[Tensor, Tensor]:
     """See `lowline.kernels.conv.causal_conv`, which checks and documents."""
-    cu = None if cu_seqlens is None else as_bounds(cu_seqlens.to(x_BTD.device))
-    y = OP(Call(x_BTD, weight_DW, bias_D, initial_state_SDW, cu, activation == "silu"))
-    return y, _final_state(x_BTD, initial_state_SDW, cu)
+    if call.cu is not None:
+        call = call._replace(cu=as_bounds(call.cu.to(call.x.device)))
+    return OP(call), _final_state(call.x, call.state, call.cu)
 
 
 def _final_state(x: Tensor, state_SDW: Tensor, cu: Tensor | None) -> Tensor:

@@ -28,10 +28,11 @@ from lowline.kernels.recurrence import reference
 from lowline.kernels.recurrence.op import (
     EPSILON,
     NAME,
+    Call,
     Gate,
     check,
-    gated_linear_recurrence,
     pick,
+    run,
     share_heads,
 )
 
@@ -118,18 +119,10 @@ def recurrence_advance(
 
     with torch.no_grad():
         k_BTHK, v_BTHV = share_heads(mask(k_BTHK), mask(v_BTHV))
-        _, after = gated_linear_recurrence(
-            k_BTHK,  # a query whose output is not used
-            k_BTHK,
-            v_BTHV,
-            None if g is None else mask(g),
-            beta_BTH,
-            gate=gate,
-            normalize=normalize,
-            initial_state=state,
-            backend=backend,
-        )
-        state.copy_(after)
+        gates = None if g is None else mask(g)
+        # keys as queries, whose outputs are not used
+        call = Call(k_BTHK, k_BTHK, v_BTHV, gates, beta_BTH, state, None, gate, 1.0)
+        state.copy_(run(call, normalize, backend)[1])
 
 
 def recurrence_verify(
@@ -168,26 +161,15 @@ def recurrence_verify(
         given, lacking = ("accepted_B", "pending") if pending is None else ("pending", "accepted_B")
         raise ValueError(f"{NAME}: {given} without {lacking}; pass both, or none for a first block")
     check_state(state, v_BTHV)
-    # before the state moves: a refused call leaves it unchanged
-    check(q_BTQK, *share_heads(k_BTHK, v_BTHV), g, beta_BTH, gate, normalize, state, None)
-    pick(q_BTQK, v_BTHV, backend)
+    call = Call(q_BTQK, *share_heads(k_BTHK, v_BTHV), g, beta_BTH, state, None, gate, scale)
+    check(call, normalize)  # before the state moves: a refused call leaves it unchanged
+    pick(call, backend)
     if pending is not None and accepted_B is not None:
         recurrence_advance(
             state, *pending, accepted_B=accepted_B, gate=gate, normalize=normalize, backend=backend
         )
     with torch.no_grad():
-        o, _ = gated_linear_recurrence(
-            q_BTQK,
-            k_BTHK,
-            v_BTHV,
-            g,
-            beta_BTH,
-            gate=gate,
-            normalize=normalize,
-            scale=scale,
-            initial_state=state,
-            backend=backend,
-        )
+        o, _ = run(call, normalize, backend)
     return o, Pending(k_BTHK, v_BTHV, g, beta_BTH)
 
 
@@ -236,11 +218,11 @@ def _step(
     global _compiled_step
     k_BHK, v_BHV = share_heads(k_BHK, v_BHV)
     check_state(state, v_BHV)
-    tokens = [_with_time(x) for x in (q_BQK, k_BHK, v_BHV, g, beta_BH)]
-    check(*tokens, gate, normalize, state, None)  # type: ignore[arg-type, call-arg]
+    call = _with_time(q_BQK, k_BHK, v_BHV, g, beta_BH, state, gate, scale)
+    check(call, normalize)
     if backend == "auto" and is_compiling():
         backend = "torch"
-    which = pick(q_BQK, v_BHV, backend)
+    which = pick(call, backend, one_token=True)
     if normalize:
         v_BHV = _with_ones(v_BHV)
     if which == "cpu":
@@ -288,9 +270,8 @@ def _reference_step(
     gate: str,
     scale: float,
 ) -> torch.Tensor:
-    tokens: list[Any] = [_with_time(x) for x in (q_BQK, k_BHK, v_BHV, g, beta_BH)]
-    q, k, v, g, beta = tokens
-    o_BTQV, after = reference.recurrence(q, k, v, g, beta, state, None, gate, scale)
+    call = _with_time(q_BQK, k_BHK, v_BHV, g, beta_BH, state, gate, scale)
+    o_BTQV, after = reference.recurrence(call)
     state.copy_(after)
     return o_BTQV[:, 0]
 
@@ -305,6 +286,8 @@ def _divided(o_BQW: torch.Tensor, scale: float) -> torch.Tensor:
     return o_BQW[..., :-1] / (o_BQW[..., -1:] / scale + EPSILON)
 
 
-def _with_time(x: torch.Tensor | None) -> torch.Tensor | None:
-    """Return (B, ...) as one token, (B, 1, ...)."""
-    return None if x is None else x.unsqueeze(1)
+def _with_time(*given: Any) -> Call:
+    """Return a call of q, k, v, g and beta, (B, ...), as one token, (B, 1, ...)."""
+    *tokens, state, gate, scale = given
+    token: Any = (None if x is None else x.unsqueeze(1) for x in tokens)
+    return Call(*token, state, None, gate, scale)

@@ -18,7 +18,7 @@ value features, N sequences (B, or those of `cu_seqlens`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -28,6 +28,21 @@ from lowline.kernels.packs import check_pack
 EPSILON = 1e-12  # added to the normaliser
 NAME = "gated_linear_recurrence"
 Gate = Literal["key", "value"]
+
+
+class Call(NamedTuple):
+    """The arguments of every backend, those with a gradient first."""
+
+    q: torch.Tensor  # (B, T, Q, K)
+    k: torch.Tensor  # (B, T, H, K)
+    v: torch.Tensor  # (B, T, H, V), and with a normaliser a last column of ones
+    g: torch.Tensor | None
+    beta: torch.Tensor | None  # (B, T, H)
+    initial: torch.Tensor | None  # (N, H, K, V)
+    cu: torch.Tensor | None
+    gate: str
+    scale: float
+    keep: bool = False  # "cpu": the states that the backward pass starts from
 
 
 def gated_linear_recurrence(
@@ -71,17 +86,21 @@ def gated_linear_recurrence(
             normaliser or with the delta rule, the delta rule with a normaliser), or a backend that
             does not cover the call.
     """
-    k_BTHK, v_BTHV = share_heads(k_BTHK, v_BTHV)
-    check(q_BTQK, k_BTHK, v_BTHV, g, beta_BTH, gate, normalize, initial_state, cu_seqlens)
-    which = pick(q_BTQK, v_BTHV, backend, delta=beta_BTH is not None)
-    if normalize:
-        v_BTHV = torch.cat([v_BTHV, v_BTHV.new_ones(*v_BTHV.shape[:-1], 1)], -1)
-    run = _implementation(which)
-    o, state = run(q_BTQK, k_BTHK, v_BTHV, g, beta_BTH, initial_state, cu_seqlens, gate, scale)
-    if normalize:
-        # scale would cancel in the quotient: it multiplies the numerator alone
-        o = o[..., :-1] / (o[..., -1:] / scale + EPSILON)
-    return o, state
+    keys = share_heads(k_BTHK, v_BTHV)
+    call = Call(q_BTQK, *keys, g, beta_BTH, initial_state, cu_seqlens, gate, scale)
+    return run(call, normalize, backend)
+
+
+def run(call: Call, normalize: bool, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the outputs and the state after them, of a call that is checked here."""
+    check(call, normalize)
+    implementation = _implementation(pick(call, backend))
+    if not normalize:
+        return implementation(call)
+    ones = call.v.new_ones(*call.v.shape[:-1], 1)
+    o, state = implementation(call._replace(v=torch.cat([call.v, ones], -1)))
+    # scale would cancel in the quotient: it multiplies the numerator alone
+    return o[..., :-1] / (o[..., -1:] / call.scale + EPSILON), state
 
 
 def share_heads(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,18 +118,9 @@ def share_heads(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return k, v
 
 
-def check(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    gate: str,
-    normalize: bool,
-    initial_state: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-) -> None:
+def check(call: Call, normalize: bool) -> None:
     """Raise ValueError where the arguments of `gated_linear_recurrence` do not fit."""
+    q, k, v, g, beta, initial_state, cu_seqlens, gate, *_ = call
 
     def need(holds: bool, message: str) -> None:
         if not holds:
@@ -154,32 +164,22 @@ def check(
         )
 
 
-def pick(q: torch.Tensor, v: torch.Tensor, backend: str, *, delta: bool = False) -> str:
+def pick(call: Call, backend: str, *, one_token: bool = False) -> str:
     """Return the backend that runs a call; ValueError where the one asked for does not cover it."""
-    cpu, triton = cpu_reason(q, v), triton_reason(q, v, delta)
+    q, K, V = call.q, call.q.shape[-1], call.v.shape[-1]
+    cpu, triton = type_reason(q.dtype, "cpu"), type_reason(q.dtype, "triton")
+    if K % 16 or V % 16:
+        cpu = f"K = {K}, V = {V}; it takes multiples of 16"
+    if call.beta is not None and K > 128 and not one_token:
+        # a program holds all K rows of a state; its backward pass spills
+        triton = f"K = {K}; with the delta rule it takes up to 128"
+    elif max(K, V) > 256:
+        triton = f"K = {K}, V = {V}; it takes up to 256"
     return choose(NAME, backend, q.device, cpu=cpu, triton=triton, module="recurrence")
 
 
-def cpu_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Return why the C++ kernels do not cover a call, or None."""
-    K, V = q.shape[-1], v.shape[-1]
-    if K % 16 or V % 16:
-        return f"K = {K}, V = {V}; it takes multiples of 16"
-    return type_reason(q.dtype, "cpu")
-
-
-def triton_reason(q: torch.Tensor, v: torch.Tensor, delta: bool) -> str | None:
-    """Return why the Triton kernels do not cover a call, or None."""
-    K, V = q.shape[-1], v.shape[-1]
-    if delta and K > 128:  # a program holds all K rows of a state; its backward pass spills
-        return f"K = {K}; with the delta rule it takes up to 128"
-    if max(K, V) > 256:
-        return f"K = {K}, V = {V}; it takes up to 256"
-    return type_reason(q.dtype, "triton")
-
-
-def _implementation(which: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """Return the backend's function; all have the signature of `reference.recurrence`.
+def _implementation(which: str) -> Callable[[Call], tuple[torch.Tensor, torch.Tensor]]:
+    """Return the backend's function.
 
     Imports are written out: torch.compile cannot trace one by name.
     """

@@ -12,29 +12,24 @@ per state, K key features, V value features, N sequences.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
+from lowline.kernels.recurrence.op import Call
 
-def recurrence(
-    q_BTQK: torch.Tensor,
-    k_BTHK: torch.Tensor,
-    v_BTHV: torch.Tensor,
-    g: torch.Tensor | None,
-    beta_BTH: torch.Tensor | None,
-    initial_state_NHKV: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    gate: str,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+
+def recurrence(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """See `lowline.kernels.recurrence.gated_linear_recurrence`, which checks and documents."""
+    q_BTQK, k_BTHK, v_BTHV, g, beta_BTH, initial_state_NHKV, cu_seqlens, gate, scale, _ = call
     state_type = torch.promote_types(v_BTHV.dtype, torch.float32)
     B, T, H, K = k_BTHK.shape
     V = v_BTHV.shape[-1]
     q_BTHGK = q_BTQK.unflatten(2, (H, -1)).to(state_type)
     k_BTHK, v_BTHV = k_BTHK.to(state_type), v_BTHV.to(state_type)
-    spans = [(0, T)] if cu_seqlens is None else _spans(cu_seqlens)
+    bounds = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
     outputs, states = [], []
-    for n, (start, end) in enumerate(spans):
+    for n, (start, end) in enumerate(pairwise(bounds)):
         if initial_state_NHKV is None:
             S = k_BTHK.new_zeros(B, H, K, V)
         else:  # packed sequences are a batch of one
@@ -60,8 +55,3 @@ def decay(g: torch.Tensor, gate: str) -> torch.Tensor:
     if g.dim() == 2:
         return g.exp()[..., None, None]
     return g.exp()[..., :, None] if gate == "key" else g.exp()[..., None, :]
-
-
-def _spans(cu_seqlens: torch.Tensor) -> list[tuple[int, int]]:
-    bounds = cu_seqlens.tolist()
-    return list(zip(bounds, bounds[1:], strict=False))

@@ -15,12 +15,14 @@ time in proportion to the length; it stops at `cu_seqlens`, whose values it cann
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from lowline.kernels.recurrence import chunks, ungated
+from lowline.kernels.recurrence.op import Call
 
 CHUNK = 64  # rows, a power of two
 # Rows of all heads in one segment: few enough for a CPU's cache, and enough that the calls of torch
@@ -36,23 +38,14 @@ class Segment(NamedTuple):
     rows: int  # per chunk
 
 
-def recurrence(
-    q_BTQK: torch.Tensor,
-    k_BTHK: torch.Tensor,
-    v_BTHV: torch.Tensor,
-    g: torch.Tensor | None,
-    beta_BTH: torch.Tensor | None,
-    initial_state_NHKV: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    gate: str,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def recurrence(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """See `lowline.kernels.recurrence.gated_linear_recurrence`, which checks and documents."""
+    q_BTQK, k_BTHK, v_BTHV, g, beta_BTH, initial_state_NHKV, cu_seqlens, _, scale, _ = call
     B, T, H, K = k_BTHK.shape
     V = v_BTHV.shape[-1]
     wide = torch.promote_types(q_BTQK.dtype, torch.float32)
     bounds = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(bounds)]
     # packed sequences are a batch of one: a sequence's states are B of the N · H
     if initial_state_NHKV is None:
         initial = q_BTQK.new_zeros(len(lengths), B * H, K, V, dtype=wide)
@@ -70,15 +63,15 @@ def recurrence(
     final = []
     for sequence, S in zip(segments, initial.unbind(), strict=True):
         for segment in sequence:
-            q, k, v, g_of_it, beta = inputs[len(outputs)]
-            args = (q, k, v, g_of_it, beta, S, segment.rows, gate, scale)
+            q, k, v, *rest = inputs[len(outputs)]
+            part = q, k, v, *rest, S, call.gate, scale, segment.rows
             kept = len(outputs) == len(inputs) - 1 and segment.tokens * B * H <= ROWS
             if plain:
                 o, S = ungated.Ungated.apply(q, k, v, S, CHUNK, scale)
             elif kept or not torch.is_grad_enabled():
-                o, S = _run(*args)
+                o, S = _run(*part)
             else:
-                o, S = checkpoint(_run, *args, use_reentrant=False, preserve_rng_state=False)
+                o, S = checkpoint(_run, *part, use_reentrant=False, preserve_rng_state=False)
             outputs.append(o)
         final.append(S)
     if not outputs:
@@ -115,9 +108,9 @@ def _run(
     g: torch.Tensor | None,
     beta_BTH: torch.Tensor | None,
     S_NKV: torch.Tensor,
-    rows: int,
     gate: str,
     scale: float,
+    rows: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a segment's outputs, (B, T, Q, V), and the state after it."""
     B, T, H, _ = k_BTHK.shape

@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowline.kernels.cpu import load
-from lowline.kernels.triton_tools.custom_op import define
-
-
-class Call(NamedTuple):
-    """The arguments of the operator."""
-
-    x: Tensor
-    dt: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    dt_bias: Tensor | None
-    initial: Tensor | None
-    cu: Tensor | None
-    softplus: bool
-    keep: bool  # the states that the backward pass starts from
+from lowline.kernels.scan.op import Call
+from lowline.kernels.triton_tools.custom_op import define, records
 
 
 def _forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,7 +21,7 @@ def _forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _new_state(call: Call) -> Tensor:
-    x, initial, cu = call.x, call.initial, call.cu
+    x, initial, cu = call.x, call.state, call.cu
     kind = torch.promote_types(x.dtype, torch.float32)
     if initial is not None:
         return initial.to(kind, memory_format=torch.contiguous_format, copy=True)
@@ -73,24 +57,10 @@ _op = define(
 )  # fmt: skip
 
 
-def selective_scan(
-    x_BTD: Tensor,
-    dt_BTD: Tensor,
-    A_DN: Tensor,
-    B_BTGN: Tensor,
-    C_BTGN: Tensor,
-    D_D: Tensor | None,
-    z_BTD: Tensor | None,
-    dt_bias_D: Tensor | None,
-    dt_softplus: bool,
-    initial_state_SDN: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def selective_scan(call: Call) -> tuple[Tensor, Tensor]:
     """See `lowline.kernels.scan.selective_scan`, which checks and documents."""
-    x, dt, z = (rows(tensor) for tensor in (x_BTD, dt_BTD, z_BTD))
-    tensors = (x, dt, A_DN, B_BTGN, C_BTGN, D_D, z, dt_bias_D, initial_state_SDN)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    y, state, _ = _op(Call(*tensors, cu_seqlens, dt_softplus, keep))
+    dense = {name: rows(getattr(call, name)) for name in ("x", "dt", "z")}
+    y, state, _ = _op(call._replace(**dense, keep=records(*call)))
     return y, state
 
 

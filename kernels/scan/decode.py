@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from lowline.kernels.backends import Backend
-from lowline.kernels.scan.op import check, pick, selective_scan
+from lowline.kernels.scan.op import Call, check, pick, run
 from lowline.kernels.scan.reference import step_size
 
 
@@ -48,14 +48,9 @@ def selective_scan_step(
     Raises:
         ValueError: as `selective_scan`.
     """
-    y, after = selective_scan(
-        *(x_BD[:, None], dt_BD[:, None], A_DN, B_BN[:, None], C_BN[:, None], D_D),
-        z_BTD=None if z_BD is None else z_BD[:, None],
-        dt_bias_D=dt_bias_D,
-        dt_softplus=dt_softplus,
-        initial_state=state,
-        backend=backend,
-    )
+    x, dt, B, C = (tensor[:, None] for tensor in (x_BD, dt_BD, B_BN, C_BN))
+    z = None if z_BD is None else z_BD[:, None]
+    y, after = run(Call(x, dt, A_DN, B, C, D_D, z, dt_bias_D, state, None, dt_softplus), backend)
     state.copy_(after)
     return y[:, 0]
 
@@ -86,7 +81,7 @@ def selective_scan_advance(
     time = torch.arange(x_BTD.shape[1], device=x_BTD.device)
     dt = dt.masked_fill((time >= accepted[:, None])[..., None], 0)  # δ = 0 changes nothing
     x, B = x_BTD.to(dt.dtype), B_BTN.to(dt.dtype)
-    _, after = selective_scan(x, dt, A_DN, B, B, initial_state=state, backend=backend)
+    _, after = run(Call(x, dt, A_DN, B, B, None, None, None, state, None, False), backend)
     state.copy_(after)
 
 
@@ -122,9 +117,10 @@ def selective_scan_verify(
         ValueError: as `selective_scan`, or one of `pending` and `accepted` without the other.
     """
     check_pair("selective_scan_verify", pending, accepted)
-    # before the state moves: a refused call leaves it unchanged
-    check(x_BTD, dt_BTD, A_DN, B_BTN, C_BTN, D_D, z_BTD, dt_bias_D, state, None)
-    pick(x_BTD, A_DN, B_BTN, backend)
+    tensors = (x_BTD, dt_BTD, A_DN, B_BTN, C_BTN, D_D, z_BTD, dt_bias_D, state)
+    call = Call(*tensors, None, dt_softplus)
+    check(call)  # before the state moves: a refused call leaves it unchanged
+    pick(call, backend)
     if pending is not None and accepted is not None:
         selective_scan_advance(
             *(state, pending.x, pending.dt, A_DN, pending.B),
@@ -133,14 +129,7 @@ def selective_scan_verify(
             dt_softplus=dt_softplus,
             backend=backend,
         )
-    y, _ = selective_scan(
-        *(x_BTD, dt_BTD, A_DN, B_BTN, C_BTN, D_D),
-        z_BTD=z_BTD,
-        dt_bias_D=dt_bias_D,
-        dt_softplus=dt_softplus,
-        initial_state=state,
-        backend=backend,
-    )
+    y, _ = run(call, backend)
     return y, ScanBlock(x_BTD, dt_BTD, B_BTN)
 
 

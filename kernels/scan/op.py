@@ -15,6 +15,7 @@ Shapes: B batch, T time, D channels, N states per channel, S sequences (B, or th
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -22,6 +23,23 @@ from lowline.kernels.backends import Backend, choose, type_reason
 from lowline.kernels.packs import check_pack
 
 NAME = "selective_scan"
+
+
+class Call(NamedTuple):
+    """The arguments of every backend, those with a gradient first."""
+
+    x: torch.Tensor  # (B, T, D)
+    dt: torch.Tensor  # (B, T, D)
+    A: torch.Tensor  # (D, N)
+    B: torch.Tensor  # (B, T, G, N); also (B, T, N) until a backend is given it
+    C: torch.Tensor  # as B
+    D_D: torch.Tensor | None  # (D,)
+    z: torch.Tensor | None  # (B, T, D)
+    bias: torch.Tensor | None  # of dt: (D,)
+    state: torch.Tensor | None  # (S, D, N)
+    cu: torch.Tensor | None
+    softplus: bool
+    keep: bool = False  # "cpu": the states that the backward pass starts from
 
 
 def selective_scan(
@@ -66,28 +84,21 @@ def selective_scan(
     Raises:
         ValueError: shapes or types that do not fit, or a backend that does not cover the call.
     """
-    check(x_BTD, dt_BTD, A_DN, B_BTN, C_BTN, D_D, z_BTD, dt_bias_D, initial_state, cu_seqlens)
-    run = _implementation(pick(x_BTD, A_DN, B_BTN, backend))
-    B_BTGN, C_BTGN = (t if t.dim() == 4 else t.unsqueeze(2) for t in (B_BTN, C_BTN))
-    return run(
-        x_BTD, dt_BTD, A_DN, B_BTGN, C_BTGN, D_D, z_BTD, dt_bias_D, dt_softplus,
-        initial_state, cu_seqlens,
-    )  # fmt: skip
+    tensors = (x_BTD, dt_BTD, A_DN, B_BTN, C_BTN, D_D, z_BTD, dt_bias_D, initial_state)
+    return run(Call(*tensors, cu_seqlens, dt_softplus), backend)
 
 
-def check(
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    dt_bias: torch.Tensor | None,
-    initial_state: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-) -> None:
+def run(call: Call, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the outputs and the states after them, of a call that is checked here."""
+    check(call)
+    which = pick(call, backend)
+    B, C = (t if t.dim() == 4 else t.unsqueeze(2) for t in (call.B, call.C))
+    return _implementation(which)(call._replace(B=B, C=C))
+
+
+def check(call: Call) -> None:
     """Raise ValueError where the arguments of `selective_scan` do not fit."""
+    x, dt, A, B, C, D_D, z, bias, state, *_ = call
     if x.dim() != 3 or not x.is_floating_point():
         raise ValueError(
             f"{NAME}: x is {tuple(x.shape)} of {x.dtype}; it is (batch, time, channels) of a "
@@ -103,15 +114,15 @@ def check(
         raise ValueError(
             f"{NAME}: B has {states[0]} groups; their number divides the {channels} channels"
         )
-    sequences = check_pack(NAME, batch, time, cu_seqlens)
+    sequences = check_pack(NAME, batch, time, call.cu)
     for name, tensor, shape in (
         ("dt", dt, (batch, time, channels)),
         ("B", B, (batch, time, *states)),
         ("C", C, (batch, time, *states)),
         ("z", z, (batch, time, channels)),
-        ("D", D, (channels,)),
-        ("dt_bias", dt_bias, (channels,)),
-        ("initial_state", initial_state, (sequences, *A.shape)),
+        ("D", D_D, (channels,)),
+        ("dt_bias", bias, (channels,)),
+        ("initial_state", state, (sequences, *A.shape)),
     ):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{NAME}: {name} is {tuple(tensor.shape)}, not {shape}")
@@ -122,33 +133,28 @@ def check(
             )
 
 
-def pick(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, backend: str) -> str:
+def pick(call: Call, backend: str) -> str:
     """Return the backend that runs a call; ValueError where the one asked for does not cover it."""
+    x, B, (channels, states) = call.x, call.B, call.A.shape
     cpu, triton = type_reason(x.dtype, "cpu"), type_reason(x.dtype, "triton")
-    if A.shape[1] > 64:
-        triton = f"A has {A.shape[1]} states; it takes up to 64"
+    if states > 64:
+        triton = f"A has {states} states; it takes up to 64"
     if B.dim() == 4 and B.shape[2] > 1:
-        width = A.shape[0] // B.shape[2]
+        width = channels // B.shape[2]
         said = f"groups of {width} channels; it takes multiples of "
         cpu = f"{said}16" if width % 16 else cpu
         triton = f"{said}2" if width % 2 else triton
     return choose(NAME, backend, x.device, cpu=cpu, triton=triton, module="scan")
 
 
-def _implementation(which: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """Return the backend's function; all have the signature of `reference.selective_scan`."""
-    if which == "reference":
-        from lowline.kernels.scan import reference
-
-        return reference.selective_scan
-    if which == "torch":
-        from lowline.kernels.scan import torch_form as chunk
-
-        return chunk.selective_scan
-    if which == "cpu":
-        from lowline.kernels.scan import cpu
-
-        return cpu.selective_scan
-    from lowline.kernels.scan import triton_kernels as triton_scan
-
-    return triton_scan.selective_scan
+def _implementation(which: str) -> Callable[[Call], tuple[torch.Tensor, torch.Tensor]]:
+    """Return the backend's function."""
+    if which == "triton":
+        from lowline.kernels.scan.triton_kernels import selective_scan
+    elif which == "cpu":
+        from lowline.kernels.scan.cpu import selective_scan
+    elif which == "torch":
+        from lowline.kernels.scan.torch_form import selective_scan
+    else:
+        from lowline.kernels.scan.reference import selective_scan
+    return selective_scan

@@ -7,42 +7,32 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from lowline.kernels.scan.op import Call
 
-def selective_scan(
-    x_BTD: torch.Tensor,
-    dt_BTD: torch.Tensor,
-    A_DN: torch.Tensor,
-    B_BTGN: torch.Tensor,
-    C_BTGN: torch.Tensor,
-    D_D: torch.Tensor | None,
-    z_BTD: torch.Tensor | None,
-    dt_bias_D: torch.Tensor | None,
-    dt_softplus: bool,
-    initial_state_SDN: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+
+def selective_scan(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """See `lowline.kernels.scan.selective_scan`, which checks and documents."""
-    kind = torch.promote_types(x_BTD.dtype, torch.float32)
-    dt = step_size(dt_BTD, dt_bias_D, dt_softplus)
-    x, A = x_BTD.to(kind), A_DN.to(kind)
-    width = A.shape[0] // B_BTGN.shape[2]
-    B, C = (tensor.to(kind).repeat_interleave(width, 2) for tensor in (B_BTGN, C_BTGN))
+    kind = torch.promote_types(call.x.dtype, torch.float32)
+    dt = step_size(call.dt, call.bias, call.softplus)
+    x, A = call.x.to(kind), call.A.to(kind)
+    width = A.shape[0] // call.B.shape[2]
+    B, C = (tensor.to(kind).repeat_interleave(width, 2) for tensor in (call.B, call.C))
     ys, states = [], []
-    bounds = [0, x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    bounds = [0, x.shape[1]] if call.cu is None else call.cu.tolist()
     for s, (start, end) in enumerate(pairwise(bounds)):
-        if initial_state_SDN is None:
+        if call.state is None:
             h_BDN = x.new_zeros(x.shape[0], *A.shape)
-        elif cu_seqlens is None:
-            h_BDN = initial_state_SDN.to(kind)
+        elif call.cu is None:
+            h_BDN = call.state.to(kind)
         else:  # packed sequences are a batch of one
-            h_BDN = initial_state_SDN[s : s + 1].to(kind)
+            h_BDN = call.state[s : s + 1].to(kind)
         for t in range(start, end):
             decay = torch.exp(dt[:, t, :, None] * A)
             h_BDN = decay * h_BDN + (dt[:, t] * x[:, t])[:, :, None] * B[:, t]
             ys.append((h_BDN * C[:, t]).sum(-1))
         states.append(h_BDN)
     y = torch.stack(ys, 1) if ys else torch.zeros_like(x)
-    return finish(y, x_BTD, D_D, z_BTD), torch.cat(states)
+    return finish(y, call.x, call.D_D, call.z), torch.cat(states)
 
 
 def step_size(dt: torch.Tensor, dt_bias_D: torch.Tensor | None, dt_softplus: bool) -> torch.Tensor:

@@ -23,35 +23,23 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from lowline.kernels.exponent import LOG2_E
+from lowline.kernels.scan.op import Call
 from lowline.kernels.scan.reference import finish, step_size
 
 CHUNK = 256
 BLOCK = 16
 
 
-def selective_scan(
-    x_BTD: torch.Tensor,
-    dt_BTD: torch.Tensor,
-    A_DN: torch.Tensor,
-    B_BTGN: torch.Tensor,
-    C_BTGN: torch.Tensor,
-    D_D: torch.Tensor | None,
-    z_BTD: torch.Tensor | None,
-    dt_bias_D: torch.Tensor | None,
-    dt_softplus: bool,
-    initial_state_SDN: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def selective_scan(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """See `lowline.kernels.scan.selective_scan`, which checks and documents."""
-    dt = step_size(dt_BTD, dt_bias_D, dt_softplus)
-    sequences = x_BTD.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    if initial_state_SDN is None:
-        initial_state_SDN = dt.new_zeros(sequences, *A_DN.shape)
-    bounds = None if cu_seqlens is None else cu_seqlens.tolist()
-    y, state = _ChunkedScan.apply(
-        x_BTD, dt, A_DN.to(dt.dtype), B_BTGN, C_BTGN, initial_state_SDN.to(dt.dtype), bounds
-    )
-    return finish(y, x_BTD, D_D, z_BTD), state
+    x, _, A, B, C, D_D, z, *_ = call
+    dt = step_size(call.dt, call.bias, call.softplus)
+    bounds = None if call.cu is None else call.cu.tolist()
+    initial = call.state
+    if initial is None:
+        initial = dt.new_zeros(len(x) if bounds is None else len(bounds) - 1, *A.shape)
+    y, final = _ChunkedScan.apply(x, dt, A.to(dt.dtype), B, C, initial.to(dt.dtype), bounds)
+    return finish(y, x, D_D, z), final
 
 
 class _ChunkedScan(torch.autograd.Function):

@@ -23,7 +23,7 @@ N goes up to 64. Legend: as in `op`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -31,11 +31,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lowline.kernels.packs import as_bounds
+from lowline.kernels.scan.op import Call
 from lowline.kernels.triton_tools.custom_op import define
 from lowline.kernels.triton_tools.launch import launch, rows_dense
 from lowline.kernels.triton_tools.tiles import load_tile
 
-LARGEST = 64
 TOKENS = 32  # of a tile
 
 
@@ -230,27 +230,6 @@ def _backward_kernel(
     tl.store(dbias + sequence + d, dbias_D, mask=d < D)
 
 
-def not_on_triton(N: int) -> str | None:
-    """Return why these kernels do not cover a call; None where they do."""
-    return f"A has {N} states; it takes up to {LARGEST}" if N > LARGEST else None
-
-
-class Call(NamedTuple):
-    """The arguments of the operator."""
-
-    x: Tensor
-    dt: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D_D: Tensor | None
-    z: Tensor | None
-    bias: Tensor
-    state: Tensor
-    cu: Tensor | None
-    softplus: bool
-
-
 def _arguments(call: Call) -> dict[str, Any]:
     """Return what both kernels take: tensors, strides, sizes, constants."""
     given: dict[str, Any] = call._asdict()
@@ -268,7 +247,7 @@ def _arguments(call: Call) -> dict[str, Any]:
     if groups > 1:  # no block reaches into another group
         block = min(block, width & -width)
     return given | dict(
-        A=call.A.contiguous(), state=call.state.contiguous(), T=call.x.shape[1],
+        A=call.A.contiguous(), state=given["state"].contiguous(), T=call.x.shape[1],
         D=D, WIDTH=width, SKIP=call.D_D is not None, GATE=call.z is not None,
         SOFTPLUS=call.softplus, PACKED=call.cu is not None, N=N, L=TOKENS,
         BLOCK_D=block, BLOCK_N=states,
@@ -277,7 +256,9 @@ def _arguments(call: Call) -> dict[str, Any]:
 
 def _outputs(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate y, the final states, and the states before each tile."""
-    x, state, (S, D, N) = call.x, call.state, call.state.shape
+    x, state = call.x, call.state
+    assert state is not None
+    S, D, N = state.shape
     tiles = x.shape[0] * triton.cdiv(x.shape[1], TOKENS) + S
     return x.new_empty(x.shape), state.new_empty(state.shape), state.new_empty(tiles, D, N)
 
@@ -286,7 +267,7 @@ def _forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     y, state_out, edges = _outputs(call)
     if call.x.shape[2]:
         given = _arguments(call)
-        grid = (triton.cdiv(given["D"], given["BLOCK_D"]), len(call.state))
+        grid = (triton.cdiv(given["D"], given["BLOCK_D"]), len(state_out))
         launch(_forward_kernel, grid, **given, y=y, state_out=state_out, edges=edges)
     return y, state_out, edges
 
@@ -295,7 +276,7 @@ def _backward(
     grads: tuple[Tensor, ...], kept: tuple[Tensor, ...], call: Call
 ) -> list[Tensor | None]:
     """Return the gradients of x, dt, A, B, C, D, z, bias and the initial states."""
-    (dy, dstate_out), x, (S, D, N) = grads, call.x, call.state.shape
+    (dy, dstate_out), x, (S, D, N) = grads, call.x, grads[1].shape
     rows, T = x.shape[:2]
     given = _arguments(call)
     programs = triton.cdiv(D, given["BLOCK_D"])
@@ -327,31 +308,17 @@ OP = define(
 )  # fmt: skip
 
 
-def selective_scan(
-    x_BTD: Tensor,
-    dt_BTD: Tensor,
-    A_DN: Tensor,
-    B_BTGN: Tensor,
-    C_BTGN: Tensor,
-    D_D: Tensor | None,
-    z_BTD: Tensor | None,
-    dt_bias_D: Tensor | None,
-    dt_softplus: bool,
-    initial_state_SDN: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def selective_scan(call: Call) -> tuple[Tensor, Tensor]:
     """See `lowline.kernels.scan.selective_scan`, which checks and documents."""
-    if reason := not_on_triton(A_DN.shape[1]):
-        raise ValueError(f"selective_scan: backend = 'triton' cannot run this call: {reason}")
-    device, (D, N) = x_BTD.device, A_DN.shape
-    cu = None if cu_seqlens is None else as_bounds(cu_seqlens.to(device))
-    S = x_BTD.shape[0] if cu is None else len(cu) - 1
-    bias = torch.zeros(D, device=device) if dt_bias_D is None else dt_bias_D.float()
-    state = initial_state_SDN
-    state = torch.zeros(S, D, N, device=device) if state is None else state.float()
-    D_D = None if D_D is None else D_D.float()
-    tensors = (x_BTD, dt_BTD, A_DN.float(), B_BTGN, C_BTGN, D_D, z_BTD, bias, state, cu)
-    y, state_out, _ = OP(Call(*tensors, dt_softplus))
+    x, A, D_D, bias, state = call.x, call.A, call.D_D, call.bias, call.state
+    cu = None if call.cu is None else as_bounds(call.cu.to(x.device))
+    S = len(x) if cu is None else len(cu) - 1
+    fp32 = dict(
+        A=A.float(), D_D=None if D_D is None else D_D.float(),
+        bias=torch.zeros(len(A), device=x.device) if bias is None else bias.float(),
+        state=torch.zeros(S, *A.shape, device=x.device) if state is None else state.float(),
+    )  # fmt: skip
+    y, state_out, _ = OP(call._replace(**fp32, cu=cu))
     return y, state_out
 
 

@@ -12,7 +12,8 @@ An op is described by a NamedTuple of its arguments, tensors with a gradient fir
     y = op(Call(x, bias, None, True))
 
 which registers `lowline::name` and `lowline::name_backward`, their shapes without data, and
-autograd. A second derivative raises: the backward operator has none.
+autograd. A second derivative raises: the backward operator has none. On a CPU, where nothing is
+traced, the functions are called without the dispatch of an operator, which would cost time.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _TYPES: dict[Any, str] = {
     Tensor: "Tensor",
@@ -31,6 +33,11 @@ _TYPES: dict[Any, str] = {
     bool: "bool",
     str: "str",
 }
+
+
+def records(*given: Any) -> bool:
+    """Return whether autograd records what is computed from these tensors and other values."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given)
 
 
 def define(
@@ -64,7 +71,10 @@ def define(
     """
     flowing = returns if differentiable is None else differentiable
     hints = get_type_hints(Call)
-    arguments = [f"{_TYPES[hints[field]]} {field}" for field in Call._fields]
+    defaults = {f: f"={value}" for f, value in Call._field_defaults.items()}
+    arguments = [
+        f"{_TYPES[hints[field]]} {field}{defaults.get(field, '')}" for field in Call._fields
+    ]
     before = [f"Tensor grad_{i}" for i in range(flowing)] + [f"Tensor kept_{i}" for i in kept]
     results = ", ".join(["Tensor"] * returns)
 
@@ -98,14 +108,16 @@ def define(
         }
         ctx.mark_non_differentiable(*made[flowing:])
 
-    def differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def differentiate(
+        ctx: Any, *grads: Tensor, by: Callable[..., Any] | None = None
+    ) -> tuple[Tensor | None, ...]:
         saved = list(ctx.saved_tensors)
         tensors = iter(saved[len(kept) :])
         inputs = [
             ctx.constants[i] if i in ctx.constants else next(tensors)
             for i in range(len(Call._fields))
         ]
-        found = op_backward(*grads[:flowing], *saved[: len(kept)], *inputs)
+        found = (by or op_backward)(*grads[:flowing], *saved[: len(kept)], *inputs)
         wanted = [None if x is None else d for d, x in zip(found, inputs, strict=False)]
         return (*wanted, *[None] * (len(inputs) - gradients))
 
@@ -120,11 +132,29 @@ def define(
     op.register_fake(shapes)
     op_backward.register_fake(backward_shapes)
     op.register_autograd(differentiate, setup_context=set_up)
-    return lambda call: op(*call)
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *given: Any) -> Any:
+            made = run(*given)
+            set_up(ctx, given, made)
+            return made
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            return differentiate(ctx, *grads, by=run_backward)
+
+    def call_op(call: Any) -> Any:
+        if devices != "cpu" or torch.compiler.is_compiling():
+            return op(*call)
+        return Direct.apply(*call) if records(*call) else run(*call)
+
+    return call_op
 
 
-def _result(made: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-    return made if len(made) > 1 else made[0]
+def _result(made: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    return tuple(made) if len(made) > 1 else made[0]
 
 
 def _nothing(like: Tensor) -> Tensor:

@@ -15,57 +15,27 @@ not cover or that do not fit each other.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowline.kernels.cpu import load
-from lowline.kernels.triton_tools.custom_op import define
+from lowline.kernels.triton_tools.custom_op import define, records
 from lowline.kernels.window.state import WindowCall, WindowState
 
-Maybe = Tensor | None
-
 BLOCK = 64
-
-
-class Call(NamedTuple):
-    """A `WindowCall` in fp32, and what is kept of it."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    phi_q: Tensor
-    phi_k: Tensor
-    sink_k: Tensor
-    sink_v: Tensor
-    gamma: Tensor
-    lam: Tensor
-    S: Tensor
-    length: Tensor
-    cu: Tensor | None
-    window: int
-    prefix: int
-    scale: float
-    keep: bool  # the sums before each block
 
 
 def attend(call: WindowCall) -> tuple[Tensor, Tensor]:
     """Return (o_BTHV, S_NPFW) (see `reference.attend`)."""
     tensors = [x.float() for x in call[:10]]
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    given: Any = (*tensors, *call[10:], keep)
-    ours = Call(*given)
-    if torch.compiler.is_compiling():
-        o, S, _ = _traced(ours)
-    elif keep:
-        o, S = _Attention.apply(*ours)
-    else:
-        o, S, _ = _forward(ours)
+    given: Any = (*tensors, *call[10:15], records(*tensors))
+    o, S, _ = _op(WindowCall(*given))
     return o.to(call.q.dtype), S
 
 
-def _outputs(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(call: WindowCall) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate o, the sum after the last token, and (with `keep`) the sums before each block."""
     N, T, S = len(call.length), call.q.shape[1], call.S
     if call.cu is None:
@@ -76,20 +46,17 @@ def _outputs(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return o, S.new_empty(S.shape), S.new_empty(blocks if call.keep else 0, *S.shape[1:])
 
 
-def _forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(call: WindowCall) -> tuple[Tensor, Tensor, Tensor]:
     outputs = _outputs(call)
     load("window").forward(*_dense(call[:10]), *call[10:15], *outputs)
     return outputs
 
 
-def _backward(grads: tuple[Maybe, ...], kept: tuple[Tensor, ...], call: Call) -> list[Maybe]:
+def _backward(
+    grads: tuple[Tensor, ...], kept: tuple[Tensor, ...], call: WindowCall
+) -> list[Tensor]:
     """Return the gradients of q ... S."""
-    do, dS = grads
-    if do is None:
-        do = call.q.new_zeros(*call.q.shape[:3], call.v.shape[3])
-    dS = (torch.zeros_like(call.S) if dS is None else dS).clone(
-        memory_format=torch.contiguous_format
-    )
+    do, dS = grads[0], grads[1].clone(memory_format=torch.contiguous_format)
     found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in call[:7]]
     factors = [call.q.new_empty(len(call.length), call.q.shape[2]) for _ in range(2)]
     load("window").backward(
@@ -98,29 +65,10 @@ def _backward(grads: tuple[Maybe, ...], kept: tuple[Tensor, ...], call: Call) ->
     return [*found, *(x.sum(0) for x in factors), dS]
 
 
-_traced = define(
-    "lowline::window", Call, _forward, _outputs, _backward,
+_op = define(
+    "lowline::window", WindowCall, _forward, _outputs, _backward,
     gradients=10, returns=3, differentiable=2, kept=(2,), devices="cpu",
 )  # fmt: skip
-
-
-class _Attention(torch.autograd.Function):
-    """The same without the dispatch of an operator, where nothing is traced."""
-
-    @staticmethod
-    def forward(ctx: Any, *call: Any) -> tuple[Tensor, Tensor]:
-        o, S, saved = _forward(Call(*call))
-        ctx.save_for_backward(*call[:12], saved)
-        ctx.numbers = call[12:]
-        ctx.set_materialize_grads(False)
-        return o, S
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Maybe) -> tuple[Maybe, ...]:
-        *tensors, saved = ctx.saved_tensors
-        found = _backward(grads, (saved,), Call(*tensors, *ctx.numbers))
-        return (*found, *[None] * 6)
 
 
 def _dense(tensors: Sequence[Any]) -> list[Tensor]:

@@ -12,7 +12,7 @@ from lowline.kernels.window.state import WindowCall, accumulation_dtype
 
 def attend(call: WindowCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (o_BTHV, S_NPFW), W = V + 1: the outputs and the sum after the last token."""
-    q, k, v, phi_q, phi_k, sink_k, sink_v, *factors, S, length_N, cu, _, prefix, _ = call
+    q, k, v, phi_q, phi_k, sink_k, sink_v, *factors, S, length_N, cu, _, prefix, _, _ = call
     outputs, states = [], []
     for n, length in enumerate(length_N.tolist()):
         if cu is None:

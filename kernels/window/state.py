@@ -55,6 +55,7 @@ class WindowCall(NamedTuple):
     window: int
     prefix: int
     scale: float
+    keep: bool = False  # "cpu": the sums before each block
 
 
 def empty_window_state(

@@ -41,7 +41,7 @@ TIMES_ON_A_GPU = 16  # there a group costs dozens of launches, and few scores le
 
 def attend(call: WindowCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (o_BTHV, S_NPFW) (see `reference.attend`)."""
-    *tensors, cu, window, prefix, scale = call
+    *tensors, cu, window, prefix, scale, _ = call
     shape = _Shape(window, prefix, scale)
     if cu is None:
         return _attend_batch(*tensors, shape)

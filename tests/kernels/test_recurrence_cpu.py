@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowline.kernels.recurrence import cpu, gated_linear_recurrence, reference
+from lowline.kernels.recurrence.op import Call
 
 pytestmark = cases.needs_compiler
 
@@ -69,7 +70,7 @@ def through(backend: Any) -> Any:
         gate: str = "key",
         scale: float = 0.7,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return backend.recurrence(q, k, v, g, beta, state, cu_seqlens, gate, scale)
+        return backend.recurrence(Call(q, k, v, g, beta, state, cu_seqlens, gate, scale))
 
     return run
 

@@ -77,11 +77,8 @@ class Setup:
 
     def run(self, what: str, cases: Cases, **options: Any) -> dict[str, Timing]:
         """`interleave`, shown."""
-
-        def tell(name: str) -> None:
-            self.tell(f"{what}: {name}")
-
-        return interleave(cases, self.repeats, device=self.device, on_call=tell, **options)
+        options |= {"on_call": lambda name: self.tell(f"{what}: {name}")}
+        return interleave(cases, self.repeats, device=self.device, **options)
 
 
 def bench_decode(

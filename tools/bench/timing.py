@@ -39,6 +39,11 @@ class Timing:
     wall_min: float
     cpu: float
 
+    @classmethod
+    def of(cls, walls: list[float], cpus: list[float]) -> Timing:
+        wall, cpu = statistics.median(walls), statistics.median(cpus)
+        return cls(walls=walls, cpus=cpus, wall=wall, wall_min=min(walls), cpu=cpu)
+
 
 def interleave(
     cases: Cases,
@@ -75,16 +80,7 @@ def interleave(
             elif shortest:  # the first call may build or load something: look at a second one
                 wall, _ = _time(call, 1, device)
                 calls[name] = max(1, math.ceil(shortest / wall))
-    return {
-        name: Timing(
-            walls=walls[name],
-            cpus=cpus[name],
-            wall=statistics.median(walls[name]),
-            wall_min=min(walls[name]),
-            cpu=statistics.median(cpus[name]),
-        )
-        for name in cases
-    }
+    return {name: Timing.of(walls[name], cpus[name]) for name in cases}
 
 
 def _time(call: Callable[[], object], calls: int, device: str) -> tuple[float, float]:
@@ -110,13 +106,7 @@ def _time(call: Callable[[], object], calls: int, device: str) -> tuple[float, f
 
 def a_token(timing: Timing, tokens: int) -> Timing:
     """Return the timing of one of so many tokens."""
-    return Timing(
-        walls=[x / tokens for x in timing.walls],
-        cpus=[x / tokens for x in timing.cpus],
-        wall=timing.wall / tokens,
-        wall_min=timing.wall_min / tokens,
-        cpu=timing.cpu / tokens,
-    )
+    return Timing.of([x / tokens for x in timing.walls], [x / tokens for x in timing.cpus])
 
 
 def ratio(of: Timing, to: Timing, factor: float = 1.0) -> dict[str, float]:

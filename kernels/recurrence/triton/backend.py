@@ -16,12 +16,13 @@ sequences, C chunks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from lowline.kernels.recurrence.op import Call
 from lowline.kernels.recurrence.triton.launch import (
     KEY,
     NONE,
@@ -45,34 +46,9 @@ from lowline.kernels.triton_tools.custom_op import define
 from lowline.kernels.triton_tools.launch import launch
 
 
-class Call(NamedTuple):
-    """The arguments of the operator, those with a gradient first."""
-
-    q: Tensor  # (B, T, Q, K)
-    k: Tensor  # (B, T, H, K)
-    v: Tensor  # (B, T, H, V)
-    g: Tensor | None
-    beta: Tensor | None  # (B, T, H)
-    initial: Tensor | None  # (N, H, K, V)
-    cu_seqlens: Tensor | None
-    gate: str
-    scale: float
-
-
-def recurrence(
-    q_BTQK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
-    g: Tensor | None,
-    beta_BTH: Tensor | None,
-    initial_state_NHKV: Tensor | None,
-    cu_seqlens: Tensor | None,
-    gate: str,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def recurrence(call: Call) -> tuple[Tensor, Tensor]:
     """See `lowline.kernels.recurrence.gated_linear_recurrence`, which checks and documents."""
-    tensors = (q_BTQK, k_BTHK, v_BTHV, g, beta_BTH, initial_state_NHKV, cu_seqlens)
-    return OP(Call(*tensors, gate, scale))
+    return OP(call)
 
 
 def step(
@@ -105,7 +81,7 @@ def step(
 
 def _outputs(call: Call) -> tuple[Tensor, Tensor]:
     """Allocate o and the final state."""
-    N = call.q.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    N = call.q.shape[0] if call.cu is None else call.cu.shape[0] - 1
     (H, K), V = call.k.shape[2:], call.v.shape[3]
     final = call.q.new_empty(N, H, K, V, dtype=torch.float32)
     return call.q.new_empty(*call.q.shape[:3], V), final
@@ -183,7 +159,7 @@ def _by_value(call: Call) -> bool:
 def _roles(call: Call, do: Tensor) -> Roles:
     """Return the kernels' arguments, transposed for a value gate (see `kernels`)."""
     q, k, v, do = (x.contiguous() for x in (*call[:3], do))
-    chunks = Chunks.of(k, call.cu_seqlens)
+    chunks = Chunks.of(k, call.cu)
     G, kind = cumulate(chunks, call.g, k.dtype), _kind(call.g, call.gate, scalar_dim=3)
     if kind == VALUE:
         return Roles(chunks, do, v, k, q, G, KEY, call.scale)

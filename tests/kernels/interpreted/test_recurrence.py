@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowline.kernels.recurrence import gated_linear_recurrence, reference
+from lowline.kernels.recurrence.op import Call
 from lowline.kernels.recurrence.triton.backend import recurrence, step
 
 Tensors = dict[str, torch.Tensor | None]
@@ -176,7 +177,8 @@ def test_step(gate: str, delta: bool, dtype: torch.dtype, device: torch.device) 
     state = tensors.pop("initial_state")
     assert state is not None
     side = "value" if gate == "value" else "key"
-    o, after = reference.recurrence(*tensors.values(), state, None, side, 0.5)  # type: ignore[arg-type]
+    call = Call(*tensors.values(), state, None, side, 0.5)  # type: ignore[arg-type]
+    o, after = reference.recurrence(call)
     moved = state.mT.contiguous().to(device).mT  # a state of any strides
     one = [None if x is None else x[:, 0].to(device) for x in tensors.values()]
     with poisoned():
@@ -194,7 +196,7 @@ def test_operator(device: torch.device) -> None:
     torch.library.opcheck(operator, (*leaves, None, "key", 0.5))
 
     def loss(*tensors: torch.Tensor | None) -> torch.Tensor:
-        o, state = recurrence(*tensors, None, "key", 0.5)  # type: ignore[arg-type]
+        o, state = recurrence(Call(*tensors, None, "key", 0.5))  # type: ignore[arg-type]
         return o.sum() + state.square().sum()
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
