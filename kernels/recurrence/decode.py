@@ -289,5 +289,5 @@ def _divided(o_BQW: torch.Tensor, scale: float) -> torch.Tensor:
 def _with_time(*given: Any) -> Call:
     """Return a call of q, k, v, g and beta, (B, ...), as one token, (B, 1, ...)."""
     *tokens, state, gate, scale = given
-    token: Any = (None if x is None else x.unsqueeze(1) for x in tokens)
-    return Call(*token, state, None, gate, scale)
+    token: list[Any] = [None if x is None else x.unsqueeze(1) for x in tokens]
+    return Call._make([*token, state, None, gate, scale, False])

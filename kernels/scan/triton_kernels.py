@@ -313,7 +313,7 @@ def selective_scan(call: Call) -> tuple[Tensor, Tensor]:
     x, A, D_D, bias, state = call.x, call.A, call.D_D, call.bias, call.state
     cu = None if call.cu is None else as_bounds(call.cu.to(x.device))
     S = len(x) if cu is None else len(cu) - 1
-    fp32 = dict(
+    fp32: dict[str, Any] = dict(
         A=A.float(), D_D=None if D_D is None else D_D.float(),
         bias=torch.zeros(len(A), device=x.device) if bias is None else bias.float(),
         state=torch.zeros(S, *A.shape, device=x.device) if state is None else state.float(),
