@@ -234,7 +234,7 @@ def _arguments(call: Call) -> dict[str, Any]:
     """Return what both kernels take: tensors, strides, sizes, constants."""
     given: dict[str, Any] = call._asdict()
     for name in ("x", "dt", "B", "C", "z"):
-        strides = (0, 0)
+        strides: tuple[int, ...] = (0, 0)
         if given[name] is not None:
             (given[name],) = rows_dense(given[name])
             strides = given[name].stride()
