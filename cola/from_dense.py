@@ -1,10 +1,16 @@
-"""Fit two factors to a dense layer, so that B·A·x is near W·x on the inputs of a text.
+"""Fit two factors to a dense layer, so that the model with B·A·x for W·x loses least of its text.
 
-Of all matrices of rank r, U·Uᵀ·W loses least of the outputs, E|W·x - B·A·x|², where U holds the r
-leading eigenvectors of the outputs' second moment W·C·Wᵀ, C = E[x·xᵀ]. So B = U and A = Uᵀ·W, up to
-a scale of each direction. This is the optimum of the whitened SVD (SVD-LLM, arXiv 2403.07378,
-section 3), found without a factor of C or its inverse, as in Swift-SVD (2604.01609). One
-decomposition serves every rank: rank r loses the sum of the eigenvalues after the r-th.
+A change D of W changes the model's predictions by a KL divergence of about ½ E[(g·Dx)²] nats per
+token, where g is the gradient, with respect to W·x, of the loss of a token drawn from the model.
+With C = E[|g|²·x·xᵀ] / E|g|², inputs weighted by how much the model feels them, and G = E[g·gᵀ],
+this is about ½ tr(G·D·C·Dᵀ) (a Kronecker factorization as of K-FAC, arXiv 1503.05671). Of all
+matrices of rank r the one that loses least is the truncated SVD of G^(1/2)·W·C^(1/2), between the
+inverses of these roots. With G = 1 and unweighted inputs it is the whitened SVD (SVD-LLM, arXiv
+2403.07378, section 3). One decomposition serves every rank: rank r loses what the singular values
+after the r-th say, in nats, which makes layers comparable.
+
+Only moments of the layer's shorter side are needed: of y = W·x and g where there are fewer outputs
+(W·C·Wᵀ is the second moment of y), of x and Wᵀ·g where there are fewer inputs.
 
 Left out: ranks that differ from layer to layer, corrections of later layers for what earlier ones
 lost, and σ: the factors are those of a linear bottleneck.
@@ -14,68 +20,96 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 
 from lowline.errors import LowlineError
 
 STEP = 16  # ranks are multiples: products of other widths are slower
-Side = Literal["input", "output"]
+GRADIENT_FLOOR = 0.01  # of the mean square of g, added in all directions: a text shows only some
+INPUT_FLOOR = 1e-4  # of the mean square of x
 Name = TypeVar("Name", bound=str)
+
+
+@dataclass(kw_only=True)
+class Moments:
+    """What a text shows of a layer, summed over tokens in float64; see the module.
+
+    Attributes:
+        seen: the sum of |g|²·v·vᵀ, where v is y without its bias, or x if that is shorter.
+        felt: the sum of u·uᵀ, where u is g, or Wᵀ·g.
+        size: the sum of |g|².
+        tokens: how many there were.
+    """
+
+    seen: torch.Tensor | float = 0.0
+    felt: torch.Tensor | float = 0.0
+    size: torch.Tensor | float = 0.0
+    tokens: int = 0
+
+    @torch.no_grad()
+    def add(
+        self, weight_OI: torch.Tensor, x_NI: torch.Tensor, y_NO: torch.Tensor, g_NO: torch.Tensor
+    ) -> None:
+        """Take up x, y = W·x and g of some tokens."""
+        wide = weight_OI.shape[0] > weight_OI.shape[1]
+        v, u = (x_NI, g_NO @ weight_OI) if wide else (y_NO, g_NO)
+        norms = g_NO.norm(dim=1, keepdim=True)
+        weighted = v * norms
+        self.seen = self.seen + (weighted.T @ weighted).double()
+        self.felt = self.felt + (u.T @ u).double()
+        self.size = self.size + norms.double().square().sum()
+        self.tokens += len(x_NI)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Directions:
-    """The directions of a layer's outputs on a text, those of most energy first.
+    """The directions of a layer, those that the model would miss most first.
 
     Args:
-        basis: (out, K), orthonormal columns.
-        energies: (D,), the outputs' mean square along each direction, also those after the K-th.
+        left: (out, K).
+        right: (K, in); the sum of all K products left·right is W.
+        losses: (K,), what leaving out each loses, in nats per token.
     """
 
-    basis: torch.Tensor
-    energies: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
+    losses: torch.Tensor
 
     def lost(self, rank: int) -> float:
-        """Return the fraction of the outputs' energy that rank `rank` loses."""
-        total = float(self.energies.sum())
-        return float(self.energies[rank:].sum()) / total if total else 0.0
-
-
-def side_of(weight_OI: torch.Tensor, has_bias: bool) -> Side:
-    """Return which second moment of a layer `directions` should get: the smaller one.
-
-    That of the outputs holds the bias, too: where there is one, it is that of the inputs.
-    """
-    return "input" if has_bias or weight_OI.shape[1] < weight_OI.shape[0] else "output"
+        """Return what rank `rank` loses, in nats per token."""
+        return float(self.losses[rank:].sum())
 
 
 @torch.no_grad()
-def directions(weight_OI: torch.Tensor, gram: torch.Tensor, side: Side, most: int) -> Directions:
-    """Return the `most` leading directions of W·x.
-
-    Args:
-        weight_OI: W (out, in).
-        gram: the sum of x·xᵀ over a text (in, in) in float64, or that of y·yᵀ (out, out).
-        side: of which the sum is.
-        most: the largest rank that will be asked for.
+def directions(weight_OI: torch.Tensor, moments: Moments) -> Directions:
+    """Return the directions of W·x on a text.
 
     Raises:
-        LowlineError: activations that overflowed.
+        LowlineError: activations or gradients that overflowed.
     """
-    if not gram.isfinite().all():
+    assert isinstance(moments.seen, torch.Tensor) and isinstance(moments.felt, torch.Tensor)
+    if not (moments.seen.isfinite().all() and moments.felt.isfinite().all()):
         raise LowlineError("the activations overflowed: their second moment holds inf or nan")
-    if side == "output":
-        energies, basis = _eigen(gram.double())
-        return Directions(basis=basis[:, :most].contiguous(), energies=energies)
     w = weight_OI.double()
-    energies_I, q_II = _eigen(gram.double())
-    root_OI = w @ (q_II * energies_I.sqrt())  # W·C^(1/2), up to a rotation of the inputs
-    energies, v_II = _eigen(root_OI.T @ root_OI)
-    kept = min(most, int((energies > energies[0] * 1e-14).sum()))
-    basis = root_OI @ v_II[:, :kept] / energies[:kept].sqrt()
-    return Directions(basis=torch.linalg.qr(basis).Q, energies=energies)
+    outputs, inputs = w.shape
+    seen = moments.seen / max(float(moments.size), 1e-300)
+    felt = moments.felt / moments.tokens
+    floor = GRADIENT_FLOOR * float(moments.size) / moments.tokens / outputs + 1e-300
+    if outputs <= inputs:
+        root, inverse = _roots(_raised(felt, floor))
+        energies, u = _eigen(root @ seen @ root)
+        left, right = inverse @ u, u.T @ root @ w
+    else:
+        root, inverse = _roots(_raised(seen, INPUT_FLOOR * float(seen.diagonal().mean()) + 1e-300))
+        energies, v = _eigen(root @ (felt + floor * w.T @ w) @ root)
+        left, right = w @ root @ v, v.T @ inverse
+    return Directions(left=left, right=right, losses=energies / 2)
+
+
+def _raised(symmetric: torch.Tensor, floor: float) -> torch.Tensor:
+    return symmetric + floor * torch.eye(len(symmetric)).to(symmetric)
 
 
 def _eigen(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,27 +118,24 @@ def _eigen(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.flip(0).clamp(min=0), vectors.flip(1)
 
 
-@torch.no_grad()
-def factors(
-    weight_OI: torch.Tensor, found: Directions, rank: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A (rank, in) and B (out, rank) in float64; a row of A is as long as B's column.
+def _roots(positive: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the symmetric square root of a matrix and the root's inverse."""
+    values, vectors = _eigen(positive)
+    roots = values.clamp(min=float(values[0]) * 1e-14).sqrt()
+    return vectors * roots @ vectors.T, vectors / roots @ vectors.T
 
-    Where the outputs have fewer directions than `rank`, the last rows and columns are 0.
-    """
-    u = found.basis[:, :rank].double()
-    a = u.T @ weight_OI.double()
-    length = a.norm(dim=1).sqrt()
-    scale = torch.where(length > 0, 1 / length, 0.0)
-    a_RI, b_OR = a * scale[:, None], u * length
-    missing = rank - a_RI.shape[0]
-    pad = torch.nn.functional.pad
-    return pad(a_RI, (0, 0, 0, missing)), pad(b_OR, (0, missing))
+
+@torch.no_grad()
+def factors(found: Directions, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A (rank, in) and B (out, rank) in float64; a row of A is as long as B's column."""
+    a, b = found.right[:rank].double(), found.left[:, :rank].double()
+    scale = (b.norm(dim=0) / a.norm(dim=1).clamp(min=1e-300)).sqrt()
+    return a * scale[:, None], b / scale.clamp(min=1e-300)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """What a projection costs and loses at each rank.
+    """What a projection costs and loses at each rank, stored with pivots (`lowline.cola.pivoted`).
 
     Args:
         shape: (in, out) features.
@@ -124,56 +155,73 @@ class Curve:
         return self.layers * self.shape[0] * self.shape[1]
 
     def size(self, rank: int) -> int:
-        return self.layers * rank * sum(self.shape)
+        """Return the numbers of all layers at a rank, 0 for dense."""
+        return self.layers * pivoted_size(self.shape, rank) if rank else self.dense_size
+
+    def choices(self) -> list[tuple[int, int, float]]:
+        """Return each rank there is to choose, what it costs, and what it loses."""
+        ranks = range(STEP, STEP * len(self.losses), STEP)
+        found = [(rank, self.size(rank), self.losses[rank // STEP]) for rank in ranks]
+        return [*found, (0, self.dense_size, 0.0)] if self.may_be_dense else found
+
+
+def pivoted_size(shape: tuple[int, int], rank: int) -> int:
+    """Return the numbers of one layer at a rank, those that say which outputs are pivots, too."""
+    return rank * (sum(shape) - rank) + shape[1]
 
 
 def largest_rank(shape: tuple[int, int], may_be_dense: bool = True) -> int:
-    """Return the largest multiple of `STEP` at which two factors are smaller than the matrix.
+    """Return the largest multiple of `STEP` at which a layer is smaller than the matrix.
 
     Raises:
         LowlineError: the matrix is too small for one.
     """
-    rank = (shape[0] * shape[1] - 1) // sum(shape) if may_be_dense else min(shape)
-    if rank < STEP:
+    ranks = range(STEP, min(shape[0], shape[1] - 1) + 1, STEP)
+    smaller = [r for r in ranks if not may_be_dense or pivoted_size(shape, r) < shape[0] * shape[1]]
+    if not smaller:
         raise LowlineError(
-            f"a projection {shape[0]} -> {shape[1]} is too small: factors of rank {STEP} hold as "
-            "much as the matrix"
+            f"a projection {shape[0]} -> {shape[1]} is too small: at rank {STEP} it holds as much "
+            "as the matrix"
         )
-    return rank // STEP * STEP
+    return smaller[-1]
 
 
 def allocate(curves: Mapping[Name, Curve], budget: int) -> dict[Name, int]:
     """Return a rank for each projection, 0 for dense, that hold at most `budget` parameters.
 
-    From the smallest ranks on, the next step goes where it gains most per parameter. Losses that
-    fall ever more slowly with the rank, as sums of sorted eigenvalues do, make that the best choice
-    up to the last steps.
+    Every projection makes the choice that is best at one price per parameter, the lowest that the
+    budget allows; what is then left goes where it gains most per parameter.
 
     Raises:
         LowlineError: even the smallest ranks are over the budget.
     """
-    ranks = dict.fromkeys(curves, STEP)
-    left = budget - sum(curve.size(STEP) for curve in curves.values())
-    if left < 0:
-        raise LowlineError(f"rank {STEP} everywhere needs {-left:,} parameters more than allowed")
+    choices = {name: curve.choices() for name, curve in curves.items()}
+    smallest = sum(min(size for _, size, _ in each) for each in choices.values())
+    if smallest > budget:
+        raise LowlineError(
+            f"rank {STEP} everywhere needs {smallest - budget:,} parameters more than allowed"
+        )
+
+    def best(price: float) -> dict[Name, tuple[int, int, float]]:
+        return {n: min(each, key=lambda c: c[2] + price * c[1]) for n, each in choices.items()}
+
+    def cost(chosen: Mapping[Name, tuple[int, int, float]]) -> int:
+        return sum(size for _, size, _ in chosen.values())
+
+    low, high = 0.0, max(curve.losses[0] for curve in curves.values()) + 1.0
+    for _ in range(100):
+        price = (low + high) / 2
+        low, high = (low, price) if cost(best(price)) <= budget else (price, high)
+    chosen = best(high)
     while True:
-        best: Name | None = None
-        most, chosen = 0.0, (0, 0)
-        for name, curve in curves.items():
-            rank = ranks[name]
-            if not rank:
-                continue
-            if rank < STEP * (len(curve.losses) - 1):
-                higher, size = rank + STEP, curve.size(rank + STEP) - curve.size(rank)
-                gain = curve.losses[rank // STEP] - curve.losses[rank // STEP + 1]
-            elif curve.may_be_dense:
-                higher, size = 0, curve.dense_size - curve.size(rank)
-                gain = curve.losses[rank // STEP]
-            else:
-                continue
-            if size <= left and gain / max(size, 1) > most:
-                best, most, chosen = name, gain / max(size, 1), (higher, size)
-        if best is None:
-            return ranks
-        ranks[best] = chosen[0]
-        left -= chosen[1]
+        left = budget - cost(chosen)
+        steps = [
+            ((chosen[name][2] - c[2]) / max(c[1] - chosen[name][1], 1), name, c)
+            for name, each in choices.items()
+            for c in each
+            if c[1] - chosen[name][1] <= left and c[2] < chosen[name][2]
+        ]
+        if not steps:
+            return {name: rank for name, (rank, _, _) in chosen.items()}
+        _, name, choice = max(steps, key=lambda step: step[0])
+        chosen[name] = choice

@@ -47,6 +47,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from lowline.cola.drafts import ExactDrafts
 from lowline.cola.low_rank import ACTIVATIONS, LowRankLinear, init_std
 from lowline.cola.one_token import one_token, softmax
+from lowline.cola.pivoted import PivotedLinear
 from lowline.cola.projections import PROJECTIONS
 from lowline.cola.remote_code import SavesRemoteCode
 from lowline.cola.variants import Name as Variant
@@ -65,6 +66,7 @@ class CoLAConfig(LlamaConfig):
         bottleneck_bias: whether A and B carry a bias.
         variant: "cola", "cr-net" (whose first layer is dense) or "lax"; "dlr" is saved as "cola".
         qk_norm: an RMSNorm over each head of q and of k before RoPE, as Qwen3 has it.
+        pivoted: whether low-rank layers are stored with pivots (`lowline.cola.pivoted`).
 
     Raises:
         StrictDataclassError: (transformers' own) an unknown projection or activation, a rank
@@ -80,6 +82,7 @@ class CoLAConfig(LlamaConfig):
     bottleneck_bias: bool = False
     variant: str = "cola"
     qk_norm: bool = False
+    pivoted: bool = False
 
     def __post_init__(self, **kwargs):
         self.ranks = {name: self.ranks.get(name, 0) for name in PROJECTIONS} | self.ranks
@@ -103,6 +106,10 @@ class CoLAConfig(LlamaConfig):
         allowed = [v for v in get_args(Variant) if not variant_of(v).folds]
         if self.variant not in allowed:
             raise LowlineError(f"variant = {self.variant!r}; allowed are {allowed}.")
+        if self.pivoted and (self.bottleneck_activation, self.variant) != ("identity", "cola"):
+            raise LowlineError(
+                'pivoted = True needs bottleneck_activation = "identity", no variant.'
+            )
         assert self.num_key_value_heads is not None  # filled in by __post_init__
         if self.num_attention_heads % self.num_key_value_heads:
             raise LowlineError(
@@ -155,7 +162,12 @@ class CoLADecoderLayer(LlamaDecoderLayer):
             rank = 0 if variant.first_dense and not layer_idx else config.ranks[name]
             dense = self.get_submodule(projection.hf)
             assert isinstance(dense, nn.Linear)
-            if rank:
+            if rank and config.pivoted:
+                pivoted = PivotedLinear(
+                    dense.in_features, dense.out_features, rank, bias=config.bottleneck_bias
+                )
+                self.set_submodule(projection.hf, pivoted)
+            elif rank:
                 low_rank = (CrossingLinear if variant.crosses else LowRankLinear)(
                     dense.in_features,
                     dense.out_features,

@@ -39,9 +39,12 @@ def changed(name: str, **fields: object):
 def test_the_low_rank_model_is_the_dense_one_with_products(name):
     dense = changed(name, num_key_value_heads=4, num_hidden_layers=2)
     before = copy.deepcopy(dense.state_dict())
-    low_rank, kinds = command.compressed(dense, rows(8, 0), rows(2, 1), keep=0.8)
+    low_rank, kinds = command.compressed(dense, rows(8, 0), keep=0.8)
     assert isinstance(low_rank, CoLAForCausalLM)
-    assert low_rank.num_parameters() <= 0.8 * dense.num_parameters()
+    stored = low_rank.num_parameters() + sum(
+        b.numel() for n, b in low_rank.named_buffers() if "pivot" in n
+    )
+    assert stored <= 0.8 * dense.num_parameters()
     assert low_rank.config.bottleneck_activation == "identity"
     assert low_rank.config.tie_word_embeddings == dense.config.tie_word_embeddings
     for weight_name, weight in dense.state_dict().items():
@@ -54,7 +57,7 @@ def test_the_low_rank_model_is_the_dense_one_with_products(name):
         for kind, rank in ranks.items():
             for layer, each in zip(command._layers(dense, kind), found[kind], strict=True):
                 if rank:
-                    a, b = factors(layer.weight, each, rank)
+                    a, b = factors(each, rank)
                     layer.weight.copy_(b @ a)
         (ids,) = rows(1, 2)
         torch.testing.assert_close(low_rank(ids).logits, dense(ids).logits, rtol=1e-9, atol=1e-9)
@@ -62,7 +65,7 @@ def test_the_low_rank_model_is_the_dense_one_with_products(name):
 
 def test_biased_projections_are_never_dense():
     dense = changed("qwen2", num_key_value_heads=4, num_hidden_layers=1)
-    low_rank, kinds = command.compressed(dense, rows(8, 0), rows(1, 1), keep=0.97)
+    low_rank, kinds = command.compressed(dense, rows(8, 0), keep=0.97)
     ranks = {kind.name: kind.rank for kind in kinds}
     assert min(ranks[name] for name in "qkv") >= 16
     assert low_rank.num_parameters() <= 0.97 * dense.num_parameters()
@@ -72,7 +75,7 @@ def test_more_parameters_come_nearer():
     dense = changed("llama", num_key_value_heads=4, num_hidden_layers=2)
     losses = []
     for keep in (0.75, 0.95):
-        low_rank, _ = command.compressed(dense, rows(8, 0), rows(2, 1), keep)
+        low_rank, _ = command.compressed(dense, rows(8, 0), keep)
         with torch.no_grad():
             p, q = (m(rows(1, 3)[0]).logits.log_softmax(-1) for m in (dense, low_rank))
         losses.append(float((p.exp() * (p - q)).sum(-1).mean()))
@@ -100,11 +103,23 @@ def test_what_the_command_writes(checkpoint, tmp_path, capsys):
     assert loaded.num_parameters() == report["parameters"]["low rank"]
     assert loaded.num_parameters() <= 0.92 * report["parameters"]["dense"]
     assert f"-> {report['perplexity']['low rank']:.2f}" in printed
-    assert f"lowline import {output}" in printed
     assert "low-rank (CoLA)" in (output / "README.md").read_text()
-    import_tables(str(output))
+    with pytest.raises(LowlineError, match="compress --for-training"):
+        import_tables(str(output))
+    factored, packed = tmp_path / "factored", tmp_path / "packed"
+    command.compress(str(checkpoint), output=factored, keep=0.92, for_training=True, **sizes)
+    assert f"lowline import {factored}" in capsys.readouterr().out
+    import_tables(str(factored))
     tables = capsys.readouterr().out
-    assert 'activation = "identity"' in tables and f'initial_weights = "{output}"' in tables
+    assert 'activation = "identity"' in tables and f'initial_weights = "{factored}"' in tables
+    assert command.compress(str(factored), output=packed) == []
+    (ids,) = rows(1, 2)
+    with torch.no_grad():
+        expected = load_teacher(factored)(ids).logits
+        for folder in (output, packed):
+            torch.testing.assert_close(
+                load_teacher(folder)(ids).logits, expected, rtol=0, atol=1e-3
+            )
     with pytest.raises(LowlineError, match="is not empty"):
         command.compress(str(checkpoint), output=output, **sizes)
     with pytest.raises(LowlineError, match="model_type = 'cola_llama'; compress a dense model"):

@@ -2,20 +2,19 @@
 
     lowline compress HuggingFaceTB/SmolLM2-135M smollm2-low-rank --keep 0.8
 
-Every projection of a block becomes two factors that keep its outputs on the text
-(`lowline.cola.from_dense`). How many parameters each kind of projection keeps is decided by what
-the model loses when that kind alone is compressed. What comes out is a Hugging Face directory of a
-"cola_llama" with a linear bottleneck, for `lowline train`, `linearize`, `evaluate` and `generate`.
+Every projection of a block gets a rank and keeps those directions that the model's predictions
+on the text depend on most (`lowline.cola.from_dense`); a kind of projection may stay dense. What
+comes out is a Hugging Face directory of a "cola_llama" with a linear bottleneck, stored with pivots
+(`lowline.cola.pivoted`), for `lowline evaluate` and `generate`. With `--for-training` it has two
+factors of the same ranks, for `lowline train` and `linearize`; the command stores what these
+export with pivots, without a change of what it computes.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,7 @@ DENSE = ("llama", "mistral", "qwen2", "qwen3")
 if TYPE_CHECKING:
     import torch
 
-    from lowline.cola.from_dense import Curve, Directions, Side
+    from lowline.cola.from_dense import Curve, Directions, Moments
 
     Found = dict[ProjectionName, list[Directions]]  # by projection, then by layer
 
@@ -38,17 +37,14 @@ if TYPE_CHECKING:
 class Kind:
     """What becomes of one kind of projection.
 
-    `rank` 0 is dense. `kept` is the fraction of its parameters, `lost` that of its outputs' energy,
-    a mean over the layers, and `divergence` what the model loses when this kind alone has the rank
-    `tried`: the KL divergence from the dense model in nats per token.
+    `rank` 0 is dense. `kept` is the fraction of its parameters, `lost` what the model is expected
+    to lose by it, in nats per token.
     """
 
     name: str
     rank: int
     kept: float
     lost: float
-    tried: int
-    divergence: float
 
 
 def compress(
@@ -56,6 +52,7 @@ def compress(
     *,
     output: Path,
     keep: float = 0.8,
+    for_training: bool = False,
     text: Path | None = None,
     tokens: int = 16384,
     held_out: int = 2048,
@@ -64,19 +61,23 @@ def compress(
 ) -> list[Kind]:
     """Make a dense checkpoint low-rank, its factors fitted to a text, without training.
 
+    A low-rank checkpoint without σ, trained from what `for_training` gave, is stored with pivots:
+    fewer numbers, the same outputs. Of the options below it takes none.
+
     Args:
-        checkpoint: A Hugging Face directory, a hub id, or a GGUF file of a dense model.
+        checkpoint: A Hugging Face directory, a hub id, or a GGUF file.
         output: A new directory for the low-rank model.
         keep: The fraction of the model's parameters to keep, embeddings included.
+        for_training: Write two factors, which can be trained; with pivots they hold that fraction.
         text: A UTF-8 text to fit the factors to, like what the model is for; default: English
             documentation of Python.
-        tokens: How many tokens of it to fit to; several times the widest activation.
-        held_out: Tokens after those, on which ranks are chosen and perplexity is measured.
+        tokens: How many tokens of it to fit to; several times the model dimension.
+        held_out: Tokens after those, on which perplexity is measured.
         seq_len: Tokens the model sees at once.
         json: A file for the numbers.
 
     Returns:
-        One entry for each of the seven kinds of projections.
+        One entry for each of the seven kinds of projections; none of a low-rank checkpoint.
 
     Raises:
         LowlineError: no such model or text, a model that is not dense or of another family, an
@@ -91,10 +92,18 @@ def compress(
         raise LowlineError(f"output = {output} exists and is not empty; give another directory")
     check_source(checkpoint)
     from lowline.linearize.convert import save
-    from lowline.linearize.source import load_config
+    from lowline.linearize.source import load_config, load_teacher, load_tokenizer
     from lowline.tools.commands.inspect_rank import load_model, read_text, token_rows
 
     config = load_config(checkpoint)
+    if getattr(config, "bottleneck_activation", None) == "identity" and not getattr(
+        config, "pivoted", False
+    ):
+        model, tokenizer = load_teacher(checkpoint), load_tokenizer(checkpoint)
+        smaller = with_pivots(model)
+        save(smaller, tokenizer, output)
+        print(f"parameters {model.num_parameters():,} -> {smaller.num_parameters():,}")
+        return []
     _check_dense(checkpoint, config)
     documents, count = read_text(text), tokens + held_out
     model, tokenizer = load_model(checkpoint)
@@ -102,7 +111,7 @@ def compress(
     fitted, measured = (
         list(part.split(seq_len, dim=1)) for part in (line[:, :tokens], line[:, tokens:])
     )
-    low_rank, kinds = compressed(model, fitted, measured, keep)
+    low_rank, kinds = compressed(model, fitted, keep, for_training)
     sizes = [m.num_parameters() for m in (model, low_rank)]
     before, after = (_perplexity(m, measured) for m in (model, low_rank))
     save(low_rank.to(config.dtype or model.dtype), tokenizer, output)
@@ -118,7 +127,8 @@ def compress(
     }
     write_report(report, json)
     print(f"model    {output}")
-    print(f"next     lowline import {output} > mine.toml    # to train it on, which it needs")
+    if for_training:
+        print(f"next     lowline import {output} > mine.toml    # a file that trains it")
     return kinds
 
 
@@ -139,22 +149,20 @@ def _check_dense(name: str, hf: Any) -> None:
 
 
 def compressed(
-    model: Any, fitted: list[torch.Tensor], measured: list[torch.Tensor], keep: float
+    model: Any, rows: list[torch.Tensor], keep: float, for_training: bool = False
 ) -> tuple[Any, list[Kind]]:
     """Return the low-rank model of a dense one in fp32, and what became of its projections.
 
     Args:
         model: a Llama, Mistral, Qwen2 or Qwen3 of transformers; stays as it is.
-        fitted: rows (1, T) of tokens, to which the factors are fitted.
-        measured: rows of other tokens, on which ranks are chosen.
+        rows: (1, T) of tokens, to which the factors are fitted.
         keep: the fraction of the model's parameters to keep.
+        for_training: two factors instead of pivots.
     """
     from lowline.cola.from_dense import allocate
 
-    found = _find(model, fitted)
-    dense = [_log_probs(model, row) for row in measured]
-    losses = {name: _divergence(model, found, name, measured, dense) for name in PROJECTIONS}
-    curves = {name: _curve(model, found, name, *losses[name]) for name in PROJECTIONS}
+    found = _find(model, rows)
+    curves = {name: _curve(model, found, name) for name in PROJECTIONS}
     outside = model.num_parameters() - sum(curve.dense_size for curve in curves.values())
     biases = _bias_parameters(model, curves)
     ranks = allocate(curves, int(keep * model.num_parameters()) - outside - biases)
@@ -164,14 +172,13 @@ def compressed(
         Kind(
             name=name,
             rank=rank,
-            kept=curves[name].size(rank) / curves[name].dense_size if rank else 1.0,
-            lost=_mean_lost(found[name], rank) if rank else 0.0,
-            tried=losses[name][0],
-            divergence=losses[name][1],
+            kept=curves[name].size(rank) / curves[name].dense_size,
+            lost=sum(each.lost(rank) for each in found[name]) if rank else 0.0,
         )
         for name, rank in ranks.items()
     ]
-    return _build(model, found, ranks), kinds
+    low_rank = _build(model, found, ranks)
+    return low_rank if for_training else with_pivots(low_rank), kinds
 
 
 def _layers(model: Any, name: ProjectionName) -> list[Any]:
@@ -179,117 +186,77 @@ def _layers(model: Any, name: ProjectionName) -> list[Any]:
 
 
 def _find(model: Any, rows: list[torch.Tensor]) -> Found:
-    """Run the rows through the model, in as many passes as the second moments need memory for."""
-    import torch
+    """Run the rows through the model, in as many passes as the moments need memory for."""
+    from lowline.cola.from_dense import Moments, directions
+    from lowline.tools.commands.inspect_rank import grouped
 
-    from lowline.cola.analysis import ActivationRanks
-    from lowline.cola.from_dense import directions
-    from lowline.tools.commands.inspect_rank import passes
-
-    hf = {projection.hf: name for name, projection in PROJECTIONS.items()}
+    layers = {f"{name}.{n}": x for name in PROJECTIONS for n, x in enumerate(_layers(model, name))}
     found: Found = {name: [] for name in PROJECTIONS}
-    sides: tuple[Side, Side] = ("input", "output")
-    with torch.no_grad():
-        for side in sides:
-            on_side = partial(_is_on, side)
-            for names in passes(model, side, on_side):
-                print(f"fitting  {len(names or ())} projections to their {side}s", flush=True)
-                with ActivationRanks(model, side, names) as seen:
-                    for row in rows:
-                        model(row.to(model.device), use_cache=False)
-                for name, gram in seen.grams.items():
-                    layer: Any = model.get_submodule(name)
-                    kind = hf[name.split(".", 3)[3]]
-                    found[kind].append(directions(layer.weight, gram, side, _most(layer)))
+    for names in grouped({n: 16 * min(x.weight.shape) ** 2 for n, x in layers.items()}):
+        print(f"fitting  {len(names)} projections to {len(rows)} rows", flush=True)
+        moments = {name: Moments() for name in names}
+        hooks = [layers[name].register_forward_hook(_watch(moments[name])) for name in names]
+        try:
+            _run(model, rows)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name in names:
+            kind: Any = name.partition(".")[0]
+            found[kind].append(directions(layers[name].weight, moments.pop(name)))
     return found
 
 
-def _is_on(side: Side, layer: Any) -> bool:
-    from lowline.cola.from_dense import side_of
+def _watch(moments: Moments) -> Any:
+    """Return a hook for a linear layer that adds to its moments in the backward pass."""
 
-    return side_of(layer.weight, layer.bias is not None) == side
+    def seen(layer: Any, args: Any, y: torch.Tensor) -> None:
+        x, plain = args[0].detach(), y.detach()
+        if layer.bias is not None:
+            plain = plain - layer.bias.detach()
+
+        def felt(g: torch.Tensor) -> None:
+            moments.add(layer.weight, *(each.flatten(0, -2) for each in (x, plain, g)))
+
+        y.register_hook(felt)
+
+    return seen
 
 
-def _most(layer: Any) -> int:
-    """Return the largest rank that a layer may get; with a bias it cannot stay dense."""
-    from lowline.cola.from_dense import largest_rank
+def _run(model: Any, rows: list[torch.Tensor]) -> None:
+    """Run rows forward and backward, with the loss of tokens that are drawn from the model."""
+    import torch
 
-    return largest_rank((layer.in_features, layer.out_features), layer.bias is None)
+    generator = torch.Generator(model.device).manual_seed(0)  # alike in every pass
+    for row in rows:
+        embedded = model.get_input_embeddings()(row.to(model.device)).detach().requires_grad_()
+        logits = model(inputs_embeds=embedded, use_cache=False).logits[0]
+        drawn = logits.detach().softmax(-1).multinomial(1, generator=generator)[:, 0]
+        loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
+        torch.autograd.grad(loss, embedded)
 
 
-def _curve(model: Any, found: Found, name: ProjectionName, tried: int, divergence: float) -> Curve:
-    """Return what a kind loses at every rank: its lost energy, in units of measured loss."""
-    from lowline.cola.from_dense import STEP, Curve
+def _curve(model: Any, found: Found, name: ProjectionName) -> Curve:
+    """Return what a kind costs and loses at every rank."""
+    from lowline.cola.from_dense import STEP, Curve, largest_rank
 
     first = _layers(model, name)[0]
-    unit = divergence / max(_mean_lost(found[name], tried), 1e-12)
-    ranks = range(0, _most(first) + 1, STEP)
+    shape = first.in_features, first.out_features
+    dense = first.bias is None  # a low-rank model has biases with its factors alone
+    ranks = range(0, largest_rank(shape, dense) + 1, STEP)
     return Curve(
-        shape=(first.in_features, first.out_features),
+        shape=shape,
         layers=len(found[name]),
-        losses=tuple(unit * _mean_lost(found[name], rank) for rank in ranks),
-        may_be_dense=first.bias is None,
+        losses=tuple(sum(each.lost(rank) for each in found[name]) for rank in ranks),
+        may_be_dense=dense,
     )
-
-
-def _mean_lost(found: list[Directions], rank: int) -> float:
-    return sum(each.lost(rank) for each in found) / len(found)
 
 
 def _bias_parameters(model: Any, curves: dict[ProjectionName, Curve]) -> int:
     """Return how many biases the low-rank model has beyond the dense one's, at most."""
     if not any(layer.bias is not None for name in curves for layer in _layers(model, name)):
         return 0
-    return sum(c.layers * (c.shape[1] + min(c.shape)) for c in curves.values())
-
-
-def _divergence(
-    model: Any,
-    found: Found,
-    name: ProjectionName,
-    rows: list[torch.Tensor],
-    dense: list[torch.Tensor],
-) -> tuple[int, float]:
-    """Return half of the largest rank of a kind, and what the model loses when it alone has it."""
-    from lowline.cola.from_dense import STEP
-
-    rank = max(STEP, _most(_layers(model, name)[0]) // 2 // STEP * STEP)
-    total = tokens = 0.0
-    with _projected(model, found, name, rank):
-        for row, p in zip(rows, dense, strict=True):
-            total += float((p.exp() * (p - _log_probs(model, row))).sum())
-            tokens += p.shape[1]
-    loss = total / tokens
-    print(f"alone    {name} at rank {rank}: {loss:.4f} nats per token", flush=True)
-    return rank, max(loss, 0.0)
-
-
-def _log_probs(model: Any, row: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    with torch.no_grad():
-        logits = model(row.to(model.device), use_cache=False).logits
-    return logits.float().log_softmax(-1)
-
-
-@contextmanager
-def _projected(model: Any, found: Found, name: ProjectionName, rank: int) -> Iterator[None]:
-    """Give the layers of one kind the weights B·A for a while."""
-    import torch
-
-    from lowline.cola.from_dense import factors
-
-    layers = _layers(model, name)
-    before = [layer.weight.detach().clone() for layer in layers]
-    with torch.no_grad():
-        for layer, each in zip(layers, found[name], strict=True):
-            a, b = factors(layer.weight, each, rank)
-            layer.weight.copy_(b @ a)
-        try:
-            yield
-        finally:
-            for layer, weight in zip(layers, before, strict=True):
-                layer.weight.copy_(weight)
+    return sum(c.layers * c.shape[1] for c in curves.values())
 
 
 def _build(model: Any, found: Found, ranks: dict[ProjectionName, int]) -> Any:
@@ -320,7 +287,7 @@ def _build(model: Any, found: Found, ranks: dict[ProjectionName, int]) -> Any:
             place = f"model.layers.{number}.{PROJECTIONS[name].hf}"
             weight = weights.pop(f"{place}.weight")
             bias = weights.pop(f"{place}.bias", None)
-            for factor, value in zip("AB", factors(weight, each, rank), strict=True):
+            for factor, value in zip("AB", factors(each, rank), strict=True):
                 weights[f"{place}.{factor}.weight"] = value.to(weight)
             if biased:
                 zero = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
@@ -329,6 +296,26 @@ def _build(model: Any, found: Found, ranks: dict[ProjectionName, int]) -> Any:
     low_rank: Any = model_of(CoLAForCausalLM, config, weights, model.dtype)
     low_rank.generation_config = copy.deepcopy(model.generation_config)
     return low_rank.to(model.device).eval()
+
+
+def with_pivots(low_rank: Any) -> Any:
+    """Return a low-rank model without σ, its layers stored with pivots."""
+    from lowline.cola.low_rank import LowRankLinear
+    from lowline.cola.pivoted import pivoted
+    from lowline.linearize.source import model_of
+
+    config, weights = copy.deepcopy(low_rank.config), dict(low_rank.state_dict())
+    config.pivoted = True
+    for name, layer in low_rank.named_modules():
+        if isinstance(layer, LowRankLinear):
+            a, b = layer.A, layer.B
+            bias = None if b.bias is None else b.bias + b.weight @ a.bias
+            for own in layer.state_dict():
+                del weights[f"{name}.{own}"]
+            weights |= {f"{name}.{n}": t for n, t in pivoted(a.weight, b.weight, bias).items()}
+    made: Any = model_of(type(low_rank), config, weights, low_rank.dtype)
+    made.generation_config = copy.deepcopy(low_rank.generation_config)
+    return made.to(low_rank.device).eval()
 
 
 def _perplexity(model: Any, rows: list[torch.Tensor]) -> float:
@@ -341,13 +328,12 @@ def _perplexity(model: Any, rows: list[torch.Tensor]) -> float:
 
 
 def _print(kinds: list[Kind], sizes: list[int], perplexities: tuple[float, float]) -> None:
-    columns = ("projection", "rank", "parameters", "outputs lost", "alone, nats per token")
+    columns = ("projection", "rank", "parameters", "expected loss, nats per token")
     cells = {
         kind.name: [
             str(kind.rank or "dense"),
             f"{kind.kept:.0%}",
-            f"{kind.lost:.2%}",
-            f"{kind.divergence:.4f} at {kind.tried}",
+            f"{kind.lost:.4f}",
         ]
         for kind in kinds
     }

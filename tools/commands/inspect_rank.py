@@ -11,7 +11,7 @@ has the definition). A table, and if asked for a plot and the numbers as JSON.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -192,25 +192,22 @@ def measure(
     ]
 
 
-def passes(
-    model: torch.nn.Module, which: Which, among: Callable[[Any], bool] = lambda module: True
-) -> Iterator[list[str] | None]:
-    """Yield names to watch together, whose sums fit into `GRAM_BYTES`; None is all of them.
-
-    `among` chooses projections.
-    """
+def passes(model: torch.nn.Module, which: Which) -> Iterator[list[str] | None]:
+    """Yield names to watch together, whose sums fit into `GRAM_BYTES`; None is all of them."""
     if which == "bottleneck":  # r wide: small, and only low-rank layers have them
         yield None
         return
     from lowline.cola.analysis import projections
 
+    field = "out_features" if which == "output" else "in_features"
+    yield from grouped({n: 8 * getattr(m, field) ** 2 for n, m in projections(model).items()})
+
+
+def grouped(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Yield names whose sizes in bytes fit into `GRAM_BYTES` together."""
     names: list[str] = []
     used = 0
-    for name, module in projections(model).items():
-        if not among(module):
-            continue
-        width = module.out_features if which == "output" else module.in_features
-        size = 8 * int(width) ** 2  # type: ignore[arg-type]
+    for name, size in sizes.items():
         if names and used + size > GRAM_BYTES:
             yield names
             names, used = [], 0

@@ -155,6 +155,9 @@ def _tables(hf: PreTrainedConfig, name: str) -> tuple[ModelConfig, ColaConfig]:
     )
     if family != CoLAConfig.model_type:
         return model, ColaConfig(rank=0)
+    if hf.pivoted:
+        allowed = "two factors: `lowline compress --for-training` writes them"
+        raise _refusal(name, "pivoted", True, allowed)
     ranks = hf.ranks
     uniform = len(set(ranks.values())) == 1
     return model, _checked(

@@ -32,7 +32,7 @@ DECIDED = {  # what the tables of a run hold, or what names files that an export
     *("rms_norm_eps", "tie_word_embeddings", "rope_parameters", "rope_scaling", "rope_theta"),
     *("attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers"),
     *("layer_types", "mixers", "teacher", "softmax_layer_types"),
-    *("ranks", "bottleneck_activation", "bottleneck_bias", "qk_norm"),
+    *("ranks", "bottleneck_activation", "bottleneck_bias", "qk_norm", "pivoted"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
 }
 
