@@ -2,12 +2,11 @@
 
 A change D of W changes the model's predictions by a KL divergence of about ½ E[(g·Dx)²] nats per
 token, where g is the gradient, with respect to W·x, of the loss of a token drawn from the model.
-With C = E[|g|²·x·xᵀ] / E|g|², inputs weighted by how much the model feels them, and G = E[g·gᵀ],
-this is about ½ tr(G·D·C·Dᵀ) (a Kronecker factorization as of K-FAC, arXiv 1503.05671). Of all
-matrices of rank r the one that loses least is the truncated SVD of G^(1/2)·W·C^(1/2), between the
-inverses of these roots. With G = 1 and unweighted inputs it is the whitened SVD (SVD-LLM, arXiv
-2403.07378, section 3). One decomposition serves every rank: rank r loses what the singular values
-after the r-th say, in nats, which makes layers comparable.
+With C = E[x·xᵀ] and G = E[g·gᵀ], this is about ½ tr(G·D·C·Dᵀ) (the factorization of K-FAC, arXiv
+1503.05671). Of all matrices of rank r the one that loses least is the truncated SVD of
+G^(1/2)·W·C^(1/2), between the inverses of these roots. With G = 1 it is the whitened SVD (SVD-LLM,
+arXiv 2403.07378, section 3). One decomposition serves every rank: rank r loses what the singular
+values after the r-th say, in nats, which makes layers comparable.
 
 Only moments of the layer's shorter side are needed: of y = W·x and g where there are fewer outputs
 (W·C·Wᵀ is the second moment of y), of x and Wᵀ·g where there are fewer inputs.
@@ -27,7 +26,7 @@ import torch
 from lowline.errors import LowlineError
 
 STEP = 16  # ranks are multiples: products of other widths are slower
-GRADIENT_FLOOR = 0.01  # of the mean square of g, added in all directions: a text shows only some
+GRADIENT_FLOOR = 0.3  # of the mean square of g, in all directions: G is of few, uneven gradients
 INPUT_FLOOR = 1e-4  # of the mean square of x
 Name = TypeVar("Name", bound=str)
 
@@ -37,7 +36,7 @@ class Moments:
     """What a text shows of a layer, summed over tokens in float64; see the module.
 
     Attributes:
-        seen: the sum of |g|²·v·vᵀ, where v is y without its bias, or x if that is shorter.
+        seen: the sum of v·vᵀ, where v is y without its bias, or x if that is shorter.
         felt: the sum of u·uᵀ, where u is g, or Wᵀ·g.
         size: the sum of |g|².
         tokens: how many there were.
@@ -55,11 +54,9 @@ class Moments:
         """Take up x, y = W·x and g of some tokens."""
         wide = weight_OI.shape[0] > weight_OI.shape[1]
         v, u = (x_NI, g_NO @ weight_OI) if wide else (y_NO, g_NO)
-        norms = g_NO.norm(dim=1, keepdim=True)
-        weighted = v * norms
-        self.seen = self.seen + (weighted.T @ weighted).double()
+        self.seen = self.seen + (v.T @ v).double()
         self.felt = self.felt + (u.T @ u).double()
-        self.size = self.size + norms.double().square().sum()
+        self.size = self.size + g_NO.square().sum().double()
         self.tokens += len(x_NI)
 
 
@@ -94,9 +91,10 @@ def directions(weight_OI: torch.Tensor, moments: Moments) -> Directions:
         raise LowlineError("the activations overflowed: their second moment holds inf or nan")
     w = weight_OI.double()
     outputs, inputs = w.shape
-    seen = moments.seen / max(float(moments.size), 1e-300)
-    felt = moments.felt / moments.tokens
-    floor = GRADIENT_FLOOR * float(moments.size) / moments.tokens / outputs + 1e-300
+    seen = moments.seen / moments.tokens
+    felt = moments.felt / moments.tokens / (1 + GRADIENT_FLOOR)
+    floor = GRADIENT_FLOOR / (1 + GRADIENT_FLOOR) * float(moments.size) / moments.tokens / outputs
+    floor += 1e-300
     if outputs <= inputs:
         root, inverse = _roots(_raised(felt, floor))
         energies, u = _eigen(root @ seen @ root)
@@ -105,7 +103,7 @@ def directions(weight_OI: torch.Tensor, moments: Moments) -> Directions:
         root, inverse = _roots(_raised(seen, INPUT_FLOOR * float(seen.diagonal().mean()) + 1e-300))
         energies, v = _eigen(root @ (felt + floor * w.T @ w) @ root)
         left, right = w @ root @ v, v.T @ inverse
-    return Directions(left=left, right=right, losses=energies / 2)
+    return Directions(left=left.to(weight_OI), right=right.to(weight_OI), losses=energies / 2)
 
 
 def _raised(symmetric: torch.Tensor, floor: float) -> torch.Tensor:

@@ -46,10 +46,9 @@ def test_factors_are_the_best_for_the_weighted_loss(out, width):
         moments.add(w_OI, x_NI[part], x_NI[part] @ w_OI.T, g_NO[part])
     found = directions(w_OI, moments)
 
-    norms = g_NO.square().sum(1)
-    c = (x_NI.T * norms) @ x_NI / norms.sum()
-    g = g_NO.T @ g_NO / len(g_NO)
-    g += GRADIENT_FLOOR * g.diagonal().mean() * torch.eye(out)
+    c, g = x_NI.T @ x_NI / len(x_NI), g_NO.T @ g_NO / len(g_NO)
+    g = g + GRADIENT_FLOOR * g.diagonal().mean() * torch.eye(out)
+    g /= 1 + GRADIENT_FLOOR
     if out > width:
         c += INPUT_FLOOR * c.diagonal().mean() * torch.eye(width)
     values = torch.linalg.svdvals(root(g) @ w_OI @ root(c))
