@@ -29,7 +29,7 @@ def inspect_budget(
     text: Path | None = None,
     tokens: int = 258,
     rows: int = 1,
-    seq_len: int = 2048,
+    seq_len: tuple[int, ...] = (2048,),
     copies: int = 2,
     window: int = 64,
     horizon: int = 512,
@@ -41,9 +41,11 @@ def inspect_budget(
             attention.
         text: A UTF-8 text like what the model is for; default: English documentation of Python.
         tokens: The window of every head that holds as many bytes as the budget, in fp32.
-        rows: How many stretches of the text to measure on.
-        seq_len: Tokens in each; the longest window or number of rows is less.
-        copies: Random strings that come twice, at a distance of half of seq_len at most 512.
+        rows: How many stretches of the text, of each length, to measure on.
+        seq_len: Tokens in each; the longest window or number of rows is less. Of several lengths
+            the mean cost per token counts by the inverse of the length. Time grows with its square.
+        copies: Random strings that come twice, at a distance of half of the least seq_len at most
+            512.
         window: The window of heads with rows.
         horizon: Tokens after which attention received has faded; see the mixer's options.
 
@@ -54,7 +56,10 @@ def inspect_budget(
         LowlineError: no such model or text, a model with a window or mixers, or a number out of
             its range.
     """
-    for name, value, least in (("tokens", tokens, 1), ("rows", rows, 1), ("seq_len", seq_len, 256)):
+    shortest, longest = min(seq_len, default=0), max(seq_len, default=0)
+    for name, value, least in (
+        ("tokens", tokens, 1), ("rows", rows, 1), ("seq_len", shortest, 256)
+    ):  # fmt: skip
         if value < least:
             raise LowlineError(f"{name} = {value}; at least {least}")
     check_source(checkpoint)
@@ -73,13 +78,17 @@ def inspect_budget(
     options = MemoryOptions(window=window, sinks=SINKS, horizon=horizon)
     documents = read_text(text)
     model, tokenizer = load_model(checkpoint)
-    (ids,) = token_rows(tokenizer, documents, rows * seq_len, seq_len=rows * seq_len)
-    sizes = sizes_up_to(seq_len, window)
+    total = rows * sum(seq_len)
+    (ids,) = token_rows(tokenizer, documents, total, seq_len=total)
+    sizes = sizes_up_to(longest, window)
+    parts = ids[0].split([rows * length for length in seq_len])
+    kinds = [
+        (f"{length} tokens of text", _stretches(part, length), (shortest / length) ** 2)
+        for part, length in zip(parts, seq_len, strict=True)
+    ]
+    strings = _copies(tokenizer, ids[0], min(shortest // 2, 512), copies)
     found = []
-    for kind, texts, weight in (
-        ("text", _stretches(ids[0], seq_len), 1.0),
-        ("strings", _copies(tokenizer, ids[0], min(seq_len // 2, 512), copies), WEIGHT),
-    ):
+    for kind, texts, weight in (*kinds, ("strings", strings, WEIGHT)):
         for n, one in enumerate(texts):
             print(f"measuring {kind} {n + 1} of {len(texts)}", file=sys.stderr, flush=True)
             costs = head_costs(model, one, sizes, options)
@@ -96,8 +105,8 @@ def inspect_budget(
     ]
     # A head has a length of its own where no other head of its layer has its size.
     bytes_S = torch.tensor(of_layers) / (L * G) + LENGTH_BYTES
-    total = held("sink_window", window=tokens)
-    budget = budget_text(allocate(costs_NS, bytes_S, total), sizes, G)
+    chosen = allocate(costs_NS, bytes_S, held("sink_window", window=tokens))
+    budget = budget_text(chosen, sizes, G)
     print(f'[mixer]\nname = "memory"\noptions.sinks = {SINKS}\noptions.horizon = {horizon}')
     print(f'options.budget = "{budget}"')
     return budget
