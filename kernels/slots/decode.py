@@ -60,13 +60,26 @@ def slot_window_step(
     return _step(q_BHD, k_BGD, v_BGV, slot_BG, bias_HM, state, scale)
 
 
-def nearest_slots(k_11GD: torch.Tensor, centroids_GMD: torch.Tensor) -> torch.Tensor:
-    """Return the number (1, 1, G) of each head's centroid nearest to one fp32 key, in C++."""
+def nearest_slot_step(
+    q_11HD: torch.Tensor,
+    k_11GD: torch.Tensor,
+    v_11GV: torch.Tensor,
+    plain_k_11GD: torch.Tensor,
+    centroids_GMD: torch.Tensor,
+    bias_HM: torch.Tensor,
+    state: SlotState,
+) -> torch.Tensor | None:
+    """Compute one token, in C++, into the slots of the centroids nearest to its plain keys.
+
+    Returns:
+        o (1, 1, H, V), the state being advanced in place; None, and nothing has changed, where it
+        does not cover the tensors: one sequence, fp32, contiguous, multiples of 16, on a CPU.
+    """
     from lowline.kernels.cpu import load
 
-    slot_11G = k_11GD.new_empty(k_11GD.shape[:3], dtype=torch.int64)
-    load("slots").nearest(k_11GD.contiguous(), centroids_GMD.contiguous(), slot_11G)
-    return slot_11G
+    scale, o_11HV = q_11HD.shape[-1] ** -0.5, q_11HD.new_empty(*q_11HD.shape[:3], v_11GV.shape[-1])
+    token = (q_11HD, k_11GD, v_11GV, plain_k_11GD, centroids_GMD, bias_HM)
+    return o_11HV if load("slots").token(*token, tuple(state), scale, o_11HV) else None
 
 
 def _not_on_cpu(

@@ -25,7 +25,7 @@ from lowline.errors import LowlineError
 from lowline.kernels.dense import is_one_token
 from lowline.kernels.slots import (
     SlotState,
-    nearest_slots,
+    nearest_slot_step,
     slot_window_attention,
     slot_window_step,
 )
@@ -64,21 +64,23 @@ class Slots(Mixer):
     ) -> tuple[torch.Tensor, SlotState | None]:
         """See `Mixer.forward`; the state is None where the window is dropped."""
         o, dropping = self.options, dropping_window(self, state)
-        slot_BTG = self.assign(k_BTGD)
-        inputs = (apply_rope(q_BTHD, rope), apply_rope(k_BTGD, rope), v_BTGD, slot_BTG)
         bias_HM = self.bias if self.linear_enabled else torch.full_like(self.bias, -torch.inf)
+        q, k = apply_rope(q_BTHD, rope), apply_rope(k_BTGD, rope)
+        inputs = (q, k, v_BTGD)
         if state is not None and are_few(q_BTHD, cu_seqlens, *state):
-            if q_BTHD.shape[1] == 1:
-                token = (x.squeeze(1) for x in inputs)
-                o_BHD = slot_window_step(*token, bias_HM, state=state, backend=o.backend)
-                return o_BHD[:, None], state
+            if o.backend == "auto" and is_one_token(q, k, module="slots"):
+                out = nearest_slot_step(*inputs, k_BTGD, self.centroids, bias_HM, state)
+                if out is not None:
+                    return out, state
+            slots = self.assign(k_BTGD)
             outputs = [
                 slot_window_step(q, k, v, slot, bias_HM, state=state, backend=o.backend)
-                for q, k, v, slot in zip(*(x.unbind(1) for x in inputs), strict=True)
+                for q, k, v, slot in zip(*(x.unbind(1) for x in (*inputs, slots)), strict=True)
             ]
             return torch.stack(outputs, 1), state
         out, after = slot_window_attention(
             *inputs,
+            self.assign(k_BTGD),
             bias_HM,
             window=1 if dropping else o.window,
             sinks=0 if dropping else o.sinks,
@@ -91,8 +93,6 @@ class Slots(Mixer):
     @torch.no_grad()
     def assign(self, k_BTGD: torch.Tensor) -> torch.Tensor:
         """m(j), (B, T, G), of keys before the rotary embedding."""
-        if is_one_token(k_BTGD, self.centroids, module="slots"):
-            return nearest_slots(k_BTGD, self.centroids)
         c_GMD = at_least_fp32(self.centroids)
         k_GLD = at_least_fp32(k_BTGD).flatten(0, 1).transpose(0, 1)
         near_GLM = torch.baddbmm(-c_GMD.square().sum(-1)[:, None] / 2, k_GLD, c_GMD.mT)

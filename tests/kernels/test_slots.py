@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lowline.kernels.slots import (
     SlotState,
-    nearest_slots,
+    nearest_slot_step,
     slot_window_attention,
     slot_window_step,
 )
@@ -302,9 +302,19 @@ def test_refusals(change, words):
         slot_window_attention(q, k, v, slot, bias, window=4, initial_state=state)
 
 
-@pytest.mark.parametrize("size", [(1, 3, 16), (3, 64, 64), (2, 5, 24)])
-def test_nearest_centroid_of_one_key(size):
-    centroids = torch.randn(size, generator=torch.Generator().manual_seed(2))
-    for key in torch.randn(20, 1, 1, size[0], size[2]):
-        distance = (key[0, 0, :, None].double() - centroids.double()).square().sum(-1)
-        assert torch.equal(nearest_slots(key, centroids)[0, 0], distance.argmin(-1))
+@torch.no_grad()
+def test_one_token_into_the_nearest_slot():
+    G, M, D = 2, 32, 16
+    x = torch.randn(1, 30, 4, D), *torch.randn(3, 1, 30, G, D)
+    centroids, bias = torch.randn(G, M, D), torch.randn(4, M)
+    near = (x[3][0, :, :, None].double() - centroids.double()).square().sum(-1).argmin(-1)[None]
+    expected, after = slot_window_attention(*x[:3], near, bias, window=6, sinks=2)
+    _, state = slot_window_attention(*(t[:, :9] for t in (*x[:3], near)), bias, window=6, sinks=2)
+    for t in range(9, 30):
+        token = [y[:, t : t + 1].contiguous() for y in x]
+        o = nearest_slot_step(*token, centroids, bias, state)
+        torch.testing.assert_close(o[0, 0], expected[0, t], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, after)
+    other = SlotState(*(s.double() if s.is_floating_point() else s for s in state))
+    assert nearest_slot_step(*token, centroids, bias, other) is None and state.length == 30
+    assert nearest_slot_step(*(y.double() for y in token), centroids, bias, state) is None

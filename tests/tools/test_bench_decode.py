@@ -15,6 +15,7 @@ from lowline.linearize.body.cache import LinearizedCache, state_bytes
 from lowline.linearize.convert import convert, load_teacher, save
 from lowline.linearize.evaluation.rows import rows_of
 from lowline.tools.bench import decode as bench
+from lowline.tools.bench.llama import as_q8_0
 from lowline.tools.cli import main
 from lowline.train.data.tokenizer import load_tokenizer
 
@@ -186,3 +187,27 @@ def test_mistakes_are_told(folder, tmp_path, monkeypatch, capsys, arguments, wor
 def test_a_model_that_was_not_converted_is_refused(folder, capsys):
     assert main(["bench", "decode", str(folder / "original")]) == 2
     assert "has no converted layers" in capsys.readouterr().err
+
+
+def test_a_gguf_files_matrices_become_q8_0(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    made = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    made.add_array("tokenizer.ggml.tokens", ["a", "b"])
+    made.add_uint32("llama.block_count", 1)
+    matrix, norm = torch.randn(4, 64).numpy(), torch.randn(64).numpy()
+    q4 = gguf.GGMLQuantizationType.Q4_1
+    made.add_tensor("m", gguf.quants.quantize(matrix, q4), raw_dtype=q4)
+    made.add_tensor("n", norm)
+    made.write_header_to_file()
+    made.write_kv_data_to_file()
+    made.write_tensors_to_file()
+    made.close()
+    (tmp_path / "out").mkdir()
+    found = gguf.GGUFReader(as_q8_0(tmp_path / "a.gguf", tmp_path / "out"))
+    assert found.fields["tokenizer.ggml.tokens"].contents() == ["a", "b"]
+    assert found.fields["llama.block_count"].contents() == 1
+    m, n = found.tensors
+    assert m.tensor_type == gguf.GGMLQuantizationType.Q8_0 and (n.data == norm).all()
+    before = gguf.quants.dequantize(gguf.quants.quantize(matrix, q4), q4)
+    after = gguf.quants.dequantize(m.data, m.tensor_type)
+    assert 0 < abs(after - before).max() <= abs(before).max() / 127

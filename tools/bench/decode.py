@@ -164,7 +164,7 @@ def bench_decode(
         loaded = load(converted, device)
         setup = Setup(
             model=to_int8(loaded) if weights == "int8" else loaded,
-            teacher=load(original, device),
+            teacher=load(original, device) if {"decode", "prefill"} & set(part) else loaded,
             teacher_config=original.config,
             new=new,
             repeats=repeats,

@@ -2,14 +2,17 @@
 
     lowline bench decode converted/ --weights int8 --part llama --gguf teacher.gguf
 
-llama.cpp's cases are the teacher's GGUF file as it is and in Q8_0, which llama.cpp makes of it. A
-context's first `READ` tokens are read and the rest of the cache is copies of them, which cost what
-any other keys and values do. It runs in this process, from the package llama-cpp-py-sync.
+llama.cpp's cases are the teacher's GGUF file as it is and with its matrices in Q8_0. A context's
+first `READ` tokens are read and the rest of the cache is copies of them, which cost what any other
+keys and values do; a converted model without softmax layers reads at most `FILLED` tokens. It runs
+in this process, from the package llama-cpp-py-sync, or from another build of llama.cpp that
+LLAMA_CPP_LIB names.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     from lowline.tools.bench.decode import Setup
 
 READ = 512  # tokens
-Q8_0 = 7  # llama_ftype of that
+FILLED = 2048  # tokens after which mixers' states are full
 OURS, Q8 = "lowline", "llama.cpp, Q8_0"
 
 
@@ -38,10 +41,12 @@ def check_gguf(gguf: Path | None) -> None:
             "give it as --gguf FILE"
         )
     try:
-        import llama_cpp_py_sync  # noqa: F401
-    except ImportError:
+        for name in ("gguf", "llama_cpp_py_sync"):
+            importlib.import_module(name)
+    except ImportError as error:
         raise LowlineError(
-            "part llama needs llama.cpp: pip install llama-cpp-py-sync, which brings it built"
+            f"part llama needs {error.name}: pip install gguf llama-cpp-py-sync, which brings "
+            "llama.cpp built"
         ) from None
 
 
@@ -49,17 +54,19 @@ def llama(setup: Setup, contexts: tuple[int, ...], gguf: Path, threads: int) -> 
     """Measure seconds per token after each context, and ratios of llama.cpp's to ours."""
     from lowline.tools.bench.decode import decode_case, read_contexts
 
-    states = read_contexts(setup, contexts)
+    # What a mixer does does not depend on what it has read; softmax layers read all.
+    most = contexts[-1] if "softmax" in str(getattr(setup.model.config, "mixers", ())) else FILLED
+    states = read_contexts(setup, tuple(sorted({min(context, most) for context in contexts})))
     found: dict[str, Any] = {"gguf": gguf.name, "contexts": {}}
     with tempfile.TemporaryDirectory() as folder:
-        setup.tell("llama.cpp makes Q8_0")
+        setup.tell("making Q8_0")
         models = {
-            Q8: _Model(_quantized(gguf, Path(folder))),
+            Q8: _Model(as_q8_0(gguf, Path(folder))),
             f"llama.cpp, {gguf.name}": _Model(gguf),
         }
         for context in contexts:
             cases: dict[str, Callable[[], object]] = {
-                OURS: decode_case(setup, copy.deepcopy(states[context]), 1)
+                OURS: decode_case(setup, copy.deepcopy(states[min(context, most)]), 1)
             }
             for name, model in models.items():
                 cases[name] = model.after(context, setup.new, threads)
@@ -102,13 +109,29 @@ def _library() -> tuple[Any, Any]:
     return ffi, lib
 
 
-def _quantized(gguf: Path, folder: Path) -> Path:
-    ffi, lib = _library()
-    how = ffi.new("llama_model_quantize_params *", lib.llama_model_quantize_default_params())
-    how.ftype, how.allow_requantize, how.nthread = Q8_0, True, 1
-    made = folder / f"{gguf.stem}.Q8_0.gguf"
-    if lib.llama_model_quantize(str(gguf).encode(), str(made).encode(), how):
-        raise LowlineError(f"{gguf}: llama.cpp cannot make Q8_0 of it")
+def as_q8_0(gguf: Path, folder: Path) -> Path:
+    """Write a GGUF file's matrices as Q8_0, whatever they were, and return the new file."""
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+    from gguf.quants import dequantize, quantize
+
+    reader, made = GGUFReader(gguf), folder / f"{gguf.stem}.Q8_0.gguf"
+    writer = GGUFWriter(made, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+            continue
+        inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+        writer.add_key_value(name, field.contents(), field.types[0], inner)
+    q8 = GGMLQuantizationType.Q8_0
+    for tensor in reader.tensors:
+        values = dequantize(tensor.data, tensor.tensor_type)
+        if values.ndim > 1:
+            writer.add_tensor(tensor.name, quantize(values, q8), raw_dtype=q8)
+        else:
+            writer.add_tensor(tensor.name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return made
 
 
