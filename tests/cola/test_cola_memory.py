@@ -234,8 +234,13 @@ def measure(
     }
 
 
-@pytest.mark.parametrize("grouped", [False, True], ids=["separate", "grouped"])
-@pytest.mark.parametrize("size", PUBLISHED)
+@pytest.mark.parametrize(
+    ("size", "grouped"),
+    [
+        *(("60m", False), ("7b", True)),
+        *(pytest.param(n, g, marks=pytest.mark.slow) for n in PUBLISHED for g in (False, True)),
+    ],
+)
 def test_cola_m_at_the_published_shapes(size: str, grouped: bool) -> None:
     """Kept <= 3.75nd, recomputed <= 17ndr: exactly what the docstring of the block derives.
 

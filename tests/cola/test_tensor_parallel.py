@@ -15,31 +15,31 @@ from helpers import forked
 from helpers.processes import FOR_HELPERS
 
 WORKER = Path(__file__).parents[1] / "workers" / "parallel_model.py"
-SHAPES = (
-    "dense",
-    "cola",
-    "cola-m",
-    "grouped",
-    "cola-m grouped",
-    "dense mix",
-    "qk_norm",
-    "gqa, bias",
-    "tied",
-)
+QUICK = {
+    "tensor": ["cola", "cola-m grouped", "dense mix", "gqa, bias", "tied"],
+    "data": ["cola", "dense mix", "dlr", "lax", "cr-net"],
+    "traffic": ["cola", "cola-m grouped"],
+}
+OTHERS = {
+    "tensor": ["dense", "cola-m", "grouped", "qk_norm"],
+    "data": ["dense", "cola-m grouped", "tied"],
+    "traffic": ["cola-m", "grouped"],
+}
 # The sums run in another order than on one process: a few fp32 roundings, 1.2e-7 each.
 TOLERANCE = 1e-5
 
 
-def launch(processes: int, folder: Path) -> dict[str, Any]:
+def launch(processes: int, folder: Path, cases: dict[str, list[str]]) -> dict[str, Any]:
     report = folder / "report.json"
-    run = forked.run([str(WORKER), str(processes), str(report)], env=FOR_HELPERS, timeout=600)
+    line = [str(WORKER), str(processes), str(report), json.dumps(cases)]
+    run = forked.run(line, env=FOR_HELPERS, timeout=600)
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(report.read_text())
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return launch(2, tmp_path_factory.mktemp("two"))
+    return launch(2, tmp_path_factory.mktemp("two"), QUICK)
 
 
 def assert_equals_one_process(result: dict[str, Any]) -> None:
@@ -50,24 +50,32 @@ def assert_equals_one_process(result: dict[str, Any]) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", QUICK["tensor"])
 def test_tensor_parallel_equals_one_process(two: dict[str, Any], shape: str) -> None:
     assert_equals_one_process(two["tensor"][shape])
 
 
-@pytest.mark.parametrize(
-    "shape",
-    ["dense", "cola", "cola-m grouped", "dense mix", "tied", "dlr", "lax", "cr-net"],
-)
+@pytest.mark.parametrize("shape", QUICK["data"])
 def test_fsdp_equals_one_process(two: dict[str, Any], shape: str) -> None:
     assert_equals_one_process(two["data"][shape])
 
 
 @pytest.mark.slow
 def test_fsdp_and_tensor_parallel_equal_one_process(tmp_path: Path) -> None:
-    result = launch(4, tmp_path)["both"]
-    for shape in SHAPES:
+    result = launch(4, tmp_path, {})["both"]
+    assert result.keys() == {*QUICK["tensor"], *OTHERS["tensor"]}
+    for shape in result:
         assert_equals_one_process(result[shape])
+
+
+@pytest.mark.slow
+def test_other_shapes_over_two_processes(tmp_path: Path) -> None:
+    result = launch(2, tmp_path, OTHERS)
+    for kind in ("tensor", "data"):
+        for shape in OTHERS[kind]:
+            assert_equals_one_process(result[kind][shape])
+    for shape in OTHERS["traffic"]:
+        assert_sends_are_rank_wide(result["traffic"][shape], shape)
 
 
 def test_mixed_precision_computes_in_bf16_and_keeps_fp32(two: dict[str, Any]) -> None:
@@ -86,11 +94,14 @@ def test_shards_hold_different_values(two: dict[str, Any]) -> None:
     assert two["data"]["cola"]["shards differ"]
 
 
-@pytest.mark.parametrize("shape", ["cola", "cola-m", "grouped", "cola-m grouped"])
+@pytest.mark.parametrize("shape", QUICK["traffic"])
 def test_what_a_tensor_parallel_block_sends_is_rank_wide(two: dict[str, Any], shape: str) -> None:
+    assert_sends_are_rank_wide(two["traffic"][shape], shape)
+
+
+def assert_sends_are_rank_wide(sent: dict[str, Any], shape: str) -> None:
     """Five bottlenecks are gathered, two reduced; backward the same the other way round."""
     rank, tokens, processes = 8, 32, 2  # as in the worker
-    sent = two["traffic"][shape]
     part = tokens // processes
     assert sent["widths"] == [rank]
     assert sent["forward"] == {

@@ -122,7 +122,8 @@ def stored(teacher, tmp_path_factory) -> Path:
 # -------------------------------------------------------------------------- the same as one run
 
 
-def test_calibrated_mixers_are_those_of_one_run(teacher, tmp_path):
+def test_calibrated_mixers_are_those_of_one_run(tmp_path):
+    teacher = save_teacher(tmp_path / "teacher", layers=3)
     text = STAGES.replace('"lolcats"', '"slots"').replace("sinks = 2", "sinks = 2, slots = 3")
     text = text.replace("steps = 5", "steps = 2").replace(
         "objective.window_dropout = 0.5", "objective.calibration_steps = 2"

@@ -66,9 +66,9 @@ def teacher(tmp_path_factory) -> Path:
 
 
 def arguments(teacher: Path, cache: Path, *more: str) -> tuple[str, ...]:
-    return training.distilled(
-        teacher, f"--objective.logit_cache={cache}", "--objective.top_k=16", *more
-    )
+    small = ("--training.global_batch_size=2", "--evaluation.max_tokens=384")
+    how = (f"--objective.logit_cache={cache}", "--objective.top_k=16")
+    return training.distilled(teacher, *small, *how, *more)
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +90,9 @@ def test_a_second_run_needs_no_teacher(teacher, first, tmp_path, monkeypatch):
     """Its losses are the first one's bit for bit; also where it was killed and goes on."""
     run, cache = first
     files = sorted(cache.glob("??/*.safetensors"))
-    assert len(files) >= 12 * 8  # a row of each step, and the held-out ones
+    assert len(files) >= 12 * 2  # a row of each step, and the held-out ones
     saved = load_config(run / "config.toml")
-    predicted = saved.objective.disk_bytes(saved) / (12 * 8 + 1536 // 64)
+    predicted = saved.objective.disk_bytes(saved) / (12 * 2 + 384 // 64)
     assert all(predicted < path.stat().st_size < predicted + 512 for path in files)
     without_teacher(monkeypatch)
     given = arguments(teacher, cache)
@@ -101,7 +101,7 @@ def test_a_second_run_needs_no_teacher(teacher, first, tmp_path, monkeypatch):
     training.cut(run, tmp_path / "cut", 8)
     assert training.train_here(tmp_path / "cut", *given) == 0
     assert training.curve(tmp_path / "cut") == training.curve(run)
-    small = arguments(teacher, cache, "--training.local_batch_size=2")
+    small = arguments(teacher, cache, "--training.local_batch_size=1")
     assert training.train_here(tmp_path / "small", *small) == 0
     assert training.losses(tmp_path / "small") == pytest.approx(training.losses(run), rel=1e-4)
     assert sorted(cache.glob("??/*.safetensors")) == files
@@ -175,6 +175,7 @@ def test_refusals(teacher, first, tmp_path, capsys, monkeypatch):
     assert f"{damaged} is damaged" in refused(*arguments(teacher, damaged.parent))
     usage = SimpleNamespace(free=1000)
     monkeypatch.setattr("lowline.train.objectives.logit_cache.shutil.disk_usage", lambda _: usage)
+    empty += ("--training.global_batch_size=8",)
     assert "the logits take up to 0.001 GB more, 0.000 GB are free" in refused(*empty)
     assert not (tmp_path / "run").exists()
 

@@ -88,7 +88,8 @@ def final(output: Path, name: str) -> float:
 def test_a_distillation_comes_closer_to_its_teacher_and_goes_on(teacher, tmp_path):
     """From random weights; window dropout and all survive a kill."""
     arguments = training.distilled(
-        teacher, "--objective.window_dropout=0.5", "--evaluation.every=4"
+        *(teacher, "--objective.window_dropout=0.5", "--evaluation.every=4"),
+        *("--training.global_batch_size=4", "--evaluation.max_tokens=768"),
     )[1:]
     assert training.train_here(tmp_path / "whole", *arguments) == 0
     kl = [r["eval_kl"] for r in read_metrics(tmp_path / "whole") if "eval_kl" in r]

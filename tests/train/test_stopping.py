@@ -21,12 +21,14 @@ from lowline.train.data.tokenizer import load_tokenizer
 from lowline.train.engine.lock import alone
 from lowline.train.engine.metrics import Recorder, read_metrics
 
+SMALL = ("--training.global_batch_size=2", "--evaluation.max_tokens=384")  # 3 batches, too
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The run that nothing interrupts."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    assert training.train_here(output) == 0
+    assert training.train_here(output, *SMALL) == 0
     return output
 
 
@@ -45,12 +47,12 @@ def test_a_signal_stops_an_evaluation_after_its_batch(whole, tmp_path, monkeypat
         return sums(self, *arguments)
 
     monkeypatch.setattr(Evaluator, "_sums", stop)
-    code = training.train_here(output, "--checkpoint.every=1000")
+    code = training.train_here(output, *SMALL, "--checkpoint.every=1000")
     assert code == 128 + signal.SIGTERM
     assert last <= len(batches) <= last + 1  # the signal may come once ranks have begun to agree
     assert saved_steps(output / "checkpoint") == [step]
     monkeypatch.undo()
-    assert training.train_here(output) == 0
+    assert training.train_here(output, *SMALL) == 0
     assert training.curve(output) == training.curve(whole)
 
 
@@ -75,10 +77,10 @@ def test_a_closed_terminal_stops_as_sigterm_does(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(Metrics, "end_step", hang_up)
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     try:
-        assert training.train_here(output, "--checkpoint.every=1000") == 128 + signal.SIGHUP
+        assert training.train_here(output, *SMALL, "--checkpoint.every=1000") == 128 + signal.SIGHUP
         assert saved_steps(output / "checkpoint") == [4]
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-        assert training.train_here(output) == 0
+        assert training.train_here(output, *SMALL) == 0
     finally:
         signal.signal(signal.SIGHUP, before)
     assert training.curve(output) == training.curve(whole)
@@ -87,7 +89,7 @@ def test_a_closed_terminal_stops_as_sigterm_does(whole, tmp_path, monkeypatch):
 @pytest.mark.parametrize("options", [(), ("--metrics.progress=bar",)], ids=["lines", "bar"])
 def test_a_closed_pipe_ends_no_run(whole, tmp_path, options):
     """As `lowline train ... 2>&1 | head -1`."""
-    line, (ours, theirs) = training.command(tmp_path / "run", *options), os.pipe()
+    line, (ours, theirs) = training.command(tmp_path / "run", *SMALL, *options), os.pipe()
     environment = {**training.ENVIRONMENT, "TERM": "xterm"}
     process = Forked(line[2:], env=environment, stdout=theirs, stderr=theirs)
     os.close(theirs)
@@ -101,7 +103,7 @@ def test_a_closed_pipe_ends_no_run(whole, tmp_path, options):
 def test_no_space_for_records_ends_no_run(tmp_path, capsys):
     """One message of each file, and the run trains to its end."""
     output = tmp_path / "run"
-    options = ("--checkpoint.enable=false", "--metrics.tensorboard=true")
+    options = (*SMALL, "--checkpoint.enable=false", "--metrics.tensorboard=true")
     with training.largest_file(2500):
         assert training.train_here(output, *options, "--evaluation.enable=false") == 0
     said = capsys.readouterr().err
@@ -183,7 +185,7 @@ def test_a_changed_tokenizer_of_the_same_name_is_refused(tmp_path, capsys):
     output, tokenizer = tmp_path / "run", tmp_path / "tokenizer"
     with as_file(files("lowline.train.data") / "tokenizer") as source:
         shutil.copytree(source, tokenizer)
-    options = (f"--tokenizer={tokenizer}", "--evaluation.enable=false")
+    options = (*SMALL, f"--tokenizer={tokenizer}", "--evaluation.enable=false")
     assert training.train_here(output, *options, "--training.steps=2") == 0
     file = tokenizer / "tokenizer.json"
     content = json.loads(file.read_text())

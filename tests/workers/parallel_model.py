@@ -1,8 +1,9 @@
 """The CoLA Llama laid out over processes against the same model on one.
 
-    python tests/workers/parallel_model.py PROCESSES REPORT.json
+    python tests/workers/parallel_model.py PROCESSES REPORT.json CASES
 
-Two processes: tensor parallel, then FSDP2. Four: FSDP2 over two times tensor parallel over two.
+Two processes: tensor parallel and FSDP2, of the shapes in CASES, {"tensor": [...], "data": [...],
+"traffic": [...]} as JSON. Four: FSDP2 over two times tensor parallel over two, of all shapes.
 Every rank also holds the whole model, seeded alike, and compares: initial values, logits, loss,
 gradients, and for tensor parallelism the collectives inside a block. Rank 0 writes what it measured
 to REPORT.json; the assertions are in tests/cola/test_tensor_parallel.py.
@@ -180,22 +181,23 @@ def traffic(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def main(report: str) -> None:
+def main(report: str, cases: str) -> None:
     dist.init_process_group("gloo")
     set_spmd_backend("partial_dtensor")
     torch.set_num_threads(1)
+    shapes = SHAPES | VARIANTS
     if dist.get_world_size() == 4:
         result = {"both": {name: compare(run_config(*s), 2) for name, s in SHAPES.items()}}
     else:
-        names = ("dense", "cola", "cola-m grouped", "dense mix", "tied")
-        result = {
-            "tensor": {name: compare(run_config(*s), 2) for name, s in SHAPES.items()},
-            "data": {name: compare(run_config(*SHAPES[name]), 1) for name in names},
+        of = {
+            kind: {n: run_config(*shapes[n]) for n in ns} for kind, ns in json.loads(cases).items()
         }
-        result["data"] |= {name: compare(run_config(*s), 1) for name, s in VARIANTS.items()}
-        result["bfloat16"] = compare(run_config(*SHAPES["cola-m grouped"]), 1, "bfloat16")
-        names = ("cola", "cola-m", "grouped", "cola-m grouped")
-        result["traffic"] = {name: traffic(run_config(*SHAPES[name])) for name in names}
+        result = {
+            "tensor": {name: compare(run, 2) for name, run in of["tensor"].items()},
+            "data": {name: compare(run, 1) for name, run in of["data"].items()},
+            "bfloat16": compare(run_config(*SHAPES["cola-m grouped"]), 1, "bfloat16"),
+            "traffic": {name: traffic(run) for name, run in of["traffic"].items()},
+        }
     if dist.get_rank() == 0:
         Path(report).write_text(json.dumps(result))
     dist.barrier()
@@ -203,4 +205,4 @@ def main(report: str) -> None:
 
 
 if __name__ == "__main__":
-    fork_ranks(main, sys.argv[2], processes=int(sys.argv[1]))
+    fork_ranks(main, *sys.argv[2:], processes=int(sys.argv[1]))
