@@ -301,7 +301,7 @@ def test_lookup_proposes_where_it_is_right():
     random = torch.Generator().manual_seed(0)
     text = torch.randint(1000, (60,), generator=random).tolist()
     copying = drafted(text + text[:50], 60)
-    assert len(copying) < 12 and all(right == n for n, right in copying[:-1])
+    assert len(copying) < 18 and all(right == n for n, right in copying[:-1])
     assert (8, 8) in drafted(text + [7] * 24, 60)  # a copy may reach into itself
     new = torch.randint(1000, (300,), generator=random).tolist()
     assert not any(n for n, _ in drafted(text + new, 60))
@@ -310,13 +310,13 @@ def test_lookup_proposes_where_it_is_right():
 def test_lookup_that_is_wrong_stops_and_begins_again():
     """After each of the words of a prompt another follows than before; then it is copied."""
     random = torch.Generator().manual_seed(0)
-    words = torch.randint(1, 500, (60, 3), generator=random).tolist()
+    words = torch.randint(1, 500, (60, 9), generator=random).tolist()
     prompt = [token for word in words for token in [*word, 0]]
     other = [token for word in words for token in [*word, 500 + word[0]]]
     steps = drafted(prompt + other + prompt, len(prompt))
     middle = next(i for i in range(len(steps)) if sum(r + 1 for _, r in steps[:i]) >= len(other))
-    wrong = [n for n, right in steps[:middle] if n and not right]
-    assert 1 <= len(wrong) <= 8 and not any(n for n, _ in steps[middle // 2 : middle])
+    tried = [n for n, _ in steps[:middle] if n]
+    assert 1 <= len(tried) <= 4 and not any(n for n, _ in steps[middle // 2 : middle])
     assert sum(right for _, right in steps[middle:]) > len(prompt) / 2
 
 
@@ -363,8 +363,9 @@ def drafts_of(how: str, assistant: PreTrainedModel) -> dict:
 
 
 @pytest.mark.parametrize("how", ["lookup", "assistant"])
-def test_two_sampled_tokens_have_the_models_distribution(how):
+def test_two_sampled_tokens_have_the_models_distribution(how, monkeypatch):
     """Chi-square of draws of two tokens with drafts, against the products of the probabilities."""
+    monkeypatch.setattr(Lookup, "LEAST", {"cpu": 0.0})
     draws, vocabulary = 150, 3
     model, prompt = tiny(vocabulary, 0), torch.tensor([[1, 2, 0] * 4])
     with torch.no_grad():
@@ -390,8 +391,9 @@ def test_two_sampled_tokens_have_the_models_distribution(how):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["lookup", "assistant"])
-def test_a_hundred_thousand_sampled_pairs(how):
+def test_a_hundred_thousand_sampled_pairs(how, monkeypatch):
     """Of models whose logits depend on the last token only, so that one text has many draws."""
+    monkeypatch.setattr(Lookup, "LEAST", {"cpu": 0.0})
     vocabulary, length = 5, 1000
     models = [tiny(vocabulary, seed) for seed in range(2)]
     for model in models:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torchtitan.components.loss import BaseLoss
     from torchtitan.trainer import Trainer
 
+    from lowline.train.config.data import SourceConfig
     from lowline.train.config.run import RunConfig
     from lowline.train.objectives.next_token import Objective
 
@@ -244,7 +245,7 @@ def check_stage(run: RunConfig) -> None:
 
 
 def _check_pairs(run: RunConfig) -> None:
-    sources = {"data": run.data}
+    sources: dict[str, SourceConfig] = {"data": run.data}
     if run.evaluation.enable:
         sources["evaluation.data"] = run.held_out()
     for name, source in sources.items():

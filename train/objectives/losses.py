@@ -48,6 +48,7 @@ class WeightedLogProbability(BaseLoss):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the sum."""
+        assert weight is not None
         return (weight * log_probabilities(full_logits(pred), labels)).sum(), {}
 
 
