@@ -287,7 +287,7 @@ def test_a_conversation_continues_with_drafts(scripted, cola):
 
 def drafted(known: list[int], prompt: int) -> list[tuple[int, int]]:
     """Return proposed and accepted tokens of each step after a prompt, as greedy decoding has."""
-    lookup, ids, steps = Lookup(8, 1000), torch.tensor([known]), []
+    lookup, ids, steps = Lookup(8, 10_000), torch.tensor([known]), []
     while prompt < len(known):
         found, _ = lookup.get_candidates(ids[:, :prompt])
         draft, following = found[0, prompt:].tolist(), known[prompt:]
@@ -307,16 +307,15 @@ def test_lookup_proposes_where_it_is_right():
     assert not any(n for n, _ in drafted(text + new, 60))
 
 
-def test_lookup_that_is_wrong_stops_and_begins_again():
+def test_lookup_waits_until_it_is_right():
     """After each of the words of a prompt another follows than before; then it is copied."""
     random = torch.Generator().manual_seed(0)
-    words = torch.randint(1, 500, (60, 9), generator=random).tolist()
+    words = torch.randint(1, 500, (60, 3), generator=random).tolist()
     prompt = [token for word in words for token in [*word, 0]]
     other = [token for word in words for token in [*word, 500 + word[0]]]
     steps = drafted(prompt + other + prompt, len(prompt))
     middle = next(i for i in range(len(steps)) if sum(r + 1 for _, r in steps[:i]) >= len(other))
-    tried = [n for n, _ in steps[:middle] if n]
-    assert 1 <= len(tried) <= 4 and not any(n for n, _ in steps[middle // 2 : middle])
+    assert not any(n for n, _ in steps[:middle])
     assert sum(right for _, right in steps[middle:]) > len(prompt) / 2
 
 
