@@ -365,8 +365,8 @@ def drafts_of(how: str, assistant: PreTrainedModel) -> dict:
 def test_two_sampled_tokens_have_the_models_distribution(how, monkeypatch):
     """Chi-square of draws of two tokens with drafts, against the products of the probabilities."""
     monkeypatch.setattr(Lookup, "LEAST", {"cpu": 0.0})
-    draws, vocabulary = 150, 3
-    model, prompt = tiny(vocabulary, 0), torch.tensor([[1, 2, 0] * 4])
+    draws, vocabulary = 60, 2
+    model, prompt = tiny(vocabulary, 0), torch.tensor([[1, 0, 0] * 4])
     with torch.no_grad():
         first = model(prompt).logits[0, -1].double().softmax(-1)
         after = torch.cat([prompt.expand(vocabulary, -1), torch.arange(vocabulary)[:, None]], 1)
@@ -381,11 +381,11 @@ def test_two_sampled_tokens_have_the_models_distribution(how, monkeypatch):
     drafts = drafts_of(how, tiny(vocabulary, 1))
     torch.manual_seed(0)
     for _ in range(draws):
-        made = generate(model, prompt, do_sample=True, top_k=0, max_new_tokens=5,
+        made = generate(model, prompt, do_sample=True, top_k=0, max_new_tokens=3,
                         pad_token_id=99, **drafts)  # fmt: skip
         seen[tuple(made[0, 12:14])] += 1
     assert max(lengths) > prompt.shape[1]  # there were drafts
-    assert ((seen - expected) ** 2 / expected).sum() < 26.1  # 8 degrees: once in a thousand
+    assert ((seen - expected) ** 2 / expected).sum() < 16.3  # 3 degrees: once in a thousand
 
 
 @pytest.mark.slow
