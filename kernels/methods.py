@@ -13,20 +13,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from lowline.kernels.recurrence.op import gated_linear_recurrence
 
-Result = tuple[torch.Tensor, torch.Tensor]
+Result = tuple[Tensor, Tensor]
 
 
 def linear_attention(
-    q_BTQK: torch.Tensor,
-    k_BTHK: torch.Tensor,
-    v_BTHV: torch.Tensor,
-    *,
-    normalize: bool = True,
-    **options: Any,
+    q_BTQK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, *, normalize: bool = True, **options: Any
 ) -> Result:
     """Compute linear attention, o_t = Σ_{j≤t} (q_t·k_j) v_j / Σ_{j≤t} q_t·k_j.
 
@@ -40,11 +35,7 @@ def linear_attention(
 
 
 def retention(
-    q_BTQK: torch.Tensor,
-    k_BTHK: torch.Tensor,
-    v_BTHV: torch.Tensor,
-    log_gamma_H: torch.Tensor,
-    **options: Any,
+    q_BTQK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_gamma_H: Tensor, **options: Any
 ) -> Result:
     """Compute retention, S_t = γ S_{t-1} + k_t v_tᵀ, o_t = q_tᵀ S_t, with γ constant per head.
 
@@ -58,12 +49,12 @@ def retention(
 
 
 def ssd(
-    x_BTHP: torch.Tensor,
-    dt_BTH: torch.Tensor,
-    A_H: torch.Tensor,
-    B_BTGN: torch.Tensor,
-    C_BTGN: torch.Tensor,
-    D_H: torch.Tensor | None = None,
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    B_BTGN: Tensor,
+    C_BTGN: Tensor,
+    D_H: Tensor | None = None,
     **options: Any,
 ) -> Result:
     """Compute Mamba2's state space duality, S_t = e^{dt A} S_{t-1} + B_t (dt x_t)ᵀ, y_t = S_tᵀ C_t.
@@ -88,13 +79,7 @@ def ssd(
     return (y if D_H is None else y + D_H[:, None].to(y.dtype) * x_BTHP), state
 
 
-def gla(
-    q_BTQK: torch.Tensor,
-    k_BTHK: torch.Tensor,
-    v_BTHV: torch.Tensor,
-    g_BTHK: torch.Tensor,
-    **options: Any,
-) -> Result:
+def gla(q_BTQK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, g_BTHK: Tensor, **options: Any) -> Result:
     """Compute gated linear attention, S_t = diag(e^{g_t}) S_{t-1} + k_t v_tᵀ, o_t = q_tᵀ S_t.
 
     GLA, arXiv 2312.06635, section 4. HGRN2 (arXiv 2404.07904) is k = 1 - e^g. Pass scale=K**-0.5
@@ -104,11 +89,11 @@ def gla(
 
 
 def gated_delta_rule(
-    q_BTQK: torch.Tensor,
-    k_BTHK: torch.Tensor,
-    v_BTHV: torch.Tensor,
-    g_BTH: torch.Tensor | None,
-    beta_BTH: torch.Tensor,
+    q_BTQK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    g_BTH: Tensor | None,
+    beta_BTH: Tensor,
     **options: Any,
 ) -> Result:
     """Compute the gated delta rule with one decay per head, S̃ = e^{g_t} S_{t-1}.
@@ -126,12 +111,7 @@ def gated_delta_rule(
 
 
 def kda(
-    q_BTQK: torch.Tensor,
-    k_BTHK: torch.Tensor,
-    v_BTHV: torch.Tensor,
-    g_BTHK: torch.Tensor,
-    beta_BTH: torch.Tensor,
-    **options: Any,
+    q_BTQK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, g_BTHK: Tensor, beta_BTH: Tensor, **options: Any
 ) -> Result:
     """Compute Kimi delta attention: the delta rule with a decay per key feature, S̃ = diag(e^g) S.
 

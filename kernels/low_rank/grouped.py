@@ -12,14 +12,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
-def grouped_linear(
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None],
-) -> torch.Tensor:
+def grouped_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
     """Return x·W_iᵀ + b_i for every i, concatenated.
 
     Args:
@@ -39,9 +36,7 @@ def grouped_linear(
 
 
 def _stacked_linear(
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None],
-) -> torch.Tensor:
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> Tensor:
     bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
     return F.linear(x, torch.cat(list(weights)), bias)

@@ -32,20 +32,21 @@ of two), F gated features (1 for a gate per head); b blocks of s rows.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 # e^LOWEST is 0. A gate of -inf times a zero, which leaves it out of a sum, would be NaN.
 LOWEST = -1e4
 
 
 def by_key(
-    q_RGCK: torch.Tensor,
-    k_RCK: torch.Tensor,
-    v_RCV: torch.Tensor,
-    beta_RC1: torch.Tensor | None,
-    g_RCF: torch.Tensor | None,
+    q_RGCK: Tensor,
+    k_RCK: Tensor,
+    v_RCV: Tensor,
+    beta_RC1: Tensor | None,
+    g_RCF: Tensor | None,
     per_head: bool,
-    S_NKV: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    S_NKV: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Return O, (R, G, C, V), and the state after the last chunk; gates are per head or key."""
     R, G, C, K = q_RGCK.shape
     V, type_ = v_RCV.shape[-1], q_RGCK.dtype
@@ -75,12 +76,8 @@ def by_key(
 
 
 def by_value(
-    q_RGCK: torch.Tensor,
-    k_RCK: torch.Tensor,
-    v_RCV: torch.Tensor,
-    g_RCV: torch.Tensor,
-    S_NKV: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q_RGCK: Tensor, k_RCK: Tensor, v_RCV: Tensor, g_RCV: Tensor, S_NKV: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return what `by_key` does, with gates per value.
 
     Values are decayed to the ends of larger and larger blocks; what is read is decayed from the
@@ -107,7 +104,7 @@ def by_value(
     return torch.addcmul(own, step_RbsV[:, None], y_RGbsV).view(R, G, C, V), S_NKV
 
 
-def decays(g_RC1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def decays(g_RC1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return, of gates per head, the decays of pairs, (R, C, C), `into` and `out`, (R, C, 1).
 
     Sums are products with ones and zeros. Where products are coarser (TF32) a gate has their
@@ -125,8 +122,8 @@ def decays(g_RC1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def decayed_scores(
-    q_RGCF: torch.Tensor, k_RCF: torch.Tensor, g_RCF: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    q_RGCF: Tensor, k_RCF: Tensor, g_RCF: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return A, (R, G, C, C), Q ⊙ into, K ⊙ out and carry, (R, 1, F), of gates per feature."""
     C, type_ = k_RCF.shape[1], q_RGCF.dtype
     A_RGbss = (q_RGCF * k_RCF[:, None]).sum(-1)[..., None, None]
@@ -144,9 +141,7 @@ def decayed_scores(
     return A_RGbss.squeeze(2), q_RGbsF.squeeze(2), k_RbsF.squeeze(1), across.squeeze(1)
 
 
-def states(
-    S_NKV: torch.Tensor, carry: torch.Tensor, increments_RKV: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def states(S_NKV: Tensor, carry: Tensor, increments_RKV: Tensor) -> tuple[Tensor, Tensor]:
     """Return S' = carry ⊙ S + increment, chunk by chunk: each S, (R, K, V), and the last S'."""
     before, steps = [], by_chunk(S_NKV.shape[0], carry, increments_RKV.to(S_NKV.dtype))
     for decay, increment in steps:
@@ -156,12 +151,8 @@ def states(
 
 
 def delta_states(
-    S_NKV: torch.Tensor,
-    carry_R1F: torch.Tensor | None,
-    k_out_RCK: torch.Tensor,
-    u_RCV: torch.Tensor,
-    w_RCK: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    S_NKV: Tensor, carry_R1F: Tensor | None, k_out_RCK: Tensor, u_RCV: Tensor, w_RCK: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return each S and U, and the last S', of U = u - w S, S' = carry ⊙ S + (K ⊙ out)ᵀ U."""
     before, values = [], []
     carry = k_out_RCK.new_ones(len(u_RCV), 1, 1) if carry_R1F is None else carry_R1F
@@ -172,21 +163,21 @@ def delta_states(
     return torch.stack(before, 1).flatten(0, 1), torch.stack(values, 1).flatten(0, 1), S_NKV
 
 
-def by_chunk(N: int, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+def by_chunk(N: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """Split (R, …) into each chunk's (N, …)."""
     return list(zip(*(x.unflatten(0, (N, -1)).unbind(1) for x in tensors), strict=True))
 
 
-def times(a_RGCX: torch.Tensor, b_RXY: torch.Tensor) -> torch.Tensor:
+def times(a_RGCX: Tensor, b_RXY: Tensor) -> Tensor:
     return torch.bmm(a_RGCX.flatten(1, 2), b_RXY).view(*a_RGCX.shape[:3], -1)
 
 
-def halves(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
+def halves(x: Tensor, dim: int) -> tuple[Tensor, ...]:
     """Return the even and the odd blocks of a dimension: the halves of blocks of twice the rows."""
     return x.unflatten(dim, (-1, 2)).unbind(dim + 1)
 
 
-def blocks(A_RGCC: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def blocks(A_RGCC: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Return the diagonal, (R, G, C, 1, 1), and the scores of second halves with first ones.
 
     Those are (R, G, b, s, s), of blocks of 2s rows for s = 1, 2, 4 …

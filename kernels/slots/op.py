@@ -33,6 +33,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lowline.kernels.backends import choose
@@ -52,31 +53,31 @@ class SlotState(NamedTuple):
     has left the window and is no sink, in fp32, or fp64 for fp64 inputs.
     """
 
-    k: torch.Tensor  # (N, w, G, D)
-    v: torch.Tensor  # (N, w, G, V)
-    slot: torch.Tensor  # (N, w, G) int64
-    sink_k: torch.Tensor  # (N, s, G, D)
-    sink_v: torch.Tensor  # (N, s, G, V)
-    keys: torch.Tensor  # (N, G, M, D): each slot's sum of keys
-    values: torch.Tensor  # (N, G, M, V): of values
-    tokens: torch.Tensor  # (N, G, M): their number
-    length: torch.Tensor  # (N,) int64, tokens seen
+    k: Tensor  # (N, w, G, D)
+    v: Tensor  # (N, w, G, V)
+    slot: Tensor  # (N, w, G) int64
+    sink_k: Tensor  # (N, s, G, D)
+    sink_v: Tensor  # (N, s, G, V)
+    keys: Tensor  # (N, G, M, D): each slot's sum of keys
+    values: Tensor  # (N, G, M, V): of values
+    tokens: Tensor  # (N, G, M): their number
+    length: Tensor  # (N,) int64, tokens seen
 
 
 def slot_window_attention(
-    q_BTHD: torch.Tensor,
-    k_BTGD: torch.Tensor,
-    v_BTGV: torch.Tensor,
-    slot_BTG: torch.Tensor,
-    bias_HM: torch.Tensor,
+    q_BTHD: Tensor,
+    k_BTGD: Tensor,
+    v_BTGV: Tensor,
+    slot_BTG: Tensor,
+    bias_HM: Tensor,
     *,
     window: int,
     sinks: int = 0,
     scale: float | None = None,
-    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     initial_state: SlotState | None = None,
     backend: str = "auto",
-) -> tuple[torch.Tensor, SlotState]:
+) -> tuple[Tensor, SlotState]:
     """Compute window and slots over complete sequences; query head h reads head h // (H // G).
 
     Args:
@@ -118,7 +119,7 @@ def slot_window_attention(
     wanted = "torch" if backend == "auto" else backend
     which = choose(OP, wanted, q_BTHD.device, cpu=NO_KERNEL, triton=NO_KERNEL)
     (B, T, H, D), V = q_BTHD.shape, v_BTGV.shape[-1]
-    attend: Callable[..., tuple[torch.Tensor, ...]]
+    attend: Callable[..., tuple[Tensor, ...]]
     if which == "torch":
         from lowline.kernels.slots.torch_form import attend
 
@@ -158,12 +159,7 @@ def slot_window_attention(
 
 
 def state_shapes(
-    N: int,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias_HM: torch.Tensor,
-    window: int,
-    sinks: int,
+    N: int, k: Tensor, v: Tensor, bias_HM: Tensor, window: int, sinks: int
 ) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a SlotState of N sequences of such tokens."""
     (G, D), V, M = k.shape[-2:], v.shape[-1], bias_HM.shape[-1]
@@ -180,14 +176,7 @@ def state_shapes(
     }
 
 
-def check_shapes(
-    op: str,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    slot: torch.Tensor,
-    bias_HM: torch.Tensor,
-) -> None:
+def check_shapes(op: str, q: Tensor, k: Tensor, v: Tensor, slot: Tensor, bias_HM: Tensor) -> None:
     """Raise ValueError where tensors of tokens, with or without time, do not fit each other."""
     H, D = q.shape[-2:]
     G = slot.shape[-1]

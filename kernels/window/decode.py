@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.compiler import is_compiling
 
 from lowline.kernels.backends import choose
@@ -30,30 +31,30 @@ from lowline.kernels.window.op import (
 )
 from lowline.kernels.window.state import WindowState, check_state, ring_positions
 
-_compiled_step: Callable[..., torch.Tensor | None] | None = None  # once a call has taken it
+_compiled_step: Callable[..., Tensor | None] | None = None  # once a call has taken it
 
 
 class WindowPending(NamedTuple):
     """A verified block that the state does not include yet."""
 
-    k: torch.Tensor  # (B, T, G, D)
-    v: torch.Tensor  # (B, T, G, V)
-    phi_k: torch.Tensor  # (B, T, P, F)
+    k: Tensor  # (B, T, G, D)
+    v: Tensor  # (B, T, G, V)
+    phi_k: Tensor  # (B, T, P, F)
 
 
 def window_linear_step(
-    q_BHD: torch.Tensor,
-    k_BGD: torch.Tensor,
-    v_BGV: torch.Tensor,
-    phi_q_BHF: torch.Tensor | None = None,
-    phi_k_BPF: torch.Tensor | None = None,
+    q_BHD: Tensor,
+    k_BGD: Tensor,
+    v_BGV: Tensor,
+    phi_q_BHF: Tensor | None = None,
+    phi_k_BPF: Tensor | None = None,
     *,
     state: WindowState,
-    window_factor_H: torch.Tensor | None = None,
-    linear_factor_H: torch.Tensor | None = None,
+    window_factor_H: Tensor | None = None,
+    linear_factor_H: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
-) -> torch.Tensor:
+) -> Tensor:
     """Compute one token of each sequence; advance the state in place.
 
     Arguments are `window_linear_attention`'s without the time dimension; window and sinks are the
@@ -76,20 +77,20 @@ def window_linear_step(
 
 @torch.no_grad()
 def window_linear_verify(
-    q_BTHD: torch.Tensor,
-    k_BTGD: torch.Tensor,
-    v_BTGV: torch.Tensor,
-    phi_q_BTHF: torch.Tensor | None = None,
-    phi_k_BTPF: torch.Tensor | None = None,
+    q_BTHD: Tensor,
+    k_BTGD: Tensor,
+    v_BTGV: Tensor,
+    phi_q_BTHF: Tensor | None = None,
+    phi_k_BTPF: Tensor | None = None,
     *,
     state: WindowState,
     pending: WindowPending | None = None,
-    accepted: torch.Tensor | None = None,
-    window_factor_H: torch.Tensor | None = None,
-    linear_factor_H: torch.Tensor | None = None,
+    accepted: Tensor | None = None,
+    window_factor_H: Tensor | None = None,
+    linear_factor_H: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
-) -> tuple[torch.Tensor, WindowPending]:
+) -> tuple[Tensor, WindowPending]:
     """Return the outputs of a block of proposed tokens.
 
     The state is first advanced in place by `accepted` (B,) tokens of `pending`, the block of the
@@ -116,11 +117,7 @@ def window_linear_verify(
 
 @torch.no_grad()
 def window_linear_advance(
-    state: WindowState,
-    pending: WindowPending,
-    accepted_B: torch.Tensor,
-    *,
-    backend: str = "auto",
+    state: WindowState, pending: WindowPending, accepted_B: Tensor, *, backend: str = "auto"
 ) -> None:
     """Advance row b of the state in place by the first accepted_B[b] tokens of `pending`.
 
@@ -149,13 +146,13 @@ def window_linear_advance(
 
 @torch.no_grad()
 def _step(
-    token: tuple[torch.Tensor | None, ...],
+    token: tuple[Tensor | None, ...],
     state: WindowState,
-    window_factor_H: torch.Tensor | None,
-    linear_factor_H: torch.Tensor | None,
+    window_factor_H: Tensor | None,
+    linear_factor_H: Tensor | None,
     scale: float | None,
     backend: str,
-) -> torch.Tensor:
+) -> Tensor:
     """Run `window_linear_step` on any backend, with the checks."""
     global _compiled_step
     op = "window_linear_step"
@@ -176,23 +173,23 @@ def _step(
 class _Call(NamedTuple):
     """The checked arguments of a step or a verify; without φ, features of size 0."""
 
-    q: torch.Tensor  # (B, T, H, D)
-    k: torch.Tensor
-    v: torch.Tensor
-    phi_q: torch.Tensor
-    phi_k: torch.Tensor
+    q: Tensor  # (B, T, H, D)
+    k: Tensor
+    v: Tensor
+    phi_q: Tensor
+    phi_k: Tensor
     state: WindowState
-    window_factor: torch.Tensor  # (H,)
-    linear_factor: torch.Tensor  # (H,)
+    window_factor: Tensor  # (H,)
+    linear_factor: Tensor  # (H,)
     scale: float
 
 
 def _checked(
     op: str,
-    block: list[torch.Tensor | None],
+    block: list[Tensor | None],
     state: WindowState,
-    window_factor_H: torch.Tensor | None,
-    linear_factor_H: torch.Tensor | None,
+    window_factor_H: Tensor | None,
+    linear_factor_H: Tensor | None,
     scale: float | None,
 ) -> _Call:
     q, k, v, phi_q, phi_k = block
@@ -214,14 +211,7 @@ def _window_and_sinks(state: WindowState) -> tuple[int, int]:
     return state.k.shape[1], state.sink_k.shape[1]
 
 
-def _backend(
-    op: str,
-    backend: str,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    phi_k: torch.Tensor,
-    state: WindowState,
-) -> str:
+def _backend(op: str, backend: str, k: Tensor, v: Tensor, phi_k: Tensor, state: WindowState) -> str:
     cpu = not_on_cpu(k.dtype, k.shape[-1], v.shape[-1], phi_k.shape[-1])
     if any(x.dtype != torch.float32 for x in (k, *state[:6])):
         cpu = "it decodes in fp32 only"
@@ -231,7 +221,7 @@ def _backend(
     return choose(op, backend, k.device, cpu=cpu, triton=triton, module="window")
 
 
-def _outputs(call: _Call, which: str) -> torch.Tensor:
+def _outputs(call: _Call, which: str) -> Tensor:
     if which == "cpu":
         from lowline.kernels.window.cpu import decode
 
@@ -252,16 +242,16 @@ def _outputs(call: _Call, which: str) -> torch.Tensor:
 
 
 def _read(
-    q_BTHD: torch.Tensor,
-    k_BTGD: torch.Tensor,
-    v_BTGV: torch.Tensor,
-    phi_q_BTHF: torch.Tensor,
-    phi_k_BTPF: torch.Tensor,
+    q_BTHD: Tensor,
+    k_BTGD: Tensor,
+    v_BTGV: Tensor,
+    phi_q_BTHF: Tensor,
+    phi_k_BTPF: Tensor,
     state: WindowState,
-    window_factor_H: torch.Tensor,
-    linear_factor_H: torch.Tensor,
+    window_factor_H: Tensor,
+    linear_factor_H: Tensor,
     scale: float,
-) -> torch.Tensor:
+) -> Tensor:
     """Return the block's outputs in plain torch; every query against every column, masked by
     age.
     """
@@ -279,7 +269,7 @@ def _read(
     exact_BTX = seen_BTX & ((age_BTX < w) | (position_BX < s)[:, None])
     older_BTX = seen_BTX & ~exact_BTX
 
-    def columns(*parts: torch.Tensor) -> torch.Tensor:
+    def columns(*parts: Tensor) -> Tensor:
         return torch.cat([x.to(dtype) for x in parts], dim=1)
 
     k_BXGD = columns(state.sink_k, state.k, k_BTGD)
@@ -299,7 +289,7 @@ def _read(
     return (y[..., :-1] / y[..., -1:]).to(q_BTHD.dtype)
 
 
-def _push(state: WindowState, pending: WindowPending, accepted_B: torch.Tensor) -> None:
+def _push(state: WindowState, pending: WindowPending, accepted_B: Tensor) -> None:
     """Move row b of the state over the first accepted_B[b] tokens, one after another."""
     (w, s), P = _window_and_sinks(state), pending.phi_k.shape[2]
     b_B = torch.arange(len(accepted_B), device=accepted_B.device)

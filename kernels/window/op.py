@@ -20,6 +20,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lowline.kernels.backends import choose, type_reason
 from lowline.kernels.packs import check_pack
@@ -35,21 +36,21 @@ OP = "window_linear_attention"
 
 
 def window_linear_attention(
-    q_BTHD: torch.Tensor,
-    k_BTGD: torch.Tensor,
-    v_BTGV: torch.Tensor,
-    phi_q_BTHF: torch.Tensor | None = None,
-    phi_k_BTPF: torch.Tensor | None = None,
+    q_BTHD: Tensor,
+    k_BTGD: Tensor,
+    v_BTGV: Tensor,
+    phi_q_BTHF: Tensor | None = None,
+    phi_k_BTPF: Tensor | None = None,
     *,
     window: int,
     sinks: int = 0,
-    window_factor_H: torch.Tensor | None = None,
-    linear_factor_H: torch.Tensor | None = None,
+    window_factor_H: Tensor | None = None,
+    linear_factor_H: Tensor | None = None,
     scale: float | None = None,
-    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     initial_state: WindowState | None = None,
     backend: str = "auto",
-) -> tuple[torch.Tensor, WindowState]:
+) -> tuple[Tensor, WindowState]:
     """Compute window-plus-linear attention over complete sequences; the window alone without φ.
 
     Query head h reads key/value head h // (H // G). φ(k) has a head per key/value head or per
@@ -149,9 +150,7 @@ def not_on_triton(dtype: torch.dtype, D: int, V: int, F: int) -> str | None:
     return None
 
 
-def per_head_factor(
-    op: str, name: str, factor_H: torch.Tensor | None, q_BTHD: torch.Tensor
-) -> torch.Tensor:
+def per_head_factor(op: str, name: str, factor_H: Tensor | None, q_BTHD: Tensor) -> Tensor:
     """Return γ or λ in the accumulation dtype; ones where None."""
     H, dtype = q_BTHD.shape[-2], accumulation_dtype(q_BTHD.dtype)
     if factor_H is None:
@@ -162,7 +161,7 @@ def per_head_factor(
 
 
 def state_shapes(
-    N: int, k: torch.Tensor, v: torch.Tensor, phi_k: torch.Tensor, window: int, sinks: int
+    N: int, k: Tensor, v: Tensor, phi_k: Tensor, window: int, sinks: int
 ) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a WindowState of N sequences of such tokens."""
     G, D, V, (P, F) = k.shape[-2], k.shape[-1], v.shape[-1], phi_k.shape[-2:]
@@ -178,12 +177,7 @@ def state_shapes(
 
 
 def check_heads(
-    op: str,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    phi_q: torch.Tensor | None,
-    phi_k: torch.Tensor | None,
+    op: str, q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor | None, phi_k: Tensor | None
 ) -> None:
     """Raise ValueError where tensors (…, heads, features) do not fit each other."""
     H, G = q.shape[-2], k.shape[-2]
@@ -221,11 +215,11 @@ def check_heads(
 
 
 def _check(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    phi_q: torch.Tensor | None,
-    phi_k: torch.Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi_q: Tensor | None,
+    phi_k: Tensor | None,
     window: int,
     sinks: int,
 ) -> None:

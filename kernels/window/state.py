@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class WindowState(NamedTuple):
@@ -24,13 +25,13 @@ class WindowState(NamedTuple):
     is the normaliser. It is fp32, or fp64 for fp64 inputs.
     """
 
-    k: torch.Tensor  # (N, w, G, D)
-    v: torch.Tensor  # (N, w, G, V)
-    phi_k: torch.Tensor  # (N, w, P, F); F = 0 without a linear part
-    sink_k: torch.Tensor  # (N, s, G, D)
-    sink_v: torch.Tensor  # (N, s, G, V)
-    S: torch.Tensor  # (N, P, F, V + 1)
-    length: torch.Tensor  # (N,) int64, tokens seen
+    k: Tensor  # (N, w, G, D)
+    v: Tensor  # (N, w, G, V)
+    phi_k: Tensor  # (N, w, P, F); F = 0 without a linear part
+    sink_k: Tensor  # (N, s, G, D)
+    sink_v: Tensor  # (N, s, G, V)
+    S: Tensor  # (N, P, F, V + 1)
+    length: Tensor  # (N,) int64, tokens seen
 
 
 class WindowCall(NamedTuple):
@@ -40,18 +41,18 @@ class WindowCall(NamedTuple):
     linear part. U = prefix + T rows, or N · prefix + T where sequences are packed.
     """
 
-    q: torch.Tensor  # (B, T, H, D)
-    k: torch.Tensor  # (B, U, G, D)
-    v: torch.Tensor  # (B, U, G, V)
-    phi_q: torch.Tensor  # (B, T, H, F)
-    phi_k: torch.Tensor  # (B, U, P, F)
-    sink_k: torch.Tensor  # (N, s, G, D)
-    sink_v: torch.Tensor  # (N, s, G, V)
-    gamma: torch.Tensor  # (H,)
-    lam: torch.Tensor  # (H,)
-    S: torch.Tensor  # (N, P, F, V + 1)
-    length: torch.Tensor  # (N,)
-    cu: torch.Tensor | None
+    q: Tensor  # (B, T, H, D)
+    k: Tensor  # (B, U, G, D)
+    v: Tensor  # (B, U, G, V)
+    phi_q: Tensor  # (B, T, H, F)
+    phi_k: Tensor  # (B, U, P, F)
+    sink_k: Tensor  # (N, s, G, D)
+    sink_v: Tensor  # (N, s, G, V)
+    gamma: Tensor  # (H,)
+    lam: Tensor  # (H,)
+    S: Tensor  # (N, P, F, V + 1)
+    length: Tensor  # (N,)
+    cu: Tensor | None
     window: int
     prefix: int
     scale: float
@@ -80,7 +81,7 @@ def empty_window_state(
     P = kv_heads if feature_heads is None else feature_heads
     N, w, s = sequences, window, sinks
 
-    def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+    def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
     return WindowState(
@@ -99,7 +100,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def ring_positions(length_N: torch.Tensor, window: int) -> torch.Tensor:
+def ring_positions(length_N: Tensor, window: int) -> Tensor:
     """Return (N, w): the position each slot holds, negative where it holds none yet."""
     slot_w = torch.arange(window, device=length_N.device)
     last_N1 = length_N[:, None] - 1
@@ -109,18 +110,18 @@ def ring_positions(length_N: torch.Tensor, window: int) -> torch.Tensor:
 class Windowed(NamedTuple):
     """A call's tokens after the windows of a state, and the windows after the call."""
 
-    rows: list[torch.Tensor]  # (B, U, G, ·) of k, v, …; `prefix` rows before each sequence's own
+    rows: list[Tensor]  # (B, U, G, ·) of k, v, …; `prefix` rows before each sequence's own
     prefix: int  # w, or 0 without a state
-    sinks: list[torch.Tensor]  # (N, s, G, ·) of k and v
-    rings: list[torch.Tensor]  # (N, w, G, ·) of k, v, …
-    length: torch.Tensor  # (N,) tokens seen after the call
+    sinks: list[Tensor]  # (N, s, G, ·) of k and v
+    rings: list[Tensor]  # (N, w, G, ·) of k, v, …
+    length: Tensor  # (N,) tokens seen after the call
 
 
 def behind_window(
-    tokens: Sequence[torch.Tensor],
+    tokens: Sequence[Tensor],
     state: Any,
-    length_N: torch.Tensor,
-    cu: torch.Tensor | None,
+    length_N: Tensor,
+    cu: Tensor | None,
     *,
     window: int,
     sinks: int,
@@ -160,9 +161,7 @@ def check_state(op: str, state: Any, expected: dict[str, tuple[int, ...]]) -> No
             )
 
 
-def _prepend_ring(
-    ring_NwGD: torch.Tensor, x_BTGD: torch.Tensor, length_N: torch.Tensor, cu: torch.Tensor | None
-) -> torch.Tensor:
+def _prepend_ring(ring_NwGD: Tensor, x_BTGD: Tensor, length_N: Tensor, cu: Tensor | None) -> Tensor:
     """Return the window before each sequence, in order, then its new rows: (B, U, G, D).
 
     With packed sequences U = N·w + T and sequence n starts at row cu[n] + n·w.
@@ -182,14 +181,8 @@ def _prepend_ring(
 
 
 def _ring_after(
-    x_BUGD: torch.Tensor,
-    length_N: torch.Tensor,
-    new_N: torch.Tensor,
-    cu: torch.Tensor | None,
-    *,
-    window: int,
-    prefix: int,
-) -> torch.Tensor:
+    x_BUGD: Tensor, length_N: Tensor, new_N: Tensor, cu: Tensor | None, *, window: int, prefix: int
+) -> Tensor:
     """Return the ring buffer (N, w, G, D) once the rows of `_prepend_ring` have been seen."""
     T = x_BUGD.shape[1]
     if prefix == 0 and cu is None:  # from the start: token t is in slot t % w
@@ -204,15 +197,15 @@ def _ring_after(
 
 
 def _sinks_after(
-    sink_NsGD: torch.Tensor | None,
-    x_BUGD: torch.Tensor,
-    length_N: torch.Tensor,
-    new_N: torch.Tensor,
-    cu: torch.Tensor | None,
+    sink_NsGD: Tensor | None,
+    x_BUGD: Tensor,
+    length_N: Tensor,
+    new_N: Tensor,
+    cu: Tensor | None,
     *,
     sinks: int,
     prefix: int,
-) -> torch.Tensor:
+) -> Tensor:
     """Return the first `sinks` tokens of each sequence (N, s, G, D), zero where not seen yet."""
     position_s = torch.arange(sinks, device=length_N.device)
     length_N1 = length_N[:, None]
@@ -226,12 +219,8 @@ def _sinks_after(
 
 
 def _gather(
-    x_BUGD: torch.Tensor,
-    row_Nr: torch.Tensor,
-    wanted_Nr: torch.Tensor,
-    cu: torch.Tensor | None,
-    prefix: int,
-) -> torch.Tensor:
+    x_BUGD: Tensor, row_Nr: Tensor, wanted_Nr: Tensor, cu: Tensor | None, prefix: int
+) -> Tensor:
     """Return rows of each sequence; zeros where not wanted, whatever the row is there."""
     if x_BUGD.shape[1] == 0 or row_Nr.shape[1] == 0:  # spares a gradient of x's size
         return x_BUGD.new_zeros(*row_Nr.shape, *x_BUGD.shape[2:])
@@ -243,7 +232,7 @@ def _gather(
     return torch.where(wanted_Nr[..., None, None], got, 0)
 
 
-def _rows(x_NUGD: torch.Tensor, row_Nr: torch.Tensor) -> torch.Tensor:
+def _rows(x_NUGD: Tensor, row_Nr: Tensor) -> Tensor:
     """Return x[n, row[n, r]]."""
     n_N1 = torch.arange(row_Nr.shape[0], device=row_Nr.device)[:, None]
     return x_NUGD[n_N1, row_Nr]

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lowline.kernels.window.state import WindowCall
@@ -39,7 +40,7 @@ SCORES_A_GROUP = 2**20  # fits a CPU's cache
 TIMES_ON_A_GPU = 16  # there a group costs dozens of launches, and few scores leave it idle
 
 
-def attend(call: WindowCall) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(call: WindowCall) -> tuple[Tensor, Tensor]:
     """Return (o_BTHV, S_NPFW) (see `reference.attend`)."""
     *tensors, cu, window, prefix, scale, _ = call
     shape = _Shape(window, prefix, scale)
@@ -60,7 +61,7 @@ def attend(call: WindowCall) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(outputs, dim=1), torch.cat(states)
 
 
-def _attend_batch(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _attend_batch(*args: Any) -> tuple[Tensor, Tensor]:
     q, v, S = args[0], args[2], args[9]
     if q.shape[1] == 0:
         return q.new_empty(*q.shape[:3], v.shape[-1]), S
@@ -79,7 +80,7 @@ class _Shape(NamedTuple):
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         *tensors, shape = args
         o, S, kept = _forward(tensors, shape)
         ctx.save_for_backward(*tensors, *kept)
@@ -89,16 +90,14 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(  # type: ignore[override]
-        ctx: Any, do: torch.Tensor, dS: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
+        ctx: Any, do: Tensor, dS: Tensor
+    ) -> tuple[Tensor | None, ...]:
         tensors, kept = ctx.saved_tensors[:11], ctx.saved_tensors[11:]
         gradients = _backward(tensors, kept, do, dS, ctx.shape)
         return (*(g.to(x.dtype) for g, x in zip(gradients, tensors[:10], strict=True)), None, None)
 
 
-def _forward(
-    tensors: Sequence[torch.Tensor], shape: _Shape
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+def _forward(tensors: Sequence[Tensor], shape: _Shape) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return o, the sum after the last token, and the sum before each group."""
     q, v, S = tensors[0], tensors[2], tensors[9]
     o = q.new_empty(*q.shape[:3], v.shape[-1])
@@ -115,12 +114,8 @@ def _forward(
 
 
 def _backward(
-    tensors: Sequence[torch.Tensor],
-    kept: Sequence[torch.Tensor],
-    do: torch.Tensor,
-    dS_end: torch.Tensor,
-    shape: _Shape,
-) -> list[torch.Tensor]:
+    tensors: Sequence[Tensor], kept: Sequence[Tensor], do: Tensor, dS_end: Tensor, shape: _Shape
+) -> list[Tensor]:
     """Return the gradients of the first ten tensors."""
     gradients = [torch.zeros_like(x, dtype=dS_end.dtype) for x in tensors[:9]]
     dq, dk, dv, dphi_q, dphi_k, dsink_k, dsink_v, dgamma, dlam = gradients
@@ -179,36 +174,36 @@ def _backward(
 class _Group(NamedTuple):
     """A group of query blocks, the keys around them, and the weights between the two."""
 
-    q: torch.Tensor  # (N, g, G, R, D)
-    raw_phi_q: torch.Tensor  # φ(q): (N, g, H, C, F)
-    phi_q: torch.Tensor  # λφ(q): (N, g, P, Q, F)
-    k: torch.Tensor  # (N, g, G, X, D)
-    v1: torch.Tensor  # [v, 1]: (N, g, G, X, W)
-    phi_k: torch.Tensor  # (N, g, P, 2C, F), zero for sinks
-    summed: torch.Tensor | None  # (N, g, 1, 2C, 1): no sink; None where there is none
-    gamma: torch.Tensor  # (G, R, 1)
-    lam: torch.Tensor  # (H, 1, 1)
-    E: torch.Tensor  # e^{s - c}, zero where not exact: (N, g, G, R, X)
-    argmax: torch.Tensor  # of the scores: (N, g, G, R, 1)
-    W: torch.Tensor  # (N, g, G, R, X)
-    older: torch.Tensor  # which of the last 2C columns are linear: (R, 2C)
+    q: Tensor  # (N, g, G, R, D)
+    raw_phi_q: Tensor  # φ(q): (N, g, H, C, F)
+    phi_q: Tensor  # λφ(q): (N, g, P, Q, F)
+    k: Tensor  # (N, g, G, X, D)
+    v1: Tensor  # [v, 1]: (N, g, G, X, W)
+    phi_k: Tensor  # (N, g, P, 2C, F), zero for sinks
+    summed: Tensor | None  # (N, g, 1, 2C, 1): no sink; None where there is none
+    gamma: Tensor  # (G, R, 1)
+    lam: Tensor  # (H, 1, 1)
+    E: Tensor  # e^{s - c}, zero where not exact: (N, g, G, R, X)
+    argmax: Tensor  # of the scores: (N, g, G, R, 1)
+    W: Tensor  # (N, g, G, R, X)
+    older: Tensor  # which of the last 2C columns are linear: (R, 2C)
 
     @property
     def sinks(self) -> int:
         return self.k.shape[-2] - self.phi_k.shape[-2]
 
 
-def _load(tensors: Sequence[torch.Tensor], shape: _Shape, first: int, count: int) -> _Group:
+def _load(tensors: Sequence[Tensor], shape: _Shape, first: int, count: int) -> _Group:
     q, k, v, phi_q, phi_k, sink_k, sink_v, gamma_H, lam_H, S, length_N = tensors
     C, w, dtype, device = shape.C, shape.window, S.dtype, q.device
     N, s, G, H, P = len(length_N), sink_k.shape[1], k.shape[2], q.shape[2], phi_k.shape[2]
     start = (first - 1) * C + shape.prefix
 
-    def pairs(x: torch.Tensor) -> torch.Tensor:
+    def pairs(x: Tensor) -> Tensor:
         blocks = _blocks(x, start, count + 1, C).to(dtype)
         return torch.cat([blocks[:, :-1], blocks[:, 1:]], dim=3)
 
-    def behind_sinks(sink: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def behind_sinks(sink: Tensor, rows: Tensor) -> Tensor:
         sink = sink.transpose(1, 2)[:, None].expand(-1, count, -1, -1, -1)
         return torch.cat([sink.to(dtype), rows], dim=3) if s else rows
 
@@ -251,7 +246,7 @@ def _load(tensors: Sequence[torch.Tensor], shape: _Shape, first: int, count: int
     )
 
 
-def _running_sums(x: _Group, shape: _Shape, S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _running_sums(x: _Group, shape: _Shape, S: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sums before each block's two blocks of keys, (N, g, P, F, W), and at the end."""
     rows = slice(x.sinks, x.sinks + shape.C)
     sums = x.phi_k[..., : shape.C, :].mT @ _spread(x.v1[..., rows, :], x.phi_k)
@@ -259,13 +254,13 @@ def _running_sums(x: _Group, shape: _Shape, S: torch.Tensor) -> tuple[torch.Tens
     return torch.cat([S[:, None], ends[:, :-1]], dim=1), ends[:, -1]
 
 
-def _weigh(x: _Group, S_blocks: torch.Tensor) -> torch.Tensor:
+def _weigh(x: _Group, S_blocks: Tensor) -> Tensor:
     """Return [numerator, denominator]: (N, g, G, R, W)."""
     y = x.W @ x.v1
     return y.add_((x.phi_q @ S_blocks).view_as(y))
 
 
-def _normalised(y: torch.Tensor) -> torch.Tensor:
+def _normalised(y: Tensor) -> Tensor:
     return y[..., :-1] / y[..., -1:]
 
 
@@ -275,7 +270,7 @@ def _rows_of_the_end(T: int, shape: _Shape) -> int:
     return T - shape.window - before_last
 
 
-def _groups(tensors: Sequence[torch.Tensor], shape: _Shape) -> list[tuple[int, int]]:
+def _groups(tensors: Sequence[Tensor], shape: _Shape) -> list[tuple[int, int]]:
     """Return (first block, blocks) of each group."""
     N, T, H, _ = tensors[0].shape
     blocks = -(-T // shape.C)
@@ -285,7 +280,7 @@ def _groups(tensors: Sequence[torch.Tensor], shape: _Shape) -> list[tuple[int, i
     return [(b, min(size, blocks - b)) for b in range(0, blocks, size)]
 
 
-def _blocks(x_BTHD: torch.Tensor, start: int, count: int, C: int) -> torch.Tensor:
+def _blocks(x_BTHD: Tensor, start: int, count: int, C: int) -> Tensor:
     """Return blocks of C rows from row `start` on, zeros outside x: (B, count, H, C, D)."""
     stop, T = start + count * C, x_BTHD.shape[1]
     lo, hi = min(max(start, 0), T), max(min(stop, T), 0)
@@ -295,7 +290,7 @@ def _blocks(x_BTHD: torch.Tensor, start: int, count: int, C: int) -> torch.Tenso
     return part.unflatten(1, (count, C)).transpose(2, 3)
 
 
-def _store(out_BTHD: torch.Tensor, blocks: torch.Tensor, start: int) -> None:
+def _store(out_BTHD: Tensor, blocks: Tensor, start: int) -> None:
     """Write blocks of rows (or of each head's rows, one head after another) from `start` on."""
     H, D = out_BTHD.shape[2:]
     N, g, heads, C = blocks.shape[:4]
@@ -304,7 +299,7 @@ def _store(out_BTHD: torch.Tensor, blocks: torch.Tensor, start: int) -> None:
     out_BTHD[:, start:stop] = rows[:, : stop - start]
 
 
-def _add_pairs(out_BUHD: torch.Tensor, pairs: torch.Tensor, start: int) -> None:
+def _add_pairs(out_BUHD: Tensor, pairs: Tensor, start: int) -> None:
     """Add the gradients of pairs of blocks, each overlapping the last; the first is at `start`."""
     C = pairs.shape[3] // 2
     for half, offset in ((pairs[:, :, :, :C], start), (pairs[:, :, :, C:], start + C)):
@@ -314,13 +309,13 @@ def _add_pairs(out_BUHD: torch.Tensor, pairs: torch.Tensor, start: int) -> None:
             out_BUHD[:, lo:hi] += rows[:, lo - offset : hi - offset]
 
 
-def _spread(x_NgGCD: torch.Tensor, like_NgPCF: torch.Tensor) -> torch.Tensor:
+def _spread(x_NgGCD: Tensor, like_NgPCF: Tensor) -> Tensor:
     """Repeat key/value heads for the heads of φ(k)."""
     repeats = like_NgPCF.shape[2] // x_NgGCD.shape[2]
     return x_NgGCD if repeats == 1 else x_NgGCD.repeat_interleave(repeats, dim=2)
 
 
-def _gather_heads(x_NgPCD: torch.Tensor, like_NgGCD: torch.Tensor) -> torch.Tensor:
+def _gather_heads(x_NgPCD: Tensor, like_NgGCD: Tensor) -> Tensor:
     """Return the gradient of `_spread`."""
     G = like_NgGCD.shape[2]
     return x_NgPCD if x_NgPCD.shape[2] == G else x_NgPCD.unflatten(2, (G, -1)).sum(3)
