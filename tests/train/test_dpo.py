@@ -19,6 +19,7 @@ from lowline.train.data import LaneDataLoader, SourceConfig, evaluation_rows, op
 from lowline.train.data.tokenizer import load_tokenizer
 from lowline.train.engine.metrics import read_metrics
 from lowline.train.objectives.dpo import DpoObjective, DpoSection, Reference
+from lowline.train.objectives.next_token import Batch
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|endoftext|>\n{% endfor %}"
@@ -171,14 +172,14 @@ def test_loss_gradient_and_numbers_are_the_formula(tmp_path, monkeypatch):
     objective = DpoObjective(loss_fn, section, Reference(tmp_path / "r", source=None, rank=0))
     objective._teacher = frozen
     with torch.no_grad():
-        objective.held_out(model, ids, labels, {"positions": positions})
+        objective.held_out(model, Batch(ids, labels, {"positions": positions}))
         objective._teacher = None
-        held_out = objective.held_out(model, ids, labels, {"positions": positions})
+        held_out = objective.held_out(model, Batch(ids, labels, {"positions": positions}))
     objective.begin_step(1)
     for row in range(2):  # of two microbatches
         part = slice(row, row + 1)
         extra = {"positions": positions[part]}
-        found = objective.loss(model, ids[part], labels[part], torch.tensor(6), extra)
+        found = objective.loss(model, Batch(ids[part], labels[part], extra), torch.tensor(6))
         found.backward()
         held_out["loss"] -= 6 * found.detach()
     assert float(held_out["loss"]) == pytest.approx(0, abs=1e-5)

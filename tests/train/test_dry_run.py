@@ -28,6 +28,7 @@ from lowline.train.config.load import load_config
 from lowline.train.config.run import RunConfig
 from lowline.train.cost.dry_run import dry_run, human_bytes, print_dry_run
 from lowline.train.cost.memory import stage_memory
+from lowline.train.objectives.next_token import Batch
 
 LOW_RANK = ["--cola.rank=32"]
 COLA_M = [*LOW_RANK, "--cola.memory=cola-m"]
@@ -290,8 +291,8 @@ def measure(run: RunConfig, world_size: int, microbatches: int) -> dict[str, int
                 for i in range(microbatches):
                     if isinstance(model, FSDPModule):
                         model.set_requires_gradient_sync(i == microbatches - 1)
-                    inputs = (tokens, tokens, torch.tensor(1.0), {"positions": positions})
-                    objective.loss(model, *inputs).backward()
+                    inputs = Batch(tokens, tokens, {"positions": positions})
+                    objective.loss(model, inputs, torch.tensor(1.0)).backward()
                 optimizer.step()
                 optimizer.zero_grad()
             return {"before": before, "peak": alive.peak}

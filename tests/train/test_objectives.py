@@ -20,7 +20,7 @@ from lowline.train.config.run import MixerConfig, TrainingConfig
 from lowline.train.model.build import build_model_config
 from lowline.train.objectives.distill import DistillSection
 from lowline.train.objectives.losses import TeacherLoss
-from lowline.train.objectives.next_token import NextTokenSection
+from lowline.train.objectives.next_token import Batch, NextTokenSection
 from lowline.train.objectives.reverse_distill import ReverseDistillSection
 from lowline.train.objectives.transfer import TransferObjective, TransferSection
 from lowline.train.objectives.window_dropout import WindowDropout
@@ -99,7 +99,7 @@ def test_transfer_objective_compares_the_mixer_with_softmax_of_the_same_layer():
         wanted.append(float(error_B.detach() @ (labels != -100).sum(1).float() / 22))
     objective = TransferObjective(None, [0, 1])
     objective.begin_step(1)
-    loss = objective.loss(student, ids, labels, torch.tensor(22), {"positions": positions})
+    loss = objective.loss(student, Batch(ids, labels, {"positions": positions}), torch.tensor(22))
     assert (labels != -100).sum() == 22
     assert [float(n) for n in objective.numbers().values()] == pytest.approx(wanted, rel=1e-4)
     assert list(objective.numbers()) == ["transfer/layer_0", "transfer/layer_1"]
@@ -121,7 +121,7 @@ def test_rows_and_microbatches_add_up():
         objective.begin_step(1)
         of_rows = [
             objective.loss(
-                student, ids[r], labels[r], torch.tensor(22), {"positions": positions[r]}
+                student, Batch(ids[r], labels[r], {"positions": positions[r]}), torch.tensor(22)
             )
             for r in rows
         ]
@@ -319,7 +319,7 @@ BAD = {
         'unknown key with kind = "transfer". Did you mean objective.attention_weight?'
     ),
     '--objective.kind="distil"': "objective.kind = 'distil': Input should be 'next-token', "
-    "'transfer', 'distill' or 'reverse-distill'. Did you mean 'distill'?",
+    "'transfer', 'distill', 'reverse-distill' or 'dpo'. Did you mean 'distill'?",
     '--lora.projections=["qkv"]': "lora.projections = 'qkv': Input should be 'q', 'k'",
     "--lora.projections=[]": "projections = []: name at least one",
     "--lora.rank=4 --cola.rank={q = 8}": "lora.projections names 'q', which is low-rank here",

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lowline.errors import LowlineError
 from lowline.hub import check_source
 from lowline.plotting import check_plot, colour, finish, new_figure
+from lowline.tools.bench.timing import at_least_one
 from lowline.tools.show import print_table, wide_console, write_report
 
 if TYPE_CHECKING:
@@ -79,9 +80,7 @@ def inspect_rank(
     Raises:
         ValueError: no such model or text, a text of fewer tokens, or a number out of its range.
     """
-    for name, value in (("tokens", tokens), ("seq_len", seq_len)):
-        if value < 1:
-            raise LowlineError(f"{name} = {value}; at least 1")
+    at_least_one(tokens=tokens, seq_len=seq_len)
     if not 0.0 < alpha < 1.0:
         raise LowlineError(f"alpha = {alpha}; the fraction of energy lies between 0 and 1")
     check_plot(plot)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import asdict
-from json import dumps
 from pathlib import Path
 from typing import Literal
 
 from lowline.cola.accounting import Shape
 from lowline.errors import LowlineError
-from lowline.files import write_text
 from lowline.hub import check_source
+from lowline.tools.show import print_table, wide_console, write_report
 
 
 def plan_blockwise(
@@ -47,9 +46,6 @@ def plan_blockwise(
         ValueError: no such model, or a number out of its range.
     """
     shape = _shape(model)
-    from rich.console import Console
-    from rich.table import Table
-
     from lowline.train.blockwise import plan
 
     if block_size is None:
@@ -57,35 +53,33 @@ def plan_blockwise(
     plans = [
         plan.plan_blockwise(
             shape,
-            tokens=tokens,
             block_size=size,
+            tokens=tokens,
             epochs=epochs,
             device=device,
             utilization=utilization,
-        )
+        )  # fmt: skip
         for size in block_size
     ]
     title = f"{model}: {shape.n_layers} layers, width {shape.dim}, {tokens / 1e6:g}M tokens"
-    table = Table(title=title)
-    for column in ("layers\na block", "blocks", "disk\nTB", "writing:\nGPUs", "\nhours",
-                   "a block:\nGPUs", "\nhours", "in all\nGPU hours"):  # fmt: skip
-        table.add_column(column, justify="right")
+    columns = ("layers\na block", "blocks", "disk\nTB", "writing:\nGPUs", "\nhours",
+               "a block:\nGPUs", "\nhours", "in all\nGPU hours")  # fmt: skip
+    rows = {}
     for row in plans:
         hours = row.teacher_seconds / 3600, row.block_seconds / 3600
         total = row.teacher_devices * hours[0] + row.devices * hours[1]
-        table.add_row(
-            *(str(row.block_size), str(row.blocks), f"{row.disk / 1e12:,.2f}"),
+        rows[str(row.block_size)] = [
+            *(str(row.blocks), f"{row.disk / 1e12:,.2f}"),
             *(str(row.teacher_devices), f"{hours[0]:,.2f}", str(row.block_devices)),
             *(f"{hours[1]:,.2f}", f"{total:,.1f}"),
-        )
-    console = Console()
-    console.print(table)
+        ]
+    console = wide_console()
+    print_table(console, title, columns, rows)
     console.print(
         "writing: the teacher's forward pass that writes every block's inputs; then all blocks can "
         f"train at once.\nhours: on {device}, at {utilization:.0%} of its bf16 peak: an assumption"
     )
-    if (path := json or json_file) is not None:
-        write_text(path, dumps([asdict(row) for row in plans], indent=2) + "\n")
+    write_report([asdict(row) for row in plans], json or json_file)
 
 
 def _shape(model: str) -> Shape:

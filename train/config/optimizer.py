@@ -52,9 +52,7 @@ class OptimizerConfig:
 class MuonConfig(OptimizerConfig):
     """[optimizer] name = "muon": Muon for the 2-D factors of blocks, AdamW for the rest."""
 
-    __pydantic_config__ = Strict
     name: Literal["muon"] = "muon"  # type: ignore[assignment]
-    """AdamW for everything, or Muon or LoRA-Muon for blocks' matrices and AdamW for the rest."""
     muon_lr: PositiveNumber = 0.02
     """The largest learning rate of Muon; of LoRA-Muon the spectral norm of a step of B·A."""
     muon_momentum: Fraction = 0.95
@@ -74,9 +72,7 @@ class LoraMuonConfig(MuonConfig):
     matrices, AdamW for the rest.
     """
 
-    __pydantic_config__ = Strict
     name: Literal["lora-muon"] = "lora-muon"  # type: ignore[assignment]
-    """AdamW for everything, or Muon or LoRA-Muon for blocks' matrices and AdamW for the rest."""
 
 
 OPTIMIZERS = Variants(
@@ -119,9 +115,7 @@ class ConstantSchedule(ScheduleConfig):
 class LinearSchedule(ConstantSchedule):
     """[schedule] kind = "linear": linear warm-up, then a straight fall."""
 
-    __pydantic_config__ = Strict
     kind: Literal["linear"] = "linear"  # type: ignore[assignment]
-    """How the learning rate falls after the warm-up; wsd falls in its last part only."""
     min_lr_fraction: Fraction = 0.1
     """The learning rate at the end, as a fraction of the largest one."""
 
@@ -130,18 +124,14 @@ class LinearSchedule(ConstantSchedule):
 class CosineSchedule(LinearSchedule):
     """[schedule] kind = "cosine": linear warm-up, then half a cosine."""
 
-    __pydantic_config__ = Strict
     kind: Literal["cosine"] = "cosine"  # type: ignore[assignment]
-    """How the learning rate falls after the warm-up; wsd falls in its last part only."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WsdSchedule(LinearSchedule):
     """[schedule] kind = "wsd": warm-up, the peak, and a fall of 1 - sqrt in the last part."""
 
-    __pydantic_config__ = Strict
     kind: Literal["wsd"] = "wsd"  # type: ignore[assignment]
-    """How the learning rate falls after the warm-up; wsd falls in its last part only."""
     decay_fraction: Fraction = 0.2
     """The last part of the run, as a fraction of training.steps, in which the rate falls."""
 

@@ -23,7 +23,7 @@ from torchtitan.tools import utils
 from lowline.train.data import EvaluationBatches, SourceConfig, evaluation_rows, open_source
 from lowline.train.engine.metrics import Metrics
 from lowline.train.engine.titan_compat import forward_only
-from lowline.train.objectives.next_token import Objective
+from lowline.train.objectives.next_token import Batch, Objective
 
 
 class Watch(Protocol):
@@ -174,7 +174,7 @@ class Evaluator(BaseValidator):
             return {"loss": self._summed_loss_of_pipeline(model_parts, inputs, labels)}
         extra = self._extra(model_parts[0], inputs)
         with self.context():
-            return self.objective.held_out(model_parts[0], inputs["input"], labels, extra)
+            return self.objective.held_out(model_parts[0], Batch(inputs["input"], labels, extra))
 
     def _summed_loss_of_pipeline(
         self, model_parts: list[nn.Module], inputs: dict[str, torch.Tensor], labels: torch.Tensor

@@ -48,6 +48,7 @@ from lowline.train.hf.weights import LlamaStateDictAdapter
 from lowline.train.model.build import build_model_config
 from lowline.train.model.parallelize import parallelize
 from lowline.train.objectives.calibration import begin_mixers
+from lowline.train.objectives.next_token import Batch
 from lowline.train.objectives.window_dropout import WindowDropout
 
 
@@ -235,9 +236,8 @@ class Trainer(TitanTrainer):
     ) -> torch.Tensor:
         self._last_inputs = inputs, extra_kwargs
         with self.train_context():
-            loss = self.objective.loss(
-                self.model_parts[0], inputs, labels, global_valid_tokens, extra_kwargs
-            )
+            batch = Batch(inputs, labels, extra_kwargs)
+            loss = self.objective.loss(self.model_parts[0], batch, global_valid_tokens)
             loss.backward()
         return loss
 

@@ -25,7 +25,7 @@ from pydantic import Field
 from lowline.errors import LowlineError
 from lowline.train.config.fields import DATA, PositiveNumber
 from lowline.train.config.objective import ObjectiveSection
-from lowline.train.objectives.next_token import Objective
+from lowline.train.objectives.next_token import Batch, Objective
 from lowline.train.objectives.teacher import build_teacher, check_teacher, logit_chunks
 
 if TYPE_CHECKING:
@@ -132,17 +132,11 @@ class DpoObjective(Objective):
     def begin_step(self, step: int) -> None:
         self._numbers = {}
 
-    def loss(
-        self,
-        model: nn.Module,
-        inputs_BL: torch.Tensor,
-        labels_BL: torch.Tensor,
-        valid_tokens: torch.Tensor,
-        extra: dict[str, Any],
-    ) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: Batch, valid_tokens: torch.Tensor) -> torch.Tensor:
         """See `Objective.loss`; a pair has two labels."""
         import torch
 
+        inputs_BL, labels_BL, extra = batch
         answers = Answers(inputs_BL, labels_BL, extra["positions"])
         reference_A = self._of_reference(answers, inputs_BL, extra)
         hidden_BLD = model(inputs_BL, **extra)
@@ -161,14 +155,9 @@ class DpoObjective(Objective):
         same, _ = self.loss_fn(hidden_BLD, answers.labels_BL, weight=answers.spread(weight_A))
         return same + (loss - same).detach()
 
-    def held_out(
-        self,
-        model: nn.Module,
-        inputs_BL: torch.Tensor,
-        labels_BL: torch.Tensor,
-        extra: dict[str, Any],
-    ) -> dict[str, torch.Tensor]:
+    def held_out(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """See `Objective.held_out`; "loss" is this objective's."""
+        inputs_BL, labels_BL, extra = batch
         answers = Answers(inputs_BL, labels_BL, extra["positions"])
         reference_A = self._of_reference(answers, inputs_BL, extra)
         if self._teacher is not None:  # only its sums are wanted

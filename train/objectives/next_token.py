@@ -9,7 +9,7 @@ complete batch. Torch is imported where it is used: a configuration is checked w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lowline.train.config.objective import ObjectiveSection
 
@@ -36,6 +36,14 @@ class NextTokenSection(ObjectiveSection):
         return Objective(trainer.loss_fn)
 
 
+class Batch(NamedTuple):
+    """A microbatch of a step, or held-out sequences."""
+
+    inputs: torch.Tensor  # (B, L)
+    labels: torch.Tensor  # (B, L)
+    extra: dict[str, Any]  # positions and masks, for the model
+
+
 class Objective:
     """Cross-entropy of the next token, and the base of every other objective.
 
@@ -52,34 +60,22 @@ class Objective:
     def begin_step(self, step: int) -> None:
         """Note that a step starts, with its first microbatch."""
 
-    def loss(
-        self,
-        model: nn.Module,
-        inputs_BL: torch.Tensor,
-        labels_BL: torch.Tensor,
-        valid_tokens: torch.Tensor,
-        extra: dict[str, Any],
-    ) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: Batch, valid_tokens: torch.Tensor) -> torch.Tensor:
         """Return a microbatch's part of the step's loss, a number with a graph.
 
         Args:
             valid_tokens: N.
-            extra: positions and masks, for the model.
         """
+        inputs_BL, labels_BL, extra = batch
         loss, _ = self.loss_fn(model(inputs_BL, **extra), labels_BL, valid_tokens)
         return loss
 
-    def held_out(
-        self,
-        model: nn.Module,
-        inputs_BL: torch.Tensor,
-        labels_BL: torch.Tensor,
-        extra: dict[str, Any],
-    ) -> dict[str, torch.Tensor]:
+    def held_out(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """Return sums over a batch's labels.
 
         "loss" is next-token's, of the model as it will be used.
         """
+        inputs_BL, labels_BL, extra = batch
         loss, _ = self.loss_fn(model(inputs_BL, **extra), labels_BL)
         return {"loss": loss}
 

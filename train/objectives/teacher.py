@@ -18,7 +18,7 @@ from lowline.errors import LowlineError
 from lowline.train.config.fields import DATA, NonNegativeNumber, PositiveNumber
 from lowline.train.config.objective import ObjectiveSection, default_objective
 from lowline.train.config.tables import ConfigError
-from lowline.train.objectives.next_token import Objective
+from lowline.train.objectives.next_token import Batch, Objective
 
 if TYPE_CHECKING:
     import torch
@@ -118,28 +118,17 @@ class TeacherObjective(Objective):
         self.loss_fn.loss_fn.teacher_head = teacher.lm_head  # type: ignore[attr-defined]
         return teacher
 
-    def loss(
-        self,
-        model: nn.Module,
-        inputs_BL: torch.Tensor,
-        labels_BL: torch.Tensor,
-        valid_tokens: torch.Tensor,
-        extra: dict[str, Any],
-    ) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: Batch, valid_tokens: torch.Tensor) -> torch.Tensor:
         """See `Objective.loss`."""
+        inputs_BL, labels_BL, extra = batch
         wanted = self._wanted(inputs_BL, extra)
         hidden_BLD = model(inputs_BL, **extra)
         loss, _ = self.loss_fn(hidden_BLD, labels_BL, valid_tokens, **wanted)
         return loss
 
-    def held_out(
-        self,
-        model: nn.Module,
-        inputs_BL: torch.Tensor,
-        labels_BL: torch.Tensor,
-        extra: dict[str, Any],
-    ) -> dict[str, torch.Tensor]:
+    def held_out(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """See `Objective.held_out`."""
+        inputs_BL, labels_BL, extra = batch
         wanted = self._wanted(inputs_BL, extra)
         hidden_BLD = model(inputs_BL, **extra)
         loss, _ = self.loss_fn(hidden_BLD, labels_BL)

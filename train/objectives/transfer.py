@@ -12,11 +12,11 @@ all layers, so that losses and gradients of all blocks make up those of one run.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from lowline.train.config.fields import NonNegativeNumber
 from lowline.train.config.objective import ObjectiveSection
-from lowline.train.objectives.next_token import Objective
+from lowline.train.objectives.next_token import Batch, Objective
 
 if TYPE_CHECKING:
     import torch
@@ -114,29 +114,16 @@ class TransferObjective(Objective):
     def begin_step(self, step: int) -> None:
         self._of_step = 0.0
 
-    def loss(
-        self,
-        model: nn.Module,
-        inputs_BL: torch.Tensor,
-        labels_BL: torch.Tensor,
-        valid_tokens: torch.Tensor,
-        extra: dict[str, Any],
-    ) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: Batch, valid_tokens: torch.Tensor) -> torch.Tensor:
         """See `Objective.loss`."""
-        loss_K = self._summed(model, inputs_BL, labels_BL, extra, learns=True) / valid_tokens
+        loss_K = self._summed(model, batch, learns=True) / valid_tokens
         self._of_step = self._of_step + loss_K.detach()
         return loss_K.sum() / self.of
 
-    def held_out(
-        self,
-        model: nn.Module,
-        inputs_BL: torch.Tensor,
-        labels_BL: torch.Tensor,
-        extra: dict[str, Any],
-    ) -> dict[str, torch.Tensor]:
+    def held_out(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """See `Objective.held_out`."""
-        loss_K = self._summed(model, inputs_BL, labels_BL, extra, learns=False)
-        student = super().held_out(model, inputs_BL, labels_BL, extra)
+        loss_K = self._summed(model, batch, learns=False)
+        student = super().held_out(model, batch)
         return student | {"transfer_loss": loss_K.sum() / self.of}
 
     def numbers(self) -> dict[str, torch.Tensor]:
@@ -145,23 +132,15 @@ class TransferObjective(Objective):
         losses = zip(self.layers, self._of_step, strict=True)
         return {f"transfer/layer_{layer}": loss for layer, loss in losses}
 
-    def _summed(
-        self,
-        model: nn.Module,
-        inputs_BL: torch.Tensor,
-        labels_BL: torch.Tensor,
-        extra: dict[str, Any],
-        *,
-        learns: bool,
-    ) -> torch.Tensor:
+    def _summed(self, model: nn.Module, batch: Batch, *, learns: bool) -> torch.Tensor:
         """Return Σ_rows n_row · the row's loss, of each of K converted layers."""
         import torch
         from torchtitan.components.loss import IGNORE_INDEX
 
         from lowline.linearize.titan import Transfer
 
-        counted_BL = labels_BL != IGNORE_INDEX
+        counted_BL = batch.labels != IGNORE_INDEX
         transfer = Transfer(counted_BL, learns, self.attention_weight)
         with torch.no_grad():
-            model(inputs_BL, **extra, transfer=transfer)
+            model(batch.inputs, **batch.extra, transfer=transfer)
         return torch.stack(transfer.losses) @ counted_BL.sum(1).float()
