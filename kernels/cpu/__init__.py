@@ -3,10 +3,11 @@
     load("recurrence")   # the module built from recurrence.cpp, beside this file
 
 The compiler is `CXX` (which may have arguments), or c++; it needs Python's headers and OpenMP. A
-build goes to a temporary name, is flushed to disk and then renamed, so that a killed or a
-simultaneous build leaves nothing half-written. The cache is `LOWLINE_CACHE`, or `~/.cache/lowline`;
-a file's name carries a hash of the source, the headers, the compiler's name, the flags, the
-processor and torch's version. A module that is there is loaded without a compiler.
+build goes to a temporary name, is flushed to disk and then renamed, so that a killed build leaves
+nothing half-written; of processes that need a module at once, one builds it. The cache is
+`LOWLINE_CACHE`, or `~/.cache/lowline`; a file's name carries a hash of the source, the headers, the
+compiler's name, the flags, the processor and torch's version. A module that is there is loaded
+without a compiler.
 
 A module is code, so nobody else's cache is used: folder and file belong to the user (or to
 root, as in a container image), and nobody else can write to them. A file ends with the
@@ -17,6 +18,7 @@ does not match is built again.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -29,6 +31,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -159,7 +162,9 @@ def _build(source: Path, module: str, library: Path) -> None:
             f"cannot keep {library.name} in {library.parent}: {error}; set LOWLINE_CACHE to a "
             "folder that can be written"
         ) from error
-    with room as folder:
+    with room as folder, _alone(library.with_suffix(".lock")):
+        if _is_intact(library):
+            return  # built by another process while this one waited
         _sweep(library.parent)
         made = Path(folder) / library.name
         print(f"compiling {source.name}, once, about a minute", file=sys.stderr, flush=True)
@@ -170,6 +175,18 @@ def _build(source: Path, module: str, library: Path) -> None:
         sync(made)
         os.replace(made, library)
     sync(library.parent)
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Wait until no other process builds this module; on a file system without locks, build too."""
+    with lock.open("w") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # who waits for it finds the module
 
 
 def _sweep(cache: Path) -> None:

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +67,25 @@ def test_a_build_is_kept_and_a_changed_header_makes_another(folder: Path) -> Non
     cpu.load.cache_clear()
     cpu.load("tiny")
     assert len(list((folder / "cache").iterdir())) == 2
+
+
+@needs_compiler
+def test_of_two_at_once_one_builds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "tiny.cpp").write_text(SOURCE)
+    compile_it, compiled = cpu._compile, []
+
+    def compile_slowly(*arguments: Any) -> None:
+        compiled.append(arguments)
+        time.sleep(0.2)
+        compile_it(*arguments)
+
+    monkeypatch.setattr(cpu, "_compile", compile_slowly)
+    with ThreadPoolExecutor(2) as pool:
+        library = cpu._library("tiny")
+        for done in [pool.submit(cpu._build, cpu._source("tiny"), "tiny", library) for _ in "12"]:
+            done.result()
+    assert len(compiled) == 1 and cpu._is_intact(library)
+    assert list((folder / "cache").iterdir()) == [library]
 
 
 @needs_compiler
