@@ -115,27 +115,23 @@ def row_memory_steps(
         # a wrong call: its errors are found below
     outputs = []
     for state, group, n_exact in zip(states, heads, exact, strict=True):
-        given = [heads_of(x, group, k.shape[2]) for x in (q, k, v)]
+        of_q, of_k, of_v = (heads_of(x, group, k.shape[2]) for x in (q, k, v))
+        tokens = zip(of_q.unbind(1), of_k.unbind(1), of_v.unbind(1), strict=True)
         if isinstance(state, MemoryState):
             rule = Rule(
                 window=state.k.shape[1], sinks=state.sink_k.shape[1], exact=n_exact,
                 merged=state.row_tokens.shape[-1] - n_exact, block=block, horizon=horizon,
                 bias=bias, scale=scale,
             )  # fmt: skip
-            check_call(OP, *given, rule)
-            check_state(OP, state, state_shapes(len(q), given[1], given[2], rule))
-        tokens = zip(*(x.unbind(1) for x in given), strict=True)
-        outputs.append(
-            torch.stack(
-                [
-                    _step(*token, state, rule)
-                    if isinstance(state, MemoryState)
-                    else window_linear_step(*token, state=state, scale=scale, backend=backend)
-                    for token in tokens
-                ],
-                1,
-            )
-        )
+            check_call(OP, of_q, of_k, of_v, rule)
+            check_state(OP, state, state_shapes(len(q), of_k, of_v, rule))
+            steps = [_step(q_t, k_t, v_t, state, rule) for q_t, k_t, v_t in tokens]
+        else:
+            steps = [
+                window_linear_step(q_t, k_t, v_t, state=state, scale=scale, backend=backend)
+                for q_t, k_t, v_t in tokens
+            ]
+        outputs.append(torch.stack(steps, 1))
     return in_order(outputs, heads)
 
 

@@ -183,14 +183,13 @@ def slots_step_case(shape: Shape, backend: str, context: int) -> Callable[[], ob
 
     bias = torch.zeros(shape.heads, SUMMARY, device=shape.device)
 
-    def inputs(length: int) -> list[torch.Tensor]:
+    def inputs(length: int) -> list[Any]:
         slot = torch.randint(SUMMARY, (1, length, shape.heads), device=shape.device)
         return [*(shape.randn(1, length, shape.heads, shape.head_dim) for _ in range(3)), slot]
 
-    with_sinks: Any = {"window": WINDOW, "sinks": SINKS}
-    _, state = slot_window_attention(*inputs(context), bias, **with_sinks)  # type: ignore[misc]
+    _, state = slot_window_attention(*inputs(context), bias, window=WINDOW, sinks=SINKS)
     token = [x[:, 0] for x in inputs(1)]
-    return partial(slot_window_step, *token, bias, state=state, backend=backend)  # type: ignore
+    return partial(slot_window_step, *token, bias, state=state, backend=backend)
 
 
 def rows_step_case(shape: Shape, backend: str, context: int) -> Callable[[], object]:
