@@ -22,16 +22,17 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 IGNORE_INDEX = -100
 
 
 def transfer_loss(
-    o_BTHD: torch.Tensor,
-    target_BTHD: torch.Tensor,
-    counted_BT: torch.Tensor,
-    total: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> torch.Tensor:
+    o_BTHD: Tensor,
+    target_BTHD: Tensor,
+    counted_BT: Tensor,
+    total: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Return the relative squared error of each row's output: (B,).
 
     A row is a unit of its own, so that the loss of a batch does not depend on how its rows are
@@ -52,9 +53,7 @@ def transfer_loss(
     return wrong_B / scale_B.where(scale_B > 0, 1.0)
 
 
-def weight_loss(
-    a_BTHS: torch.Tensor, target_BTHS: torch.Tensor, counted_BT: torch.Tensor
-) -> torch.Tensor:
+def weight_loss(a_BTHS: Tensor, target_BTHS: Tensor, counted_BT: Tensor) -> Tensor:
     """Σ a* log(a* / a) of each row over its tokens, the mean over heads: (B,).
 
     Args:
@@ -69,11 +68,8 @@ def weight_loss(
 
 
 def distillation_loss(
-    logits_BTV: torch.Tensor,
-    teacher_BTV: torch.Tensor,
-    labels_BT: torch.Tensor,
-    temperature: float = 1.0,
-) -> torch.Tensor:
+    logits_BTV: Tensor, teacher_BTV: Tensor, labels_BT: Tensor, temperature: float = 1.0
+) -> Tensor:
     """τ² KL(teacher ‖ student), summed over the tokens that have a label: a number.
 
     Args:
@@ -89,12 +85,12 @@ def distillation_loss(
 
 
 def top_k_distillation_loss(
-    logits_BTV: torch.Tensor,
-    log_p_BTK: torch.Tensor,
-    ids_BTk: torch.Tensor,
-    labels_BT: torch.Tensor,
+    logits_BTV: Tensor,
+    log_p_BTK: Tensor,
+    ids_BTk: Tensor,
+    labels_BT: Tensor,
     temperature: float = 1.0,
-) -> torch.Tensor:
+) -> Tensor:
     """`distillation_loss` of k tokens and the rest: a number.
 
     Args:

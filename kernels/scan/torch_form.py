@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lowline.kernels.exponent import LOG2_E
@@ -30,7 +31,7 @@ CHUNK = 256
 BLOCK = 16
 
 
-def selective_scan(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+def selective_scan(call: Call) -> tuple[Tensor, Tensor]:
     """See `lowline.kernels.scan.selective_scan`, which checks and documents."""
     x, _, A, B, C, D_D, z, *_ = call
     dt = step_size(call.dt, call.bias, call.softplus)
@@ -48,14 +49,14 @@ class _ChunkedScan(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
-        dt: torch.Tensor,
-        A: torch.Tensor,
-        B: torch.Tensor,
-        C: torch.Tensor,
-        initial: torch.Tensor,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        initial: Tensor,
         bounds: list[int] | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         y = torch.empty_like(dt)
         final = initial.clone()
         carry = initial if bounds is None else torch.zeros_like(initial[:1])
@@ -77,8 +78,8 @@ class _ChunkedScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(  # type: ignore[override]
-        ctx: Any, dy: torch.Tensor, dfinal: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
+        ctx: Any, dy: Tensor, dfinal: Tensor
+    ) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, initial, *carries = ctx.saved_tensors
         bounds = ctx.bounds
         dx, ddt, dA = torch.empty_like(dt), torch.empty_like(dt), torch.zeros_like(A)
@@ -121,21 +122,19 @@ class _ChunkedScan(torch.autograd.Function):
         return dx.to(x.dtype), ddt, dA, dB.to(B.dtype), dC.to(C.dtype), dinitial, None
 
 
-def _outer(x_LBD: torch.Tensor, B_LBGN: torch.Tensor) -> torch.Tensor:
+def _outer(x_LBD: Tensor, B_LBGN: Tensor) -> Tensor:
     """Return x_d B_n, (L, B, D, N), with the B of the channel's group."""
     x_LBGC = x_LBD.unflatten(2, (B_LBGN.shape[2], -1))
     return (x_LBGC[..., None] * B_LBGN[:, :, :, None]).flatten(2, 3)
 
 
-def _over_states(h_LBDN: torch.Tensor, C_LBGN: torch.Tensor) -> torch.Tensor:
+def _over_states(h_LBDN: Tensor, C_LBGN: Tensor) -> Tensor:
     """Return Σ_n h_dn C_n, (L, B, D), with the C of the channel's group."""
     h_LBGCN = h_LBDN.unflatten(2, (C_LBGN.shape[2], -1))
     return (h_LBGCN @ C_LBGN[..., None]).flatten(2)
 
 
-def _over_channels(
-    x_LBD: torch.Tensor, h_LBDN: torch.Tensor, like_LBGN: torch.Tensor
-) -> torch.Tensor:
+def _over_channels(x_LBD: Tensor, h_LBDN: Tensor, like_LBGN: Tensor) -> Tensor:
     """Return Σ_d x_d h_dn over the channels of each group, (L, B, G, N)."""
     x_LBGC, h_LBGCN = (t.unflatten(2, (like_LBGN.shape[2], -1)) for t in (x_LBD, h_LBDN))
     return (x_LBGC[..., None, :] @ h_LBGCN)[..., 0, :]
@@ -161,15 +160,15 @@ def _inside(
 
 
 def _states(
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    initial: torch.Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    initial: Tensor,
     bounds: list[int] | None,
     chunk: slice,
-    carry: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    carry: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return h and e^{δA}, (L, B, D, N), of a chunk padded to full blocks; the state after it."""
     x_LBD, dt_LBD, B_LBGN = (tensor[:, chunk].transpose(0, 1).to(dt.dtype) for tensor in (x, dt, B))
     decay = torch.exp2(dt_LBD[..., None] * (A * LOG2_E))
@@ -184,9 +183,7 @@ def _states(
     return h, decay, _scan_(kept, h, carry)
 
 
-def _scan_(
-    decay: torch.Tensor, h: torch.Tensor, carry: torch.Tensor, backwards: bool = False
-) -> torch.Tensor:
+def _scan_(decay: Tensor, h: Tensor, carry: Tensor, backwards: bool = False) -> Tensor:
     """Compute h_t += decay_t h_{t-1} (or h_{t+1}) in place, from `carry`; return the last.
 
     `decay` is overwritten by its products from each block's beginning.

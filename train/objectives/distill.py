@@ -20,8 +20,8 @@ from lowline.train.objectives.next_token import Objective
 from lowline.train.objectives.teacher import TeacherObjective, TeacherSection, build_teacher
 
 if TYPE_CHECKING:
-    import torch
     import torch.nn as nn
+    from torch import Tensor
     from torchtitan.components.loss import ChunkedLossWrapper
     from torchtitan.trainer import Trainer
 
@@ -48,12 +48,8 @@ class DistillSection(TeacherSection):
             raise ValueError(f"top_k = {self.top_k} without a logit_cache; name its folder")
 
     def divergence(
-        self,
-        logits_BTV: torch.Tensor,
-        teacher_BTV: torch.Tensor,
-        labels_BT: torch.Tensor,
-        temperature: float,
-    ) -> torch.Tensor:
+        self, logits_BTV: Tensor, teacher_BTV: Tensor, labels_BT: Tensor, temperature: float
+    ) -> Tensor:
         """Return τ² KL(teacher ‖ student), summed over tokens with a label."""
         from lowline.linearize.losses import distillation_loss
 
@@ -110,7 +106,7 @@ class CachedObjective(TeacherObjective):
         super().__init__(loss_fn, build)
         self.cache = cache
 
-    def _wanted(self, inputs_BL: torch.Tensor, extra: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def _wanted(self, inputs_BL: Tensor, extra: dict[str, Any]) -> dict[str, Tensor]:
         import torch
         import torch.distributed as dist
 

@@ -29,8 +29,8 @@ from lowline.train.objectives.next_token import Batch, Objective
 from lowline.train.objectives.teacher import build_teacher, check_teacher, logit_chunks
 
 if TYPE_CHECKING:
-    import torch
     import torch.nn as nn
+    from torch import Tensor
     from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper
     from torchtitan.trainer import Trainer
 
@@ -95,7 +95,7 @@ class DpoObjective(Objective):
     ) -> None:
         super().__init__(loss_fn)
         self.section, self.reference = section, reference
-        self._numbers: dict[str, torch.Tensor] = {}
+        self._numbers: dict[str, Tensor] = {}
         self._teacher: nn.Module | None = None  # while the reference's sums are computed
 
     def begin(self, trainer: Any) -> None:
@@ -132,7 +132,7 @@ class DpoObjective(Objective):
     def begin_step(self, step: int) -> None:
         self._numbers = {}
 
-    def loss(self, model: nn.Module, batch: Batch, valid_tokens: torch.Tensor) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: Batch, valid_tokens: Tensor) -> Tensor:
         """See `Objective.loss`; a pair has two labels."""
         import torch
 
@@ -155,7 +155,7 @@ class DpoObjective(Objective):
         same, _ = self.loss_fn(hidden_BLD, answers.labels_BL, weight=answers.spread(weight_A))
         return same + (loss - same).detach()
 
-    def held_out(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def held_out(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """See `Objective.held_out`; "loss" is this objective's."""
         inputs_BL, labels_BL, extra = batch
         answers = Answers(inputs_BL, labels_BL, extra["positions"])
@@ -165,11 +165,11 @@ class DpoObjective(Objective):
         sums_A = answers.sums(self._log_p(model(inputs_BL, **extra), answers.labels_BL))
         return {name: 2 * number for name, number in self._of_pairs(sums_A, reference_A).items()}
 
-    def numbers(self) -> dict[str, torch.Tensor]:
+    def numbers(self) -> dict[str, Tensor]:
         """Return rewards β(log π - log π₀), their margin and how often it is above 0: means."""
         return {f"dpo/{name}": number for name, number in self._numbers.items()}
 
-    def _of_pairs(self, sums_A: torch.Tensor, reference_A: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _of_pairs(self, sums_A: Tensor, reference_A: Tensor) -> dict[str, Tensor]:
         """Return sums over pairs, whose answers follow each other, the better one first."""
         import torch.nn.functional as F
 
@@ -185,7 +185,7 @@ class DpoObjective(Objective):
             "rejected_reward": rejected_P.sum(),
         }
 
-    def _log_p(self, hidden_BLD: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
+    def _log_p(self, hidden_BLD: Tensor, labels_BL: Tensor) -> Tensor:
         """Return log π of each label, 0 where there is none; logits exist for a chunk at a time."""
         import torch
 
@@ -197,9 +197,7 @@ class DpoObjective(Objective):
         log_p = [log_probabilities(full_logits(wrapper.lm_head(h)), ids) for h, ids in pieces]
         return torch.cat(log_p, 1)
 
-    def _of_reference(
-        self, answers: Answers, inputs_BL: torch.Tensor, extra: dict[str, Any]
-    ) -> torch.Tensor:
+    def _of_reference(self, answers: Answers, inputs_BL: Tensor, extra: dict[str, Any]) -> Tensor:
         """Return the reference's sum of each answer; compute what is missing.
 
         Raises:
@@ -235,9 +233,7 @@ class Answers:
         labels_BL: a label where an answer begins (`lowline.train.data.packing`).
     """
 
-    def __init__(
-        self, inputs_BL: torch.Tensor, labels_BL: torch.Tensor, positions_BL: torch.Tensor
-    ) -> None:
+    def __init__(self, inputs_BL: Tensor, labels_BL: Tensor, positions_BL: Tensor) -> None:
         from torchtitan.components.loss import IGNORE_INDEX
 
         self.document_BL = (positions_BL == 0).cumsum(1)  # from 1 on
@@ -248,14 +244,14 @@ class Answers:
         self.labels_BL = inputs_BL.roll(-1, 1).where(answers_BL & ~ends_BL, IGNORE_INDEX)
         self.of_row_B = begun_BL[:, -1].tolist()
 
-    def sums(self, log_p_BL: torch.Tensor) -> torch.Tensor:
+    def sums(self, log_p_BL: Tensor) -> Tensor:
         """Return the sum over each answer's tokens."""
         import torch
 
         sums_BL = torch.zeros_like(log_p_BL).scatter_add_(1, self.document_BL - 1, log_p_BL)
         return torch.cat([row[:n] for row, n in zip(sums_BL, self.of_row_B, strict=True)])
 
-    def spread(self, of_answers_A: torch.Tensor) -> torch.Tensor:
+    def spread(self, of_answers_A: Tensor) -> Tensor:
         """Return each answer's number at each of its document's tokens."""
         import torch
 
@@ -264,7 +260,7 @@ class Answers:
             row[: len(part)] = part
         return numbers_BL.gather(1, self.document_BL - 1)
 
-    def keys(self, inputs_BL: torch.Tensor) -> list[str]:
+    def keys(self, inputs_BL: Tensor) -> list[str]:
         """Return a digest of each answer with what comes before it."""
         keys = []
         for ids, labels, documents, n in zip(
@@ -325,7 +321,7 @@ class Reference:
     def get(self, keys: list[str]) -> list[float]:
         return [self._known[key] for key in keys]
 
-    def add(self, keys: list[str], sums_A: torch.Tensor) -> None:
+    def add(self, keys: list[str], sums_A: Tensor) -> None:
         """Note the sums of answers that are not there yet."""
         pairs = zip(keys, sums_A.tolist(), strict=True)
         new = {key: number for key, number in pairs if key not in self._known}

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from lowline.errors import LowlineError
 from lowline.files import write_tensors, write_text
@@ -25,7 +26,7 @@ from lowline.train.config.run import RunConfig
 from lowline.train.objectives.distill import DistillSection
 from lowline.train.objectives.losses import full_logits
 
-TopK = tuple[torch.Tensor, torch.Tensor]
+TopK = tuple[Tensor, Tensor]
 """Log-probabilities (B, T, k + 1) in fp16, the last of all other tokens, and k ids (B, T, k)."""
 
 
@@ -64,7 +65,7 @@ class LogitCache:
         else:
             write_text(manifest, json.dumps(mine, indent=1) + "\n")
 
-    def read(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor | None) -> TopK | None:
+    def read(self, ids_BT: Tensor, positions_BT: Tensor | None) -> TopK | None:
         """Return what is kept of a batch; None unless all of its rows are there.
 
         Raises:
@@ -76,7 +77,7 @@ class LogitCache:
         log_p, ids = zip(*map(self._read, paths), strict=True)
         return torch.stack(log_p).to(ids_BT.device), torch.stack(ids).to(ids_BT.device)
 
-    def write(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor | None, top_k: TopK) -> None:
+    def write(self, ids_BT: Tensor, positions_BT: Tensor | None, top_k: TopK) -> None:
         """Keep what `top_k_of` found, a file for each row.
 
         Raises:
@@ -87,7 +88,7 @@ class LogitCache:
             tensors = {"log_p": log_p[row].clone(), "ids": ids[row].int()}
             write_tensors(path, tensors, metadata={"sha256": _digest(*tensors.values())})
 
-    def _paths(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor | None) -> list[Path]:
+    def _paths(self, ids_BT: Tensor, positions_BT: Tensor | None) -> list[Path]:
         seen = ids_BT[:, None] if positions_BT is None else torch.stack([ids_BT, positions_BT], 1)
         names = [hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in seen.long().cpu()]
         return [self.folder / name[:2] / f"{name[2:32]}.safetensors" for name in names]
@@ -104,7 +105,7 @@ class LogitCache:
         return log_p, ids.long()
 
 
-def _digest(*tensors: torch.Tensor) -> str:
+def _digest(*tensors: Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.contiguous().numpy().tobytes())
@@ -113,11 +114,7 @@ def _digest(*tensors: torch.Tensor) -> str:
 
 @torch.no_grad()
 def top_k_of(
-    hidden_BTD: torch.Tensor,
-    head: Callable[[torch.Tensor], torch.Tensor],
-    k: int,
-    temperature: float,
-    chunks: int,
+    hidden_BTD: Tensor, head: Callable[[Tensor], Tensor], k: int, temperature: float, chunks: int
 ) -> TopK:
     """Return the teacher's top-k tokens; logits exist for T/chunks tokens of each row at a time.
 

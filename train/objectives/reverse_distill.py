@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from lowline.train.objectives.teacher import TeacherSection
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +29,8 @@ class ReverseDistillSection(TeacherSection):
     measure = "reverse_kl"
 
     def divergence(
-        self,
-        logits_BTV: torch.Tensor,
-        teacher_BTV: torch.Tensor,
-        labels_BT: torch.Tensor,
-        temperature: float,
-    ) -> torch.Tensor:
+        self, logits_BTV: Tensor, teacher_BTV: Tensor, labels_BT: Tensor, temperature: float
+    ) -> Tensor:
         """Return τ² KL(student ‖ teacher), summed over tokens with a label.
 
         The gradient goes through both places in which the student's distribution stands.

@@ -21,8 +21,8 @@ from lowline.train.config.tables import ConfigError
 from lowline.train.objectives.next_token import Batch, Objective
 
 if TYPE_CHECKING:
-    import torch
     import torch.nn as nn
+    from torch import Tensor
     from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper
     from torchtitan.trainer import Trainer
 
@@ -52,12 +52,8 @@ class TeacherSection(ObjectiveSection):
             )
 
     def divergence(
-        self,
-        logits_BTV: torch.Tensor,
-        teacher_BTV: torch.Tensor,
-        labels_BT: torch.Tensor,
-        temperature: float,
-    ) -> torch.Tensor:
+        self, logits_BTV: Tensor, teacher_BTV: Tensor, labels_BT: Tensor, temperature: float
+    ) -> Tensor:
         """Return D of the student's logits and the teacher's, summed over tokens with a label."""
         raise NotImplementedError
 
@@ -118,7 +114,7 @@ class TeacherObjective(Objective):
         self.loss_fn.loss_fn.teacher_head = teacher.lm_head  # type: ignore[attr-defined]
         return teacher
 
-    def loss(self, model: nn.Module, batch: Batch, valid_tokens: torch.Tensor) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: Batch, valid_tokens: Tensor) -> Tensor:
         """See `Objective.loss`."""
         inputs_BL, labels_BL, extra = batch
         wanted = self._wanted(inputs_BL, extra)
@@ -126,7 +122,7 @@ class TeacherObjective(Objective):
         loss, _ = self.loss_fn(hidden_BLD, labels_BL, valid_tokens, **wanted)
         return loss
 
-    def held_out(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def held_out(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """See `Objective.held_out`."""
         inputs_BL, labels_BL, extra = batch
         wanted = self._wanted(inputs_BL, extra)
@@ -135,7 +131,7 @@ class TeacherObjective(Objective):
         divergence, _ = self.loss_fn(hidden_BLD, labels_BL, **wanted, next_token_weight=0.0)
         return {"loss": loss, self.measure: divergence}
 
-    def _wanted(self, inputs_BL: torch.Tensor, extra: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def _wanted(self, inputs_BL: Tensor, extra: dict[str, Any]) -> dict[str, Tensor]:
         """Return what the loss takes of the teacher."""
         import torch
 
