@@ -55,7 +55,7 @@ class Lookup(CandidateGenerator):
         # (right, all) of each length, with four looked-up tokens as the prior
         self.counts = {m: (4 * m / (m + 2), 4.0) for m in range(1, self.LONGEST + 1)}
 
-    def get_candidates(self, input_ids: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+    def get_candidates(self, input_ids: torch.Tensor, **_: Any) -> Any:
         """Return the tokens with a draft behind them, which may be empty."""
         self._read(input_ids[0, len(self.tokens) :].tolist())
         draft = self._draft(self.LEAST.get(input_ids.device.type, 1.0))

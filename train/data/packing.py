@@ -36,7 +36,7 @@ from lowline.train.data.chat import Conversation, Pair
 from lowline.train.data.columns import BadRows
 from lowline.train.data.encoding import TextEncoder, document_tokens
 from lowline.train.data.order import Dealer, Document
-from lowline.train.data.sources import Source, Text
+from lowline.train.data.sources import Source
 from lowline.train.data.values import BadRowError, Place
 
 IGNORE_INDEX = -100
@@ -54,7 +54,9 @@ class Encoder(TextEncoder, Protocol):
     def encode_chat(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray]: ...
 
 
-def document_rows(document: Text, tokenizer: Encoder) -> tuple[np.ndarray, np.ndarray]:
+def document_rows(
+    document: str | Conversation, tokenizer: Encoder
+) -> tuple[np.ndarray, np.ndarray]:
     """Return a document's tokens and labels, int64 [n] each."""
     if isinstance(document, Conversation):
         tokens, trained = tokenizer.encode_chat(document)
