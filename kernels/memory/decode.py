@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from lowline.kernels.backends import choose
+from lowline.kernels.cpu import unavailable
 from lowline.kernels.memory.op import (
     NO_KERNEL,
     MemoryState,
@@ -102,9 +103,7 @@ def row_memory_steps(
     """
     q, k, v = q_BTHD, k_BTGD, v_BTGV
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    cpu = not_on_cpu(q, k, v, *states)
-    which = choose(OP, backend, q.device, cpu=cpu, triton=NO_KERNEL, module="row_memory")
-    if which == "cpu":
+    if backend in ("auto", "cpu") and q.device.type == "cpu" and unavailable("row_memory") is None:
         from lowline.kernels.memory.cpu import advance
 
         groups = [(tuple(s), tuple(g), e) for s, g, e in zip(states, heads, exact, strict=True)]
@@ -112,7 +111,9 @@ def row_memory_steps(
         o_BTHV = advance(q, k, v, groups, block=block, keeps=keeps, bias=bias, scale=scale)
         if o_BTHV is not None:
             return o_BTHV
-        # a wrong call: its errors are found below
+        # a call that it does not cover, or a wrong one: found below
+    cpu = not_on_cpu(q, k, v, *states)
+    choose(OP, backend, q.device, cpu=cpu, triton=NO_KERNEL, module="row_memory")
     outputs = []
     for state, group, n_exact in zip(states, heads, exact, strict=True):
         of_q, of_k, of_v = (heads_of(x, group, k.shape[2]) for x in (q, k, v))

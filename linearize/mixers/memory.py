@@ -39,6 +39,7 @@ class Memory(Mixer):
             of_heads = options.heads()[shape.layer]
             self.sizes = sorted(set(of_heads))
             self.groups = [[g for g, s in enumerate(of_heads) if s == size] for size in self.sizes]
+        self.exact = [max(rows - options.merged, 0) for _, rows in self.sizes]
 
     def forward(
         self,
@@ -56,12 +57,16 @@ class Memory(Mixer):
         o, one = self.options, len(self.groups) == 1
         states = (state,) if one or state is None else state
         by_token = q.shape[1] == 1 or q.dtype == torch.float32  # else torch is faster with all
-        if by_token and state is not None and are_few(q, cu_seqlens, *chain(*states)):
+        if (
+            by_token
+            and state is not None
+            and are_few(q, cu_seqlens, *chain(*(s[:2] for s in states)))
+        ):
             o_BTHD = row_memory_steps(
                 *(q, k, v),
                 states=states,
                 heads=self.groups,
-                exact=[max(rows - o.merged, 0) for _, rows in self.sizes],
+                exact=self.exact,
                 block=o.block,
                 horizon=o.horizon,
                 bias=o.bias,
