@@ -85,7 +85,7 @@ def losses_of(
 ) -> torch.Tensor:
     """-log p of targets of any shape, from hidden states of that shape with features at the end."""
     head: Any = model.get_output_embeddings()
-    rows = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+    rows = max(1, LOGITS_AT_ONCE // head.out_features)
     pieces = zip(hidden_E.flatten(0, -2).split(rows), target_.flatten().split(rows), strict=True)
     losses = [F.cross_entropy(head(x).float(), y, reduction="none") for x, y in pieces]
     return torch.cat(losses).view(target_.shape)

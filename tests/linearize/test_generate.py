@@ -15,6 +15,7 @@ from transformers import DynamicCache, LlamaConfig, PreTrainedModel, pipeline
 from lowline.cola.int8 import Int8Linear, to_int8
 from lowline.linearize.body.cache import LinearizedCache, MixerLayer, break_even_length, state_bytes
 from lowline.linearize.convert import linearized_config, save
+from lowline.linearize.evaluation.measure import token_losses
 from lowline.linearize.evaluation.rows import rows_of
 from lowline.linearize.mixers import MIXERS
 from lowline.linearize.mixers.base import Mixer
@@ -142,7 +143,10 @@ def test_the_command_decodes_with_weights_of_int8(saved):
     rows = rows_of(str(folder), teacher=str(folder), dtype=torch.float32, int8=True)
     rounded = next(row for row in rows if row.identity.get("weights") == "int8")
     assert rounded.label.endswith(", int8") and not rounded.converted
-    assert isinstance(rounded.load().lm_head, Int8Linear)
+    loaded = rounded.load()
+    assert isinstance(loaded.lm_head, Int8Linear)
+    losses = [token_losses(m, ids[None]).mean() for m in (model, loaded)]
+    assert losses[0] != losses[1] and abs(losses[0] - losses[1]) < 0.05
 
 
 def test_the_command_answers_through_the_chat_template(saved, capsys):
