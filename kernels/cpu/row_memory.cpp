@@ -81,24 +81,25 @@ struct Call {
     piece.weigh(columns, start, seen_from, x.row_tokens + head * x.R, rule.bias, arena);
     float *y = arena.take(piece.lanes * V), *total = piece.total;
     piece.gather(y, piece.weights, V,
-                 [](const Columns& from) { return std::pair(from.v, from.v_apart); });
+                 [](const Columns& from) { return std::pair(from.v, from.v_apart); }, arena);
     for (long lane = 0; lane < piece.lanes; lane++)
       copy_rows(out + ((n * T + start - first + lane % c) * H + g * h + lane / c) * V, V,
                 y + lane * V, V, 1, V, 1 / total[lane]);
     if (!x.R) return;
 
     // What was received: weights over their totals, faded to the end of the piece.
-    const long L = piece.L;
+    const long L = piece.L, few = (piece.lanes + W - 1) / W * W;
     std::memset(total + piece.lanes, 0, sizeof(float) * (L - piece.lanes));
     for (long lane = 0; lane < piece.lanes; lane++)
       total[lane] = std::pow(rule.keeps, float(c - 1 - lane % c)) / total[lane];
     const float fade = std::pow(rule.keeps, float(c));
     float* received = x.row_received + head * x.R;
     for (long r = 0; r < held; r++)
-      received[r] = fade * received[r] + dot(piece.part(1) + r * L, total, L);
+      received[r] = fade * received[r] + dot(piece.part(1) + r * L, total, few);
     for (long s = 0; s < x.w; s++) x.ring_received(n, s, i) *= fade;
-    for (long p = seen_from; p < stop; p++)
-      x.ring_received(n, p % x.w, i) += dot(piece.part(2) + (p - seen_from) * L, total, L);
+    const float* weights = piece.part(2);
+    for (long p = seen_from, s = slot; p < stop; p++, s = s + 1 == x.w ? 0 : s + 1, weights += L)
+      x.ring_received(n, s, i) += dot(weights, total, few);
     float* energy = x.q_energy + head * D / 2;
     for (long lane = 0; lane < piece.lanes; lane++)
       for (long d = 0; d < D / 2; d++) {

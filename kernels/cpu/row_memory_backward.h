@@ -68,7 +68,8 @@ struct Backward {
           const vec weight = load(p) * load(inverse + l);
           store(p, weight), store(d, weight * (load(d) - load(delta + l)));
         }
-      piece.gather(d_q, d_scores, D, [&](const Columns& x) { return std::pair(x.k, x.k_apart); });
+      piece.gather(d_q, d_scores, D, [&](const Columns& x) { return std::pair(x.k, x.k_apart); },
+                   arena);
       for (long lane = 0; lane < piece.lanes; lane++)
         copy_rows(dq + ((n * T + start + lane % c) * H + g * h + lane / c) * D, D, d_q + lane * D,
                   D, 1, D, scale);

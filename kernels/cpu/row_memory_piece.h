@@ -71,7 +71,21 @@ struct Piece {
 
   // y (lanes, n) = Σ over columns of x's lanes times what `of` returns: vectors of n, and how far
   // apart they are.
-  template <class Of> void gather(float* y, float* x, long n, Of of) const {
+  template <class Of> void gather(float* y, float* x, long n, Of of, Arena& arena) const {
+    if (lanes < 6) {  // too few for a product of matrices
+      float* line = arena.take(all);
+      std::memset(y, 0, sizeof(float) * lanes * n);
+      for (long lane = 0; lane < lanes; lane++) {
+        for (long at = 0; at < all; at++) line[at] = x[at * L + lane];
+        const float* weights = line;
+        for (int i = 0; i < 4; weights += columns[i++].count) {
+          const auto [vectors, apart] = of(columns[i]);
+          accumulate(y + lane * n, n, weights, columns[i].count,
+                     [from = vectors, step = apart](long at) { return from + at * step; });
+        }
+      }
+      return;
+    }
     bool add = false;
     for (int i = 0; i < 4; i++) {
       if (!columns[i].count) continue;
@@ -83,22 +97,18 @@ struct Piece {
 
  private:
   void exponentials() {  // less each lane's maximum
-    constexpr int N = 16 / W;
-    for (long l = 0; l < L; l += 16) {
-      vec top[N], sums[N] = {};
-      for (vec& t : top) t = fill(NEGATIVE);
-      for (long x = 0; x < all; x++)
-        for (int j = 0; j < N; j++) {
-          const vec s = load(weights + x * L + l + j * W);
-          top[j] = s > top[j] ? s : top[j];
-        }
-      for (long x = 0; x < all; x++)
-        for (int j = 0; j < N; j++) {
-          float* at = weights + x * L + l + j * W;
-          const vec e = exp(load(at) - top[j]);
-          store(at, e), sums[j] += e;
-        }
-      for (int j = 0; j < N; j++) store(total + l + j * W, sums[j]);
+    for (long l = 0; l < L; l += W) {
+      vec top = fill(NEGATIVE), sums{};
+      for (long x = 0; x < all && l < lanes; x++) {
+        const vec s = load(weights + x * L + l);
+        top = s > top ? s : top;
+      }
+      for (long x = 0; x < all && l < lanes; x++) {
+        float* at = weights + x * L + l;
+        const vec e = exp(load(at) - top);
+        store(at, e), sums += e;
+      }
+      store(total + l, sums);
     }
   }
 };
