@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 READ = 512  # tokens
 FILLED = 2048  # tokens after which mixers' states are full
 OURS, Q8 = "lowline", "llama.cpp, Q8_0"
+_silent: Any = None  # llama.cpp's log; it keeps the pointer
 
 
 def check_gguf(gguf: Path | None) -> None:
@@ -96,7 +97,7 @@ def _library() -> tuple[Any, Any]:
     from llama_cpp_py_sync import _cffi_bindings as bindings
 
     ffi, lib = bindings.get_ffi(), bindings.get_lib()
-    global _silent  # llama.cpp keeps the pointer
+    global _silent
     _silent = ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda *args: None)
     lib.llama_log_set(_silent, ffi.NULL)
     return ffi, lib
