@@ -80,10 +80,10 @@ def load_teacher(
         family_of(fields, str(source))
     directory = hf_directory(place)
     config = read_config(directory)
-    if (fields := read_json(directory / mamba_in_llama.FILE)) is None:
+    if (published := read_json(directory / mamba_in_llama.FILE)) is None:
         weights = read_weights(directory, config)
     else:
-        config = mamba_in_llama.published_config(config, fields)
+        config = mamba_in_llama.published_config(config, published)
         with named(directory):
             weights = mamba_in_llama.published_weights(_read(stored_weights(directory)), config)
         if config.tie_word_embeddings:

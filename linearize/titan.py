@@ -147,7 +147,7 @@ class MixerAttention(GQAttention):
             full = weight.full_tensor() if isinstance(weight, DTensor) else weight
             mixer.get_parameter(name).copy_(full)
         exact = (t.float() for t in sample[:-1])
-        values = mixer.fit(Sample(*exact, sample.cu_seqlens))
+        values = mixer.fit(Sample._make([*exact, sample.cu_seqlens]))
         return {name: value.detach().clone() for name, value in values.items()}
 
     def forward(
@@ -187,7 +187,7 @@ class MixerAttention(GQAttention):
         if transfer.take_sample is not None:
             tensors = self._inputs_of_mixer(inputs, positions, x_BLD, *qkv)
             wanted = softmax_BLNH.reshape(*tensors[0].shape[:2], *softmax_BLNH.shape[2:])
-            transfer.take_sample(Sample(*tensors, wanted, inputs.cu_seqlens))
+            transfer.take_sample(Sample._make([*tensors, wanted, inputs.cu_seqlens]))
             return softmax_BLNH
         with torch.set_grad_enabled(transfer.learns):
             out_BLNH = self._mixed(inputs, positions, x_BLD, *qkv)

@@ -55,13 +55,9 @@ class Memory(Mixer):
         """See `Mixer.forward`. The state is one for each group of heads if there are several."""
         q, k, v = (apply_rope(q_BTHD, rope), apply_rope(k_BTGD, rope), v_BTGD)
         o, one = self.options, len(self.groups) == 1
-        states = (state,) if one or state is None else state
+        states = [] if state is None else [state] if one else list(state)
         by_token = q.shape[1] == 1 or q.dtype == torch.float32  # else torch is faster with all
-        if (
-            by_token
-            and state is not None
-            and are_few(q, cu_seqlens, *chain(*(s[:2] for s in states)))
-        ):
+        if by_token and states and are_few(q, cu_seqlens, *chain(*(s[:2] for s in states))):
             o_BTHD = row_memory_steps(
                 *(q, k, v),
                 states=states,
@@ -76,7 +72,7 @@ class Memory(Mixer):
         outputs, after = [], []
         for n, (size, heads) in enumerate(zip(self.sizes, self.groups, strict=True)):
             given = [heads_of(x, heads, k.shape[2]) for x in (q, k, v)]
-            of_group = self._attend(given, size, None if state is None else states[n], cu_seqlens)
+            of_group = self._attend(given, size, states[n] if states else None, cu_seqlens)
             outputs.append(of_group[0])
             after.append(of_group[1])
         return in_order(outputs, self.groups), after[0] if one else tuple(after)

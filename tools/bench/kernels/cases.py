@@ -183,12 +183,14 @@ def slots_step_case(shape: Shape, backend: str, context: int) -> Callable[[], ob
 
     bias = torch.zeros(shape.heads, SUMMARY, device=shape.device)
 
-    def inputs(length: int) -> list[Any]:
+    def inputs(length: int) -> tuple[Any, ...]:
         slot = torch.randint(SUMMARY, (1, length, shape.heads), device=shape.device)
-        return [*(shape.randn(1, length, shape.heads, shape.head_dim) for _ in range(3)), slot]
+        q, k, v = (shape.randn(1, length, shape.heads, shape.head_dim) for _ in range(3))
+        return q, k, v, slot, bias
 
-    _, state = slot_window_attention(*inputs(context), bias, window=WINDOW, sinks=SINKS)
-    token = [x[:, 0] for x in inputs(1)]
+    _, state = slot_window_attention(*inputs(context), window=WINDOW, sinks=SINKS)
+    q, k, v, slot, _ = inputs(1)
+    token = (q[:, 0], k[:, 0], v[:, 0], slot[:, 0])
     return partial(slot_window_step, *token, bias, state=state, backend=backend)
 
 
