@@ -209,6 +209,7 @@ def test_train_returns_what_the_run_came_to(tmp_path):
     changes = ["--training.steps=4", f"--output={tmp_path / 'run'}"]
     config = lowline.load_config("demo_cola", [*ARGUMENTS, *changes])
     root, lines = logging.getLogger(), logging.getLogger("lowline")
+    import datasets  # noqa: F401  (a filter of warnings comes with its first import)
 
     def logging_state():
         return root.level, list(root.handlers), lines.level, list(lines.handlers), warnings.filters

@@ -51,9 +51,11 @@ def admit(
         if rule.merged:
             rest = kept.sort(dim=-1, stable=True).indices[..., : tokens.shape[-1] - rule.exact]
             weight, free = _weights(q_energy_NGd, v_energy_NG, seen), _take(rows, rest)
-            while bool(excess_NG.any()):
+            for _ in range(int(excess_NG.max())):  # a round merges a pair, except of NaN
                 free, merged_NG = _merge_round(free, excess_NG, weight, rule.block)
                 excess_NG = excess_NG - merged_NG
+                if not bool(excess_NG.any()):
+                    break
             rows = Rows(*(x.scatter(2, _at(rest, x), y) for x, y in zip(rows, free, strict=True)))
         else:
             rows = rows._replace(tokens=torch.where(excess_NG[..., None] > 0, kept, tokens))

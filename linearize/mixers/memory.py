@@ -33,8 +33,8 @@ class Memory(Mixer):
         self.options = options
         self.sizes = [(options.window, options.exact + options.merged)]
         """Window and rows of each group of heads."""
-        self.groups = [list(range(shape.n_kv_heads))]
-        """The key and value heads of each size."""
+        self.groups: list[list[int]] = []
+        """The key and value heads of each size; all that there are, where all have one size."""
         if options.budget:
             of_heads = options.heads()[shape.layer]
             self.sizes = sorted(set(of_heads))
@@ -54,14 +54,15 @@ class Memory(Mixer):
     ) -> tuple[torch.Tensor, State]:
         """See `Mixer.forward`. The state is one for each group of heads if there are several."""
         q, k, v = (apply_rope(q_BTHD, rope), apply_rope(k_BTGD, rope), v_BTGD)
-        o, one = self.options, len(self.groups) == 1
+        groups = self.groups or [list(range(k.shape[2]))]  # of a rank: its own heads
+        o, one = self.options, len(groups) == 1
         states = [] if state is None else [state] if one else list(state)
         by_token = q.shape[1] == 1 or q.dtype == torch.float32  # else torch is faster with all
         if by_token and states and are_few(q, cu_seqlens, *chain(*(s[:2] for s in states))):
             o_BTHD = row_memory_steps(
                 *(q, k, v),
                 states=states,
-                heads=self.groups,
+                heads=groups,
                 exact=self.exact,
                 block=o.block,
                 horizon=o.horizon,
@@ -70,12 +71,12 @@ class Memory(Mixer):
             )
             return o_BTHD, state
         outputs, after = [], []
-        for n, (size, heads) in enumerate(zip(self.sizes, self.groups, strict=True)):
+        for n, (size, heads) in enumerate(zip(self.sizes, groups, strict=True)):
             given = [heads_of(x, heads, k.shape[2]) for x in (q, k, v)]
             of_group = self._attend(given, size, states[n] if states else None, cu_seqlens)
             outputs.append(of_group[0])
             after.append(of_group[1])
-        return in_order(outputs, self.groups), after[0] if one else tuple(after)
+        return in_order(outputs, groups), after[0] if one else tuple(after)
 
     def _attend(
         self,

@@ -274,3 +274,14 @@ def test_what_does_not_fit_is_refused():
     odd = [x[..., :7] for x in given[:2]]
     with pytest.raises(ValueError, match="even number of features"):
         row_memory_attention(*odd, given[2], **options)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=needs_compiler)])
+def test_a_key_that_is_no_number_ends_nothing_but_its_own_sequence(backend):
+    """Such a row has no nearest one to merge with."""
+    given = wide(40)
+    given[1][0, 20] = torch.nan
+    o, _ = row_memory_attention(*given, **CASES["both"], backend=backend)
+    assert o[0, :20].isfinite().all() and o[1].isfinite().all()
+    alone, _ = row_memory_attention(*(x[1:] for x in given), **CASES["both"], backend=backend)
+    torch.testing.assert_close(o[1:], alone)
