@@ -30,7 +30,7 @@ from lowline.errors import LowlineError
 from lowline.linearize.evaluation.measure import Advance, beginning, digest, encode
 from lowline.linearize.evaluation.retrieval import continued, sentence_end
 
-NOISE = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+NOISE = " Rain falls on the roof. The cat is asleep. Bread is in the oven. Somebody sings outside."
 SPARE = 12  # tokens that a continuation may have beside the answers
 FIRST = (
     "amber brave calm dusty eager faint giant happy icy jolly kind lucky misty noble proud quick"
@@ -63,21 +63,20 @@ def _needles(draw: random.Random, what: str, keys: int, values: int) -> Task:
     """Return facts of `keys` keys, and a question for the first key's `values` values."""
 
     def value() -> str:
-        if what == "numbers":
+        if what == "number":
             return str(draw.randrange(10**6, 10**7))
         return str(uuid.UUID(int=draw.getrandbits(128), version=4))
 
     pairs = [f"{first}-{second}" for first in FIRST.split() for second in SECOND.split()]
     names = draw.sample(pairs, keys)
     told = [(name, value()) for name in names for _ in range(values if name == names[0] else 1)]
-    facts = [f" One of the special magic {what} for {name} is: {value}." for name, value in told]
+    facts = [f" The access {what} of {name} is: {value}." for name, value in told]
     draw.shuffle(facts)
     return Task(
-        f"Some special magic {what} are hidden within the following text. Make sure to memorize "
-        f"them. I will quiz you about the {what} afterwards.\n",
+        f"Read this text. At its end you are asked for an access {what} that it names.\n",
         facts,
-        f"\nWhat are all the special magic {what} for {names[0]} mentioned in the provided text? "
-        f"The special magic {what} for {names[0]} mentioned in the provided text are",
+        f"\nQuestion: Which access {what} does the text give {names[0]}? Name each of them. "
+        f"Answer: The access {what} of {names[0]} is:",
         [value for name, value in told if name == names[0]],
     )
 
@@ -90,21 +89,20 @@ def _chain(draw: random.Random, hops: int = 4) -> Task:
     draw.shuffle(chain)
     given = [value, *(f"VAR {name}" for name in chain)]
     return Task(
-        "Memorize and track the chain(s) of variable assignment hidden in the following text.\n",
+        "Read this text. It sets variables, of whose values you are asked at its end.\n",
         [f" VAR {name} = {of}." for name, of in zip(chain, given, strict=False)],
-        f"\nQuestion: Find all variables that are assigned the value {value} in the text above. "
-        "Answer: According to the chain(s) of variable assignment in the text above, "
-        f"{len(chain)} variables are assigned the value {value}, they are:",
+        f"\nQuestion: Which variables have the value {value}? Name each of them. "
+        f"Answer: The {len(chain)} variables that have the value {value} are:",
         chain,
     )
 
 
 KINDS: dict[str, tuple[bool, Callable[[random.Random], Task]]] = {
-    "niah-1": (True, lambda draw: _needles(draw, "numbers", 1, 1)),
-    "niah-2": (False, lambda draw: _needles(draw, "numbers", 1, 1)),
-    "niah-3": (False, lambda draw: _needles(draw, "uuids", 1, 1)),
-    "multikey": (False, lambda draw: _needles(draw, "numbers", 4, 1)),
-    "multivalue": (False, lambda draw: _needles(draw, "numbers", 1, 4)),
+    "niah-1": (True, lambda draw: _needles(draw, "number", 1, 1)),
+    "niah-2": (False, lambda draw: _needles(draw, "number", 1, 1)),
+    "niah-3": (False, lambda draw: _needles(draw, "identifier", 1, 1)),
+    "multikey": (False, lambda draw: _needles(draw, "number", 4, 1)),
+    "multivalue": (False, lambda draw: _needles(draw, "number", 1, 4)),
     "variables": (True, _chain),
 }
 """Of each kind of prompt: whether it is among repeated sentences, and what makes it."""

@@ -2,11 +2,9 @@
 
     lowline bench decode converted/ --weights int8 --part llama --gguf teacher.gguf
 
-llama.cpp runs the teacher with its matrices in Q8_0, made of the GGUF file. A context's first
-`READ` tokens are read and the rest of the cache is copies of them, which cost what any other
-keys and values do; a converted model without softmax layers reads at most `FILLED` tokens. It runs
-in this process, from the package llama-cpp-py-sync, or from another build of llama.cpp that
-LLAMA_CPP_LIB names.
+llama.cpp runs the teacher with its matrices in Q8_0, made of the GGUF file, and reads every
+context; a converted model without softmax layers reads at most `FILLED` tokens. llama.cpp runs in
+this process, from the package llama-cpp-py-sync, or from another build that LLAMA_CPP_LIB names.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
 
     from lowline.tools.bench.decode import Setup
 
-READ = 512  # tokens
+READ = 512  # tokens that llama.cpp reads together
 FILLED = 2048  # tokens after which mixers' states are full
 OURS, Q8 = "lowline", "llama.cpp, Q8_0"
 _silent: Any = None  # llama.cpp's log; it keeps the pointer
@@ -145,29 +143,19 @@ class _Model:
 
         ffi, lib = self.ffi, self.lib
         how = lib.llama_context_default_params()
-        how.n_ctx, how.n_batch, how.n_ubatch = context + READ + new, READ, READ
+        how.n_ctx, how.n_batch, how.n_ubatch = context + new, READ, READ
         how.n_threads = how.n_threads_batch = threads
-        how.n_seq_max, how.kv_unified = 2, True
         state = lib.llama_init_from_model(self.model, how)
-        memory, read = lib.llama_get_memory(state), min(context, READ)
+        memory = lib.llama_get_memory(state)
 
         def feed(ids: list[int]) -> None:
             tokens = ffi.new("llama_token[]", ids)
             if code := lib.llama_decode(state, lib.llama_batch_get_one(tokens, len(ids))):
                 raise RuntimeError(f"llama_decode: {code}")
 
-        rng = np.random.default_rng(0)
-        feed(rng.integers(self.vocabulary, size=read).tolist())
-        size = lib.llama_state_seq_get_size(state, 0)
-        held = ffi.new("uint8_t[]", size)
-        lib.llama_state_seq_get_data(state, held, size, 0)
-        for left in range(context - read, 0, -read):  # of the same positions, in other cells
-            if not lib.llama_state_seq_set_data(state, held, size, 1):
-                raise RuntimeError(f"llama.cpp has no room for {context} tokens")
-            if left < read:
-                lib.llama_memory_seq_rm(memory, 1, left, -1)
-            lib.llama_memory_seq_cp(memory, 1, 0, -1, -1)
-            lib.llama_memory_seq_rm(memory, 1, -1, -1)
+        ids = np.random.default_rng(0).integers(self.vocabulary, size=context).tolist()
+        for at in range(0, context, READ):
+            feed(ids[at : at + READ])
 
         def call() -> None:
             token = 1
@@ -175,6 +163,6 @@ class _Model:
                 feed([token])
                 logits = ffi.buffer(lib.llama_get_logits_ith(state, -1), 4 * self.vocabulary)
                 token = int(np.frombuffer(logits, np.float32).argmax())
-            lib.llama_memory_seq_rm(memory, 0, read, -1)
+            lib.llama_memory_seq_rm(memory, 0, context, -1)
 
         return call
