@@ -203,10 +203,11 @@ def _templates(cache: LinearizedCache, rows: int, length: int, dtype: torch.dtyp
         if isinstance(layer, MixerLayer):
             found.append(states[number])
             continue
-        shape = config.head_shape(number)
+        kv_heads = config.num_key_value_heads or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None)  # a teacher's may lack it
+        head_dim = head_dim or config.hidden_size // config.num_attention_heads
         tokens = min(length, layer.sliding_window - 1) if layer.is_sliding else length
-        size = (rows, shape.n_kv_heads, tokens, shape.head_dim)
-        kv = torch.empty(size, dtype=dtype, device="meta")
+        kv = torch.empty(rows, kv_heads, tokens, head_dim, dtype=dtype, device="meta")
         found.append((kv, kv))
     return found
 

@@ -236,7 +236,7 @@ def test_a_template_that_refuses_everything_ends(tmp_path, monkeypatch):
     loader = LaneDataLoader.Config(
         source=SourceConfig(**options, on_bad_row="skip"), global_batch_size=1
     ).build(dp_world_size=1, dp_rank=0, tokenizer=refusing(), seq_len=8, local_batch_size=1)
-    with pytest.raises(LowlineError, match="refuses 20 conversations.*line 1"):
+    with pytest.raises(LowlineError, match="20 conversations one.*line 1: .*template refuses"):
         next(iter(loader))
 
 
