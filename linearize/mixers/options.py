@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from lowline.errors import LowlineError
 from lowline.kernels.backend_names import Backend
+from lowline.linearize.mixers.budgets import Budget, check_budget, parse_budget
 from lowline.linearize.mixers.checks import (
     check_backend,
     check_bool,
@@ -224,27 +225,11 @@ class MemoryOptions(MixerOptions):
             if (rows or not self.budget) and self.block > window:
                 raise LowlineError(f"block = {self.block} with window = {window}; at most that")
 
-    def heads(self) -> list[list[tuple[int, int]]]:
-        """Return window and rows of each layer's heads; one for all where there is no budget.
-
-        Raises:
-            LowlineError: a budget of another form.
-        """
-        if not isinstance(self.budget, str):
-            raise LowlineError(f"budget = {self.budget!r}; give a text such as '64+192, 300; 16+8'")
-        found = []
-        for n, layer in enumerate(self.budget.split(";") if self.budget else [""]):
-            heads = [head.strip() for head in layer.split(",")] if self.budget else []
-            for head in heads:
-                if not all(number.isascii() and number.isdigit() for number in head.split("+", 1)):
-                    raise LowlineError(
-                        f"budget: {head!r} in layer {n}; give each key and value head a window, or "
-                        "a window and rows, such as '300' or '64+192'"
-                    )
-            numbers = [head.partition("+") for head in heads]
-            sizes = [(int(window), int(rows or 0)) for window, _, rows in numbers]
-            found.append(sizes or [(self.window, self.exact + self.merged)])
-        return found
+    def heads(self) -> Budget:
+        """Return window and rows of each layer's heads; one for all where there is no budget."""
+        if self.budget == "":
+            return [[(self.window, self.exact + self.merged)]]
+        return parse_budget(self.budget)
 
     @property
     def softmax_tokens(self) -> int:
@@ -254,15 +239,8 @@ class MemoryOptions(MixerOptions):
 
     def check_model(self, n_layers: int, n_kv_heads: int) -> None:
         """Raise ValueError for a budget of another number of layers or heads."""
-        layers = self.heads() if self.budget else []
-        if layers and len(layers) != n_layers:
-            raise LowlineError(f"budget has {len(layers)} layers, the model {n_layers}")
-        for n, heads in enumerate(layers):
-            if len(heads) != n_kv_heads:
-                raise LowlineError(
-                    f"budget has {len(heads)} heads in layer {n}, the model {n_kv_heads} key and "
-                    "value heads"
-                )
+        if self.budget:
+            check_budget(self.heads(), n_layers, n_kv_heads)
 
     @property
     def splits(self) -> bool:
