@@ -13,6 +13,7 @@ import torch
 
 from lowline.kernels.cpu import load
 from lowline.kernels.memory.op import MemoryState, Rule
+from lowline.kernels.scan.cpu import rows
 
 Group = tuple[tuple[torch.Tensor, ...], tuple[int, ...], int]
 """A state, its key/value heads, and how many of its rows are never merged."""
@@ -33,7 +34,7 @@ def advance(
 ) -> torch.Tensor | None:
     """Return o_BTHV of tokens that enter the states; None, nothing done, where they do not fit."""
     numbers: Any = (block, keeps, float(bias), float(scale))
-    tokens = map(_dense, (q_BTHD, k_BTGD, v_BTGV))
+    tokens = map(rows, (q_BTHD, k_BTGD, v_BTGV))
     return load("row_memory").advance(*tokens, tuple(groups), *numbers, places)
 
 
@@ -89,7 +90,7 @@ class _Attention(torch.autograd.Function):
         size = (N, G, -(-T // rule.block), rule.rows + rule.block)
         places = torch.empty(size, dtype=torch.int32)
         o = _advance(tokens, after, rule, places)
-        ctx.save_for_backward(*map(_dense, tokens), o, places)
+        ctx.save_for_backward(*map(rows, tokens), o, places)
         ctx.rule = rule
         ctx.mark_non_differentiable(*(getattr(after, name) for name in NOT_LEARNED))
         ctx.set_materialize_grads(False)
@@ -101,7 +102,7 @@ class _Attention(torch.autograd.Function):
         (q, k, v, o, places), rule = ctx.saved_tensors, ctx.rule
         of_state = MemoryState(*grads)  # type: ignore[arg-type]
         (N, T, G, D), V, w, s = k.shape, v.shape[-1], rule.window, min(rule.sinks, k.shape[1])
-        do = torch.zeros_like(o) if do is None else _dense(do)
+        do = torch.zeros_like(o) if do is None else rows(do)
         of_rows = [
             k.new_zeros(N, G, rule.rows, n)
             if x is None
@@ -121,8 +122,3 @@ class _Attention(torch.autograd.Function):
             if sinks is not None:
                 d[:, :s] += sinks[:, :s]
         return dq, dk, dv, None, *[None] * len(grads)
-
-
-def _dense(x: torch.Tensor) -> torch.Tensor:
-    """Return x with its features side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()

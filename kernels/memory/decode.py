@@ -21,6 +21,7 @@ from lowline.kernels.memory.op import (
     check_call,
     heads_of,
     in_order,
+    kept_of,
     not_on_cpu,
     state_shapes,
 )
@@ -107,7 +108,7 @@ def row_memory_steps(
         from lowline.kernels.memory.cpu import advance
 
         groups = [(tuple(s), tuple(g), e) for s, g, e in zip(states, heads, exact, strict=True)]
-        keeps = 1 - 1 / horizon if horizon else 1.0
+        keeps = kept_of(horizon)
         o_BTHV = advance(q, k, v, groups, block=block, keeps=keeps, bias=bias, scale=scale)
         if o_BTHV is not None:
             return o_BTHV

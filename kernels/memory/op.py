@@ -78,6 +78,11 @@ class MemoryState(NamedTuple):
     length: torch.Tensor  # (N,) int64, tokens seen
 
 
+def kept_of(horizon: int) -> float:
+    """Return the part of the attention received that is left after one more query."""
+    return 1 - 1 / horizon if horizon else 1.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """The numbers that define the memory; see the module."""
@@ -94,7 +99,7 @@ class Rule:
     @property
     def keeps(self) -> float:
         """Return the part of the attention received that is left after one more query."""
-        return 1 - 1 / self.horizon if self.horizon else 1.0
+        return kept_of(self.horizon)
 
     @property
     def rows(self) -> int:

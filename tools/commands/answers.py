@@ -159,15 +159,13 @@ def asked(tokenizer: Any, messages: Any, source: str) -> str:
     Args:
         source: what to name in an error.
     """
-    from lowline.train.data.template import TemplateRefusalError, render_chat
+    from lowline.train.data.template import TemplateRefusalError, render_question
 
     if tokenizer.chat_template is None:
         raise LowlineError(
             f"chat: {source} has no chat template; leave out --chat to continue a text"
         )
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
     try:
-        return str(render_chat(tokenizer, messages, add_generation_prompt=True))
+        return render_question(tokenizer, messages)
     except TemplateRefusalError as error:
         raise LowlineError(f"chat: {error}") from error

@@ -70,9 +70,10 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Any, **options: An
     return rendered
 
 
-def render_question(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
-    """Return a user's message, up to where the answer begins; errors as of `render_chat`."""
-    messages = [{"role": "user", "content": message}]
+def render_question(tokenizer: PreTrainedTokenizerBase, messages: Any) -> str:
+    """Return messages, or a user's one, up to where the answer begins; errors of `render_chat`."""
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
     return str(render_chat(tokenizer, messages, add_generation_prompt=True))
 
 
