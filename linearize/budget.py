@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lowline.errors import LowlineError
+from lowline.kernels.memory.op import kept_of
 from lowline.linearize.body.attention import LinearizedAttention
 from lowline.linearize.body.hf import SOFTMAX
 from lowline.linearize.convert import linearized_config
@@ -239,7 +240,7 @@ def _weights(
     they were normalized, (G, h, P).
     """
     T, block = q_GhTD.shape[2], options.block
-    fade = 1 - 1 / options.horizon if options.horizon else 1.0
+    fade = kept_of(options.horizon)
     fades = fade ** torch.arange(block - 1, -1, -1.0, device=q_GhTD.device)
     received, chosen, log_z = [], [], []
     step = QUERIES // block * block or block
@@ -263,7 +264,7 @@ def _kept(
 ) -> dict[int, torch.Tensor]:
     """Return by size with rows which tokens its rows hold at the positions `at`: (G, P, T)."""
     G, blocks, T = received_GbT.shape
-    fade = (1 - 1 / options.horizon) ** options.block if options.horizon else 1.0
+    fade = kept_of(options.horizon) ** options.block
     with_rows = {n: size for n, size in enumerate(sizes) if size[1]}
     held = {n: received_GbT.new_zeros(G, T, dtype=torch.bool) for n in with_rows}
     found = {n: held[n].new_zeros(G, len(at_P), T) for n in with_rows}
