@@ -36,6 +36,7 @@ from transformers.cache_utils import CacheLayerMixin
 from lowline.errors import LowlineError
 from lowline.linearize.body.context_file import attach_cache, load_cache, save_cache
 from lowline.linearize.mixers.base import Mixer, State
+from lowline.linearize.mixers.state import StateLayout
 
 if TYPE_CHECKING:
     from lowline.linearize.body.hf import LinearizedConfig
@@ -310,30 +311,21 @@ def _tensors(layer: Any) -> Iterator[torch.Tensor]:
 
 
 def _mixer_bytes(config: LinearizedConfig, dtype: torch.dtype) -> int:
-    leaves = tree_leaves(list(example_states(config, dtype).values()))
-    return sum(t.nbytes for t in leaves if isinstance(t, torch.Tensor))
+    return sum(layout.nbytes for layout in state_layouts(config, dtype).values())
 
 
-@torch.no_grad()
-def example_states(
-    config: LinearizedConfig, dtype: torch.dtype, *, rows: int = 1
-) -> dict[int, State]:
-    """Return each mixer's state after a token, which has the structure and shapes of every later
-    one; layers that have the same mixer share it.
-    """
-    made: dict[str, State] = {}
-    found: dict[int, State] = {}
+def state_layouts(config: LinearizedConfig, dtype: torch.dtype) -> dict[int, StateLayout]:
+    """Return the layout of each converted layer's state; those of one mixer share it."""
+    made: dict[str, StateLayout] = {}
+    found: dict[int, StateLayout] = {}
     for layer in config.converted_layers():
-        kind, shape = str(config.mixers[layer]), config.head_shape(layer)
+        kind = str(config.mixers[layer])
         if config.mixers[layer].get("budget"):
             kind += f" in layer {layer}"
         if kind not in made:
-            mixer = config.build_mixer(layer, backend="reference").to(dtype)
-            heads = (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads)
-            q, k, v = (torch.zeros(rows, 1, n, shape.head_dim, dtype=dtype) for n in heads)
-            x = torch.zeros(rows, 1, shape.hidden_size, dtype=dtype)
-            rope = (torch.ones_like(q[:, :, 0]), torch.zeros_like(q[:, :, 0]))
-            made[kind] = mixer(q, k, v, rope=rope, x_BTE=x)[1]
+            with torch.device("meta"):
+                mixer = config.build_mixer(layer)
+            made[kind] = mixer.state_layout(dtype)
         found[layer] = made[kind]
     return found
 

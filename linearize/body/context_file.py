@@ -193,15 +193,15 @@ def _fill(layer: Any, state: Any, length: int) -> None:
 
 def _templates(cache: LinearizedCache, rows: int, length: int, dtype: torch.dtype) -> list[Any]:
     """Return what each layer holds after so many tokens, by structure, shape and dtype."""
-    from lowline.linearize.body.cache import MixerLayer, example_states
+    from lowline.linearize.body.cache import MixerLayer, state_layouts
 
     config, found = cache.config, list[Any]()
     mixed = any(isinstance(layer, MixerLayer) for layer in cache.layers)
-    states = example_states(config, dtype, rows=rows) if mixed else {}
+    states = state_layouts(config, dtype) if mixed else {}
     layers: list[Any] = cache.layers
     for number, layer in enumerate(layers):
         if isinstance(layer, MixerLayer):
-            found.append(states[number])
+            found.append(states[number].empty(rows))
             continue
         kv_heads = config.num_key_value_heads or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None)  # a teacher's may lack it

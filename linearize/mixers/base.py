@@ -14,7 +14,7 @@ model, N sequences (B, or those of `cu_seqlens`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ import torch.nn as nn
 from lowline.kernels.dense import is_one_token, rotate_token
 from lowline.linearize.mixers.fitting import Sample
 from lowline.linearize.mixers.options import MixerOptions
+from lowline.linearize.mixers.state import StateLayout
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 State = Any
@@ -107,6 +108,36 @@ class Mixer(nn.Module):
             every sequence.
         """
         raise NotImplementedError
+
+    def state_layout(self, dtype: torch.dtype = torch.float32) -> StateLayout:
+        """Return structure, shapes and types of its states, where it computes in `dtype`.
+
+        They are those after one token. A mixer whose options have no `backend` runs as it is.
+        """
+        shape, options = self.shape, self.options
+        if hasattr(options, "backend"):
+            options = replace(options, backend="reference")
+        with torch.device("meta"):  # costs no random numbers
+            kind: Any = type(self)
+            mixer = kind(shape, options).to(dtype)
+        mixer.to_empty(device="cpu")
+        with torch.no_grad(), torch.device("cpu"):
+            for weight in mixer.state_dict().values():
+                weight.zero_()
+            heads = (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads)
+            q, k, v = (torch.zeros(1, 1, n, shape.head_dim, dtype=dtype) for n in heads)
+            x = torch.zeros(1, 1, shape.hidden_size, dtype=dtype)
+            rope = (torch.ones_like(q[:, :, 0]), torch.zeros_like(q[:, :, 0]))
+            return StateLayout.of(mixer(q, k, v, rope=rope, x_BTE=x)[1])
+
+    def empty_state(
+        self, n: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> State:
+        """Return the state of n sequences before their first token, all zeros.
+
+        A call with it, and one with `state=None`, give the same.
+        """
+        return self.state_layout(dtype).empty(n, device)
 
     def calibrate(self, k_TGD: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return parameters, by name, to begin with, from the teacher's attention on some text.
