@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import islice
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from helpers import training
 from helpers.objectives import body_of, tiny_run
+from helpers.pairs import CHATML, KEYS, pair, write
 
 from lowline.errors import LowlineError
 from lowline.train.config.run import EvaluationConfig
@@ -21,22 +21,7 @@ from lowline.train.engine.metrics import read_metrics
 from lowline.train.objectives.dpo import DpoObjective, DpoSection, Reference
 from lowline.train.objectives.next_token import Batch
 
-CHATML = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|endoftext|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 ROW = 192
-KEYS = {"prompt_key": "prompt", "chosen_key": "chosen", "rejected_key": "rejected"}
-
-
-def pair(n: int) -> dict[str, str]:
-    good, bad = f"It is {n + n}, for {n} and {n} make it.", f"A list of {n * 'no '}"
-    return {"prompt": f"What is {n} and {n}?", "chosen": good, "rejected": bad}
-
-
-def write(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,11 @@ BUILT = {
     "attention trains, biases": (
         "demo_dense",
         2,
-        ["--model.qkv_bias=true", '--objective.trainable="attention"'],
+        [
+            "--model.qkv_bias=true",
+            '--objective.trainable="attention"',
+            '--objective.frozen=["q", "k"]',
+        ],
     ),
     "mixers between low-rank projections": ("demo_cola", 1, MIXER),
 }

@@ -227,6 +227,21 @@ def test_what_trains(trainable):
         assert parameter.requires_grad == wanted == (parameter.grad is not None), name
 
 
+def test_frozen_projections_stay_and_the_rest_trains():
+    frozen = NextTokenSection(trainable="attention", frozen=["q", "k"])
+    for objective in (frozen, replace(frozen, trainable="all")):
+        run = tiny_run(objective=objective)
+        body, rest = body_of(run), body_of(replace(run, objective=replace(objective, frozen=[])))
+        trained = {name for name, p in body.named_parameters() if p.requires_grad}
+        before = {name for name, p in rest.named_parameters() if p.requires_grad}
+        assert before - trained == {
+            f"layers.{layer}.attention.qkv_linear.{w}.weight"
+            for layer in range(run.model.n_layers)
+            for w in ("wq", "wk")
+        }
+        assert trained < before
+
+
 def test_window_dropout_falls_to_nought_and_depends_on_seed_and_step():
     run = tiny_run(objective=NextTokenSection(window_dropout=0.8, window_dropout_until=0.5))
     many = replace(run, model=replace(run.model, n_layers=64))
@@ -325,6 +340,10 @@ BAD = {
     "--lora.rank=4 --cola.rank={q = 8}": "lora.projections names 'q', which is low-rank here",
     '--lora.rank=4 --objective.trainable="all"': 'objective.trainable = "all" beside [lora]',
     '--objective.kind="transfer" --lora.rank=4': '[lora] with objective.kind = "transfer"',
+    '--objective.frozen=["q", "up"] --objective.trainable="attention"': (
+        "objective.frozen = ['q', 'up']: without it 'up' would not train either"
+    ),
+    '--objective.frozen=["q"] --lora.rank=4': 'objective.trainable = "mixers"; leave frozen out',
     "--compile=true": "compile = true with [mixer]",
     '--objective.kind="transfer" --activation_checkpoint="full"': (
         'activation_checkpoint = "full" with objective.kind'

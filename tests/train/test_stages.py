@@ -138,6 +138,23 @@ def test_stages_stand_over_those_of_a_base(tmp_path: Path) -> None:
         load_stages(child).run(1, teacher="t")
 
 
+def test_a_stage_of_pairs_leaves_conversations_behind(tmp_path: Path) -> None:
+    rows = '[data]\ndataset = "files"\npath = "a.jsonl"\n'
+    chats = rows + 'prompt_key = "question"\nresponse_key = "answer"\non_bad_row = "skip"\n'
+    chats += '[evaluation.data]\ndataset = "files"\npath = "a.jsonl"\nmessages_key = "turns"\n'
+    pairs = '[stage.data]\npath = "b.jsonl"\nchosen_key = "good"\nrejected_key = "bad"\n'
+    text = MINIMAL.replace("[[stage]]", f"{chats}[[stage]]", 1).replace(
+        'kind = "distill"', 'kind = "dpo"'
+    )
+    stages = load_stages(written(tmp_path, text + pairs + pairs.replace("data", "evaluation.data")))
+    first, second = (stages.run(n, teacher="t") for n in (0, 1))
+    assert first.data.prompt_key == "question" and first.held_out().messages_key == "turns"
+    for source in (second.data, second.held_out()):
+        assert (source.chosen_key, source.rejected_key) == ("good", "bad")
+        assert source.messages_key is source.prompt_key is source.response_key is None
+    assert second.data.on_bad_row == "skip" and second.data.path == "b.jsonl"
+
+
 def test_command_line_of_one_stage(tmp_path: Path) -> None:
     file = written(tmp_path)
     stages = load_stages(file, ["--stage.distill.training.steps=7"])

@@ -90,6 +90,9 @@ class ObjectiveSection:
     trainable: Literal["all", "mixers", "attention"] | None = None
     """What trains: all, mixers, or mixers and q, k, v, o ("attention"); without, all, but mixers
     beside [lora] and where nothing else can train."""
+    frozen: list[ProjectionName] = field(default_factory=list)
+    """Projections of all blocks that do not train. After a conversion ["q", "k"] keeps what they
+    look up (arXiv 2606.11052)."""
     window_dropout: Fraction = 0.0
     """The probability at the first step that a mixer goes without its window; it falls to 0."""
     window_dropout_until: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -207,6 +210,7 @@ def check_stage(run: RunConfig) -> None:
             f'only parameters of mixers would train (objective.kind = "{objective.kind}"), and '
             f"{who}; choose another mixer or objective"
         )
+    _check_frozen(run)
     if run.optimizer.mixer_lr is not None and not learned:
         raise ValueError(
             f"optimizer.mixer_lr = {run.optimizer.mixer_lr} without a mixer that has "
@@ -242,6 +246,18 @@ def check_stage(run: RunConfig) -> None:
         )
     if run.parallelism.tensor_parallel > 1:
         _check_tensor_parallel(run)
+
+
+def _check_frozen(run: RunConfig) -> None:
+    """Raise ValueError for frozen projections that would not train in any case."""
+    frozen, trainable = run.objective.frozen, run.trainable()
+    able = {"all": list(PROJECTIONS), "attention": list(ATTENTION), "mixers": []}[trainable]
+    if wrong := [name for name in frozen if name not in able]:
+        which = f"name some of {able}" if able else "leave frozen out"
+        raise ValueError(
+            f"objective.frozen = {frozen}: without it {wrong[0]!r} would not train either, with "
+            f'objective.trainable = "{trainable}"; {which}'
+        )
 
 
 def _check_pairs(run: RunConfig) -> None:

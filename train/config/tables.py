@@ -29,6 +29,9 @@ OF_DATASET = ("path", "name", "revision", "split", "streaming")
 OF_ROWS = ("text_key", "messages_key", "prompt_key", "response_key",
            "chosen_key", "rejected_key", "on_bad_row")  # fmt: skip
 
+# Columns of rows in [data]: a table that names some of one form leaves the other forms behind.
+FORMS = ({"messages_key"}, {"prompt_key", "response_key"}, {"chosen_key", "rejected_key"})
+
 # Two keys for one thing, of which a table has one.
 ONE_OF = {"warmup": "warmup_steps", "warmup_steps": "warmup"}
 
@@ -165,7 +168,8 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
     Lists are values, except for `[[stage]]`: a stage of `over` is merged over that of its name. A
     key that `ONE_OF` names replaces the other one of its pair. A table that chooses another variant
-    (`optimizer.name`, `data.dataset`) leaves behind the keys of `base` that this one does not have.
+    (`optimizer.name`, `data.dataset`, `data.chosen_key`) leaves behind the keys of `base` that this
+    one does not have.
     """
     result = copy.deepcopy(base)
     for name, table in over.items():
@@ -192,6 +196,11 @@ def _leave_behind(name: str, base: dict[str, Any], over: dict[str, Any]) -> None
     """Remove from a table the keys that the variant chosen by `over` does not have."""
     if name == "data" and over.get("dataset", base.get("dataset")) != base.get("dataset"):
         for key in OF_DATASET + (OF_ROWS if over["dataset"] == "embedded" else ()):
+            base.pop(key, None)
+    if name == "data" and (
+        chosen := [form for form in FORMS if form & over.keys() - {"prompt_key"}]
+    ):
+        for key in set().union(*FORMS) - chosen[0]:
             base.pop(key, None)
     variants = VARIANTS.get(name)
     if variants is None or variants.key not in over:

@@ -157,6 +157,7 @@ def _projection(
     by_rows = PROJECTIONS[name].split == "output"
     biased = run.model.qkv_bias and name in QKV
     trains = run.trainable() == "all" or run.trainable() == "attention" and name in ATTENTION
+    trains = trains and name not in run.objective.frozen
     rows, columns = 0 if by_rows else None, None if by_rows else 1
 
     def parameter(*shape: int, tp_dim: int | None = None, part: str = name) -> Parameter:

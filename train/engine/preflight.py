@@ -174,6 +174,7 @@ def check_same_parts(run: RunConfig, checkpoint: Path) -> None:
         ("block", saved.layers(), run.layers()),
         ("objective.kind", saved.objective.kind, run.objective.kind),
         ("objective.trainable", saved.trainable(), run.trainable()),
+        ("objective.frozen", sorted(saved.objective.frozen), sorted(run.objective.frozen)),
         ("optimizer.name", saved.optimizer.name, run.optimizer.name),
     ):
         if one != other:

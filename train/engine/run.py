@@ -276,7 +276,7 @@ def _stage(run: RunConfig) -> list[str]:
             f"mixers   {run.mixer.name} in {layers} of {len(run.layers())} layers, "
             f"{mixers / 1e6:,.2f}M parameters"
         )
-    if not run.objective.perplexity or run.trainable() != "all":
+    if not run.objective.perplexity or run.trainable() != "all" or run.objective.frozen:
         trained = count(run, trained=True)
         teacher = f" from {run.objective.teacher}" if run.objective.teacher else ""
         lines.append(f"stage    {run.objective.kind}{teacher}; {trained / 1e6:,.2f}M train")

@@ -25,7 +25,7 @@ from torchtitan.models.llama3.model import Llama3Model, Llama3TransformerBlock
 
 from lowline.cola.accounting import training_flops
 from lowline.cola.block import ColaConverter
-from lowline.cola.projections import ATTENTION, PROJECTIONS
+from lowline.cola.projections import ATTENTION, PROJECTIONS, ProjectionName
 from lowline.cola.sharded import init_unsharded
 from lowline.linearize.mixers.base import Mixer
 from lowline.linearize.titan import (
@@ -72,6 +72,7 @@ class Llama(Llama3Model):
     @dataclass(kw_only=True, slots=True)
     class Config(Llama3Model.Config):
         trainable: Trainable = "all"
+        frozen: tuple[ProjectionName, ...] = ()
         kept: tuple[int, int] | None = None  # first and last layer that there are, alone
 
         def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
@@ -101,7 +102,7 @@ class Llama(Llama3Model):
         super().__init__(config)
         if config.kept is not None:
             self._keep(*config.kept)
-        freeze(self, config.trainable)
+        freeze(self, config.trainable, config.frozen)
         init_factors_unsharded(self)
 
     def _keep(self, first: int, last: int) -> None:
@@ -153,13 +154,17 @@ class Llama(Llama3Model):
         return h if self._skip_lm_head or self.lm_head is None else self.lm_head(h)
 
 
-def freeze(model: nn.Module, trainable: Trainable) -> None:
-    """Let only the named part of the model train, and LoRA's factors where there are any."""
-    attention = tuple(f".{PROJECTIONS[name].titan}." for name in ATTENTION)
-    parts = {"mixers": (".mixer.",), "attention": (".mixer.", *attention)}
+def freeze(model: nn.Module, trainable: Trainable, frozen: tuple[ProjectionName, ...] = ()) -> None:
+    """Let only the named part of the model train, without the projections `frozen`, and LoRA's
+    factors where there are any.
+    """
+    path = {name: f".{projection.titan}." for name, projection in PROJECTIONS.items()}
+    attention = [path[name] for name in ATTENTION]
+    parts = {"all": [""], "mixers": [".mixer."], "attention": [".mixer.", *attention]}
     for name, parameter in model.named_parameters():
-        if trainable != "all" and ".lora_" not in name:
-            parameter.requires_grad_(any(part in name for part in parts[trainable]))
+        held = any(path[projection] in name for projection in frozen)
+        if ".lora_" not in name and (held or not any(p in name for p in parts[trainable])):
+            parameter.requires_grad_(False)
     for module in model.modules():
         for name in module.fixed if isinstance(module, Mixer) else ():
             module.get_parameter(name).requires_grad_(False)
@@ -249,6 +254,7 @@ def build_model_config(run: RunConfig) -> Llama.Config:
         lm_head=linear(m.dim, m.vocab_size),
         layers=[block() for _ in range(m.n_layers)],
         trainable=run.trainable(),
+        frozen=tuple(run.objective.frozen),
     )
     ranks = run.ranks()
     if any(ranks.values()) or m.mlp_activation != "silu":
