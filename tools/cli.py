@@ -61,6 +61,7 @@ COMMANDS = {
         "tools.commands.plan:plan_blockwise", "show disk, time and GPUs of blockwise transfer"
     ),
     "generate": Command("tools.commands.generate:generate", "continue a prompt, or answer a chat"),
+    "serve": Command("tools.commands.serve:serve", "serve a model to many users, with vLLM"),
     "context save": Command(
         "tools.commands.context:context_save", "let a model read a text, and save its state"
     ),

@@ -46,7 +46,12 @@ def torchrun(arguments: list[str]) -> int:
 
 def lowline(*words: str) -> int:
     """`lowline WORDS`; returns the exit code."""
-    return _run([sys.executable, "-m", "lowline.tools.cli", *words])
+    return module("lowline.tools.cli", *words)
+
+
+def module(name: str, *arguments: str) -> int:
+    """`python -m NAME ARGUMENTS`; returns the exit code."""
+    return _run([sys.executable, "-m", name, *arguments])
 
 
 def _run(command: list[str], threads: int | None = None) -> int:

@@ -143,6 +143,11 @@ class LinearizedConfig(_Architecture):
         """Return the layers that have a mixer."""
         return [layer for layer, m in enumerate(self.mixers) if m["name"] != SOFTMAX]
 
+    @property
+    def layers_block_type(self) -> list[str]:
+        """The kind of each layer as vLLM asks for it."""
+        return ["attention" if m["name"] == SOFTMAX else "mamba" for m in self.mixers]
+
     def softmax_window(self, layer: int) -> int | None:
         """Return the window of softmax attention in a layer, converted or not, or None."""
         assert self.softmax_layer_types is not None
@@ -201,6 +206,11 @@ class _Body(_Linearized):
     masks_by_type: bool  # whether the architecture's forward pass looks masks up by layer type
 
     def __init__(self, config: LinearizedConfig) -> None:
+        if str(config._attn_implementation).startswith("vllm"):
+            raise LowlineError(
+                "vLLM's Transformers backend keeps no states of mixers; serve this model with "
+                "lowline's vLLM plugin: `lowline serve`, or model_impl='auto'"
+            )
         super().__init__(config)
         for index in config.converted_layers():
             attention = self.layers[index].get_submodule("self_attn")

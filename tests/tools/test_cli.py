@@ -280,6 +280,7 @@ WRONG_PATHS = {  # of every command that takes one
     "draft": "./nowhere out 2",
     "plan blockwise": "./nowhere",
     "generate": "./nowhere text",
+    "serve": "./nowhere",
     "context save": "./nowhere text out.safetensors",
     "evaluate": "./nowhere",
     "inspect cost": "no/where",

@@ -15,6 +15,7 @@ import sys
 import traceback
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +28,8 @@ LIBRARIES = (
     *("transformers.models.qwen3.modeling_qwen3", "datasets", "pydantic", "rich.progress"),
     *("matplotlib.figure", "tyro", "triton"),
 )
+VLLM = ("lowline.linearize.serving.backend", "lowline.linearize.serving.model")
+"""Modules that only vLLM's processes import, where it is installed."""
 
 
 def modules() -> dict[str, Path]:
@@ -72,6 +75,8 @@ def main(only_packages: bool) -> None:
     assert not any(name.split(".")[0] == "lowline" for name in sys.modules)
     for name, path in modules().items():
         if only_packages and path.name != "__init__.py":
+            continue
+        if name in VLLM and find_spec("vllm") is None:
             continue
         if os.fork() == 0:
             hide("transformers")
