@@ -14,6 +14,7 @@ import torch
 
 from lowline.kernels.backends import choose
 from lowline.kernels.cpu import unavailable
+from lowline.kernels.memory.int8 import is_packed, pack_state, round_int8, unpack_state
 from lowline.kernels.memory.op import (
     NO_KERNEL,
     MemoryState,
@@ -92,7 +93,8 @@ def row_memory_steps(
     the states in place.
 
     Args:
-        states: of the heads of each size; a `WindowState` of heads without rows.
+        states: of the heads of each size; a `WindowState` of heads without rows. Packed ones
+            (`lowline.kernels.memory.int8`) take k and v of 8 bits.
         heads: the key/value heads of each size, every one of them once.
         exact: rows that are never merged, of each size.
 
@@ -102,6 +104,17 @@ def row_memory_steps(
     Raises:
         ValueError: as `row_memory_step`.
     """
+    if any(map(is_packed, states)):
+        how = {"heads": heads, "exact": exact, "block": block, "horizon": horizon, "bias": bias}
+        wide = [unpack_state(state, k_BTGD.dtype) for state in states]
+        o_BTHV = row_memory_steps(
+            q_BTHD, round_int8(k_BTGD), round_int8(v_BTGV), states=wide, scale=scale,
+            backend=backend, **how,
+        )  # fmt: skip
+        for state, after in zip(states, map(pack_state, wide), strict=True):
+            for held, x in zip(state, after, strict=True):
+                held.copy_(x)
+        return o_BTHV
     q, k, v = q_BTHD, k_BTGD, v_BTGV
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend in ("auto", "cpu") and q.device.type == "cpu" and unavailable("row_memory") is None:

@@ -19,9 +19,10 @@ from itertools import chain
 import torch
 
 from lowline.kernels.memory import row_memory_attention, row_memory_steps
+from lowline.kernels.memory.int8 import pack_state, round_int8, unpack_state
 from lowline.kernels.memory.op import heads_of, in_order
 from lowline.linearize.mixers.base import HeadShape, Mixer, Rope, State, apply_rope
-from lowline.linearize.mixers.branches import are_few, attend
+from lowline.linearize.mixers.branches import are_few, at_least_fp32, attend
 from lowline.linearize.mixers.options import MemoryOptions as MemoryOptions
 
 
@@ -54,6 +55,8 @@ class Memory(Mixer):
     ) -> tuple[torch.Tensor, State]:
         """See `Mixer.forward`. The state is one for each group of heads if there are several."""
         q, k, v = (apply_rope(q_BTHD, rope), apply_rope(k_BTGD, rope), v_BTGD)
+        if self.options.cache_dtype == "int8":
+            q, k, v = at_least_fp32(q), *(round_int8(at_least_fp32(x)) for x in (k, v))
         groups = self.groups or [list(range(k.shape[2]))]  # of a rank: its own heads
         o, one = self.options, len(groups) == 1
         states = [] if state is None else [state] if one else list(state)
@@ -69,14 +72,15 @@ class Memory(Mixer):
                 bias=o.bias,
                 backend=o.backend,
             )
-            return o_BTHD, state
+            return o_BTHD.to(v_BTGD.dtype), state
         outputs, after = [], []
         for n, (size, heads) in enumerate(zip(self.sizes, groups, strict=True)):
             given = [heads_of(x, heads, k.shape[2]) for x in (q, k, v)]
             of_group = self._attend(given, size, states[n] if states else None, cu_seqlens)
             outputs.append(of_group[0])
             after.append(of_group[1])
-        return in_order(outputs, groups), after[0] if one else tuple(after)
+        o_BTHD = in_order(outputs, groups).to(v_BTGD.dtype)
+        return o_BTHD, after[0] if one else tuple(after)
 
     def _attend(
         self,
@@ -86,6 +90,19 @@ class Memory(Mixer):
         cu_seqlens: torch.Tensor | None,
     ) -> tuple[torch.Tensor, State]:
         """Return the output and the next state of heads of one size."""
+        if self.options.cache_dtype != "int8":
+            return self._attend_exactly(inputs, size, state, cu_seqlens)
+        wide = None if state is None else unpack_state(state, inputs[1].dtype)
+        o_BTHD, after = self._attend_exactly(inputs, size, wide, cu_seqlens)
+        return o_BTHD, pack_state(after)
+
+    def _attend_exactly(
+        self,
+        inputs: Sequence[torch.Tensor],
+        size: tuple[int, int],
+        state: State | None,
+        cu_seqlens: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, State]:
         o, (window, rows) = self.options, size
         if not rows:
             return attend(

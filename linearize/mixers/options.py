@@ -194,6 +194,8 @@ class MemoryOptions(MixerOptions):
             and exact: layers apart by ";", heads by ",", such as "64+192, 300; 16+8, 64+500" of a
             model of two layers; a head without "+" has the window only. `lowline inspect budget`
             measures one.
+        cache_dtype: of keys and values in the state. "auto": the model's; "int8": 8 bits and a
+            scale for each token and head (`lowline.kernels.memory.int8`), without means.
         backend: "auto", "torch" or "reference"; see `lowline.kernels.backends`.
     """
 
@@ -207,10 +209,17 @@ class MemoryOptions(MixerOptions):
     horizon: int = 0
     bias: float = 0.5
     budget: str = ""
+    cache_dtype: str = "auto"
     backend: str = "auto"
 
     def __post_init__(self) -> None:
         check_window(self.window, self.sinks, least=1)
+        check_choice("cache_dtype", self.cache_dtype, ("auto", "int8"))
+        if self.cache_dtype == "int8" and self.merged:
+            raise LowlineError(
+                f'cache_dtype = "int8" with merged = {self.merged}; means are not held in 8 bits: '
+                "give merged = 0"
+            )
         for name, least in (("exact", 0), ("merged", 0), ("block", 1), ("horizon", 0)):
             check_int(name, getattr(self, name), least)
         if not self.exact + self.merged:

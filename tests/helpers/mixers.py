@@ -46,6 +46,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             budget=f"{WINDOW}+3, {WINDOW - 1}; 300, 64+192",
         ),  # fmt: skip
     ),
+    "memory, int8": (
+        "memory",
+        dict(sinks=SINKS, block=2, horizon=6, budget="6+3, 4; 3, 5", cache_dtype="int8"),
+    ),
     "liger_gsa, no window": ("liger_gsa", dict(window=0)),
     "retention": ("retention", dict(window=WINDOW, sinks=SINKS, share_init=0.3)),
     "retention, no window, shared": ("retention", dict(window=0, sinks=0, state_heads="kv")),

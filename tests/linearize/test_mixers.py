@@ -35,6 +35,13 @@ def softmax_window(q, k, v, window, sinks):
     return scores.softmax(-1) @ v
 
 
+def of_8_bits(x):
+    """Return each row in steps of its largest number's 127th part, which has 17 bits."""
+    bits, exponent = torch.frexp(x.abs().amax(-1, keepdim=True).float() / 127)
+    step = torch.ldexp((bits * 2**17).floor() / 2**17, exponent).to(x.dtype)
+    return (x / step).round() * step
+
+
 def hedgehog_map(x, W):
     return torch.cat([(x @ W).softmax(-1), (-x @ W).softmax(-1)], -1)
 
@@ -126,6 +133,8 @@ def naive(mixer: Mixer, name: str, given: dict[str, torch.Tensor], b: int, h: in
     rq, rk = (apply_rope(given[n], rope)[b, :, i] for n, i in (("q", h), ("k", g)))
     if name == "sink_window":
         return softmax_window(rq, rk, v, o.window, o.sinks)
+    if name == "memory" and o.cache_dtype == "int8":
+        rk, v = of_8_bits(rk), of_8_bits(v)
     if name == "memory" and o.budget:
         window, rows = o.heads()[shape.layer][g]
         if not rows:
@@ -316,7 +325,7 @@ def test_a_state_that_was_made_with_gradients_can_be_decoded_from(case):
     assert torch.equal(q, given["q"])
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if "int8" not in case])
 def test_gradients_reach_every_parameter_and_input(case):
     mixer, given = (
         made(case, dtype=torch.float64, backend="torch"),
