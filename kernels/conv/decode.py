@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from lowline.kernels.backends import Backend
 from lowline.kernels.conv.op import Activation, causal_conv, check, pick
+from lowline.kernels.pool import check_rows
 from lowline.kernels.scan.decode import check_accepted, check_pair
 
 
@@ -24,16 +25,22 @@ def causal_conv_step(
     *,
     activation: Activation | None = None,
     state: torch.Tensor,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Advance `causal_conv` by one token: return y of (B, D) and move `state` (B, D, W - 1) in
-    place.
+    """Advance `causal_conv` by one token: return y of (B, D) and move `state` (B, D, W - 1), a pool
+    where `rows` (B,) are given (`lowline.kernels.pool`), in place.
 
     Raises:
         ValueError: as `causal_conv`.
     """
-    check(x_BD[:, None], weight_DW, bias_D, activation, state, None)
-    inputs_BDW = torch.cat([state, x_BD[..., None]], -1)
-    state.copy_(inputs_BDW[..., 1:])
+    check_rows("causal_conv_step", rows, len(x_BD), state)
+    held = state if rows is None else state.index_select(0, rows)
+    check(x_BD[:, None], weight_DW, bias_D, activation, held, None)
+    inputs_BDW = torch.cat([held, x_BD[..., None]], -1)
+    if rows is None:
+        state.copy_(inputs_BDW[..., 1:])
+    else:
+        state.index_copy_(0, rows.long(), inputs_BDW[..., 1:].to(state))
     kind = torch.promote_types(x_BD.dtype, torch.float32)
     y = (inputs_BDW.to(kind) * weight_DW.to(kind)).sum(-1)
     if bias_D is not None:

@@ -7,7 +7,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
-#include "tensors.h"
+#include "pool.h"
 
 namespace lowline {
 
@@ -123,9 +123,10 @@ inline bool named(PyObject* text, const char* name) {
   return PyUnicode_Check(text) && PyUnicode_CompareWithASCIIString(text, name) == 0;
 }
 
-// step(q, k, v, g, beta, state, gate, scale) -> o, or None for a call it does not cover
+// step(q, k, v, g, beta, state, gate, scale, rows) -> o, or None for a call it does not cover
 inline PyObject* step(PyObject* const* args, Py_ssize_t count) {
-  if (count != 8) throw std::invalid_argument("step takes q, k, v, g, beta, state, gate, scale");
+  if (count != 8 && count != 9)
+    throw std::invalid_argument("step takes q, k, v, g, beta, state, gate, scale, [rows]");
   for (int i : {0, 1, 2, 5})
     if (!plain(args[i])) Py_RETURN_NONE;
   for (int i : {3, 4})
@@ -143,12 +144,15 @@ inline PyObject* step(PyObject* const* args, Py_ssize_t count) {
       (type == at::kFloat || type == at::kBFloat16) && k.scalar_type() == type &&
       v.scalar_type() == type && state.scalar_type() == at::kFloat && !state.requires_grad() &&
       K % 16 == 0 && V % 16 <= 1 && H > 0 && Q % H == 0 && fits(q, Q, K) && fits(v, H, V) &&
-      fits(state, H, K) && state.size(3) == V && (value_gate || named(args[6], "key")) &&
+      state.size(1) == H && state.size(2) == K && state.size(3) == V &&
+      (value_gate || named(args[6], "key")) &&
       (!g || (g->is_floating_point() && (g->dim() == 2 || g->dim() == 3) &&
               fits(*g, H, by_value ? V : K))) &&
       (!beta || (beta->is_floating_point() && beta->dim() == 2 && fits(*beta, H, 0))) &&
       !(by_value && (beta || V % 16));
   if (!covered) Py_RETURN_NONE;
+  const Pages pages(count == 9 ? args[8] : Py_None, B, state.size(0));
+  if (!pages.valid) Py_RETURN_NONE;
   const double scale = PyFloat_AsDouble(args[7]);
   if (scale == -1 && PyErr_Occurred()) return nullptr;
 
@@ -193,7 +197,7 @@ inline PyObject* step(PyObject* const* args, Py_ssize_t count) {
         else
           for (int d = 0; d < n; d += W) store(decays + d, exp(load(logs + d)));
       }
-      StepHead head{(int)K, (int)V, (int)queries, S + b * along[0] + h * along[1], along[2]};
+      StepHead head{(int)K, (int)V, (int)queries, S + pages[b] * along[0] + h * along[1], along[2]};
       head.q = read(q_, vq, b * vq.batch + h * queries * vq.time, vq.time, queries, K);
       head.q_ld = vq.half ? K : vq.time;
       head.k = token(k_, vk, K), head.v = token(v_, vv, V);

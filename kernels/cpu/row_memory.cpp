@@ -24,6 +24,7 @@ struct Group {
 
 struct Call {
   Tokens q, k, v;
+  const Pages& pages;
   float* out;
   long T, H, h;  // h query heads of a key/value head
   Rule rule;
@@ -32,25 +33,25 @@ struct Call {
   void run(const Group& group, long n, long i, Arena& arena) const {
     static thread_local Choice choice;
     const Memory& x = group.state;
-    const long g = group.heads[i], first = x.length[n], end = first + T;
+    const long g = group.heads[i], page = pages[n], first = x.length(page), end = first + T;
     const long C = x.R ? rule.block : 1;  // without rows the window moves by a token
     for (long start = first, stop; start < end; start = stop) {
       arena.reset();
       const long begin = start / C * C, seen_from = std::max(begin + C - x.w, x.sinks);
       stop = std::min(begin + C, end);
       if (start == begin && x.R) {
-        HeadRows rows(x, n, i);
+        HeadRows of_head(x, page, i);
         choice.rows.clear();
-        for (long r = 0; r < rows.held; r++) choice.rows.push_back(rows[r]);
+        for (long r = 0; r < of_head.held; r++) choice.rows.push_back(of_head[r]);
         for (long p = std::max(begin - x.w, x.sinks); p < begin + C - x.w; p++) {
           const long slot = p % x.w;
           choice.rows.push_back(
-              {x.ring_k(n, slot, i), x.ring_v(n, slot, i), x.ring_received(n, slot, i), 1});
+              {x.ring_k(page, slot, i), x.ring_v(page, slot, i), x.ring_received(page, slot, i), 1});
         }
-        if ((long)choice.rows.size() > rows.held) {
-          choice.choose(x.R, group.exact, x.q_energy + (n * x.G + i) * x.D / 2,
-                        x.v_energy[n * x.G + i], begin, x.D, x.V, arena);
-          rows.set(choice.rows);
+        if ((long)choice.rows.size() > of_head.held) {
+          choice.choose(x.R, group.exact, x.q_energy[page] + i * x.D / 2,
+                        x.v_energy[page][i], begin, x.D, x.V, arena);
+          of_head.set(choice.rows);
           if (group.places) {
             const long blocks = (T + C - 1) / C, at = (n * x.G + i) * blocks + begin / C;
             std::copy(choice.places.begin(), choice.places.end(), group.places + at * (x.R + C));
@@ -58,8 +59,8 @@ struct Call {
         }
       }
       for (long p = start; p < stop; p++) {
-        x.keep(n, i, p, k(n, p - first, g), v(n, p - first, g));
-        if (x.R) x.ring_received(n, p % x.w, i) = 0;
+        x.keep(page, i, p, k(n, p - first, g), v(n, p - first, g));
+        if (x.R) x.ring_received(page, p % x.w, i) = 0;
       }
       read(x, n, i, g, start, stop, std::min(seen_from, stop), arena);
     }
@@ -68,17 +69,21 @@ struct Call {
   // The outputs of the tokens [start, stop) of a block, which the window holds already.
   void read(const Memory& x, long n, long i, long g, long start, long stop, long seen_from,
             Arena& arena) const {
-    const long D = x.D, V = x.V, c = stop - start, first = x.length[n], head = n * x.G + i;
-    const long held = x.R ? HeadRows(x, n, i).held : 0;
+    const long D = x.D, V = x.V, c = stop - start, page = pages[n], first = x.length(page);
+    const long held = x.R ? HeadRows(x, page, i).held : 0;
+    auto of_head = [&](const Paged<float>& of_rows, long size) {
+      return x.R ? of_rows[page] + i * size : nullptr;
+    };
+    const float* row_tokens = of_head(x.row_tokens, x.R);
     const long slot = seen_from % x.w, near = stop - seen_from, before = std::min(near, x.w - slot);
     const Columns columns[] = {
-        {x.first_k(n, 0, i), x.first_v(n, 0, i), x.G * D, x.G * V, std::min(x.sinks, stop)},
-        {x.row_k + head * x.R * D, x.row_v + head * x.R * V, D, V, held},
-        {x.ring_k(n, slot, i), x.ring_v(n, slot, i), x.G * D, x.G * V, before},
-        {x.ring_k(n, 0, i), x.ring_v(n, 0, i), x.G * D, x.G * V, near - before}};
+        {x.first_k(page, 0, i), x.first_v(page, 0, i), x.G * D, x.G * V, std::min(x.sinks, stop)},
+        {of_head(x.row_k, x.R * D), of_head(x.row_v, x.R * V), D, V, held},
+        {x.ring_k(page, slot, i), x.ring_v(page, slot, i), x.G * D, x.G * V, before},
+        {x.ring_k(page, 0, i), x.ring_v(page, 0, i), x.G * D, x.G * V, near - before}};
     auto query = [&](long lane) { return q(n, start - first + lane % c, g * h + lane / c); };
     Piece piece(c, h, D, V, query, rule.scale, arena);
-    piece.weigh(columns, start, seen_from, x.row_tokens + head * x.R, rule.bias, arena);
+    piece.weigh(columns, start, seen_from, row_tokens, rule.bias, arena);
     float *y = arena.take(piece.lanes * V), *total = piece.total;
     piece.gather(y, piece.weights, V,
                  [](const Columns& from) { return std::pair(from.v, from.v_apart); }, arena);
@@ -93,21 +98,21 @@ struct Call {
     for (long lane = 0; lane < piece.lanes; lane++)
       total[lane] = std::pow(rule.keeps, float(c - 1 - lane % c)) / total[lane];
     const float fade = std::pow(rule.keeps, float(c));
-    float* received = x.row_received + head * x.R;
+    float* received = of_head(x.row_received, x.R);
     for (long r = 0; r < held; r++)
       received[r] = fade * received[r] + dot(piece.part(1) + r * L, total, few);
-    for (long s = 0; s < x.w; s++) x.ring_received(n, s, i) *= fade;
+    for (long s = 0; s < x.w; s++) x.ring_received(page, s, i) *= fade;
     const float* weights = piece.part(2);
     for (long p = seen_from, s = slot; p < stop; p++, s = s + 1 == x.w ? 0 : s + 1, weights += L)
-      x.ring_received(n, s, i) += dot(weights, total, few);
-    float* energy = x.q_energy + head * D / 2;
+      x.ring_received(page, s, i) += dot(weights, total, few);
+    float* energy = of_head(x.q_energy, D / 2);
     for (long lane = 0; lane < piece.lanes; lane++)
       for (long d = 0; d < D / 2; d++) {
         const float a = piece.q[lane * D + d], b = piece.q[lane * D + D / 2 + d];
         energy[d] += (a * a + b * b) / 2;
       }
     for (long t = start - first; t < stop - first; t++)
-      x.v_energy[head] += dot(v(n, t, g), v(n, t, g), V);
+      x.v_energy[page][i] += dot(v(n, t, g), v(n, t, g), V);
   }
 };
 
@@ -116,7 +121,7 @@ const at::Tensor& item(PyObject* tuple, int i) { return *tensor(PyTuple_GET_ITEM
 // Whether tokens, (B, T, heads, features), and groups are fp32, lie as `Call` reads them and fit
 // each other.
 bool covers(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, PyObject* groups,
-            long block) {
+            long block, long pool) {
   for (const at::Tensor* x : {&q, &k, &v})
     if (x->scalar_type() != at::kFloat || x->dim() != 4 || x->stride(3) != 1) return false;
   const long N = q.size(0), D = q.size(3), G = k.size(2), V = v.size(3);
@@ -124,6 +129,7 @@ bool covers(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, PyObj
   if (k.sizes() != Sizes{N, q.size(1), G, D} || v.sizes() != Sizes{N, q.size(1), G, V} || !G ||
       q.size(2) % G || D % 16 || V % 16)
     return false;
+  const long P = pool;
   long heads = 0;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(groups); i++) {
     PyObject* group = PyTuple_GET_ITEM(groups, i);
@@ -132,22 +138,22 @@ bool covers(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, PyObj
     const long size = PyTuple_GET_SIZE(state), g = PyTuple_GET_SIZE(of_group);
     if (size != 7 && size != 12) return false;
     for (int j = 0; j < size; j++) {
-      if (!plain(PyTuple_GET_ITEM(state, j)) || !item(state, j).is_contiguous()) return false;
+      if (!plain(PyTuple_GET_ITEM(state, j)) || !has_whole_pages(item(state, j))) return false;
       if (item(state, j).scalar_type() != (j == size - 1 ? at::kLong : at::kFloat)) return false;
     }
     const long w = item(state, 0).dim() == 4 ? item(state, 0).size(1) : 0;
     const long s = item(state, 3).dim() == 4 ? item(state, 3).size(1) : 0;
     auto is = [&](int j, Sizes sizes) { return item(state, j).sizes() == sizes; };
-    if (!w || !is(0, {N, w, g, D}) || !is(1, {N, w, g, V}) || !is(3, {N, s, g, D}) ||
-        !is(4, {N, s, g, V}) || !is(size - 1, {N}))
+    if (!w || !is(0, {P, w, g, D}) || !is(1, {P, w, g, V}) || !is(3, {P, s, g, D}) ||
+        !is(4, {P, s, g, V}) || !is(size - 1, {P}))
       return false;
     if (size == 7 && item(state, 2).numel()) return false;  // features
     if (size == 12) {
       const long R = item(state, 8).dim() == 3 ? item(state, 8).size(2) : 0;
       const long exact = PyLong_AsLong(PyTuple_GET_ITEM(group, 2));
-      if (!R || block < 1 || block > w || exact < 0 || exact > R || !is(2, {N, w, g}) || !is(5, {N, g, R, D}) ||
-          !is(6, {N, g, R, V}) || !is(7, {N, g, R}) || !is(8, {N, g, R}) ||
-          !is(9, {N, g, D / 2}) || !is(10, {N, g}))
+      if (!R || block < 1 || block > w || exact < 0 || exact > R || !is(2, {P, w, g}) || !is(5, {P, g, R, D}) ||
+          !is(6, {P, g, R, V}) || !is(7, {P, g, R}) || !is(8, {P, g, R}) ||
+          !is(9, {P, g, D / 2}) || !is(10, {P, g}))
         return false;
     }
     for (long j = 0; j < g; j++) {
@@ -159,15 +165,21 @@ bool covers(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, PyObj
   return heads == G;
 }
 
-// advance(q, k, v, groups, block, keeps, bias, scale, places) -> o (B, T, H, V); or None, nothing
-// done, for a call that it does not cover. A group is (state, its key/value heads, exact). `places`,
+// advance(q, k, v, groups, block, keeps, bias, scale, places, rows) -> o (B, T, H, V); or None,
+// nothing done, for a call that it does not cover. A group is (state, its key/value heads, exact). `places`,
 // of one group without a past, is what `backward` needs, or None.
 PyObject* advance(PyObject* const* args, Py_ssize_t) {
   for (int i = 0; i < 3; i++)
     if (!plain(args[i])) Py_RETURN_NONE;
   const at::Tensor &q = *tensor(args[0]), &k = *tensor(args[1]), &v = *tensor(args[2]);
   const long block = PyLong_AsLong(args[4]);
-  if (!covers(q, k, v, args[3], block)) Py_RETURN_NONE;
+  if (!PyTuple_GET_SIZE(args[3])) Py_RETURN_NONE;
+  PyObject* first = PyTuple_GET_ITEM(PyTuple_GET_ITEM(args[3], 0), 0);
+  if (!PyTuple_Check(first) || !PyTuple_GET_SIZE(first)) Py_RETURN_NONE;
+  PyObject* lengths = PyTuple_GET_ITEM(first, PyTuple_GET_SIZE(first) - 1);
+  if (!plain(lengths) || tensor(lengths)->dim() != 1 || q.dim() != 4) Py_RETURN_NONE;
+  const Pages pages(args[9], q.size(0), tensor(lengths)->size(0));
+  if (!pages.valid || !covers(q, k, v, args[3], block, tensor(lengths)->size(0))) Py_RETURN_NONE;
   const at::Tensor o = at::empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options());
   std::vector<Group> groups;
   std::vector<std::array<long, 3>> tasks;  // group, sequence, head
@@ -180,12 +192,12 @@ PyObject* advance(PyObject* const* args, Py_ssize_t) {
     const Memory& x = groups.back().state;
     for (Py_ssize_t j = 0; j < PyTuple_GET_SIZE(heads); j++)
       groups.back().heads.push_back(PyLong_AsLong(PyTuple_GET_ITEM(heads, j)));
-    for (long n = 0; n < x.N; n++)
+    for (long n = 0; n < q.size(0); n++)
       for (long j = 0; j < x.G; j++) tasks.push_back({i, n, j});
     work = std::max(work, (x.w + x.R) * (x.D + x.V) * long(q.size(1)));
   }
   if (args[8] != Py_None) groups[0].places = tensor(args[8])->data_ptr<int32_t>();
-  const Call call{Tokens(&q), Tokens(&k), Tokens(&v), o.data_ptr<float>(), q.size(1), q.size(2),
+  const Call call{Tokens(&q), Tokens(&k), Tokens(&v), pages, o.data_ptr<float>(), q.size(1), q.size(2),
                   q.size(2) / k.size(2),
                   {block, float(PyFloat_AsDouble(args[5])), float(PyFloat_AsDouble(args[6])),
                    float(PyFloat_AsDouble(args[7]))}};
@@ -200,7 +212,7 @@ PyObject* advance(PyObject* const* args, Py_ssize_t) {
                      });
   }
   for (const Group& group : groups) {
-    for (long n = 0; n < group.state.N; n++) group.state.length[n] += call.T;
+    for (long page : pages.of) group.state.length(page) += call.T;
     group.state.changed();
   }
   return THPVariable_Wrap(o);

@@ -12,20 +12,17 @@
 namespace lowline {
 
 // The tensors of a MemoryState; or of a WindowState without features: a memory without rows.
-struct Memory : Window {
-  float *received = nullptr, *row_k = nullptr, *row_v = nullptr;
-  float *row_received = nullptr, *row_tokens = nullptr, *q_energy = nullptr, *v_energy = nullptr;
+struct Memory : Window<float> {
+  Paged<float> received, row_k, row_v, row_received, row_tokens, q_energy, v_energy;
   long R = 0;
 
   explicit Memory(PyObject* tuple) : Window(tuple) {
     if (PyTuple_GET_SIZE(tuple) != 12) return;
-    auto data = [&](int i) { return at(i).data_ptr<float>(); };
+    auto data = [&](int i) { return Paged<float>(at(i)); };
     received = data(2), row_k = data(5), row_v = data(6), row_received = data(7);
     row_tokens = data(8), q_energy = data(9), v_energy = data(10), R = at(8).size(2);
   }
-  float& ring_received(long n, long slot, long g) const {
-    return received[(n * w + slot) * G + g];
-  }
+  float& ring_received(long page, long slot, long g) const { return received[page][slot * G + g]; }
 };
 
 struct Row {
@@ -38,10 +35,9 @@ struct HeadRows {
   float *k, *v, *received, *tokens;
   long R, D, V, held = 0;
 
-  HeadRows(const Memory& x, long n, long g) : R(x.R), D(x.D), V(x.V) {
-    const long first = (n * x.G + g) * R;
-    k = x.row_k + first * D, v = x.row_v + first * V;
-    received = x.row_received + first, tokens = x.row_tokens + first;
+  HeadRows(const Memory& x, long page, long g) : R(x.R), D(x.D), V(x.V) {
+    k = x.row_k[page] + g * R * D, v = x.row_v[page] + g * R * V;
+    received = x.row_received[page] + g * R, tokens = x.row_tokens[page] + g * R;
     while (held < R && tokens[held] > 0) held++;
   }
   Row operator[](long r) const { return {k + r * D, v + r * V, received[r], tokens[r]}; }

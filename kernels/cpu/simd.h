@@ -53,18 +53,6 @@ LOWLINE_INLINE float sum(vec x) {
   for (int half = W / 2; half; half /= 2) x += exchanged(x, half);
   return x[0];
 }
-LOWLINE_INLINE float dot(const float* x, const float* y, int n) {
-  vec a{}, b{};
-  int i = 0;
-  for (; i + 2 * W <= n; i += 2 * W) {
-    a += load(x + i) * load(y + i);
-    b += load(x + i + W) * load(y + i + W);
-  }
-  for (; i + W <= n; i += W) a += load(x + i) * load(y + i);
-  float total = sum(a + b);
-  for (; i < n; i++) total += x[i] * y[i];
-  return total;
-}
 
 struct bf16 {
   uint16_t bits;
@@ -91,6 +79,19 @@ LOWLINE_INLINE void narrow(bf16* p, float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   p->bits = x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : (bits >> 16) | 0x40;
+}
+
+template <class T> LOWLINE_INLINE float dot(const float* x, const T* y, int n) {
+  vec a{}, b{};
+  int i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    a += load(x + i) * load(y + i);
+    b += load(x + i + W) * load(y + i + W);
+  }
+  for (; i + W <= n; i += W) a += load(x + i) * load(y + i);
+  float total = sum(a + b);
+  for (; i < n; i++) total += x[i] * widen(y[i]);
+  return total;
 }
 
 // e^x to about 1e-7 relative; exactly 0 where e^x is no normal number (-inf too), for x <= 88.

@@ -143,14 +143,15 @@ PyObject* backward(PyObject* const* args, Py_ssize_t) {
   Py_RETURN_NONE;
 }
 
-// What step and verify share: q, k, v, phi_q, phi_k, state, gamma, lambda, scale, and o of
+// What step and verify share: q, k, v, phi_q, phi_k, state, gamma, lambda, scale, rows, and o of
 // (B, T, H, V), or (B, H, V) for a token that enters the state before it is read.
-void decode(PyObject* const* args, const at::Tensor& o, bool enters) {
+template <class T> void decode_as(PyObject* const* args, const at::Tensor& o, bool enters) {
   const at::Tensor& q = *tensor(args[0]);
   const Tokens tq(&q), tpq(tensor(args[3]));
   const NewTokens token{Tokens(tensor(args[1])), Tokens(tensor(args[2])), Tokens(tensor(args[4]))};
-  const State x(args[5]);
-  const long T = enters ? 1 : q.size(1), H = q.size(q.dim() - 2), r = H / x.G;
+  const State<T> x(args[5]);
+  const long N = q.size(0), count = enters ? 1 : q.size(1), H = q.size(q.dim() - 2), r = H / x.G;
+  const Pages pages(args[9], N, x.at(6).size(0));
   auto factor = [&](int i) {
     return args[i] == Py_None ? nullptr : tensor(args[i])->data_ptr<float>();
   };
@@ -159,59 +160,69 @@ void decode(PyObject* const* args, const at::Tensor& o, bool enters) {
       args[8] == Py_None ? 1 / std::sqrt(float(x.D)) : float(PyFloat_AsDouble(args[8]));
   float* out = o.data_ptr<float>();
   const int64_t grain = std::max<int64_t>(1, TASK / (x.w * (x.D + x.V) + x.F * x.V + 1));
-  at::parallel_for(0, x.N * x.G, grain, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, N * x.G, grain, [&](int64_t first, int64_t last) {
     static thread_local Arena arena;
     FlushDenormals flush;
     arena.reset();
-    Reader reader(x, arena, T);
+    Reader<T> reader(x, arena, count);
     for (int64_t task = first; task < last; task++) {
-      const long n = task / x.G, g = task % x.G, before = x.length[n];
-      if (enters) push(x, n, g, before, token, 0);
-      for (long i = 0; i < T; i++)
+      const long n = task / x.G, g = task % x.G, page = pages[n], before = x.length(page);
+      if (enters) push(x, page, g, before, token, n, 0);
+      for (long i = 0; i < count; i++)
         for (long h = g * r; h < (g + 1) * r; h++) {
-          const Query query{tq(n, i, h), tpq(n, i, h), n, h, before + i, gamma ? gamma[h] : 1,
+          const Query query{tq(n, i, h), tpq(n, i, h), n, page, h, before + i, gamma ? gamma[h] : 1,
                             lambda ? lambda[h] : 1, scale};
-          reader.read(out + ((n * T + i) * H + h) * x.V, query, token, r,
+          reader.read(out + ((n * count + i) * H + h) * x.V, query, token, r,
                       enters ? before + 1 : before, enters ? 0 : i + 1);
         }
     }
   });
   if (enters) {
-    for (long n = 0; n < x.N; n++) x.length[n]++;
+    for (long n = 0; n < N; n++) x.length(pages[n])++;
     x.changed();
   }
 }
+bool is_half(PyObject* x) { return tensor(x)->scalar_type() == at::kBFloat16; }
+void decode(PyObject* const* args, const at::Tensor& o, bool enters) {
+  is_half(args[1]) ? decode_as<bf16>(args, o, enters) : decode_as<float>(args, o, enters);
+}
 
-// step(q, k, v, phi_q, phi_k, state, gamma, lambda, scale) -> o (B, H, V), the token taken in; or
-// None, nothing done, for a call that it does not cover
+// step(q, k, v, phi_q, phi_k, state, gamma, lambda, scale, rows) -> o (B, H, V), the token taken
+// in; or None, nothing done, for a call that it does not cover
 PyObject* step(PyObject* const* args, Py_ssize_t) {
   if (!covers(args)) Py_RETURN_NONE;
   const at::Tensor &q = *tensor(args[0]), &v = *tensor(args[2]);
-  const at::Tensor o = at::empty({q.size(0), q.size(1), v.size(2)}, q.options());
+  const at::Tensor o = at::empty({q.size(0), q.size(1), v.size(2)}, q.options().dtype(at::kFloat));
   decode(args, o, true);
-  return THPVariable_Wrap(o);
+  return THPVariable_Wrap(o.to(q.scalar_type()));
 }
 
-// verify(q, k, v, phi_q, phi_k, state, gamma, lambda, scale, o): the outputs of a block of tokens
+// verify(q, k, v, phi_q, phi_k, state, gamma, lambda, scale, None, o): the outputs, in float32, of
+// a block of tokens
 PyObject* verify(PyObject* const* args, Py_ssize_t) {
-  decode(args, *tensor(args[9]), false);
+  decode(args, *tensor(args[10]), false);
   Py_RETURN_NONE;
+}
+
+template <class T> void advance_as(PyObject* const* args) {
+  const NewTokens token{Tokens(tensor(args[0])), Tokens(tensor(args[1])), Tokens(tensor(args[2]))};
+  const State<T> x(args[3]);
+  const int64_t* count = tensor(args[4])->data_ptr<int64_t>();
+  const long N = x.at(6).size(0);
+  const int64_t grain = std::max<int64_t>(1, TASK / (x.F * x.V + x.D + x.V));
+  at::parallel_for(0, N * x.G, grain, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; task++) {
+      const long n = task / x.G, g = task % x.G;
+      for (long i = 0; i < count[n]; i++) push(x, n, g, x.length(n) + i, token, n, i);
+    }
+  });
+  for (long n = 0; n < N; n++) x.length(n) += count[n];
+  x.changed();
 }
 
 // advance(k, v, phi_k, state, accepted): sequence n takes in its first accepted[n] tokens
 PyObject* advance(PyObject* const* args, Py_ssize_t) {
-  const NewTokens token{Tokens(tensor(args[0])), Tokens(tensor(args[1])), Tokens(tensor(args[2]))};
-  const State x(args[3]);
-  const int64_t* count = tensor(args[4])->data_ptr<int64_t>();
-  const int64_t grain = std::max<int64_t>(1, TASK / (x.F * x.V + x.D + x.V));
-  at::parallel_for(0, x.N * x.G, grain, [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; task++) {
-      const long n = task / x.G, g = task % x.G;
-      for (long i = 0; i < count[n]; i++) push(x, n, g, x.length[n] + i, token, i);
-    }
-  });
-  for (long n = 0; n < x.N; n++) x.length[n] += count[n];
-  x.changed();
+  is_half(args[0]) ? advance_as<bf16>(args) : advance_as<float>(args);
   Py_RETURN_NONE;
 }
 

@@ -2,26 +2,30 @@
 #pragma once
 #include <ATen/ops/empty.h>
 
-#include "tensors.h"
+#include "pool.h"
 #include "window_block.h"
 
 namespace lowline {
 
 constexpr int64_t TASK = 1 << 15;  // floats of state that are worth a thread
 
-// The window of a state, a tuple of tensors that begins with the rings of keys and values and has
-// the sinks' at 3 and 4, the lengths last: contiguous, changed in place.
-struct Window {
-  PyObject* tensors;
-  float *k, *v, *sink_k, *sink_v;
-  int64_t* length;
-  long N, w, G, D, V, sinks;
+inline void narrow_row(float* to, const float* x, long n) { std::memcpy(to, x, sizeof(float) * n); }
+inline void narrow_row(bf16* to, const float* x, long n) {
+  for (long i = 0; i < n; i += W) store(to + i, load(x + i));
+}
 
-  explicit Window(PyObject* tuple) : tensors(tuple) {
-    k = at(0).data_ptr<float>(), v = at(1).data_ptr<float>();
-    sink_k = at(3).data_ptr<float>(), sink_v = at(4).data_ptr<float>();
-    length = at(PyTuple_GET_SIZE(tensors) - 1).data_ptr<int64_t>();
-    N = at(0).size(0), w = at(0).size(1), G = at(0).size(2), D = at(0).size(3);
+// The window of a pool of states, a tuple of tensors that begins with the rings of keys and values,
+// of type T, and has the sinks' at 3 and 4, the lengths last: changed in place.
+template <class T> struct Window {
+  PyObject* tensors;
+  Paged<T> k, v, sink_k, sink_v;
+  Paged<int64_t> lengths;
+  long w, G, D, V, sinks;
+
+  explicit Window(PyObject* tuple)
+      : tensors(tuple), k(at(0)), v(at(1)), sink_k(at(3)), sink_v(at(4)),
+        lengths(at(PyTuple_GET_SIZE(tuple) - 1)) {
+    w = at(0).size(1), G = at(0).size(2), D = at(0).size(3);
     V = at(1).size(3), sinks = at(3).size(1);
   }
   const at::Tensor& at(int i) const { return *tensor(PyTuple_GET_ITEM(tensors, i)); }
@@ -30,43 +34,46 @@ struct Window {
       at(i).unsafeGetTensorImpl()->bump_version();
   }
 
-  float* ring_k(long n, long slot, long g) const { return k + ((n * w + slot) * G + g) * D; }
-  float* ring_v(long n, long slot, long g) const { return v + ((n * w + slot) * G + g) * V; }
-  float* first_k(long n, long i, long g) const { return sink_k + ((n * sinks + i) * G + g) * D; }
-  float* first_v(long n, long i, long g) const { return sink_v + ((n * sinks + i) * G + g) * V; }
+  int64_t& length(long page) const { return *lengths[page]; }
+  T* ring_k(long page, long slot, long g) const { return k[page] + (slot * G + g) * D; }
+  T* ring_v(long page, long slot, long g) const { return v[page] + (slot * G + g) * V; }
+  T* first_k(long page, long i, long g) const { return sink_k[page] + (i * G + g) * D; }
+  T* first_v(long page, long i, long g) const { return sink_v[page] + (i * G + g) * V; }
 
-  // The token at `position` of sequence n, head g, takes its place.
-  void keep(long n, long g, long position, const float* new_k, const float* new_v) const {
-    std::memcpy(ring_k(n, position % w, g), new_k, sizeof(float) * D);
-    std::memcpy(ring_v(n, position % w, g), new_v, sizeof(float) * V);
+  // The token at `position` of a page's sequence, head g, takes its place.
+  void keep(long page, long g, long position, const float* new_k, const float* new_v) const {
+    narrow_row(ring_k(page, position % w, g), new_k, D);
+    narrow_row(ring_v(page, position % w, g), new_v, V);
     if (position < sinks) {
-      std::memcpy(first_k(n, position, g), new_k, sizeof(float) * D);
-      std::memcpy(first_v(n, position, g), new_v, sizeof(float) * V);
+      narrow_row(first_k(page, position, g), new_k, D);
+      narrow_row(first_v(page, position, g), new_v, V);
     }
   }
 };
 
 // The tensors of a WindowState.
-struct State : Window {
-  float *phi, *S;
+template <class T> struct State : Window<T> {
+  Paged<T> phi;
+  Paged<float> S;
   long P, F;
 
-  explicit State(PyObject* tuple) : Window(tuple) {
-    phi = at(2).data_ptr<float>(), S = at(5).data_ptr<float>();
-    P = at(2).size(2), F = at(2).size(3);
+  explicit State(PyObject* tuple) : Window<T>(tuple), phi(this->at(2)), S(this->at(5)) {
+    P = this->at(2).size(2), F = this->at(2).size(3);
   }
-  float* ring_phi(long n, long slot, long h) const { return phi + ((n * w + slot) * P + h) * F; }
-  float* sum(long n, long h) const { return S + (n * P + h) * F * (V + 1); }
+  T* ring_phi(long page, long slot, long h) const { return phi[page] + (slot * P + h) * F; }
+  float* sum(long page, long h) const { return S[page] + h * F * (this->V + 1); }
 };
 
 // New tokens, (B, T, heads, features) or one of each sequence, (B, heads, features); features lie
-// side by side.
+// side by side. Those in bfloat16 are widened.
 struct Tokens {
+  at::Tensor wide;
   const float* at = nullptr;
   long n = 0, t = 0, h = 0;
 
   explicit Tokens(const at::Tensor* x) {
     if (!x) return;
+    if (x->scalar_type() == at::kBFloat16) wide = x->to(at::kFloat), x = &wide;
     at = x->data_ptr<float>(), n = x->stride(0), h = x->stride(x->dim() - 2);
     if (x->dim() == 4) t = x->stride(1);
   }
@@ -76,21 +83,24 @@ struct NewTokens {
   Tokens k, v, phi;
 };
 
-// The token at `position` of sequence n goes into the ring (head g), the one it replaces into S.
-inline void push(const State& x, long n, long g, long position, const NewTokens& token, long i) {
+// The token at `position` goes into a page's ring (head g), the one it replaces into S: token i of
+// sequence n.
+template <class T>
+inline void push(const State<T>& x, long page, long g, long position, const NewTokens& token,
+                 long n, long i) {
   const long slot = position % x.w, p = x.P / x.G;
-  const float* left = x.ring_v(n, slot, g);
+  const T* left = x.ring_v(page, slot, g);
   for (long h = g * p; h < (g + 1) * p && x.F; h++) {
-    float* to_phi = x.ring_phi(n, slot, h);
+    T* to_phi = x.ring_phi(page, slot, h);
     if (position - x.w >= x.sinks)
       for (long f = 0; f < x.F; f++) {
-        float* S = x.sum(n, h) + f * (x.V + 1);
-        for (long j = 0; j < x.V; j += W) store(S + j, load(S + j) + load(left + j) * to_phi[f]);
-        S[x.V] += to_phi[f];
+        float *S = x.sum(page, h) + f * (x.V + 1), phi = widen(to_phi[f]);
+        for (long j = 0; j < x.V; j += W) store(S + j, load(S + j) + load(left + j) * phi);
+        S[x.V] += phi;
       }
-    std::memcpy(to_phi, token.phi(n, i, h), sizeof(float) * x.F);
+    narrow_row(to_phi, token.phi(n, i, h), x.F);
   }
-  x.keep(n, g, position, token.k(n, i, g), token.v(n, i, g));
+  x.keep(page, g, position, token.k(n, i, g), token.v(n, i, g));
 }
 
 // y[0, V) += Σ_i weight[i]·at(i)[0, V).
@@ -111,14 +121,14 @@ inline void accumulate(float* y, long V, const float* weight, long n, At at) {
 
 struct Query {
   const float *q, *phi;
-  long n, head, position;
+  long n, page, head, position;
   float gamma, lambda, scale;
 };
 
 // Reads a state, and some new tokens behind it, with one query at a time.
-class Reader {
+template <class T> class Reader {
  public:
-  Reader(const State& state, Arena& arena, long most_fresh) : x(state) {
+  Reader(const State<T>& state, Arena& arena, long most_fresh) : x(state) {
     weights = arena.take(x.sinks + x.w + most_fresh + W);
     y = arena.take(x.V), phi_q = arena.take(x.F);
   }
@@ -126,24 +136,24 @@ class Reader {
   // The state has taken in `seen` tokens. The columns are the sinks that have left its ring, the
   // ring's slots as they lie, and the first `fresh` new tokens.
   void read(float* o, const Query& query, const NewTokens& token, long r, long seen, long fresh) {
-    const long n = query.n, g = query.head / r, ph = query.head * x.P / (x.G * r);
+    const long n = query.n, page = query.page, g = query.head / r, ph = query.head * x.P / (x.G * r);
     const long ring = std::min(seen, x.w), turn = seen % x.w;
     const long sinks = std::min(x.sinks, seen - ring), columns = sinks + ring + fresh;
     auto position = [&](long slot) { return seen - turn + slot - (slot < turn ? 0 : x.w); };
     auto older = [&](long p) { return query.position - p >= x.w && p >= x.sinks; };
 
     float *on_ring = weights + sinks, *on_fresh = on_ring + ring;
-    for (long i = 0; i < sinks; i++) weights[i] = dot(query.q, x.first_k(n, i, g), x.D);
-    for (long i = 0; i < ring; i++) on_ring[i] = dot(query.q, x.ring_k(n, i, g), x.D);
+    for (long i = 0; i < sinks; i++) weights[i] = dot(query.q, x.first_k(page, i, g), x.D);
+    for (long i = 0; i < ring; i++) on_ring[i] = dot(query.q, x.ring_k(page, i, g), x.D);
     for (long i = 0; i < fresh; i++) on_fresh[i] = dot(query.q, token.k(n, i, g), x.D);
     auto each_older = [&](auto set) {  // without new tokens the window holds the ring
       for (long i = 0; i < ring && fresh; i++)
-        if (older(position(i))) on_ring[i] = set(x.ring_phi(n, i, ph));
+        if (older(position(i))) on_ring[i] = set(x.ring_phi(page, i, ph));
       for (long i = 0; i < fresh; i++)
         if (older(seen + i)) on_fresh[i] = set(token.phi(n, i, ph));
     };
     std::fill_n(weights + columns, W, NEGATIVE);
-    each_older([](const float*) { return NEGATIVE; });
+    each_older([](const auto*) { return NEGATIVE; });
     vec top = fill(NEGATIVE), sums{};
     for (long i = 0; i < columns; i += W) {
       const vec s = load(weights + i) * query.scale;
@@ -162,28 +172,28 @@ class Reader {
     std::memset(y, 0, sizeof(float) * x.V);
     if (x.F) {
       for (long f = 0; f < x.F; f++) phi_q[f] = query.lambda * query.phi[f];
-      each_older([&](const float* phi) {
+      each_older([&](const auto* phi) {
         const float weight = dot(phi_q, phi, x.F);
         den += weight;
         return weight;
       });
-      const float* S = x.sum(n, ph);
+      const float* S = x.sum(page, ph);
       accumulate(y, x.V, phi_q, x.F, [&](long f) { return S + f * (x.V + 1); });
       for (long f = 0; f < x.F; f++) den += phi_q[f] * S[f * (x.V + 1) + x.V];
     }
-    accumulate(y, x.V, weights, sinks, [&](long i) { return x.first_v(n, i, g); });
-    accumulate(y, x.V, on_ring, ring, [&](long i) { return x.ring_v(n, i, g); });
+    accumulate(y, x.V, weights, sinks, [&](long i) { return x.first_v(page, i, g); });
+    accumulate(y, x.V, on_ring, ring, [&](long i) { return x.ring_v(page, i, g); });
     accumulate(y, x.V, on_fresh, fresh, [&](long i) { return token.v(n, i, g); });
     copy_rows(o, 0, y, 0, 1, x.V, 1 / den);
   }
 
  private:
-  const State& x;
+  const State<T>& x;
   float *weights, *y, *phi_q;
 };
 
-// Whether `step` covers its arguments: they fit each other and the state, in float32, where they
-// lie.
+// Whether `step` covers its arguments: they fit each other, the state and `rows`, in float32 or
+// bfloat16, where they lie.
 inline bool covers(PyObject* const* args) {
   const at::Tensor* t[5];
   for (int i = 0; i < 5; i++) {
@@ -193,22 +203,24 @@ inline bool covers(PyObject* const* args) {
     }
     if (!plain(args[i])) return false;
     t[i] = tensor(args[i]);
-    if (t[i]->scalar_type() != at::kFloat || t[i]->dim() != 3) return false;
+    if (t[i]->scalar_type() != t[0]->scalar_type() || t[i]->dim() != 3) return false;
     if (t[i]->size(2) && t[i]->stride(2) != 1) return false;
   }
+  const auto given = t[0]->scalar_type();
+  if (given != at::kFloat && given != at::kBFloat16) return false;
   if (args[8] != Py_None && !PyFloat_Check(args[8])) return false;
   if (!t[3] != !t[4] || !PyTuple_Check(args[5]) || PyTuple_GET_SIZE(args[5]) != 7) return false;
   const at::Tensor* s[7];
   for (int i = 0; i < 7; i++) {
     if (!plain(PyTuple_GET_ITEM(args[5], i))) return false;
     s[i] = tensor(PyTuple_GET_ITEM(args[5], i));
-    const auto type = i == 6 ? at::kLong : at::kFloat;
-    if (s[i]->scalar_type() != type || !s[i]->is_contiguous()) return false;
+    const auto type = i == 6 ? at::kLong : i == 5 ? at::kFloat : given;
+    if (s[i]->scalar_type() != type || !has_whole_pages(*s[i])) return false;
     if (s[i]->dim() != (i == 6 ? 1 : 4)) return false;
   }
   const long N = t[1]->size(0), G = t[1]->size(1), D = t[1]->size(2), V = t[2]->size(2);
   const long H = t[0]->size(1), P = t[4] ? t[4]->size(1) : G, F = t[4] ? t[4]->size(2) : 0;
-  const long w = s[0]->size(1), sinks = s[3]->size(1);
+  const long w = s[0]->size(1), sinks = s[3]->size(1), pool = s[6]->size(0);
   if (!G || H % G || (P != G && P != H) || D % 16 || V % 16 || F % 16) return false;
   for (int i : {6, 7})  // factors of heads
     if (args[i] != Py_None) {
@@ -220,10 +232,11 @@ inline bool covers(PyObject* const* args) {
     }
   using Sizes = at::IntArrayRef;
   return t[0]->sizes() == Sizes{N, H, D} && t[2]->sizes() == Sizes{N, G, V} &&
-         (!t[3] || t[3]->sizes() == Sizes{N, H, F}) && s[0]->sizes() == Sizes{N, w, G, D} &&
-         s[1]->sizes() == Sizes{N, w, G, V} && s[2]->sizes() == Sizes{N, w, P, F} &&
-         s[3]->sizes() == Sizes{N, sinks, G, D} && s[4]->sizes() == Sizes{N, sinks, G, V} &&
-         s[5]->sizes() == Sizes{N, P, F, V + 1} && s[6]->sizes() == Sizes{N};
+         (!t[3] || t[3]->sizes() == Sizes{N, H, F}) && s[0]->sizes() == Sizes{pool, w, G, D} &&
+         s[1]->sizes() == Sizes{pool, w, G, V} && s[2]->sizes() == Sizes{pool, w, P, F} &&
+         s[3]->sizes() == Sizes{pool, sinks, G, D} && s[4]->sizes() == Sizes{pool, sinks, G, V} &&
+         s[5]->sizes() == Sizes{pool, P, F, V + 1} &&
+         Pages(args[9], N, pool).valid;
 }
 
 }  // namespace lowline

@@ -31,11 +31,12 @@ def advance(
     bias: float,
     scale: float,
     places: torch.Tensor | None = None,
+    rows_B: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Return o_BTHV of tokens that enter the states; None, nothing done, where they do not fit."""
     numbers: Any = (block, keeps, float(bias), float(scale))
     tokens = map(rows, (q_BTHD, k_BTGD, v_BTGV))
-    return load("row_memory").advance(*tokens, tuple(groups), *numbers, places)
+    return load("row_memory").advance(*tokens, tuple(groups), *numbers, places, rows_B)
 
 
 def attend(

@@ -9,6 +9,7 @@ Shapes: those of `op`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -28,6 +29,7 @@ from lowline.kernels.memory.op import (
 )
 from lowline.kernels.memory.rows import Rows, admit
 from lowline.kernels.memory.torch_form import pair_energy, row_bias
+from lowline.kernels.pool import check_rows, on_rows
 from lowline.kernels.window.decode import window_linear_step
 from lowline.kernels.window.state import WindowState, check_state, ring_positions
 
@@ -40,6 +42,7 @@ def row_memory_step(
     v_BGV: torch.Tensor,
     *,
     state: MemoryState,
+    rows: torch.Tensor | None = None,
     exact: int,
     block: int,
     horizon: int = 0,
@@ -50,8 +53,8 @@ def row_memory_step(
     """Compute one token of each sequence; advance the state in place.
 
     Arguments are `row_memory_attention`'s without the time dimension; window, sinks and merged are
-    the state's. `cpu` covers fp32 with D and V multiples of 16; for one token `torch` and
-    `reference` are the same.
+    the state's, which is a pool where `rows` (B,) are given (`lowline.kernels.pool`). `cpu` covers
+    fp32 with D and V multiples of 16; for one token `torch` and `reference` are the same.
 
     Returns:
         o_BHV in q's dtype.
@@ -63,6 +66,7 @@ def row_memory_step(
     o_BTHV = row_memory_steps(
         *(x[:, None] for x in (q_BHD, k_BGD, v_BGV)),
         states=(state,),
+        rows_B=rows,
         heads=(tuple(range(k_BGD.shape[1])),),
         exact=(exact,),
         block=block,
@@ -81,6 +85,7 @@ def row_memory_steps(
     v_BTGV: torch.Tensor,
     *,
     states: Sequence[MemoryState | WindowState],
+    rows_B: torch.Tensor | None = None,
     heads: Sequence[Sequence[int]],
     exact: Sequence[int],
     block: int,
@@ -95,6 +100,7 @@ def row_memory_steps(
     Args:
         states: of the heads of each size; a `WindowState` of heads without rows. Packed ones
             (`lowline.kernels.memory.int8`) take k and v of 8 bits.
+        rows_B: the page of each sequence, where the states are pools (`lowline.kernels.pool`).
         heads: the key/value heads of each size, every one of them once.
         exact: rows that are never merged, of each size.
 
@@ -122,7 +128,9 @@ def row_memory_steps(
 
         groups = [(tuple(s), tuple(g), e) for s, g, e in zip(states, heads, exact, strict=True)]
         keeps = kept_of(horizon)
-        o_BTHV = advance(q, k, v, groups, block=block, keeps=keeps, bias=bias, scale=scale)
+        o_BTHV = advance(
+            q, k, v, groups, block=block, keeps=keeps, bias=bias, scale=scale, rows_B=rows_B
+        )
         if o_BTHV is not None:
             return o_BTHV
         # a call that it does not cover, or a wrong one: found below
@@ -131,7 +139,7 @@ def row_memory_steps(
     outputs = []
     for state, group, n_exact in zip(states, heads, exact, strict=True):
         of_q, of_k, of_v = (heads_of(x, group, k.shape[2]) for x in (q, k, v))
-        tokens = zip(of_q.unbind(1), of_k.unbind(1), of_v.unbind(1), strict=True)
+        tokens = list(zip(of_q.unbind(1), of_k.unbind(1), of_v.unbind(1), strict=True))
         if isinstance(state, MemoryState):
             rule = Rule(
                 window=state.k.shape[1], sinks=state.sink_k.shape[1], exact=n_exact,
@@ -139,15 +147,26 @@ def row_memory_steps(
                 bias=bias, scale=scale,
             )  # fmt: skip
             check_call(OP, of_q, of_k, of_v, rule)
-            check_state(OP, state, state_shapes(len(q), of_k, of_v, rule))
-            steps = [_step(q_t, k_t, v_t, state, rule) for q_t, k_t, v_t in tokens]
+            N = check_rows(OP, rows_B, len(q), state.length)
+            check_state(OP, state, state_shapes(N, of_k, of_v, rule))
+            steps = partial(_steps, tokens, rule)
+            outputs.append(on_rows(steps, state, rows_B))
         else:
-            steps = [
-                window_linear_step(q_t, k_t, v_t, state=state, scale=scale, backend=backend)
+            each = [
+                window_linear_step(
+                    q_t, k_t, v_t, state=state, rows=rows_B, scale=scale, backend=backend
+                )
                 for q_t, k_t, v_t in tokens
             ]
-        outputs.append(torch.stack(steps, 1))
+            outputs.append(torch.stack(each, 1))
     return in_order(outputs, heads)
+
+
+def _steps(
+    tokens: Sequence[Sequence[torch.Tensor]], rule: Rule, state: MemoryState
+) -> torch.Tensor:
+    """Return the outputs of tokens, one after another, (B, T, H, V)."""
+    return torch.stack([_step(*token, state, rule) for token in tokens], 1)
 
 
 def _step(

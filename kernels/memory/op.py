@@ -49,6 +49,7 @@ import torch
 
 from lowline.kernels.backends import choose
 from lowline.kernels.packs import check_pack
+from lowline.kernels.pool import has_whole_pages
 from lowline.kernels.window import op as window_op
 from lowline.kernels.window.op import check_heads
 from lowline.kernels.window.state import WindowState, accumulation_dtype, check_state
@@ -263,7 +264,7 @@ def not_on_cpu(
     """Return why the C++ backend does not cover a call; None where it does."""
     if any(x.dtype != torch.float32 for x in (q, k, v, *(state.k for state in states))):
         return "it computes in fp32 only"
-    if not all(x.is_contiguous() for state in states for x in state):
+    if not all(has_whole_pages(*state) for state in states):
         return "the state's tensors are not contiguous"
     return window_op.not_on_cpu(q.dtype, q.shape[-1], v.shape[-1], 0)
 

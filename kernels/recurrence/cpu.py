@@ -8,10 +8,11 @@ leave threads idle.
 
 `step` is the compiled function for one token,
 
-    step(q_BQK, k_BHK, v_BHV, g, beta_BH, state, gate, scale) -> o_BQV
+    step(q_BQK, k_BHK, v_BHV, g, beta_BH, state, gate, scale, rows) -> o_BQV
 
-which updates the state in place. It returns None, having done nothing, for arguments that it does
-not cover or that do not fit each other.
+which updates the state in place: all of it where rows is None, or the pages of these numbers. It
+returns None, having done nothing, for arguments that it does not cover or that do not fit each
+other.
 """
 
 from __future__ import annotations

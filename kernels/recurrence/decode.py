@@ -24,6 +24,7 @@ import torch
 from torch.compiler import is_compiling
 
 from lowline.kernels.backends import Backend
+from lowline.kernels.pool import check_rows, on_rows
 from lowline.kernels.recurrence import reference
 from lowline.kernels.recurrence.op import (
     EPSILON,
@@ -56,6 +57,7 @@ def recurrence_step(
     beta_BH: torch.Tensor | None = None,
     *,
     state: torch.Tensor,
+    rows: torch.Tensor | None = None,
     gate: Gate = "key",
     normalize: bool = False,
     scale: float = 1.0,
@@ -64,7 +66,8 @@ def recurrence_step(
     """Return the output of one token; `state` moves by it in place.
 
     Args: those of `gated_linear_recurrence` without time; g is None, (B, H), (B, H, K) or
-    (B, H, V). Inside torch.compile "auto" takes the torch form, which the compiler fuses.
+    (B, H, V). With `rows` (B,) the state is a pool (`lowline.kernels.pool`). Inside torch.compile
+    "auto" takes the torch form, which the compiler fuses.
 
     Returns:
         o of (B, Q, V) in q's type.
@@ -74,15 +77,18 @@ def recurrence_step(
     """
     if _compiled_step is not None and backend in ("auto", "cpu") and not is_compiling():
         if normalize and beta_BH is None:
-            o_BQV = _compiled_step(q_BQK, k_BHK, _with_ones(v_BHV), g, None, state, gate, scale)
+            o_BQV = _compiled_step(
+                q_BQK, k_BHK, _with_ones(v_BHV), g, None, state, gate, scale, rows
+            )
             if o_BQV is not None:
                 return _divided(o_BQV, scale)
         elif not normalize:
-            o_BQV = _compiled_step(q_BQK, k_BHK, v_BHV, g, beta_BH, state, gate, scale)
+            o_BQV = _compiled_step(q_BQK, k_BHK, v_BHV, g, beta_BH, state, gate, scale, rows)
             if o_BQV is not None:
                 return o_BQV
         # a call that it does not cover, or a wrong one: checked below
-    return _step(q_BQK, k_BHK, v_BHV, g, beta_BH, state, gate, normalize, scale, backend)
+    token = (q_BQK, k_BHK, v_BHV, g, beta_BH)
+    return _step(*token, state, rows, gate, normalize, scale, backend)
 
 
 def recurrence_advance(
@@ -209,6 +215,7 @@ def _step(
     g: torch.Tensor | None,
     beta_BH: torch.Tensor | None,
     state: torch.Tensor,
+    rows: torch.Tensor | None,
     gate: Gate,
     normalize: bool,
     scale: float,
@@ -218,22 +225,27 @@ def _step(
     global _compiled_step
     k_BHK, v_BHV = share_heads(k_BHK, v_BHV)
     check_state(state, v_BHV)
-    call = _with_time(q_BQK, k_BHK, v_BHV, g, beta_BH, state, gate, scale)
+    check_rows(NAME, rows, len(k_BHK), state)
+    held = state if rows is None else state[:1].expand(len(rows), *state.shape[1:])
+    call = _with_time(q_BQK, k_BHK, v_BHV, g, beta_BH, held, gate, scale)
     check(call, normalize)
     if backend == "auto" and is_compiling():
         backend = "torch"
     which = pick(call, backend, one_token=True)
     if normalize:
         v_BHV = _with_ones(v_BHV)
-    if which == "cpu":
-        from lowline.kernels.recurrence.cpu import step
+    token = (q_BQK, k_BHK, v_BHV, g, beta_BH)
+    if which in ("cpu", "triton"):
+        if which == "cpu":
+            from lowline.kernels.recurrence.cpu import step
 
-        _compiled_step = step
-    elif which == "triton":
-        from lowline.kernels.recurrence.triton.backend import step
+            _compiled_step = step
+        else:
+            from lowline.kernels.recurrence.triton.backend import step
+        o_BQV = step(*token, state, gate, scale, rows)
     else:
-        step = _reference_step if which == "reference" else _torch_step
-    o_BQV = step(q_BQK, k_BHK, v_BHV, g, beta_BH, state, gate, scale)
+        plain = _reference_step if which == "reference" else _torch_step
+        o_BQV = on_rows(lambda taken: plain(*token, taken, gate, scale), state, rows)
     return _divided(o_BQV, scale) if normalize else o_BQV
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from lowline.kernels.backends import Backend
+from lowline.kernels.pool import check_rows, on_rows
 from lowline.kernels.scan.op import Call, check, pick, run
 from lowline.kernels.scan.reference import step_size
 
@@ -40,19 +41,26 @@ def selective_scan_step(
     dt_bias_D: torch.Tensor | None = None,
     dt_softplus: bool = False,
     state: torch.Tensor,
+    rows: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> torch.Tensor:
-    """Advance `selective_scan` by one token: return y of (B, D) and move `state` (B, D, N) in
-    place.
+    """Advance `selective_scan` by one token: return y of (B, D) and move `state` (B, D, N), a pool
+    where `rows` (B,) are given (`lowline.kernels.pool`), in place.
 
     Raises:
         ValueError: as `selective_scan`.
     """
     x, dt, B, C = (tensor[:, None] for tensor in (x_BD, dt_BD, B_BN, C_BN))
     z = None if z_BD is None else z_BD[:, None]
-    y, after = run(Call(x, dt, A_DN, B, C, D_D, z, dt_bias_D, state, None, dt_softplus), backend)
-    state.copy_(after)
-    return y[:, 0]
+    check_rows("selective_scan_step", rows, len(x_BD), state)
+
+    def step(taken: torch.Tensor) -> torch.Tensor:
+        call = Call(x, dt, A_DN, B, C, D_D, z, dt_bias_D, taken, None, dt_softplus)
+        y, after = run(call, backend)
+        taken.copy_(after)
+        return y[:, 0]
+
+    return on_rows(step, state, rows)
 
 
 @torch.no_grad()

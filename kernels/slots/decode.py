@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from lowline.kernels.backends import choose
+from lowline.kernels.pool import check_rows, has_whole_pages, on_rows
 from lowline.kernels.slots.op import SlotState, check_shapes, state_shapes
 from lowline.kernels.window.op import not_on_cpu
 from lowline.kernels.window.state import check_state, ring_positions
@@ -24,14 +25,15 @@ def slot_window_step(
     bias_HM: torch.Tensor,
     *,
     state: SlotState,
+    rows: torch.Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Compute one token of each sequence; advance the state in place.
 
     Arguments are `slot_window_attention`'s without the time dimension; window and sinks are the
-    state's. `cpu` covers fp32 with D, V and M multiples of 16; for one token `torch` and
-    `reference` are the same.
+    state's, which is a pool where `rows` (B,) are given (`lowline.kernels.pool`). `cpu` covers fp32
+    and bf16 with D, V and M multiples of 16; for one token `torch` and `reference` are the same.
 
     Returns:
         o_BHV in q's dtype.
@@ -43,7 +45,8 @@ def slot_window_step(
     """
     check_shapes(OP, q_BHD, k_BGD, v_BGV, slot_BG, bias_HM)
     window, sinks = state.k.shape[1], state.sink_k.shape[1]
-    check_state(OP, state, state_shapes(len(q_BHD), k_BGD, v_BGV, bias_HM, window, sinks))
+    N = check_rows(OP, rows, len(q_BHD), state.length)
+    check_state(OP, state, state_shapes(N, k_BGD, v_BGV, bias_HM, window, sinks))
     scale = q_BHD.shape[-1] ** -0.5 if scale is None else scale
     which = choose(
         OP, backend, q_BHD.device, cpu=_not_on_cpu(q_BHD, k_BGD, v_BGV, bias_HM, state),
@@ -52,44 +55,48 @@ def slot_window_step(
     if which == "cpu":
         from lowline.kernels.cpu import load
 
-        o_BHV = q_BHD.new_empty(*q_BHD.shape[:2], v_BGV.shape[-1])
+        o_BHV = q_BHD.new_empty(*q_BHD.shape[:2], v_BGV.shape[-1], dtype=torch.float32)
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BHD, k_BGD, v_BGV))
-        token = (q, k, v, slot_BG.contiguous(), bias_HM.contiguous())
-        load("slots").step(*token, tuple(state), float(scale), o_BHV)
-        return o_BHV
-    return _step(q_BHD, k_BGD, v_BGV, slot_BG, bias_HM, state, scale)
+        token = (q, k, v, slot_BG.contiguous(), bias_HM.float().contiguous())
+        load("slots").step(*token, tuple(state), float(scale), rows, o_BHV)
+        return o_BHV.to(q_BHD.dtype)
+    token = (q_BHD, k_BGD, v_BGV, slot_BG, bias_HM)
+    return on_rows(lambda taken: _step(*token, taken, scale), state, rows)
 
 
 def nearest_slot_step(
-    q_11HD: torch.Tensor,
-    k_11GD: torch.Tensor,
-    v_11GV: torch.Tensor,
-    plain_k_11GD: torch.Tensor,
+    q_B1HD: torch.Tensor,
+    k_B1GD: torch.Tensor,
+    v_B1GV: torch.Tensor,
+    plain_k_B1GD: torch.Tensor,
     centroids_GMD: torch.Tensor,
     bias_HM: torch.Tensor,
     state: SlotState,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """Compute one token, in C++, into the slots of the centroids nearest to its plain keys.
+    """Compute one token of each sequence, in C++, into the slots of the centroids nearest to its
+    plain keys.
 
     Returns:
-        o (1, 1, H, V), the state being advanced in place; None, and nothing has changed, where it
-        does not cover the tensors: one sequence, fp32, contiguous, multiples of 16, on a CPU.
+        o (B, 1, H, V), the state being advanced in place; None, and nothing has changed, where it
+        does not cover the tensors: fp32, contiguous, multiples of 16, on a CPU.
     """
     from lowline.kernels.cpu import load
 
-    scale, o_11HV = q_11HD.shape[-1] ** -0.5, q_11HD.new_empty(*q_11HD.shape[:3], v_11GV.shape[-1])
-    token = (q_11HD, k_11GD, v_11GV, plain_k_11GD, centroids_GMD, bias_HM)
-    return o_11HV if load("slots").token(*token, tuple(state), scale, o_11HV) else None
+    scale, o_B1HV = q_B1HD.shape[-1] ** -0.5, q_B1HD.new_empty(*q_B1HD.shape[:3], v_B1GV.shape[-1])
+    token = (q_B1HD, k_B1GD, v_B1GV, plain_k_B1GD, centroids_GMD, bias_HM)
+    return o_B1HV if load("slots").token(*token, tuple(state), scale, rows, o_B1HV) else None
 
 
 def _not_on_cpu(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, state: SlotState
 ) -> str | None:
-    indices = (state.slot, state.length)
-    floats = [x for x in state if not any(x is index for index in indices)]
-    if any(x.dtype != torch.float32 for x in (q, k, v, bias, *floats)):
-        return "it decodes in fp32 only"
-    if not all(x.is_contiguous() for x in state):
+    held = (state.k, state.v, state.sink_k, state.sink_v)
+    if any(x.dtype != q.dtype for x in (k, v, *held)):
+        return "tokens and what the state holds of them differ in type"
+    if any(x.dtype != torch.float32 for x in (state.keys, state.values, state.tokens)):
+        return "it sums in fp32 only"
+    if not has_whole_pages(*state):
         return "the state's tensors are not contiguous"
     return not_on_cpu(k.dtype, k.shape[-1], v.shape[-1], bias.shape[-1])
 
@@ -118,9 +125,9 @@ def _step(
     for ring, x in ((s.k, k_BGD), (s.v, v_BGV), (s.slot, slot_BG)):
         ring[row_B, turn_B] = x
     if sinks:
-        early_B = (s.length < sinks).nonzero()[:, 0]
+        here_Bs = torch.arange(sinks, device=q_BHD.device) == s.length[:, None]
         for kept, x in ((s.sink_k, k_BGD), (s.sink_v, v_BGV)):
-            kept[early_B, s.length[early_B]] = x[early_B]
+            kept.copy_(torch.where(here_Bs[..., None, None], x[:, None].to(kept), kept))
     s.length.add_(1)
 
     q = q_BHD.to(dtype).view(B, G, -1, D) * scale

@@ -6,10 +6,11 @@ kernels where torch.compile traces; elsewhere their dispatch would cost time.
 
 `step` is the compiled function for one token,
 
-    step(q_BHD, k_BGD, v_BGV, phi_q_BHF, phi_k_BPF, state, gamma_H, lambda_H, scale) -> o_BHV
+    step(q_BHD, k_BGD, v_BGV, phi_q_BHF, phi_k_BPF, state, gamma_H, lambda_H, scale, rows) -> o_BHV
 
-which updates the state in place. It returns None, having done nothing, for arguments that it does
-not cover or that do not fit each other.
+which updates the state in place: all of it where rows is None, or the pages of these numbers. It
+returns None, having done nothing, for arguments that it does not cover or that do not fit each
+other.
 """
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ def decode(
     window_factor: Tensor,
     linear_factor: Tensor,
     scale: float,
+    rows: Tensor | None,
     *,
     take_in: bool,
 ) -> Tensor:
@@ -101,7 +103,7 @@ def decode(
     state first.
     """
     run = _decode_op if torch.compiler.is_compiling() else _decode
-    return run(q, k, v, phi_q, phi_k, *state, window_factor, linear_factor, scale, take_in)
+    return run(q, k, v, phi_q, phi_k, *state, window_factor, linear_factor, scale, rows, take_in)
 
 
 def advance(
@@ -132,16 +134,18 @@ def _decode(
     window_factor: Tensor,
     linear_factor: Tensor,
     scale: float,
+    rows: Tensor | None,
     take_in: bool,
 ) -> Tensor:
     tokens = _dense((q, k, v, phi_q, phi_k))
     state = (ring_k, ring_v, ring_phi, sink_k, sink_v, S, length)
-    rest = (state, window_factor.contiguous(), linear_factor.contiguous(), scale)
+    factors = (x.float().contiguous() for x in (window_factor, linear_factor))
+    rest = (state, *factors, scale, rows)
     if take_in:
         return load("window").step(*(x[:, 0] for x in tokens), *rest)[:, None]
-    o = q.new_empty(*q.shape[:3], v.shape[3])
+    o = q.new_empty(*q.shape[:3], v.shape[3], dtype=torch.float32)
     load("window").verify(*tokens, *rest, o)
-    return o
+    return o.to(q.dtype)
 
 
 def _advance(

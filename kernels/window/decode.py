@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from lowline.kernels.backends import choose
+from lowline.kernels.pool import check_rows, has_whole_pages, on_rows
 from lowline.kernels.window.op import (
     check_heads,
     not_on_cpu,
@@ -50,6 +51,7 @@ def window_linear_step(
     phi_k_BPF: Tensor | None = None,
     *,
     state: WindowState,
+    rows: Tensor | None = None,
     window_factor_H: Tensor | None = None,
     linear_factor_H: Tensor | None = None,
     scale: float | None = None,
@@ -58,7 +60,8 @@ def window_linear_step(
     """Compute one token of each sequence; advance the state in place.
 
     Arguments are `window_linear_attention`'s without the time dimension; window and sinks are the
-    state's. `triton` has no kernel of its own here: CUDA tensors take `torch`.
+    state's, which is a pool where `rows` (B,) are given (`lowline.kernels.pool`). `triton` has no
+    kernel of its own here: CUDA tensors take `torch`.
 
     Returns:
         o_BHV in q's dtype.
@@ -68,11 +71,11 @@ def window_linear_step(
     """
     token = (q_BHD, k_BGD, v_BGV, phi_q_BHF, phi_k_BPF)
     if _compiled_step is not None and backend in ("auto", "cpu") and not is_compiling():
-        o_BHV = _compiled_step(*token, state, window_factor_H, linear_factor_H, scale)
+        o_BHV = _compiled_step(*token, state, window_factor_H, linear_factor_H, scale, rows)
         if o_BHV is not None:
             return o_BHV
         # a call that it does not cover, or a wrong one: checked below
-    return _step(token, state, window_factor_H, linear_factor_H, scale, backend)
+    return _step(token, state, rows, window_factor_H, linear_factor_H, scale, backend)
 
 
 @torch.no_grad()
@@ -148,6 +151,7 @@ def window_linear_advance(
 def _step(
     token: tuple[Tensor | None, ...],
     state: WindowState,
+    rows: Tensor | None,
     window_factor_H: Tensor | None,
     linear_factor_H: Tensor | None,
     scale: float | None,
@@ -157,17 +161,21 @@ def _step(
     global _compiled_step
     op = "window_linear_step"
     block = [None if x is None else x[:, None] for x in token]
-    call = _checked(op, block, state, window_factor_H, linear_factor_H, scale)
+    call = _checked(op, block, state, window_factor_H, linear_factor_H, scale, rows)
     which = _backend(op, backend, call.k, call.v, call.phi_k, state)
     if which == "cpu":
         from lowline.kernels.window import cpu
 
         if not is_compiling():
             _compiled_step = cpu.step
-        return cpu.decode(*call, take_in=True)[:, 0]
-    o_BTHV = _outputs(call, which)
-    _push(state, WindowPending(call.k, call.v, call.phi_k), torch.ones_like(state.length))
-    return o_BTHV[:, 0]
+        return cpu.decode(*call, rows, take_in=True)[:, 0]
+
+    def step(taken: WindowState) -> Tensor:
+        o_BTHV = _outputs(call._replace(state=taken), which)
+        _push(taken, WindowPending(call.k, call.v, call.phi_k), torch.ones_like(taken.length))
+        return o_BTHV[:, 0]
+
+    return on_rows(step, state, rows)
 
 
 class _Call(NamedTuple):
@@ -191,6 +199,7 @@ def _checked(
     window_factor_H: Tensor | None,
     linear_factor_H: Tensor | None,
     scale: float | None,
+    rows: Tensor | None = None,
 ) -> _Call:
     q, k, v, phi_q, phi_k = block
     assert q is not None and k is not None and v is not None
@@ -199,7 +208,8 @@ def _checked(
     check_heads(op, q, k, v, phi_q, phi_k)
     if phi_q is None or phi_k is None:
         phi_q, phi_k = q[..., :0], k[..., :0]
-    shapes = state_shapes(q.shape[0], k, v, phi_k, *_window_and_sinks(state))
+    N = check_rows(op, rows, q.shape[0], state.length)
+    shapes = state_shapes(N, k, v, phi_k, *_window_and_sinks(state))
     check_state(op, state, shapes)
     gamma = per_head_factor(op, "window_factor_H", window_factor_H, q)
     lam = per_head_factor(op, "linear_factor_H", linear_factor_H, q)
@@ -213,9 +223,11 @@ def _window_and_sinks(state: WindowState) -> tuple[int, int]:
 
 def _backend(op: str, backend: str, k: Tensor, v: Tensor, phi_k: Tensor, state: WindowState) -> str:
     cpu = not_on_cpu(k.dtype, k.shape[-1], v.shape[-1], phi_k.shape[-1])
-    if any(x.dtype != torch.float32 for x in (k, *state[:6])):
-        cpu = "it decodes in fp32 only"
-    elif not all(x.is_contiguous() for x in state):
+    if any(x.dtype != k.dtype for x in (v, *state[:5])):
+        cpu = "tokens and what the state holds of them differ in type"
+    elif state.S.dtype != torch.float32:
+        cpu = "it sums in fp32 only"
+    elif not has_whole_pages(*state):
         cpu = "the state's tensors are not contiguous"
     triton = "it has no decoding kernels"
     return choose(op, backend, k.device, cpu=cpu, triton=triton, module="window")
@@ -225,7 +237,7 @@ def _outputs(call: _Call, which: str) -> Tensor:
     if which == "cpu":
         from lowline.kernels.window.cpu import decode
 
-        return decode(*call, take_in=False)
+        return decode(*call, None, take_in=False)
     if which == "torch":
         return _read(*call)
     window, sinks = _window_and_sinks(call.state)

@@ -195,15 +195,15 @@ def test_a_scale_may_be_an_integer(backend):
         assert_near(o, want[:, t])
 
 
-def test_a_sum_in_fp64_or_lengths_apart_take_torch():
+def test_a_sum_in_fp64_or_features_apart_take_torch():
     needs("cpu")
     tokens, factors, sizes = make(T=8)
     want, end = window_linear_attention(*tokens, window=3, backend="reference", **factors)
     plain = empty_window_state(2, window=3, **sizes)
     wide = plain._replace(S=plain.S.double())
-    apart = plain._replace(length=torch.tensor([0, 9, 0, 9])[::2])
+    apart = plain._replace(k=plain.k.mT.contiguous().mT)
     for state, words in ((wide, "fp32 only"), (apart, "not contiguous")):
-        state = WindowState(*(x if x.stride() == (2,) else x.clone() for x in state))
+        state = WindowState(*(x.clone() for x in state))
         token = [x[:, 0] for x in tokens]
         with pytest.raises(ValueError, match=words):
             window_linear_step(*token, state=state, backend="cpu", **factors)

@@ -60,9 +60,12 @@ def step(
     state: Tensor,
     gate: str,
     scale: float,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """Return o, (B, Q, V), of one token; `state`, (B, H, K, V) in fp32, is changed in place."""
-    B, H, K, V = state.shape
+    """Return o, (B, Q, V), of one token; `state`, (B, H, K, V) in fp32, or those pages of it, is
+    changed in place.
+    """
+    B, (H, K, V) = len(k_BHK), state.shape[1:]
     o_BQV = q_BQK.new_empty(B, q_BQK.shape[1], V)
     if o_BQV.numel():
         size = block(V, 32)
@@ -72,6 +75,7 @@ def step(
             q=q_BQK.contiguous(), k=k_BHK.contiguous(), v=v_BHV.contiguous(),
             g=None if g is None else g.contiguous(),
             beta=None if beta_BH is None else beta_BH.contiguous(), state=state, o=o_BQV,
+            rows=None if rows is None else rows.contiguous(), PAGED=rows is not None,
             scale=scale, **dict(zip(names, state.stride(), strict=True)), H=H,
             GROUPS=q_BQK.shape[1] // H, K=K, V=V, GATE=_kind(g, gate, scalar_dim=2),
             DELTA=beta_BH is not None, BLOCK_K=block(K, 256), BLOCK_V=size,

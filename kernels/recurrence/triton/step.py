@@ -13,11 +13,13 @@ from lowline.kernels.recurrence.triton.kernels import KEY, NONE, SCALAR
 
 @triton.jit
 def step_kernel(
-    q, k, v, g, beta, state, o, scale, stride_b, stride_h, stride_k, stride_v,
+    q, k, v, g, beta, state, rows, o, scale, stride_b, stride_h, stride_k, stride_v,
     H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    GATE: tl.constexpr, DELTA: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    GATE: tl.constexpr, DELTA: tl.constexpr, PAGED: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Advance all K rows of some columns of one state; GATE 3 is a gate per value.
+    """Advance all K rows of some columns of one state; GATE 3 is a gate per value, PAGED says that
+    `rows` has the state of each token.
 
     Reads and writes the state: 8 K V bytes per head after any context; B 64, H 32, K = V = 128:
     268 MB, 0.08 ms on an H100 (3.35 TB/s).
@@ -28,8 +30,9 @@ def step_kernel(
     at_v = tl.program_id(0) % blocks_v * BLOCK_V + tl.arange(0, BLOCK_V)
     in_k, in_v = at_k < K, at_v < V
     mask = in_k[:, None] & in_v[None, :]
+    page = tl.load(rows + index // H) if PAGED else index // H
     pointers = (
-        state + (index // H).to(tl.int64) * stride_b + (index % H).to(tl.int64) * stride_h
+        state + page.to(tl.int64) * stride_b + (index % H).to(tl.int64) * stride_h
         + at_k[:, None] * stride_k + at_v[None, :] * stride_v
     )  # fmt: skip
     s = tl.load(pointers, mask=mask, other=0.0)
