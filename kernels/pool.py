@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 def check_rows(op: str, rows: Tensor | None, batch: int, pool: Tensor) -> int:
@@ -54,10 +55,9 @@ def on_rows(step: Callable[[Any], Tensor], state: Any, rows: Tensor | None) -> T
     """Return what a step returns that changes its state, applied to some pages of `state`."""
     if rows is None:
         return step(state)
-    alone = isinstance(state, Tensor)
-    pools = (state,) if alone else tuple(state)
+    pools, nest = tree_flatten(state)
     taken = [pool.index_select(0, rows) for pool in pools]
-    out = step(taken[0] if alone else type(state)(*taken))
+    out = step(tree_unflatten(taken, nest))
     for pool, page in zip(pools, taken, strict=True):
         pool.index_copy_(0, rows.long(), page)
     return out

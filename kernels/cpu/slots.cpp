@@ -165,10 +165,9 @@ PyObject* token(PyObject* const* args, Py_ssize_t) {
   const int64_t M = centroids.size(1);
   if (!G || H % G || D % 16 || V % 16 || M % 16) Py_RETURN_FALSE;
   auto fits = [](PyObject* object, std::initializer_list<int64_t> sizes) {
-    if (!plain(object)) return false;
     const at::Tensor& t = *tensor(object);
-    return t.is_contiguous() && t.scalar_type() == at::kFloat &&
-           t.sizes() == at::IntArrayRef(sizes);
+    return t.scalar_type() == at::kFloat && t.sizes() == at::IntArrayRef(sizes) &&
+           (sizes.size() == 4 ? t.stride(3) == 1 : t.is_contiguous());
   };
   auto held = [&](int i) { return PyTuple_GET_ITEM(state, i); };
   for (int i = 0; i < 9; i++)
@@ -192,9 +191,9 @@ PyObject* token(PyObject* const* args, Py_ssize_t) {
   const Slots<float> x(state);
   static thread_local std::vector<int64_t> slot;
   slot.resize(N * G);
-  const float* plain_k = tensor(args[3])->data_ptr<float>();
+  const Tokens plain_k(tensor(args[3]));
   for (long i = 0; i < N * G; i++)
-    slot[i] = nearest(plain_k + i * D, centroids.data_ptr<float>() + i % G * M * D, M, D);
+    slot[i] = nearest(plain_k(i / G, 0, i % G), centroids.data_ptr<float>() + i % G * M * D, M, D);
   if (!all_exist(x, pages, slot.data())) return nullptr;
   advance(x, pages, Tokens(&q), Tokens(&k), Tokens(&v), slot.data(),
           tensor(args[5])->data_ptr<float>(), PyFloat_AsDouble(args[7]),

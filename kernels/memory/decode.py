@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -110,36 +111,41 @@ def row_memory_steps(
     Raises:
         ValueError: as `row_memory_step`.
     """
-    if any(map(is_packed, states)):
-        how = {"heads": heads, "exact": exact, "block": block, "horizon": horizon, "bias": bias}
-        wide = [unpack_state(state, k_BTGD.dtype) for state in states]
-        o_BTHV = row_memory_steps(
-            q_BTHD, round_int8(k_BTGD), round_int8(v_BTGV), states=wide, scale=scale,
-            backend=backend, **how,
-        )  # fmt: skip
+    q, k, v = q_BTHD, k_BTGD, v_BTGV
+    how: Any = {"block": block, "bias": bias}
+    packed = any(map(is_packed, states))
+    if (
+        backend in ("auto", "cpu") and not packed and q.device.type == "cpu"
+        and unavailable("row_memory") is None
+    ):  # fmt: skip
+        from lowline.kernels.memory.cpu import advance
+
+        groups = [(tuple(s), tuple(g), e) for s, g, e in zip(states, heads, exact, strict=True)]
+        of_scale = q.shape[-1] ** -0.5 if scale is None else scale
+        keeps = kept_of(horizon)
+        o_BTHV = advance(q, k, v, groups, **how, keeps=keeps, scale=of_scale, rows_B=rows_B)
+        if o_BTHV is not None:
+            return o_BTHV
+        # a call that it does not cover, or a wrong one: found below
+    how |= {"heads": heads, "exact": exact, "horizon": horizon, "scale": scale, "backend": backend}
+    if rows_B is not None:
+        check_rows(OP, rows_B, len(q), states[0].length)
+        step = partial(row_memory_steps, q, k, v, **how)
+        return on_rows(lambda taken: step(states=taken), list(states), rows_B)
+    if packed:
+        wide = [unpack_state(state, k.dtype) for state in states]
+        o_BTHV = row_memory_steps(q, round_int8(k), round_int8(v), states=wide, **how)
         for state, after in zip(states, map(pack_state, wide), strict=True):
             for held, x in zip(state, after, strict=True):
                 held.copy_(x)
         return o_BTHV
-    q, k, v = q_BTHD, k_BTGD, v_BTGV
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if backend in ("auto", "cpu") and q.device.type == "cpu" and unavailable("row_memory") is None:
-        from lowline.kernels.memory.cpu import advance
-
-        groups = [(tuple(s), tuple(g), e) for s, g, e in zip(states, heads, exact, strict=True)]
-        keeps = kept_of(horizon)
-        o_BTHV = advance(
-            q, k, v, groups, block=block, keeps=keeps, bias=bias, scale=scale, rows_B=rows_B
-        )
-        if o_BTHV is not None:
-            return o_BTHV
-        # a call that it does not cover, or a wrong one: found below
     cpu = not_on_cpu(q, k, v, *states)
     choose(OP, backend, q.device, cpu=cpu, triton=NO_KERNEL, module="row_memory")
     outputs = []
     for state, group, n_exact in zip(states, heads, exact, strict=True):
         of_q, of_k, of_v = (heads_of(x, group, k.shape[2]) for x in (q, k, v))
-        tokens = list(zip(of_q.unbind(1), of_k.unbind(1), of_v.unbind(1), strict=True))
+        tokens = zip(of_q.unbind(1), of_k.unbind(1), of_v.unbind(1), strict=True)
         if isinstance(state, MemoryState):
             rule = Rule(
                 window=state.k.shape[1], sinks=state.sink_k.shape[1], exact=n_exact,
@@ -147,26 +153,15 @@ def row_memory_steps(
                 bias=bias, scale=scale,
             )  # fmt: skip
             check_call(OP, of_q, of_k, of_v, rule)
-            N = check_rows(OP, rows_B, len(q), state.length)
-            check_state(OP, state, state_shapes(N, of_k, of_v, rule))
-            steps = partial(_steps, tokens, rule)
-            outputs.append(on_rows(steps, state, rows_B))
+            check_state(OP, state, state_shapes(len(q), of_k, of_v, rule))
+            steps = [_step(q_t, k_t, v_t, state, rule) for q_t, k_t, v_t in tokens]
         else:
-            each = [
-                window_linear_step(
-                    q_t, k_t, v_t, state=state, rows=rows_B, scale=scale, backend=backend
-                )
+            steps = [
+                window_linear_step(q_t, k_t, v_t, state=state, scale=scale, backend=backend)
                 for q_t, k_t, v_t in tokens
             ]
-            outputs.append(torch.stack(each, 1))
+        outputs.append(torch.stack(steps, 1))
     return in_order(outputs, heads)
-
-
-def _steps(
-    tokens: Sequence[Sequence[torch.Tensor]], rule: Rule, state: MemoryState
-) -> torch.Tensor:
-    """Return the outputs of tokens, one after another, (B, T, H, V)."""
-    return torch.stack([_step(*token, state, rule) for token in tokens], 1)
 
 
 def _step(

@@ -79,7 +79,7 @@ def nearest_slot_step(
 
     Returns:
         o (B, 1, H, V), the state being advanced in place; None, and nothing has changed, where it
-        does not cover the tensors: fp32, contiguous, multiples of 16, on a CPU.
+        does not cover the tensors: fp32, multiples of 16, on a CPU.
     """
     from lowline.kernels.cpu import load
 

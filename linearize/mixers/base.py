@@ -14,6 +14,8 @@ model, N sequences (B, or those of `cu_seqlens`).
 
 from __future__ import annotations
 
+import functools
+import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +25,7 @@ import torch.nn as nn
 from lowline.kernels.dense import is_one_token, rotate_token
 from lowline.linearize.mixers.fitting import Sample
 from lowline.linearize.mixers.options import MixerOptions
-from lowline.linearize.mixers.state import StateLayout
+from lowline.linearize.mixers.state import StateLayout, clear_rows, put_rows, take_rows
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 State = Any
@@ -92,6 +94,7 @@ class Mixer(nn.Module):
         x_BTE: torch.Tensor,
         state: State | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, State]:
         """Mix tokens.
 
@@ -102,12 +105,53 @@ class Mixer(nn.Module):
             state: what a call before returned; None at the start of every sequence. Without
                 gradients it may be changed in place.
             cu_seqlens: (N + 1,) bounds of packed sequences, B = 1.
+            rows: (B,) where the state is a pool (`lowline.kernels.pool`), of which these pages
+                change; for one token of each sequence.
 
         Returns:
             o of (B, T, H, D), before the output projection, and the state after the last token of
             every sequence.
         """
         raise NotImplementedError
+
+    @torch.no_grad()
+    def on_pool(
+        self,
+        q_BTHD: torch.Tensor,
+        k_BTGD: torch.Tensor,
+        v_BTGD: torch.Tensor,
+        *,
+        rope: Rope,
+        x_BTE: torch.Tensor,
+        pool: State,
+        rows_N: torch.Tensor,
+        fresh_N: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return o of tokens of sequences whose states are pages of a pool, which change in place.
+
+        One token of each sequence takes the kernels' steps on rows, if `forward` has the argument
+        `rows`; other calls copy the states out and back. Nothing waits for the device that
+        `forward` does not wait for.
+
+        Args:
+            pool: a state whose tensors lead with pages, of any stride (`StateLayout.views`).
+            rows_N: int32 or int64, the page of each sequence; each page at most once.
+            fresh_N: bool, which sequences begin here, whatever their pages hold.
+
+        The other arguments are those of `forward`.
+        """
+        of_tokens: dict[str, Any] = {"rope": rope, "x_BTE": x_BTE}
+        steps = fresh_N is None and cu_seqlens is None and q_BTHD.shape[1] == 1
+        if steps and "rows" in _arguments(type(self)):
+            return self(q_BTHD, k_BTGD, v_BTGD, **of_tokens, state=pool, rows=rows_N)[0]
+        state = take_rows(pool, rows_N)
+        if fresh_N is not None:
+            clear_rows(state, fresh_N)
+        of_tokens |= {"state": state, "cu_seqlens": cu_seqlens}
+        o_BTHD, state = self(q_BTHD, k_BTGD, v_BTGD, **of_tokens)
+        put_rows(pool, rows_N.long(), state)
+        return o_BTHD
 
     def state_layout(self, dtype: torch.dtype = torch.float32) -> StateLayout:
         """Return structure, shapes and types of its states, where it computes in `dtype`.
@@ -159,6 +203,12 @@ class Mixer(nn.Module):
             sample: tokens and softmax attention's output; see `lowline.linearize.mixers.fitting`.
         """
         return {}
+
+
+@functools.cache
+def _arguments(mixer: type[Mixer]) -> frozenset[str]:
+    """Return the names of the arguments that a kind of mixer takes."""
+    return frozenset(inspect.signature(mixer.forward).parameters)
 
 
 def apply_rope(x_BTHD: torch.Tensor, rope: Rope) -> torch.Tensor:

@@ -69,6 +69,7 @@ def attend(
     linear_factor_H: torch.Tensor | None = None,
     state: WindowState | None,
     cu_seqlens: torch.Tensor | None,
+    rows: torch.Tensor | None = None,
     backend: Backend,
 ) -> tuple[torch.Tensor, WindowState]:
     """`window_linear_attention`, by its step where that will do."""
@@ -79,8 +80,15 @@ def attend(
     }
     if state is not None and is_step(q_BTHD, cu_seqlens, *state):
         token = (None if x is None else x[:, 0] for x in inputs)
-        o_BHD = window_linear_step(*token, **factors, state=state, backend=backend)  # type: ignore[arg-type]
+        o_BHD = window_linear_step(
+            *token,  # type: ignore[arg-type]
+            **factors,
+            state=state,
+            rows=rows,
+            backend=backend,
+        )
         return o_BHD[:, None], state
+    refuse_rows(rows)
     if state is not None and are_few(q_BTHD, cu_seqlens, *state):
         o_BTHD, block = window_linear_verify(*inputs, **factors, state=state, backend=backend)
         window_linear_advance(state, block, torch.full_like(state.length, q_BTHD.shape[1]),
@@ -109,6 +117,7 @@ def recur(
     scale: float = 1.0,
     state: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
+    rows: torch.Tensor | None = None,
     backend: Backend,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`gated_linear_recurrence`, by its step where that will do."""
@@ -118,6 +127,7 @@ def recur(
             recurrence_step(
                 *(None if x is None else x[:, t] for x in inputs),  # type: ignore[arg-type]
                 state=state,
+                rows=rows,
                 gate=gate,
                 normalize=normalize,
                 scale=scale,
@@ -126,6 +136,7 @@ def recur(
             for t in range(q_BTHF.shape[1])
         ]
         return torch.stack(outputs, 1), state
+    refuse_rows(rows)
     return gated_linear_recurrence(
         *inputs,
         gate=gate,
@@ -145,12 +156,15 @@ def convolve(
     activation: Activation | None = None,
     state: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
+    rows: torch.Tensor | None = None,
     backend: Backend,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`causal_conv`, by its step where that will do."""
     how: dict[str, Any] = {"activation": activation}
     if state is not None and is_step(x_BTC, cu_seqlens, state):
-        return causal_conv_step(x_BTC[:, 0], taps_CW, bias_C, state=state, **how)[:, None], state
+        y_BC = causal_conv_step(x_BTC[:, 0], taps_CW, bias_C, state=state, rows=rows, **how)
+        return y_BC[:, None], state
+    refuse_rows(rows)
     how |= {"initial_state": state, "cu_seqlens": cu_seqlens, "backend": backend}
     return causal_conv(x_BTC, taps_CW, bias_C, **how)
 
@@ -167,6 +181,7 @@ def beside(
     rope: Rope | None,
     state: States | None,
     cu_seqlens: torch.Tensor | None,
+    rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, States]:
     """Return a linear part with the window beside it, as `options` and the mixer's attributes say.
 
@@ -189,6 +204,7 @@ def beside(
         sinks=options.sinks,
         state=before.window,
         cu_seqlens=cu_seqlens,
+        rows=rows,
         backend=options.backend,
     )
     o = (1 - share) * o_window
@@ -207,6 +223,15 @@ def dropping_window(mixer: Mixer, state: State | None) -> bool:
     if dropping and state is not None:
         raise LowlineError("drop_window takes complete sequences; call without past_key_values")
     return dropping
+
+
+def refuse_rows(rows: torch.Tensor | None) -> None:
+    """Raise LowlineError where rows of a pool are given to a call that is no step."""
+    if rows is not None:
+        raise LowlineError(
+            "rows of a pool are for one token of each sequence, without gradients; call `on_pool`, "
+            "which also takes more tokens"
+        )
 
 
 def repeat_heads(x_BTGD: torch.Tensor, mixer: Mixer, state_heads: StateHeads) -> torch.Tensor:

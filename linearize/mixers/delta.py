@@ -99,6 +99,7 @@ class GatedDeltaNet(Mixer):
         x_BTE: torch.Tensor,
         state: States | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, States]:
         """See `Mixer.forward`."""
         of_window: Rope | None = rope
@@ -108,7 +109,7 @@ class GatedDeltaNet(Mixer):
 
         def linear(state: State) -> tuple[torch.Tensor, State]:
             taken, memory = (None, None) if state is None else state
-            q, k, v, taken = self._convolved(q_BTHD, k_BTGD, v_BTGD, taken, cu_seqlens)
+            q, k, v, taken = self._convolved(q_BTHD, k_BTGD, v_BTGD, taken, cu_seqlens, rows)
             if self.options.rotary and self.taps is not None:
                 q, k = apply_rope(q, rope), apply_rope(k, rope)
             o_BTHD, memory = recur(
@@ -119,6 +120,7 @@ class GatedDeltaNet(Mixer):
                 self.beta(x_BTE).sigmoid(),
                 state=memory,
                 cu_seqlens=cu_seqlens,
+                rows=rows,
                 backend=self.options.backend,
             )
             return o_BTHD, (taken, memory)
@@ -134,6 +136,7 @@ class GatedDeltaNet(Mixer):
             rope=of_window,
             state=state,
             cu_seqlens=cu_seqlens,
+            rows=rows,
         )
 
     def _convolved(
@@ -143,6 +146,7 @@ class GatedDeltaNet(Mixer):
         v_BTGD: torch.Tensor,
         taken: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
+        rows: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """q, k and v after the convolution, and its state: the inputs that it took last."""
         if self.taps is None:
@@ -153,6 +157,7 @@ class GatedDeltaNet(Mixer):
             self.taps,
             state=taken,
             cu_seqlens=cu_seqlens,
+            rows=rows,
             backend=self.options.backend,
         )
         heads = (self.shape.n_heads, self.shape.n_kv_heads, self.shape.n_kv_heads)

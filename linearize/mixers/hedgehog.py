@@ -51,6 +51,7 @@ class Hedgehog(Mixer):
         x_BTE: torch.Tensor,
         state: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Mixer.forward`."""
         backend = self.options.backend
@@ -62,5 +63,6 @@ class Hedgehog(Mixer):
             normalize=True,
             state=state,
             cu_seqlens=cu_seqlens,
+            rows=rows,
             backend=backend,
         )

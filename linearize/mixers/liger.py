@@ -45,6 +45,7 @@ class LigerGLA(Mixer):
         x_BTE: torch.Tensor,
         state: States | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, States]:
         """See `Mixer.forward`."""
         keys_BTGD, g_BTGD = self.gated_keys(k_BTGD)
@@ -57,6 +58,7 @@ class LigerGLA(Mixer):
                 g_BTGD,
                 state=state,
                 cu_seqlens=cu_seqlens,
+                rows=rows,
                 backend=self.options.backend,
             )
 
@@ -71,6 +73,7 @@ class LigerGLA(Mixer):
             rope=rope,
             state=state,
             cu_seqlens=cu_seqlens,
+            rows=rows,
         )
 
 

@@ -35,6 +35,7 @@ class LigerGSA(Mixer):
         x_BTE: torch.Tensor,
         state: States | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, States]:
         """See `Mixer.forward`."""
         g_BTGM = F.logsigmoid(at_least_fp32(k_BTGD)) / GATE_ROOT
@@ -52,6 +53,7 @@ class LigerGSA(Mixer):
                 gate="value",
                 state=keys,
                 cu_seqlens=cu_seqlens,
+                rows=rows,
                 backend=backend,
             )
             o_BTHD, values = recur(
@@ -61,6 +63,7 @@ class LigerGSA(Mixer):
                 g_BTGM,
                 state=values,
                 cu_seqlens=cu_seqlens,
+                rows=rows,
                 backend=backend,
             )
             return o_BTHD, (keys, values)
@@ -76,4 +79,5 @@ class LigerGSA(Mixer):
             rope=rope,
             state=state,
             cu_seqlens=cu_seqlens,
+            rows=rows,
         )

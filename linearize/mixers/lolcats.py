@@ -62,6 +62,7 @@ class Lolcats(Mixer):
         x_BTE: torch.Tensor,
         state: WindowState | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, WindowState | None]:
         """See `Mixer.forward`; the state is None where the window is dropped."""
         backend = self.options.backend
@@ -93,5 +94,6 @@ class Lolcats(Mixer):
             linear_factor_H=lambda_H if self.linear_enabled else torch.zeros_like(lambda_H),
             state=state,
             cu_seqlens=cu_seqlens,
+            rows=rows,
             backend=backend,
         )

@@ -24,7 +24,13 @@ import torch.nn as nn
 from lowline.errors import LowlineError
 from lowline.kernels.scan import selective_scan, selective_scan_step
 from lowline.linearize.mixers.base import HeadShape, Mixer, Rope
-from lowline.linearize.mixers.branches import at_least_fp32, convolve, is_step, repeat_heads
+from lowline.linearize.mixers.branches import (
+    at_least_fp32,
+    convolve,
+    is_step,
+    refuse_rows,
+    repeat_heads,
+)
 from lowline.linearize.mixers.mamba2 import MambaState, ShortConv, first_step_bias
 from lowline.linearize.mixers.options import Mamba1Options as Mamba1Options
 
@@ -63,6 +69,7 @@ class Mamba1(Mixer):
         x_BTE: torch.Tensor,
         state: MambaState | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, MambaState]:
         """See `Mixer.forward`."""
         taken, memory = (None, None) if state is None else state
@@ -74,6 +81,7 @@ class Mamba1(Mixer):
             activation="silu",
             state=taken,
             cu_seqlens=cu_seqlens,
+            rows=rows,
             backend=backend,
         )
         k_BTHD = repeat_heads(k_BTGD, self, "query")
@@ -89,9 +97,11 @@ class Mamba1(Mixer):
                 dt_bias_D=self.step_bias,
                 dt_softplus=True,
                 state=memory,
+                rows=rows,
                 backend=backend,
             )
             return y_BC[:, None].view_as(q_BTHD), MambaState(taken, memory)
+        refuse_rows(rows)
         y_BTC, memory = selective_scan(
             *(v_BTC, step_BTC, rates_CN, B_BTPN, C_BTPN, self.skip_C),
             z_BTD=z_BTC,

@@ -79,6 +79,7 @@ class Mamba2(Mixer):
         x_BTE: torch.Tensor,
         state: MambaState | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, MambaState]:
         """See `Mixer.forward`."""
         taken, memory = (None, None) if state is None else state
@@ -89,6 +90,7 @@ class Mamba2(Mixer):
             activation="silu",
             state=taken,
             cu_seqlens=cu_seqlens,
+            rows=rows,
             backend=self.options.backend,
         )
         heads = (v_BTGD.shape[2], k_BTGD.shape[2], q_BTHD.shape[2])
@@ -102,6 +104,7 @@ class Mamba2(Mixer):
             -at_least_fp32(self.log_rate_H).exp() * step_BTH,
             state=memory,
             cu_seqlens=cu_seqlens,
+            rows=rows,
             backend=self.options.backend,
         )
         y_BTHD = at_least_fp32(o_BTHD) + self.skip_H[:, None] * v_BTHD

@@ -22,7 +22,12 @@ from lowline.kernels.memory import row_memory_attention, row_memory_steps
 from lowline.kernels.memory.int8 import pack_state, round_int8, unpack_state
 from lowline.kernels.memory.op import heads_of, in_order
 from lowline.linearize.mixers.base import HeadShape, Mixer, Rope, State, apply_rope
-from lowline.linearize.mixers.branches import are_few, at_least_fp32, attend
+from lowline.linearize.mixers.branches import (
+    are_few,
+    at_least_fp32,
+    attend,
+    refuse_rows,
+)
 from lowline.linearize.mixers.options import MemoryOptions as MemoryOptions
 
 
@@ -52,6 +57,7 @@ class Memory(Mixer):
         x_BTE: torch.Tensor,
         state: State | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, State]:
         """See `Mixer.forward`. The state is one for each group of heads if there are several."""
         q, k, v = (apply_rope(q_BTHD, rope), apply_rope(k_BTGD, rope), v_BTGD)
@@ -65,6 +71,7 @@ class Memory(Mixer):
             o_BTHD = row_memory_steps(
                 *(q, k, v),
                 states=states,
+                rows_B=rows,
                 heads=groups,
                 exact=self.exact,
                 block=o.block,
@@ -73,6 +80,7 @@ class Memory(Mixer):
                 backend=o.backend,
             )
             return o_BTHD.to(v_BTGD.dtype), state
+        refuse_rows(rows)
         outputs, after = [], []
         for n, (size, heads) in enumerate(zip(self.sizes, groups, strict=True)):
             given = [heads_of(x, heads, k.shape[2]) for x in (q, k, v)]

@@ -59,6 +59,7 @@ class Retention(Mixer):
         x_BTE: torch.Tensor,
         state: States | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, States]:
         """See `Mixer.forward`."""
         q_BTHD, k_BTGD = apply_rope(q_BTHD, rope), apply_rope(k_BTGD, rope)
@@ -73,6 +74,7 @@ class Retention(Mixer):
                 scale=self.shape.head_dim**-0.5,
                 state=state,
                 cu_seqlens=cu_seqlens,
+                rows=rows,
                 backend=self.options.backend,
             )
             o = at_least_fp32(o_BTHD)
@@ -90,6 +92,7 @@ class Retention(Mixer):
             rope=None,
             state=state,
             cu_seqlens=cu_seqlens,
+            rows=rows,
         )
 
     @torch.no_grad()

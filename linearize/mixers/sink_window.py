@@ -34,6 +34,7 @@ class SinkWindow(Mixer):
         x_BTE: torch.Tensor,
         state: WindowState | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, WindowState]:
         """See `Mixer.forward`."""
         return attend(
@@ -44,5 +45,6 @@ class SinkWindow(Mixer):
             sinks=self.options.sinks,
             state=state,
             cu_seqlens=cu_seqlens,
+            rows=rows,
             backend=self.options.backend,
         )

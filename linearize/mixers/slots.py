@@ -30,7 +30,12 @@ from lowline.kernels.slots import (
     slot_window_step,
 )
 from lowline.linearize.mixers.base import HeadShape, Mixer, Rope, apply_rope
-from lowline.linearize.mixers.branches import are_few, at_least_fp32, dropping_window
+from lowline.linearize.mixers.branches import (
+    are_few,
+    at_least_fp32,
+    dropping_window,
+    refuse_rows,
+)
 from lowline.linearize.mixers.options import SlotsOptions as SlotsOptions
 
 ITERATIONS = 15  # of k-means
@@ -61,6 +66,7 @@ class Slots(Mixer):
         x_BTE: torch.Tensor,
         state: SlotState | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, SlotState | None]:
         """See `Mixer.forward`; the state is None where the window is dropped."""
         o, dropping = self.options, dropping_window(self, state)
@@ -68,16 +74,21 @@ class Slots(Mixer):
         q, k = apply_rope(q_BTHD, rope), apply_rope(k_BTGD, rope)
         inputs = (q, k, v_BTGD)
         if state is not None and are_few(q_BTHD, cu_seqlens, *state):
-            if o.backend == "auto" and is_one_token(q, k, module="slots"):
-                out = nearest_slot_step(*inputs, k_BTGD, self.centroids, bias_HM, state)
+            if (
+                o.backend == "auto"
+                and q.shape[1] == 1
+                and is_one_token(q[:1], k[:1], module="slots")
+            ):
+                out = nearest_slot_step(*inputs, k_BTGD, self.centroids, bias_HM, state, rows)
                 if out is not None:
                     return out, state
             slots = self.assign(k_BTGD)
             outputs = [
-                slot_window_step(q, k, v, slot, bias_HM, state=state, backend=o.backend)
+                slot_window_step(q, k, v, slot, bias_HM, state=state, rows=rows, backend=o.backend)
                 for q, k, v, slot in zip(*(x.unbind(1) for x in (*inputs, slots)), strict=True)
             ]
             return torch.stack(outputs, 1), state
+        refuse_rows(rows)
         out, after = slot_window_attention(
             *inputs,
             self.assign(k_BTGD),

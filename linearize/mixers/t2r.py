@@ -52,6 +52,7 @@ class T2R(Mixer):
         x_BTE: torch.Tensor,
         state: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Mixer.forward`."""
         return recur(
@@ -61,5 +62,6 @@ class T2R(Mixer):
             normalize=True,
             state=state,
             cu_seqlens=cu_seqlens,
+            rows=rows,
             backend=self.options.backend,
         )

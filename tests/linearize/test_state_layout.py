@@ -9,6 +9,8 @@ import torch
 from helpers.mixers import CASES, SHARED, error, inputs, made, run
 from torch.utils._pytree import tree_leaves
 
+from lowline.errors import LowlineError
+from lowline.linearize.mixers import HeadShape, Mixer
 from lowline.linearize.mixers.state import ALIGNMENT, clear_rows, put_rows, take_rows
 
 
@@ -76,3 +78,69 @@ def test_states_in_pages(case: str) -> None:
     assert error(ours, expected[:, 11:]) < 1e-5
     assert (pages[[0, 2, 4]] == 255).all()  # other sequences' pages
     assert (pages[:, layout.page_bytes :] == 255).all()
+
+
+ALONE = HeadShape(hidden_size=32, n_heads=4, n_kv_heads=2, head_dim=16)
+
+
+def on_pool(mixer, given, span, pool, rows, **how):
+    q, k, v, x, cos, sin = (t[:, span] for t in given.values())
+    return mixer.on_pool(
+        q, k, v, rope=(cos, sin), x_BTE=x, pool=pool, rows_N=torch.tensor(rows), **how
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_pool_serves_sequences_that_come_and_end(case: str) -> None:
+    """Prompts in pieces, packed, on pages that others left; then tokens, one of each sequence."""
+    mixer, given = made(case, shape=ALONE, backend="auto"), inputs(ALONE, 12, B=3)
+    layout = mixer.state_layout()
+    pages = torch.full((5, layout.page_bytes + ALIGNMENT), 255, dtype=torch.uint8)  # NaN
+    pool, rows = layout.views(pages), [3, 0, 4]
+    with torch.no_grad():
+        expected, _ = run(mixer, given)
+
+        def packed(numbers, begin, end, fresh):
+            part = {
+                name: torch.cat([t[n % len(t), begin:end] for n in numbers])[None]
+                for name, t in given.items()
+            }
+            bounds = torch.arange(len(numbers) + 1) * (end - begin)
+            where = [rows[n] for n in numbers]
+            fresh = torch.tensor(fresh)
+            o = on_pool(mixer, part, slice(None), pool, where, fresh_N=fresh, cu_seqlens=bounds)
+            want = torch.cat([expected[n, begin:end] for n in numbers])[None]
+            assert error(o, want) < 2e-5
+
+        packed([0, 1], 0, 4, [True, True])
+        packed([1, 0], 4, 7, [False, False])
+        packed([2], 0, 7, [True])
+        for t in range(7, 12):
+            o = on_pool(mixer, given, slice(t, t + 1), pool, rows)
+            assert error(o, expected[:, t : t + 1]) < 2e-5
+        packed([0, 1], 0, 2, [True, True])  # new sequences on used pages
+    assert (pages[[1, 2]] == 255).all() and (pages[:, layout.page_bytes :] == 255).all()
+
+
+def test_rows_are_for_one_token_without_gradients() -> None:
+    mixer, given = made("slots", shape=ALONE, backend="auto"), inputs(ALONE, 3)
+    pool = mixer.empty_state(4)
+    for span in (slice(0, 1), slice(0, 3)):
+        with pytest.raises(LowlineError, match="for one token of each sequence"):
+            run(mixer, given, span, state=pool, rows=torch.tensor([2, 1]),
+                cu_seqlens=None if span.stop == 1 else torch.tensor([0, 3]))  # fmt: skip
+
+
+def test_a_mixer_without_rows_has_its_states_copied() -> None:
+    class Sum(Mixer):
+        def forward(self, q_BTHD, k_BTGD, v_BTGD, *, rope, x_BTE, state=None, cu_seqlens=None):
+            after = v_BTGD[:, 0] + (0 if state is None else state)
+            return after[:, None], after
+
+    pool, v = torch.zeros(3, 2, 16), torch.ones(2, 1, 2, 16)
+    for _ in range(2):
+        o = Sum(ALONE).on_pool(
+            v, v, v, rope=(v, v), x_BTE=v, pool=pool, rows_N=torch.tensor([2, 0])
+        )
+    assert o.unique().tolist() == [2.0]
+    assert pool[:, 0, 0].tolist() == [2.0, 0.0, 2.0]
