@@ -139,10 +139,11 @@ def _pause_when_wrong(generator: AssistedCandidateGenerator) -> None:
 class ExactDrafts:
     """A base of language models, whose assisted generation gives what plain generation gives."""
 
-    # While generation is assisted: criteria that a draft may meet; the cache, and how many tokens
-    # it had seen of those that `generate` was given.
+    # While generation is assisted: criteria that a draft may meet; the cache; how many tokens
+    # `generate` was given, and how many of them the cache had seen.
     _stops: StoppingCriteriaList | None = None
     _drafted: Cache | None = None
+    _given = 0
     _seen = 0
 
     def _assisted_decoding(
@@ -159,7 +160,8 @@ class ExactDrafts:
         known = (EosTokenCriteria, MaxLengthCriteria)  # which transformers looks for in a draft
         self._stops = StoppingCriteriaList(c for c in stopping_criteria if type(c) not in known)
         self._drafted = cache
-        self._seen = cache.get_seq_length() if length == input_ids.shape[1] else 0
+        self._given = input_ids.shape[1]
+        self._seen = cache.get_seq_length() if length == self._given else 0
         try:
             return theirs._assisted_decoding(
                 input_ids,
@@ -168,7 +170,7 @@ class ExactDrafts:
                 **how,
             )
         finally:
-            self._stops, self._drafted, self._seen = None, None, 0
+            self._stops, self._drafted, self._given, self._seen = None, None, 0, 0
             self._stop_recording(cache)
 
     def _stop_recording(self, cache: Cache) -> None:

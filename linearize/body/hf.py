@@ -342,14 +342,19 @@ class _CausalLM(ExactDrafts, _Linearized, GenerationMixin):  # type: ignore[misc
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Say that decoded tokens are no padding, so that nothing waits to look at their mask."""
+        drafted = past_key_values is not None and past_key_values is self._drafted
+        if drafted and self._seen and is_first_iteration:
+            next_sequence_length = input_ids.shape[1] - self._seen
+            is_first_iteration = False
         decodes = next_sequence_length == 1 and not is_first_iteration
         converted = self.config.converted_layers()
         known = decodes and past_key_values is not None and bool(converted)
         if known and not past_key_values.layers[converted[0]].padded:  # type: ignore[union-attr]
             attention_mask = None  # nor was any token of the prompt
-        if past_key_values is not None and past_key_values is self._drafted:
+        if drafted:
+            wanted = input_ids.shape[1] > self._given if is_first_iteration else not decodes
             for layer in converted:  # without a draft there is nothing to take back
-                past_key_values.layers[layer].record_past = not decodes  # type: ignore[union-attr]
+                past_key_values.layers[layer].record_past = wanted  # type: ignore[union-attr]
         theirs: Any = super()
         inputs = theirs.prepare_inputs_for_generation(
             input_ids,

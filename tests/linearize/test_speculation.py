@@ -285,6 +285,31 @@ def test_a_conversation_continues_with_drafts(scripted, cola):
 # ------------------------------------------------------------------------- drafts that do not pay
 
 
+@pytest.mark.parametrize("read", [0, 8])  # tokens of the prompt that the cache has seen
+def test_the_past_is_recorded_in_steps_with_a_draft_alone(monkeypatch, read):
+    model, ids, calls = fast("slots"), tokens(1, 9), []
+    script, mix = Script(generate(model, ids, max_new_tokens=8), 2, 1), MixerLayer.mix
+    propose = script.get_candidates
+
+    def some(ids, **_):  # in every other step
+        return (ids, None) if ids.shape[1] % 2 else propose(ids)
+
+    def mixed(layer, mixer, tokens, cu_seqlens):
+        calls.append((tokens.q.shape[1], layer.record_past))
+        return mix(layer, mixer, tokens, cu_seqlens)
+
+    cache = LinearizedCache(model.config)
+    with torch.no_grad():
+        model(ids[:, :read], past_key_values=cache) if read else None
+    monkeypatch.setattr(script, "get_candidates", some)
+    monkeypatch.setattr(GenerationMixin, "_get_candidate_generator", lambda *_, **__: script)
+    monkeypatch.setattr(MixerLayer, "mix", mixed)
+    how = {"max_new_tokens": 8, "past_key_values": cache, "prompt_lookup_num_tokens": 2}
+    assert torch.equal(generate(model, ids, **how), script.known)
+    of_first_layer = calls[:: len(model.config.converted_layers())]
+    assert of_first_layer[:3] == [(9 - read, False), (3, True), (1, False)]
+
+
 def drafted(known: list[int], prompt: int) -> list[tuple[int, int]]:
     """Return proposed and accepted tokens of each step after a prompt, as greedy decoding has."""
     lookup, ids, steps = Lookup(8, 10_000), torch.tensor([known]), []
