@@ -31,7 +31,17 @@ from lowline.linearize.mixers.branches import (
     refuse_rows,
     repeat_heads,
 )
-from lowline.linearize.mixers.mamba2 import MambaState, ShortConv, first_step_bias
+from lowline.linearize.mixers.fitting import DECAYS, Sample, best_of, best_scale, constant_of
+from lowline.linearize.mixers.mamba2 import (
+    EPSILON,
+    FASTEST_STEP,
+    LINEAR,
+    OPEN,
+    SKIPS,
+    MambaState,
+    ShortConv,
+    first_step_bias,
+)
 from lowline.linearize.mixers.options import Mamba1Options as Mamba1Options
 
 
@@ -112,3 +122,52 @@ class Mamba1(Mixer):
             backend=backend,
         )
         return y_BTC.view_as(q_BTHD), MambaState(taken, memory)
+
+    @torch.no_grad()
+    def fit(self, sample: Sample) -> dict[str, torch.Tensor]:
+        """See `Mixer.fit`: all parameters.
+
+        Step sizes and gates become as good as constant, the convolution near linear in its own
+        token; each head gets the decay and D, and each channel the gate, with which its output is
+        nearest. A gate is hardly negative, so a channel that should be is closed.
+        """
+        wanted, D = sample.wanted.flatten(0, 1), self.shape.head_dim
+        one_E = constant_of(sample.x[0], 1.0)
+        self.gate.weight.copy_((OPEN * one_E).expand_as(self.gate.weight))
+        self.step.weight.zero_()
+        self.step_bias.fill_(math.log(math.expm1(FASTEST_STEP)))
+        size_H = repeat_heads(sample.v, self, "query")[0].square().mean((0, 2)).sqrt() + EPSILON
+        self.conv.weight.zero_()
+        self.conv.weight[:, -1] = (LINEAR / size_H).repeat_interleave(D)
+        self.conv.bias.zero_()
+        self.skip_C.zero_()
+
+        def gates() -> tuple[torch.Tensor, torch.Tensor]:
+            output = sample.mixed(self)
+            scale_HD = best_scale(output, wanted)[0].clamp(min=0)
+            return scale_HD, (output * scale_HD - wanted).square().sum((0, 2))
+
+        def try_decay(decay: float) -> torch.Tensor:
+            self.log_rate_CN.fill_(math.log(decay / FASTEST_STEP))
+            return gates()[1]
+
+        def try_skip(skip: float) -> torch.Tensor:
+            self.skip_C.fill_(skip)
+            return gates()[1]
+
+        decays = self.skip_C.new_tensor(best_of(DECAYS, try_decay)).repeat_interleave(D)
+        self.log_rate_CN.copy_((decays / FASTEST_STEP).log()[:, None].expand_as(self.log_rate_CN))
+        skips = self.skip_C.new_tensor(best_of(SKIPS, try_skip))
+        self.skip_C.copy_(skips.repeat_interleave(D))
+        z_C = inverse_silu(gates()[0].flatten())
+        self.gate.weight.copy_(z_C[:, None] * one_E)
+        return dict(self.named_parameters())
+
+
+def inverse_silu(y: torch.Tensor) -> torch.Tensor:
+    """Return the x of at least 0 with silu(x) = y, of y of at least 0, by Newton's method."""
+    x = y + 1
+    for _ in range(40):
+        sigmoid = x.sigmoid()
+        x = (x - (x * sigmoid - y) / (sigmoid * (1 + x * (1 - sigmoid)))).clamp(min=0)
+    return x

@@ -357,7 +357,6 @@ class Mamba1Options(Mamba2Options):
         backend: which kernels compute it; see `lowline.kernels.backends`.
     """
 
-    fits = False
     states: int | None = None
 
     def __post_init__(self) -> None:

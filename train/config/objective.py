@@ -99,7 +99,7 @@ class ObjectiveSection:
     """The fraction of the steps after which window dropout is off."""
     calibration_steps: NonNegative = 0
     """Steps of text on which mixers are set up that begin from the teacher's attention ("slots",
-    "mamba2", "gated_deltanet", "kda", "retention"); 0 sets up none."""
+    "mamba2", "mamba1", "gated_deltanet", "kda", "retention"); 0 sets up none."""
 
     teacher: ClassVar[str | None] = None  # the Hugging Face directory of a model to learn from
     needs_teacher: ClassVar[bool] = False
