@@ -8,7 +8,7 @@ Shapes: those of `op`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 from lowline.kernels.backends import choose
 from lowline.kernels.cpu import unavailable
-from lowline.kernels.memory.int8 import is_packed, pack_state, round_int8, unpack_state
+from lowline.kernels.memory.int8 import each_kept, is_packed, pack_state, round_int8, unpack_state
 from lowline.kernels.memory.op import (
     NO_KERNEL,
     MemoryState,
@@ -55,7 +55,8 @@ def row_memory_step(
 
     Arguments are `row_memory_attention`'s without the time dimension; window, sinks and merged are
     the state's, which is a pool where `rows` (B,) are given (`lowline.kernels.pool`). `cpu` covers
-    fp32 with D and V multiples of 16; for one token `torch` and `reference` are the same.
+    D and V multiples of 16: fp32 in place, and bf16, which is widened; for one token `torch` and
+    `reference` are the same.
 
     Returns:
         o_BHV in q's dtype.
@@ -114,10 +115,10 @@ def row_memory_steps(
     q, k, v = q_BTHD, k_BTGD, v_BTGV
     how: Any = {"block": block, "bias": bias}
     packed = any(map(is_packed, states))
-    if (
-        backend in ("auto", "cpu") and not packed and q.device.type == "cpu"
-        and unavailable("row_memory") is None
-    ):  # fmt: skip
+    built = (
+        backend in ("auto", "cpu") and q.device.type == "cpu" and unavailable("row_memory") is None
+    )
+    if built and not packed:
         from lowline.kernels.memory.cpu import advance
 
         groups = [(tuple(s), tuple(g), e) for s, g, e in zip(states, heads, exact, strict=True)]
@@ -135,10 +136,11 @@ def row_memory_steps(
     if packed:
         wide = [unpack_state(state, k.dtype) for state in states]
         o_BTHV = row_memory_steps(q, round_int8(k), round_int8(v), states=wide, **how)
-        for state, after in zip(states, map(pack_state, wide), strict=True):
-            for held, x in zip(state, after, strict=True):
-                held.copy_(x)
-        return o_BTHV
+        return _put_back(o_BTHV, states, map(pack_state, wide))
+    if built and all(x.dtype == torch.bfloat16 for x in (q, k, v, *(s.k for s in states))):
+        wide = [each_kept(state, torch.Tensor.float) for state in states]
+        o_BTHV = row_memory_steps(q.float(), k.float(), v.float(), states=wide, **how)
+        return _put_back(o_BTHV.bfloat16(), states, wide)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     cpu = not_on_cpu(q, k, v, *states)
     choose(OP, backend, q.device, cpu=cpu, triton=NO_KERNEL, module="row_memory")
@@ -162,6 +164,19 @@ def row_memory_steps(
             ]
         outputs.append(torch.stack(steps, 1))
     return in_order(outputs, heads)
+
+
+def _put_back(
+    o_BTHV: torch.Tensor,
+    states: Sequence[MemoryState | WindowState],
+    after: Iterable[MemoryState | WindowState],
+) -> torch.Tensor:
+    """Write states that a step has changed into those that they were copied from; return o."""
+    for state, changed in zip(states, after, strict=True):
+        for held, x in zip(state, changed, strict=True):
+            if held is not x:
+                held.copy_(x)
+    return o_BTHV
 
 
 def _step(

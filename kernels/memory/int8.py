@@ -46,19 +46,20 @@ def unpack(packed: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Te
 
 def pack_state(state: State) -> State:
     """Return a state with packed keys and values."""
-    return _each(state, pack)
+    return each_kept(state, pack)
 
 
 def unpack_state(state: State, dtype: torch.dtype = torch.float32) -> State:
     """Return a state with keys and values of `dtype`."""
-    return _each(state, lambda x: unpack(x, dtype))
+    return each_kept(state, lambda x: unpack(x, dtype))
 
 
 def is_packed(state: State) -> bool:
     return state.k.dtype == torch.int8
 
 
-def _each(state: State, change: Any) -> State:
+def each_kept(state: State, change: Any) -> State:
+    """Return a state with its keys and values changed."""
     names = [name for name in PACKED if name in state._fields]
     return state._replace(**{name: change(getattr(state, name)) for name in names})
 
