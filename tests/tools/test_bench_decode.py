@@ -161,6 +161,15 @@ def test_lookup_measures_what_generate_does(folder, tmp_path, capsys):
     assert found["speedup"]["wall"] == pytest.approx(plain[0] / drafted[0])
     printed = capsys.readouterr().out
     assert "prompt lookup, 3 tokens proposed" in printed and "6 of 6" in printed
+    itself = str(folder / "converted")  # which is always right
+    report = bench.bench_decode(
+        itself, part=("lookup",), prompts=(tmp_path / "twice.txt",), proposed=2, draft=itself,
+        new=6, repeats=1,
+    )  # fmt: skip
+    found = report["lookup"]["prompts"]["twice"]
+    assert found["same_tokens"] == 6 and found["steps"] == 3  # one unsure token ends each draft
+    assert found["seconds"].keys() == {"plain", "draft"}
+    assert "a draft model, 2 tokens proposed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

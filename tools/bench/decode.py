@@ -7,8 +7,8 @@ decode    seconds per token, greedily, from a cache that holds a context: the mo
           and its argmax. The converted model has read its context, in chunks; the teacher's cache
           is filled with random keys and values, which cost what any others do
 prefill   seconds to read a prompt of a batch of one, up to the first token's logits
-lookup    seconds per token of `generate` with and without prompt lookup, after the texts of
-          `prompts`: speculative decoding (`lowline.tools.bench.lookup`); on request
+lookup    seconds per token of `generate` with and without prompt lookup, or `draft`, after the
+          texts of `prompts`: speculative decoding (`lowline.tools.bench.lookup`); on request
 llama     seconds per token beside llama.cpp's (`lowline.tools.bench.llama`); on request
 
 Every context and both models take turns, and ratios are medians of the turns' own
@@ -91,6 +91,7 @@ def bench_decode(
     prompt: int = 8192,
     prompts: tuple[Path, ...] = (),
     proposed: int = 8,
+    draft: str | None = None,
     new: int = 8,
     repeats: int = 5,
     threads: int = 1,
@@ -112,7 +113,8 @@ def bench_decode(
         batch: Sequences that are decoded at once.
         prompt: Tokens of the prompt that is read.
         prompts: Text files, each a prompt of the part lookup.
-        proposed: Tokens that lookup proposes in a step.
+        proposed: Tokens that are proposed in a step of the part lookup, at most.
+        draft: A smaller model of the same tokenizer, which proposes them in the place of lookup.
         new: Tokens that are decoded in a turn.
         repeats: Turns; medians are over these. A prompt takes two of them.
         threads: Threads per operator.
@@ -146,12 +148,12 @@ def bench_decode(
     check_plot(plot)
     if plot is not None and "decode" not in part:
         raise LowlineError(f"plot = {plot}: only the part decode is drawn; add it to --part")
-    for source in (model, *([] if teacher is None else [teacher])):
+    for source in (model, *(other for other in (teacher, draft) if other is not None)):
         check_source(source)
     import torch
 
     from lowline.cola.int8 import check_int8, to_int8
-    from lowline.linearize.source import load_tokenizer
+    from lowline.linearize.source import load_teacher, load_tokenizer
     from lowline.quiet import quiet_libraries
 
     quiet_libraries()
@@ -182,7 +184,10 @@ def bench_decode(
             report["prefill"] = prefill(setup, prompt)
             print_prefill(console, report)
         if "lookup" in part:
-            report["lookup"] = lookup(setup, load_tokenizer(model), prompts, proposed)
+            assistant: Any = draft
+            if draft is not None:
+                assistant = load_teacher(draft, dtype=getattr(torch, dtype)).eval().to(device)
+            report["lookup"] = lookup(setup, load_tokenizer(model), prompts, proposed, assistant)
             print_lookup(console, report)
         if "llama" in part and gguf is not None:
             report["llama"] = llama(setup, contexts, gguf, threads)

@@ -1,10 +1,11 @@
-"""The part "lookup" of `lowline bench decode`: generation with and without prompt lookup.
+"""The part "lookup" of `lowline bench decode`: generation with and without proposed tokens.
 
     lowline bench decode converted/ --part lookup --prompts edit.txt summary.txt --new 64
+    lowline bench decode converted/ --part lookup --draft smaller/ --prompts free.txt --proposed 3
 
 Each file is a message, or a text where the tokenizer has no chat template. It is read once; what
 takes turns is transformers' greedy `generate` of `new` tokens after it, without and with
-`prompt_lookup_num_tokens`.
+`prompt_lookup_num_tokens`, or a smaller model as `assistant_model`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from lowline.tools.bench.decode import Setup
 
-PLAIN, LOOKUP = "plain", "lookup"
+PLAIN, LOOKUP, DRAFT = "plain", "lookup", "draft"
 
 
 def check_prompts(prompts: tuple[Path, ...]) -> None:
@@ -35,25 +36,35 @@ def check_prompts(prompts: tuple[Path, ...]) -> None:
             raise LowlineError(f"prompts: {path} is no file with text")
 
 
-def lookup(setup: Setup, tokenizer: Any, prompts: tuple[Path, ...], k: int) -> dict[str, Any]:
-    """Measure each prompt; seconds are per token."""
+def lookup(
+    setup: Setup, tokenizer: Any, prompts: tuple[Path, ...], k: int, draft: Any = None
+) -> dict[str, Any]:
+    """Measure each prompt; seconds are per token.
+
+    Args:
+        draft: the model that proposes k tokens; None for lookup.
+    """
     from lowline.train.data.template import render_question
 
-    found: dict[str, Any] = {"proposed": k, "tokens": setup.new, "prompts": {}}
+    name, how = LOOKUP, {"prompt_lookup_num_tokens": k}
+    if draft is not None:
+        name, how = DRAFT, {"assistant_model": draft}
+        draft.generation_config.num_assistant_tokens = k
+    found: dict[str, Any] = {"by": name, "proposed": k, "tokens": setup.new, "prompts": {}}
     for path in prompts:
         text, template = path.read_text(encoding="utf-8"), tokenizer.chat_template
         if template is not None:
             text = render_question(tokenizer, text)
         ids = tokenizer(text, add_special_tokens=template is None, return_tensors="pt")["input_ids"]
         ids = ids.to(setup.device)
-        cases = {PLAIN: _Case(setup, ids), LOOKUP: _Case(setup, ids, prompt_lookup_num_tokens=k)}
+        cases = {PLAIN: _Case(setup, ids), name: _Case(setup, ids, **how)}
         timings = setup.run(f"prompt {path.name}", {**cases})
         plain, drafted = (case.made for case in cases.values())
-        steps = len(cases[LOOKUP].counts)
+        steps = len(cases[name].counts)
         found["prompts"][path.stem] = {
             "prompt_tokens": ids.shape[1],
-            "seconds": {name: asdict(a_token(t, setup.new)) for name, t in timings.items()},
-            "speedup": ratio(timings[PLAIN], timings[LOOKUP]),
+            "seconds": {of: asdict(a_token(t, setup.new)) for of, t in timings.items()},
+            "speedup": ratio(timings[PLAIN], timings[name]),
             "steps": steps,
             "tokens_per_step": setup.new / steps,
             "same_tokens": int((plain == drafted).cumprod(0).sum()),
@@ -102,13 +113,14 @@ def print_lookup(console: Console, report: dict[str, Any]) -> None:
     of_prompts = found["prompts"].values()
     rows = {
         f"{name}, tokens/s": [f"{1 / x['seconds'][name][clock]:.1f}" for x in of_prompts]
-        for name in (PLAIN, LOOKUP)
+        for name in (PLAIN, found["by"])
     }
     rows["speed-up"] = [f"{x['speedup'][clock]:.2f}x" for x in of_prompts]
     rows["tokens per step"] = [f"{x['tokens_per_step']:.2f}" for x in of_prompts]
     rows["equal tokens"] = [f"{x['same_tokens']} of {found['tokens']}" for x in of_prompts]
     title = (
-        f"prompt lookup, {found['proposed']} tokens proposed, medians of "
+        f"{'prompt lookup' if found['by'] == LOOKUP else 'a draft model'}, "
+        f"{found['proposed']} tokens proposed, medians of "
         f"{report['setup']['repeats']}, {clock} time"
     )
     console.print()
