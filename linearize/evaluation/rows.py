@@ -2,6 +2,7 @@
 
     teacher                      softmax attention over everything
     window + sinks, same state   no training; its window so wide that it holds as many bytes
+    window of int8, same state   if asked for: the same, keys and values of 8 bits
     eviction, same state         if asked for: no training; the window, and so many tokens of most
                                  attention received that they are as many bytes
     window + sinks               no training; the window of the converted model
@@ -29,6 +30,7 @@ from lowline.cola.int8 import to_int8
 from lowline.errors import LowlineError
 from lowline.linearize.body.cache import state_bytes
 from lowline.linearize.body.hf import SOFTMAX, LinearizedConfig
+from lowline.linearize.budget import budget_text
 from lowline.linearize.convert import convert, linearized_config
 from lowline.linearize.evaluation.measure import digest
 from lowline.linearize.source import load_config, load_teacher
@@ -73,7 +75,7 @@ def rows_of(
     *,
     teacher: str | None,
     dtype: torch.dtype,
-    eviction: bool = False,
+    long: bool = False,
     int8: bool = False,
 ) -> list[Row]:
     """Return the rows of a checkpoint: those above if it was converted, else itself alone.
@@ -82,7 +84,7 @@ def rows_of(
         source: a hub id, a directory or a GGUF file.
         teacher: the same, of what it was converted from; None for what it names itself.
         dtype: to compute in.
-        eviction: whether to add that row.
+        long: whether to add the window of int8 and eviction.
         int8: whether to add the checkpoint with weights of int8.
 
     Raises:
@@ -100,7 +102,7 @@ def rows_of(
     some = f", {len(layers)} of {config.num_hidden_layers} layers"
     some = "" if len(layers) == config.num_hidden_layers else some
 
-    def untrained(label: str, mixer: str, **options: int) -> Row:
+    def untrained(label: str, mixer: str, **options: Any) -> Row:
         how: dict[str, Any] = {"mixer": mixer, "layers": layers, "options": options}
         return Row(
             label=label + some,
@@ -122,10 +124,13 @@ def rows_of(
         itself,
         *rounded,
     ]
-    if eviction:
+    if long:
+        of_int8 = window_of_int8(config, before, dtype)
+        label = f"window {of_int8['window']} + {SINKS} sinks, int8 (same state)"
+        rows.insert(2, untrained(label, "memory", **of_int8))
         evicting = evicting_options(config, before, dtype, window=window)
         label = f"eviction: window {window}, {evicting['exact']} tokens (same state)"
-        rows.insert(2, untrained(label, "memory", **evicting))
+        rows.insert(3, untrained(label, "memory", **evicting))
     if both:
         rows.append(
             _checkpoint(source, config, dtype, label=f"{name}, linear part off", linear_off=True)
@@ -140,6 +145,23 @@ def window_of_state(config: LinearizedConfig, teacher: PreTrainedConfig, dtype: 
     At least 1, however small the states are.
     """
     return _largest(config, teacher, dtype, "sink_window", lambda n: {"window": n, "sinks": SINKS})
+
+
+def window_of_int8(
+    config: LinearizedConfig, teacher: PreTrainedConfig, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return options of `memory` without rows, keys and values of 8 bits, whose window is the
+    widest that holds no more bytes than a converted model's states; at least 1.
+    """
+    shape = config.head_shape(0)
+    n_layers: int = teacher.num_hidden_layers
+
+    def options(n: int) -> dict[str, Any]:
+        budget = budget_text([0] * (n_layers * shape.n_kv_heads), [(n, 0)], shape.n_kv_heads)
+        known = {"window": n, "sinks": SINKS, "block": min(n, EVICTED_TOGETHER)}
+        return known | {"budget": budget, "cache_dtype": "int8"}
+
+    return options(_largest(config, teacher, dtype, "memory", options))
 
 
 def evicting_options(
@@ -159,7 +181,7 @@ def _largest(
     teacher: PreTrainedConfig,
     dtype: torch.dtype,
     mixer: str,
-    options: Callable[[int], dict[str, int]],
+    options: Callable[[int], dict[str, Any]],
 ) -> int:
     """Return the largest n for which a mixer holds no more bytes than the states of `config`."""
 

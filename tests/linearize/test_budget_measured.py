@@ -24,6 +24,7 @@ from lowline.linearize.budget import (
 )
 from lowline.linearize.convert import convert, linearized_config, save
 from lowline.linearize.mixers.base import HeadShape
+from lowline.linearize.mixers.budgets import parse_budget
 from lowline.linearize.mixers.memory import Memory
 from lowline.linearize.mixers.options import MemoryOptions
 from lowline.tools.commands.inspect_budget import inspect_budget
@@ -114,6 +115,14 @@ def test_the_command_prints_a_table_of_as_many_bytes(tmp_path, capsys):
     ours = convert(folder, mixer=table["name"], options=table["options"])
     assert 0.95 * state_bytes(window) < state_bytes(ours.config) <= state_bytes(window)
     assert ours(tokens(1, 80)).logits.isfinite().all()
+    inspect_budget(str(folder), tokens=30, seq_len=(256,), copies=0, window=16, cache_dtype="int8")
+    table = tomllib.loads(capsys.readouterr().out)["mixer"]
+    assert table["options"]["cache_dtype"] == "int8"
+    less = linearized_config(config, mixer="sink_window", options={"window": 30, "sinks": 4})
+    of_8_bits = linearized_config(config, mixer=table["name"], options=table["options"])
+    assert 0.9 * state_bytes(less) < state_bytes(of_8_bits) <= state_bytes(less)
+    rows = [sum(head) for layer in parse_budget(table["options"]["budget"]) for head in layer]
+    assert sum(rows) / len(rows) > 45  # of heads of 16 features, which are 20 bytes
     for options, words in (({"seq_len": (300, 64)}, "seq_len = 64; at least 256"),
                            ({"tokens": 1, "seq_len": (256,)}, "give more")):  # fmt: skip
         with pytest.raises(LowlineError, match=words):

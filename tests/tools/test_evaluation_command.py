@@ -153,7 +153,7 @@ def test_the_long_suite(folder, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "ppl last" in printed and "multikey" in printed
     assert {r["task"] for r in records(tmp_path)} == {*LOSSES, "ruler"}
-    rows = rows_of(str(folder / "lolcats"), teacher=None, dtype=torch.float32, eviction=True)
+    rows = rows_of(str(folder / "lolcats"), teacher=None, dtype=torch.float32, long=True)
     assert [row.label for row in rows] == list(
         dict.fromkeys(record["label"] for record in records(tmp_path))
     )
@@ -161,9 +161,11 @@ def test_the_long_suite(folder, tmp_path, capsys):
 
 def test_rows_of_as_many_bytes(folder):
     """Bytes are those of the tensors in caches that were filled."""
-    rows = rows_of(str(folder / "lolcats"), teacher=None, dtype=torch.float32, eviction=True)
-    label, held = rows[2].label, {}
+    rows = rows_of(str(folder / "lolcats"), teacher=None, dtype=torch.float32, long=True)
+    label, held = rows[3].label, {}
     assert label.startswith("eviction: window 8, ") and label.endswith("(same state)")
+    assert rows[2].label.endswith(" + 4 sinks, int8 (same state)")
+    assert int(rows[2].label.split()[1]) > 2 * int(rows[1].label.split()[1])
     for row in rows:
         if "same state" in row.label or row.label == "lolcats":
             cache = LinearizedCache(row.config)
@@ -171,7 +173,7 @@ def test_rows_of_as_many_bytes(folder):
                 row.load()(torch.arange(40)[None], past_key_values=cache)
             held[row.label] = state_bytes(cache)
             assert held[row.label] == row.state_bytes(10_000)
-    shape, layers = rows[2].config.head_shape(0), rows[2].config.num_hidden_layers
+    shape, layers = rows[3].config.head_shape(0), rows[2].config.num_hidden_layers
     a_row = (2 * shape.head_dim + 2) * 4 * shape.n_kv_heads * layers  # attention received, count
     assert held["lolcats"] - a_row < held[label] <= held["lolcats"]
 

@@ -122,7 +122,7 @@ def evaluate(
         quick: Smaller defaults, which take a small model a few minutes on a CPU.
         suite: "long" asks how memories of as many bytes compare: perplexity on the starts of long
             documents, a row each, copying over a distance of text, and RULER; beside the converted
-            models there is eviction by attention received, too.
+            models there are a window of int8 and eviction by attention received, too.
         teacher: The model they were converted from; default: the one they name.
         baselines: Evaluate teacher and windows beside a converted model.
         text: For perplexity: a .txt, .jsonl or .parquet file; default: the held-out part of
@@ -184,9 +184,7 @@ def evaluate(
         tokenizer = load_tokenizer(source)
         make = Maker(size, tokenizer, documents, piqa, limit, batch_tokens, seed, long)
         int8 = weights == "int8"
-        rows = rows_of(
-            source, teacher=teacher, dtype=getattr(torch, dtype), eviction=long, int8=int8
-        )
+        rows = rows_of(source, teacher=teacher, dtype=getattr(torch, dtype), long=long, int8=int8)
         if not baselines:
             kept = ("linear_off", "weights")
             rows = [r for r in rows if r.converted or r.identity.keys() & set(kept)] or rows

@@ -33,6 +33,7 @@ def inspect_budget(
     copies: int = 2,
     window: int = 64,
     horizon: int = 512,
+    cache_dtype: str = "auto",
 ) -> str:
     """Measure how many tokens each head needs, and print a [mixer] table with that budget.
 
@@ -48,6 +49,8 @@ def inspect_budget(
             512.
         window: The window of heads with rows.
         horizon: Tokens after which attention received has faded; see the mixer's options.
+        cache_dtype: "int8" for keys and values of 8 bits, of which nearly four times as many are
+            as many bytes; else "auto".
 
     Returns:
         The option `budget`.
@@ -75,7 +78,7 @@ def inspect_budget(
 
     if isinstance(load_config(checkpoint), LinearizedConfig):
         raise LowlineError(f"{checkpoint} was converted before; give the model it was made from")
-    options = MemoryOptions(window=window, sinks=SINKS, horizon=horizon)
+    options = MemoryOptions(window=window, sinks=SINKS, horizon=horizon, cache_dtype=cache_dtype)
     documents = read_text(text)
     model, tokenizer = load_model(checkpoint)
     total = rows * sum(seq_len)
@@ -96,18 +99,20 @@ def inspect_budget(
     costs_NS = torch.stack(found).sum(0).flatten(0, 1)
     L, G = found[0].shape[:2]
 
-    def held(mixer: str, **options: int) -> int:
-        config = linearized_config(model.config, mixer=mixer, options=options | {"sinks": SINKS})
+    def held(size: tuple[int, int], cache_dtype: str) -> int:
+        """Return the bytes of a model whose heads all have one size."""
+        budget = budget_text([0] * (L * G), [size], G)
+        given = {"sinks": SINKS, "budget": budget, "cache_dtype": cache_dtype}
+        config = linearized_config(model.config, mixer="memory", options=given)
         return state_bytes(config, dtype=torch.float32)
 
-    of_layers = [
-        held("memory", window=w, exact=e) if e else held("sink_window", window=w) for w, e in sizes
-    ]
     # A head has a length of its own where no other head of its layer has its size.
-    bytes_S = torch.tensor(of_layers) / (L * G) + LENGTH_BYTES
-    chosen = allocate(costs_NS, bytes_S, held("sink_window", window=tokens))
+    bytes_S = torch.tensor([held(size, cache_dtype) for size in sizes]) / (L * G) + LENGTH_BYTES
+    chosen = allocate(costs_NS, bytes_S, held((tokens, 0), "auto"))
     budget = budget_text(chosen, sizes, G)
     print(f'[mixer]\nname = "memory"\noptions.sinks = {SINKS}\noptions.horizon = {horizon}')
+    if cache_dtype != "auto":
+        print(f'options.cache_dtype = "{cache_dtype}"')
     print(f'options.budget = "{budget}"')
     return budget
 
