@@ -13,6 +13,7 @@ template <class T> struct Paged {
   long apart = 0;
 
   Paged() = default;
+  Paged(T* at, long apart) : at(at), apart(apart) {}
   explicit Paged(const at::Tensor& t) : at((T*)t.data_ptr()), apart(t.stride(0)) {}
   T* operator[](long page) const { return at + page * apart; }
 };

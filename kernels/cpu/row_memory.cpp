@@ -5,6 +5,7 @@
 #include <array>
 
 #include "row_memory_backward.h"
+#include "row_memory_packed.h"
 
 namespace lowline {
 namespace {
@@ -22,8 +23,24 @@ struct Group {
   int32_t* places = nullptr;  // (N, G, blocks, R + block): see `Choice`; null where not kept
 };
 
+struct KeysOrValues : Tokens {
+  using Tokens::Tokens;
+
+  // Keeps those of one head alone, as they are after packing.
+  void round(long sequence, long T, long head, long features, Arena& arena) {
+    float* rounded = arena.take(T * features);
+    std::vector<int8_t> packed(features + SCALE_BYTES);
+    for (long i = 0; i < T; i++) {
+      pack_row(packed.data(), (*this)(sequence, i, head), features);
+      unpack_row(rounded + i * features, packed.data(), features);
+    }
+    at = rounded, n = h = 0, t = features;
+  }
+};
+
 struct Call {
-  Tokens q, k, v;
+  Tokens q;
+  KeysOrValues k, v;
   const Pages& pages;
   float* out;
   long T, H, h;  // h query heads of a key/value head
@@ -31,9 +48,23 @@ struct Call {
 
   // All tokens of head i of a group, in sequence n.
   void run(const Group& group, long n, long i, Arena& arena) const {
-    static thread_local Choice choice;
     const Memory& x = group.state;
-    const long g = group.heads[i], page = pages[n], first = x.length(page), end = first + T;
+    if (!x.packed) return run(x, group, n, i, group.heads[i], arena);
+    static thread_local Arena kept;
+    kept.reset();
+    const Unpacked head(x, pages[n], i, kept);
+    Call rounded = *this;
+    rounded.k.round(n, T, group.heads[i], x.D, kept);
+    rounded.v.round(n, T, group.heads[i], x.V, kept);
+    const long first = x.length(pages[n]), C = rule.block;
+    rounded.run(head.memory, group, n, 0, group.heads[i], arena);
+    head.pack(T, (first + C - 1) / C * C < first + T);
+  }
+
+  // The same where head g of the tokens is head i of the state.
+  void run(const Memory& x, const Group& group, long n, long i, long g, Arena& arena) const {
+    static thread_local Choice choice;
+    const long page = pages[n], first = x.length(page), end = first + T;
     const long C = x.R ? rule.block : 1;  // without rows the window moves by a token
     for (long start = first, stop; start < end; start = stop) {
       arena.reset();
@@ -137,22 +168,28 @@ bool covers(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, PyObj
     if (!PyTuple_Check(state)) return false;
     const long size = PyTuple_GET_SIZE(state), g = PyTuple_GET_SIZE(of_group);
     if (size != 7 && size != 12) return false;
+    const bool packed = plain(PyTuple_GET_ITEM(state, 0)) && item(state, 0).scalar_type() == at::kChar;
+    const long d = D + (packed ? SCALE_BYTES : 0), e = V + (packed ? SCALE_BYTES : 0);
     for (int j = 0; j < size; j++) {
+      const bool is_kv = j < 2 || j == 3 || j == 4 || (size == 12 && (j == 5 || j == 6));
       if (!plain(PyTuple_GET_ITEM(state, j)) || !has_whole_pages(item(state, j))) return false;
-      if (item(state, j).scalar_type() != (j == size - 1 ? at::kLong : at::kFloat)) return false;
+      if (item(state, j).scalar_type() !=
+          (j == size - 1 ? at::kLong : packed && is_kv ? at::kChar : at::kFloat))
+        return false;
     }
     const long w = item(state, 0).dim() == 4 ? item(state, 0).size(1) : 0;
     const long s = item(state, 3).dim() == 4 ? item(state, 3).size(1) : 0;
     auto is = [&](int j, Sizes sizes) { return item(state, j).sizes() == sizes; };
-    if (!w || !is(0, {P, w, g, D}) || !is(1, {P, w, g, V}) || !is(3, {P, s, g, D}) ||
-        !is(4, {P, s, g, V}) || !is(size - 1, {P}))
+    if (!w || !is(0, {P, w, g, d}) || !is(1, {P, w, g, e}) || !is(3, {P, s, g, d}) ||
+        !is(4, {P, s, g, e}) || !is(size - 1, {P}))
       return false;
     if (size == 7 && item(state, 2).numel()) return false;  // features
     if (size == 12) {
       const long R = item(state, 8).dim() == 3 ? item(state, 8).size(2) : 0;
       const long exact = PyLong_AsLong(PyTuple_GET_ITEM(group, 2));
-      if (!R || block < 1 || block > w || exact < 0 || exact > R || !is(2, {P, w, g}) || !is(5, {P, g, R, D}) ||
-          !is(6, {P, g, R, V}) || !is(7, {P, g, R}) || !is(8, {P, g, R}) ||
+      if (packed && exact != R) return false;
+      if (!R || block < 1 || block > w || exact < 0 || exact > R || !is(2, {P, w, g}) || !is(5, {P, g, R, d}) ||
+          !is(6, {P, g, R, e}) || !is(7, {P, g, R}) || !is(8, {P, g, R}) ||
           !is(9, {P, g, D / 2}) || !is(10, {P, g}))
         return false;
     }
@@ -197,7 +234,7 @@ PyObject* advance(PyObject* const* args, Py_ssize_t) {
     work = std::max(work, (x.w + x.R) * (x.D + x.V) * long(q.size(1)));
   }
   if (args[8] != Py_None) groups[0].places = tensor(args[8])->data_ptr<int32_t>();
-  const Call call{Tokens(&q), Tokens(&k), Tokens(&v), pages, o.data_ptr<float>(), q.size(1), q.size(2),
+  const Call call{Tokens(&q), KeysOrValues(&k), KeysOrValues(&v), pages, o.data_ptr<float>(), q.size(1), q.size(2),
                   q.size(2) / k.size(2),
                   {block, float(PyFloat_AsDouble(args[5])), float(PyFloat_AsDouble(args[6])),
                    float(PyFloat_AsDouble(args[7]))}};

@@ -15,8 +15,10 @@ namespace lowline {
 struct Memory : Window<float> {
   Paged<float> received, row_k, row_v, row_received, row_tokens, q_energy, v_energy;
   long R = 0;
+  bool packed;  // see row_memory_packed.h: keys and values are not to be read here
 
-  explicit Memory(PyObject* tuple) : Window(tuple) {
+  explicit Memory(PyObject* tuple) : Window(tuple), packed(at(0).scalar_type() == at::kChar) {
+    if (packed) D -= 4, V -= 4;
     if (PyTuple_GET_SIZE(tuple) != 12) return;
     auto data = [&](int i) { return Paged<float>(at(i)); };
     received = data(2), row_k = data(5), row_v = data(6), row_received = data(7);

@@ -118,7 +118,7 @@ def row_memory_steps(
     built = (
         backend in ("auto", "cpu") and q.device.type == "cpu" and unavailable("row_memory") is None
     )
-    if built and not packed:
+    if built:
         from lowline.kernels.memory.cpu import advance
 
         groups = [(tuple(s), tuple(g), e) for s, g, e in zip(states, heads, exact, strict=True)]

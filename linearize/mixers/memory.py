@@ -62,7 +62,7 @@ class Memory(Mixer):
         """See `Mixer.forward`. The state is one for each group of heads if there are several."""
         q, k, v = (apply_rope(q_BTHD, rope), apply_rope(k_BTGD, rope), v_BTGD)
         if self.options.cache_dtype == "int8":
-            q, k, v = at_least_fp32(q), *(round_int8(at_least_fp32(x)) for x in (k, v))
+            q, k, v = (at_least_fp32(x) for x in (q, k, v))
         groups = self.groups or [list(range(k.shape[2]))]  # of a rank: its own heads
         o, one = self.options, len(groups) == 1
         states = [] if state is None else [state] if one else list(state)
@@ -81,6 +81,8 @@ class Memory(Mixer):
             )
             return o_BTHD.to(v_BTGD.dtype), state
         refuse_rows(rows)
+        if o.cache_dtype == "int8":
+            k, v = round_int8(k), round_int8(v)
         outputs, after = [], []
         for n, (size, heads) in enumerate(zip(self.sizes, groups, strict=True)):
             given = [heads_of(x, heads, k.shape[2]) for x in (q, k, v)]
