@@ -26,6 +26,7 @@ from lowline.kernels.pool import check_rows, has_whole_pages, on_rows
 from lowline.kernels.window.op import (
     check_heads,
     not_on_cpu,
+    not_on_triton,
     per_head_factor,
     state_shapes,
     window_linear_attention,
@@ -60,8 +61,9 @@ def window_linear_step(
     """Compute one token of each sequence; advance the state in place.
 
     Arguments are `window_linear_attention`'s without the time dimension; window and sinks are the
-    state's, which is a pool where `rows` (B,) are given (`lowline.kernels.pool`). `triton` has no
-    kernel of its own here: CUDA tensors take `torch`.
+    state's, which is a pool where `rows` (B,) are given (`lowline.kernels.pool`). `triton` covers
+    fp32, bf16 and fp16 with D and V up to 128 and any F. Inside torch.compile "auto" takes the
+    torch form on a GPU, which the compiler fuses.
 
     Returns:
         o_BHV in q's dtype.
@@ -162,7 +164,13 @@ def _step(
     op = "window_linear_step"
     block = [None if x is None else x[:, None] for x in token]
     call = _checked(op, block, state, window_factor_H, linear_factor_H, scale, rows)
-    which = _backend(op, backend, call.k, call.v, call.phi_k, state)
+    if backend == "auto" and is_compiling() and call.k.device.type != "cpu":
+        backend = "torch"
+    which = _backend(op, backend, call.k, call.v, call.phi_k, state, steps=True)
+    if which == "triton":
+        from lowline.kernels.window.triton.step import step as run
+
+        return run(*call, rows)[:, 0]
     if which == "cpu":
         from lowline.kernels.window import cpu
 
@@ -221,15 +229,25 @@ def _window_and_sinks(state: WindowState) -> tuple[int, int]:
     return state.k.shape[1], state.sink_k.shape[1]
 
 
-def _backend(op: str, backend: str, k: Tensor, v: Tensor, phi_k: Tensor, state: WindowState) -> str:
-    cpu = not_on_cpu(k.dtype, k.shape[-1], v.shape[-1], phi_k.shape[-1])
+def _backend(
+    op: str,
+    backend: str,
+    k: Tensor,
+    v: Tensor,
+    phi_k: Tensor,
+    state: WindowState,
+    *,
+    steps: bool = False,
+) -> str:
+    sizes = (k.dtype, k.shape[-1], v.shape[-1])
+    cpu = not_on_cpu(*sizes, phi_k.shape[-1])
+    triton = not_on_triton(*sizes, 0) if steps else "it has no kernel of blocks that are verified"
     if any(x.dtype != k.dtype for x in (v, *state[:5])):
-        cpu = "tokens and what the state holds of them differ in type"
+        cpu = triton = "tokens and what the state holds of them differ in type"
     elif state.S.dtype != torch.float32:
-        cpu = "it sums in fp32 only"
+        cpu = triton = "it sums in fp32 only"
     elif not has_whole_pages(*state):
-        cpu = "the state's tensors are not contiguous"
-    triton = "it has no decoding kernels"
+        cpu = triton = "the state's tensors are not contiguous"
     return choose(op, backend, k.device, cpu=cpu, triton=triton, module="window")
 
 

@@ -205,7 +205,8 @@ def aot_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
         def run(call: Call = call) -> None:
             _backward(_forward(call), (), call)
             one = [None if x is None else x[:, 0] for x in call[:5]]
-            step(*one, call.initial[:1], call.gate, call.scale)  # type: ignore
+            rows = None if call.cu is None else call.cu[:1].int()  # as where tokens are packed
+            step(*one, call.initial[:1], call.gate, call.scale, rows)  # type: ignore
 
         shape = f"{'bf16' if dtype == bf16 else 'fp32'}, K {K}, V {V}, {gate} gate"
         yield shape + ", delta" * delta + ", GQA" * (groups > 1) + ", packed" * packed, run

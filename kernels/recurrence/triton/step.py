@@ -47,6 +47,7 @@ def step_kernel(
     if DELTA:
         value = tl.load(beta + index).to(tl.float32) * (value - tl.sum(key[:, None] * s, 0))
     s += key[:, None] * value[None, :]
+    tl.debug_barrier()  # of a small tile several threads hold the same numbers
     tl.store(pointers, s, mask=mask)
     for group in range(GROUPS):
         head = index * GROUPS + group

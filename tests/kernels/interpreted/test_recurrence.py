@@ -186,6 +186,14 @@ def test_step(gate: str, delta: bool, dtype: torch.dtype, device: torch.device) 
     assert relative_error(got.cpu(), o[:, 0]) < TOLERANCE[dtype]
     assert relative_error(moved.cpu(), after) < 1e-6
 
+    size = state[0].numel()
+    room = torch.full((4, size + 3), float("nan"), device=device)  # pages lie apart
+    pool = room[:, :size].unflatten(1, state.shape[1:])
+    pool[[3, 1]] = state.to(device)
+    rows = torch.tensor([3, 1], dtype=torch.int32, device=device)
+    assert torch.equal(step(*one, pool, side, 0.5, rows), got)  # type: ignore[arg-type]
+    assert torch.equal(pool[[3, 1]].cpu(), moved.cpu()) and pool[[0, 2]].isnan().all()
+
 
 @pytest.mark.slow
 def test_operator(device: torch.device) -> None:
