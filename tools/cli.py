@@ -88,6 +88,7 @@ COMMANDS = {
     "bench decode": Command(
         "tools.bench.decode:bench_decode", "time decoding of a converted model and its teacher"
     ),
+    "bench serve": Command("tools.bench.serve:bench_serve", "time models that vLLM serves"),
     "bench linearize": Command(
         "tools.bench.linearize:bench_linearize",
         "time each stage's step against the teacher's forward",

@@ -60,7 +60,7 @@ class PagedLayer(MixerLayer, MambaBase):
         size: bytes of a page.
     """
 
-    _layer_type = None  # transformers' caches still make a `MixerLayer`
+    _layer_type = None  # type: ignore[assignment]  # transformers' caches still make a `MixerLayer`
 
     def __init__(self, name: str, layout: StateLayout, size: int) -> None:
         super().__init__()
@@ -143,6 +143,7 @@ class ServedCoLA(nn.Module):
         dtype = vllm_config.model_config.dtype
         with no_init_weights():
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.tie_weights()
         model.eval().requires_grad_(False)
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, paged_attention)
         config._attn_implementation = ATTENTION

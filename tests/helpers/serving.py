@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
-from helpers.models import VOCAB, moved, teacher
+from helpers.models import VOCAB, architecture, moved, scrambled
 from lowline.linearize.convert import Layers, convert
 from lowline.linearize.mixers.options import OPTIONS
 
@@ -21,16 +22,39 @@ LONGEST = 512  # tokens of a prompt and its answer
 SMALL: dict[str, dict[str, Any]] = {
     "memory": {"window": 8, "exact": 6, "merged": 4, "block": 2, "horizon": 40},
     "slots": {"window": 8, "slots": 6},
+    "sink_window": {"window": 8},
+    "gated_deltanet": {"window": 8, "conv": 3},
+    "kda": {"window": 8, "rotary": False, "state_heads": "kv"},
+    "retention": {"window": 0, "sinks": 0},
 }
+BUDGET = {"merged": 2, "block": 2, "budget": "8+6, 12; 10, 6+20; 8+6, 8+6"}
 
 
-def served_model(mixer: str | None, layers: Layers = "all", name: str = "llama") -> Any:
-    """Return a tiny model with random weights; without a mixer as it is."""
-    body = teacher(name)
+def served_model(
+    mixer: str | None,
+    layers: Layers = "all",
+    name: str = "llama",
+    *,
+    vocab: int = VOCAB,
+    options: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Any:
+    """Return a tiny model with random weights, its configuration changed; without a mixer as it is.
+
+    Heads have 32 or 64 features: vLLM's attention on a CPU knows no smaller ones.
+    """
+    config = architecture(name)
+    config.hidden_size, config.max_position_embeddings = 128, LONGEST
+    config.vocab_size = vocab
+    for key, value in changes.items():
+        setattr(config, key, value)
+    if getattr(config, "head_dim", None) is not None:
+        config.head_dim = 32 if config.head_dim == 16 else 64
+    body = scrambled(AutoModelForCausalLM.from_config(config))
     if mixer is not None:
-        options = SMALL.get(mixer, {"window": 8} if hasattr(OPTIONS[mixer], "window") else {})
+        small = SMALL.get(mixer, {"window": 8} if hasattr(OPTIONS[mixer], "window") else {})
+        options = small if options is None else options
         body = moved(convert(body, mixer=mixer, layers=layers, options=options))
-    body.config.max_position_embeddings = LONGEST
     return body.eval()
 
 
@@ -61,6 +85,7 @@ def engine(directory: Path, **settings: Any) -> Iterator[Any]:
         "max_model_len": LONGEST,
         "kv_cache_memory_bytes": 2**26,
         "enable_prefix_caching": False,
+        "enforce_eager": True,
         "skip_tokenizer_init": True,
         "disable_log_stats": True,
     }

@@ -287,6 +287,7 @@ WRONG_PATHS = {  # of every command that takes one
     "inspect rank": "./nowhere",
     "inspect budget": "./nowhere",
     "bench decode": "./nowhere",
+    "bench serve": "./nowhere",
     "bench linearize": "no/where",
 }
 

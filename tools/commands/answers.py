@@ -2,7 +2,7 @@
 
 Answers are written batch by batch, one write each. A command that is given again takes the batches
 that are complete as they are, cuts what follows them, and so ends with the file of one run. Each
-batch is sampled with a seed of its own.
+batch is sampled with a seed of its own; vLLM samples each prompt with one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,39 @@ def check_files(
         raise LowlineError(f"batch_size = {batch_size}; at least 1")
 
 
+Answering = Callable[[list[str], bool, int], list[str]]
+"""From texts, whether they begin with what the tokenizer puts before a text, and a seed, to the
+answers."""
+
+
+def by_transformers(model: Any, tokenizer: Any, how: dict[str, Any]) -> Answering:
+    """Return what answers with `generate` of transformers, which is given `how`."""
+    import torch
+
+    def answering(texts: list[str], begins: bool, seed: int) -> list[str]:
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left",
+                           add_special_tokens=begins).to(model.device)  # fmt: skip
+        torch.manual_seed(seed)
+        made = model.generate(**inputs, **how)[:, inputs["input_ids"].shape[1] :]
+        return tokenizer.batch_decode(made, skip_special_tokens=True)
+
+    return answering
+
+
+def by_vllm(engine: Any, tokenizer: Any, how: dict[str, Any]) -> Answering:
+    """Return what answers with an `Engine` of vLLM's, whose `answer` is given `how`."""
+
+    def answering(texts: list[str], begins: bool, seed: int) -> list[str]:
+        ids = tokenizer(texts, add_special_tokens=begins)["input_ids"]
+        return tokenizer.batch_decode(
+            engine.answer(ids, seed=seed, **how), skip_special_tokens=True
+        )
+
+    return answering
+
+
 def answer_file(
-    model: Any,
+    answering: Answering,
     tokenizer: Any,
     prompts: Path,
     output: Path,
@@ -50,19 +81,15 @@ def answer_file(
     *,
     chat: bool,
     seed: int,
-    how: dict[str, Any],
 ) -> None:
     """Write the answer to each prompt.
 
     Args:
         chat: send a "prompt" as a message; "messages" are always sent so.
-        how: for `generate` of transformers.
 
     Raises:
         LowlineError: a line that is no prompt, or an output that is another file's answers.
     """
-    import torch
-
     rows = _rows(prompts)
     texts = [_text(tokenizer, row, chat, f"{prompts}, line {line}") for line, row in rows]
     done = _resumed(output, [row for _, row in rows], batch_size)
@@ -70,11 +97,7 @@ def answer_file(
         for start in range(done, len(rows), batch_size):
             part = slice(start, start + batch_size)
             sent = any("messages" in row for _, row in rows[part]) or chat
-            inputs = tokenizer(texts[part], return_tensors="pt", padding=True, padding_side="left",
-                               add_special_tokens=not sent).to(model.device)  # fmt: skip
-            torch.manual_seed(seed + start)
-            made = model.generate(**inputs, **how)[:, inputs["input_ids"].shape[1] :]
-            answers = tokenizer.batch_decode(made, skip_special_tokens=True)
+            answers = answering(texts[part], not sent, seed + start)
             lines = [json.dumps(_answered(row, answer), ensure_ascii=False)
                      for (_, row), answer in zip(rows[part], answers, strict=True)]  # fmt: skip
             file.write("".join(f"{line}\n" for line in lines).encode())

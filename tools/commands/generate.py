@@ -6,6 +6,7 @@ lowline generate converted/ "Summarize: ..." --lookup
 lowline generate converted/ "A list is" --draft smaller/
 lowline generate converted/ "In short:" --context read.safetensors
 lowline generate teacher/ --prompts questions.jsonl --output answers.jsonl --chat
+lowline generate converted/ --prompts questions.jsonl --output answers.jsonl --engine vllm
 """
 
 from __future__ import annotations
@@ -13,12 +14,18 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lowline.command_line import DType, Mark, Positional, Weights
 from lowline.errors import LowlineError
 from lowline.hub import check_source
-from lowline.tools.commands.answers import answer_file, asked, check_files
+from lowline.tools.commands.answers import (
+    answer_file,
+    asked,
+    by_transformers,
+    by_vllm,
+    check_files,
+)
 from lowline.tools.commands.context import after_context, read_context
 
 if TYPE_CHECKING:
@@ -46,6 +53,8 @@ def generate(
     prompts: Path | None = None,
     output: Path | None = None,
     batch_size: int = 8,
+    engine: Literal["transformers", "vllm"] = "transformers",
+    memory: float = 2.0,
 ) -> str:
     """Continue a prompt; the text is printed as it is generated.
 
@@ -75,6 +84,8 @@ def generate(
             `data.prompt_key = "prompt"` with `data.response_key = "response"`, or
             `data.messages_key = "messages"`, train on it.
         batch_size: Prompts that are answered at once.
+        engine: What answers a file of prompts; vllm has to be installed (lowline[vllm]).
+        memory: GiB of states, keys and values, for vllm.
 
     Returns:
         The prompt and its continuation; with `chat` the answer; with `prompts` nothing.
@@ -97,6 +108,16 @@ def generate(
         raise LowlineError("lookup and draft both propose tokens; give one of them")
     for source in (model,) if draft is None else (model, draft):
         check_source(source)
+    if engine == "vllm":
+        if prompts is None or output is None:
+            raise LowlineError("engine = vllm answers a file of prompts (--prompts, --output)")
+        if weights != "float":
+            raise LowlineError(f"weights = {weights!r} with engine = vllm: leave it out")
+        if memory <= 0:
+            raise LowlineError(f"memory = {memory}; above 0")
+        how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        _answer_with_vllm(model, prompts, output, batch_size, dtype, memory, chat, seed, how)
+        return ""
     import torch
     from transformers import TextStreamer
 
@@ -119,7 +140,8 @@ def generate(
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     if prompts is not None and output is not None:
         how = sampling | {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
-        answer_file(body, tokenizer, prompts, output, batch_size, chat=chat, seed=seed, how=how)
+        answering = by_transformers(body, tokenizer, how)
+        answer_file(answering, tokenizer, prompts, output, batch_size, chat=chat, seed=seed)
         return ""
     assert prompt is not None
     begins = not chat and held is None  # with what the tokenizer puts before every text
@@ -166,6 +188,35 @@ def generate(
               f"{new / steps - 1:.2f} were proposed", file=sys.stderr)  # fmt: skip
     start = inputs["input_ids"].shape[1] if chat else before
     return str(tokenizer.decode(made.sequences[0, start:], skip_special_tokens=True))
+
+
+def _answer_with_vllm(
+    model: str,
+    prompts: Path,
+    output: Path,
+    batch_size: int,
+    dtype: str,
+    memory: float,
+    chat: bool,
+    seed: int,
+    how: dict[str, Any],
+) -> None:
+    from transformers import GenerationConfig
+
+    from lowline.linearize.serving.offline import Engine
+    from lowline.linearize.source import load_tokenizer
+    from lowline.quiet import quiet_libraries
+
+    quiet_libraries()
+    tokenizer = load_tokenizer(model)
+    engine = Engine(model, dtype=dtype, memory=int(memory * 2**30), max_requests=batch_size)
+    try:  # the tokens at which transformers' `generate` stops
+        ends = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:
+        ends = tokenizer.eos_token_id
+    stop = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    answering = by_vllm(engine, tokenizer, how | {"stop": stop})
+    answer_file(answering, tokenizer, prompts, output, batch_size, chat=chat, seed=seed)
 
 
 def _check_draft(tokenizer: Any, other: Any, model: str, draft: str) -> None:
