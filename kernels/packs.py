@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
+
+
+def packed_at(bounds: Sequence[int], device: torch.device | str) -> torch.Tensor:
+    """Return cu_seqlens on a device, whose boundaries ops that need them on the host know, too.
+
+    They then wait for the device in no packed call. The tensor must not be changed.
+    """
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int64).to(device, non_blocking=True)
+    _on_host[cu_seqlens] = list(bounds)
+    return cu_seqlens
+
+
+def bounds_on_host(cu_seqlens: torch.Tensor) -> list[int]:
+    """Return the boundaries as `packed_at` was given them, or else read from the device."""
+    known = None if torch.compiler.is_compiling() else _on_host.get(cu_seqlens)
+    return cu_seqlens.tolist() if known is None else known  # type: ignore[no-any-return]
 
 
 def check_pack(op: str, batch: int, time: int, cu_seqlens: torch.Tensor | None) -> int:
@@ -20,7 +36,7 @@ def check_pack(op: str, batch: int, time: int, cu_seqlens: torch.Tensor | None) 
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
         raise ValueError(f"{op}: cu_seqlens is a vector of at least two integers")
     if cu_seqlens.device.type == "cpu":  # elsewhere the check would wait for the device
-        bounds = cu_seqlens.tolist()
+        bounds = bounds_on_host(cu_seqlens)
         if bounds[0] != 0 or bounds[-1] != time or bounds != sorted(bounds):
             raise ValueError(f"{op}: cu_seqlens = {bounds}; it rises from 0 to T = {time}")
     return cu_seqlens.numel() - 1
@@ -75,6 +91,7 @@ def as_bounds(cu_seqlens: torch.Tensor) -> torch.Tensor:
     return _cached(cu_seqlens, ("bounds",), lambda: cu_seqlens.to(torch.int64).contiguous())
 
 
+_on_host: Any = WeakIdKeyDictionary()  # cu_seqlens of `packed_at` -> list of its numbers
 _tables: Any = WeakIdKeyDictionary()  # cu_seqlens -> key -> what was computed from it
 
 

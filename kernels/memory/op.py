@@ -48,7 +48,7 @@ from typing import NamedTuple
 import torch
 
 from lowline.kernels.backends import choose
-from lowline.kernels.packs import check_pack
+from lowline.kernels.packs import bounds_on_host, check_pack
 from lowline.kernels.pool import has_whole_pages
 from lowline.kernels.window import op as window_op
 from lowline.kernels.window.op import check_heads
@@ -137,7 +137,7 @@ def row_memory_attention(
         bias: b, added to the scores of rows of several tokens.
         scale: of the scores; 1/√D where None.
         cu_seqlens: (N + 1,) boundaries of packed sequences, 0 … T; B is then 1. They are read on
-            the host, and so are the state's lengths.
+            the host, unless `packs.packed_at` made them, and so are the state's lengths.
         initial_state: what a call on the preceding tokens returned (N sequences; N = B unless
             packed). Gradients flow to keys and values.
         backend: `torch`, `reference`, or `cpu`, which covers fp32 with D and V multiples of 16;
@@ -164,7 +164,7 @@ def row_memory_attention(
     else:
         check_state(OP, initial_state, shapes)
         state = initial_state
-    bounds = None if cu_seqlens is None else cu_seqlens.tolist()
+    bounds = None if cu_seqlens is None else bounds_on_host(cu_seqlens)
     cpu = not_on_cpu(q_BTHD, k_BTGD, v_BTGV, *([] if initial_state is None else [state]))
     learns = torch.is_grad_enabled() and any(
         x.requires_grad for x in (q_BTHD, k_BTGD, v_BTGV, *state)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from lowline.kernels.packs import bounds_on_host
 from lowline.kernels.recurrence import chunks, ungated
 from lowline.kernels.recurrence.op import Call
 
@@ -44,7 +45,7 @@ def recurrence(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     B, T, H, K = k_BTHK.shape
     V = v_BTHV.shape[-1]
     wide = torch.promote_types(q_BTQK.dtype, torch.float32)
-    bounds = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
+    bounds = [0, T] if cu_seqlens is None else bounds_on_host(cu_seqlens)
     lengths = [end - start for start, end in pairwise(bounds)]
     # packed sequences are a batch of one: a sequence's states are B of the N · H
     if initial_state_NHKV is None:

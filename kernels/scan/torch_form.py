@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lowline.kernels.exponent import LOG2_E
+from lowline.kernels.packs import bounds_on_host
 from lowline.kernels.scan.op import Call
 from lowline.kernels.scan.reference import finish, step_size
 
@@ -35,7 +36,7 @@ def selective_scan(call: Call) -> tuple[Tensor, Tensor]:
     """See `lowline.kernels.scan.selective_scan`, which checks and documents."""
     x, _, A, B, C, D_D, z, *_ = call
     dt = step_size(call.dt, call.bias, call.softplus)
-    bounds = None if call.cu is None else call.cu.tolist()
+    bounds = None if call.cu is None else bounds_on_host(call.cu)
     initial = call.state
     if initial is None:
         initial = dt.new_zeros(len(x) if bounds is None else len(bounds) - 1, *A.shape)

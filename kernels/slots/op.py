@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lowline.kernels.backends import choose
-from lowline.kernels.packs import check_pack
+from lowline.kernels.packs import bounds_on_host, check_pack
 from lowline.kernels.window.state import accumulation_dtype, behind_window, check_state
 
 OP = "slot_window_attention"
@@ -88,7 +88,7 @@ def slot_window_attention(
         sinks: leading tokens of a sequence that stay exact.
         scale: of the scores; 1/√D where None.
         cu_seqlens: (N + 1,) boundaries of packed sequences, 0 … T; B is then 1. They are read on
-            the host.
+            the host, unless `packs.packed_at` made them.
         initial_state: what a call on the preceding tokens returned (N sequences; N = B unless
             packed). Gradients flow to keys, values and sums.
         backend: `torch` (which `auto` takes) or `reference`. bf16 is computed in fp32.
@@ -131,7 +131,7 @@ def slot_window_attention(
         from lowline.kernels.slots.reference import attend
 
         size = max(T, 1)
-    bounds = [0, T] if cu is None else cu.tolist()
+    bounds = [0, T] if cu_seqlens is None else bounds_on_host(cu_seqlens)
     outputs, after = [q_BTHD.new_empty(B, 0, H, V)], []
     for n, (first, end) in enumerate(pairwise(bounds)):
         one = slice(None) if cu is None else slice(n, n + 1)

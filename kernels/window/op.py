@@ -69,7 +69,8 @@ def window_linear_attention(
             packed). Gradients flow to every part of it.
         backend: `cpu` covers fp32 and bf16 (computed in fp32) with D, V and F multiples of 16;
             `triton` fp32, bf16 and fp16 with D, V and F up to 128; `torch` and `reference` take
-            everything. With packed sequences, `torch` and `reference` read cu_seqlens on the host.
+            everything. With packed sequences, `torch` and `reference` read cu_seqlens on the host,
+            the former not those of `packs.packed_at`.
 
     Returns:
         o_BTHV in q's dtype, and the state after the last token.

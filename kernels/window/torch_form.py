@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lowline.kernels.packs import bounds_on_host
 from lowline.kernels.window.state import WindowCall
 
 SCORES_A_GROUP = 2**20  # fits a CPU's cache
@@ -48,7 +49,7 @@ def attend(call: WindowCall) -> tuple[Tensor, Tensor]:
         return _attend_batch(*tensors, shape)
     q, k, v, phi_q, phi_k, sink_k, sink_v, *factors, S, length = tensors
     outputs, states = [], []
-    bounds = cu.tolist()
+    bounds = bounds_on_host(cu)
     for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         queries, keys = slice(a, b), slice(a + n * prefix, b + (n + 1) * prefix)
         one = slice(n, n + 1)

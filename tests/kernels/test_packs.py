@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from lowline.kernels import packs
-from lowline.kernels.packs import as_bounds, chunk_table, sequence_of_tokens
+from lowline.kernels.memory import row_memory_attention
+from lowline.kernels.packs import as_bounds, chunk_table, packed_at, sequence_of_tokens
+from lowline.kernels.recurrence import gated_linear_recurrence
+from lowline.kernels.scan import selective_scan
+from lowline.kernels.slots import slot_window_attention
+from lowline.kernels.window import window_linear_attention
 
 
 @pytest.mark.parametrize("more", [0, 3, 8])
@@ -61,3 +66,36 @@ def test_tables_go_with_their_bounds(dtype: torch.dtype) -> None:
     del cu
     gc.collect()
     assert rows() is None
+
+
+def test_bounds_that_the_host_knows_are_not_read_from_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    q, x = torch.randn(1, 12, 2, 4), torch.randn(1, 12, 4)
+    slot, how = torch.randint(3, (1, 12, 2)), dict(window=2, backend="torch")
+    calls = {
+        "window": lambda cu: window_linear_attention(q, q, q, cu_seqlens=cu, **how),
+        "slots": lambda cu: slot_window_attention(q, q, q, slot, q[0, :2, 0], cu_seqlens=cu, **how),
+        "rows": lambda cu: row_memory_attention(q, q, q, exact=2, block=1, cu_seqlens=cu, **how),
+        "recurrence": lambda cu: gated_linear_recurrence(
+            q, q, q, -q.exp(), cu_seqlens=cu, backend="torch"
+        ),
+        "scan": lambda cu: selective_scan(
+            x, x.exp(), -x[0, :4].exp(), x, x, cu_seqlens=cu, backend="torch"
+        ),
+    }
+    bounds = [0, 1, 8, 12]
+    want = {name: call(torch.tensor(bounds))[0] for name, call in calls.items()}
+    known, unknown = packed_at(bounds, "cpu"), torch.tensor(bounds)
+    assert known.tolist() == bounds and known.dtype == torch.int64
+
+    def tolist(self: torch.Tensor) -> None:
+        raise AssertionError("read on the host")
+
+    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    for name, call in calls.items():
+        assert torch.equal(call(known)[0], want[name]), name
+        with pytest.raises(AssertionError, match="read on the host"):
+            call(unknown)
+    with pytest.raises(ValueError, match=r"\[0, 1, 8\]; it rises from 0 to T = 12"):
+        calls["slots"](packed_at([0, 1, 8], "cpu"))
