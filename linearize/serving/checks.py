@@ -89,7 +89,7 @@ def check_length(
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     positions = int(config.max_position_embeddings)
     length = positions if max_model_len is None else max_model_len
     if length < 1:

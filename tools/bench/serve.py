@@ -110,7 +110,7 @@ def measure(
 
     from lowline.linearize.serving.offline import Engine
 
-    vocab = AutoConfig.from_pretrained(model).vocab_size
+    vocab = AutoConfig.from_pretrained(model, trust_remote_code=False).vocab_size
     steps = max(batch) * -(-context // 1024)  # in which the first requests decode, others are read
     length = context + new + 1 + steps
     engine = Engine(
