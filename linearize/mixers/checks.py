@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from lowline.errors import LowlineError
 from lowline.kernels.backend_names import BACKENDS
@@ -54,3 +55,10 @@ def check_window(window: int, sinks: int, *, least: int = 0) -> None:
     check_int("sinks", sinks, 0)
     if sinks and not window:
         raise LowlineError(f"sinks = {sinks} without a window; give window, or leave out sinks")
+
+
+def allowed(word: str, words: Iterable[str]) -> str:
+    """Return what to choose from instead of a word, and which of it was meant."""
+    words = list(words)
+    near = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
+    return f"choose from {', '.join(words)}" + (f"; did you mean {near[0]!r}?" if near else "")

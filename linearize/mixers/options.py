@@ -5,8 +5,7 @@ Importable without torch: by these alone a configuration is checked.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +13,7 @@ from lowline.errors import LowlineError
 from lowline.kernels.backend_names import Backend
 from lowline.linearize.mixers.budgets import Budget, check_budget, parse_budget
 from lowline.linearize.mixers.checks import (
+    allowed,
     check_backend,
     check_bool,
     check_choice,
@@ -435,23 +435,15 @@ def mixer_options(
     """
     if name not in kinds:
         raise LowlineError(
-            f"mixer = {name!r} is not known; {_allowed(name, kinds)} (one of your own: import the "
+            f"mixer = {name!r} is not known; {allowed(name, kinds)} (one of your own: import the "
             "module that registers it first)"
         )
     kind = kinds[name]
     known = [field.name for field in fields(kind)]
     for option in options:
         if option not in known:
-            raise LowlineError(
-                f"mixer {name!r} has no option {option!r}; {_allowed(option, known)}"
-            )
+            raise LowlineError(f"mixer {name!r} has no option {option!r}; {allowed(option, known)}")
     try:
         return kind(**options)
     except ValueError as error:
         raise LowlineError(f"mixer {name!r}: {error}") from None
-
-
-def _allowed(word: str, words: Iterable[str]) -> str:
-    words = list(words)
-    near = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
-    return f"choose from {', '.join(words)}" + (f"; did you mean {near[0]!r}?" if near else "")
