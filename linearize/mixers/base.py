@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -143,7 +144,7 @@ class Mixer(nn.Module):
         """
         of_tokens: dict[str, Any] = {"rope": rope, "x_BTE": x_BTE}
         steps = fresh_N is None and cu_seqlens is None and q_BTHD.shape[1] == 1
-        if steps and "rows" in _arguments(type(self)):
+        if steps and "rows" in _arguments(type(self).forward):
             return self(q_BTHD, k_BTGD, v_BTGD, **of_tokens, state=pool, rows=rows_N)[0]
         state = take_rows(pool, rows_N)
         if fresh_N is not None:
@@ -206,9 +207,9 @@ class Mixer(nn.Module):
 
 
 @functools.cache
-def _arguments(mixer: type[Mixer]) -> frozenset[str]:
-    """Return the names of the arguments that a kind of mixer takes."""
-    return frozenset(inspect.signature(mixer.forward).parameters)
+def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
+    """Return the names of a function's arguments."""
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def apply_rope(x_BTHD: torch.Tensor, rope: Rope) -> torch.Tensor:
