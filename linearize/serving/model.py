@@ -3,8 +3,8 @@
     tokens of a step, end to end: (T,)  ->  hidden states (T, E)
 
 A layer finds its state where it always finds it, in `past_key_values.layers[n]`. Here that is a
-`PagedLayer`: rows of vLLM's cache, one for each request, of which a step's are copied, given to
-the mixer, and written back. Layers that stay softmax call vLLM's attention, which a transformers
+`PagedLayer`: pages of vLLM's cache, one for each request, on which the mixer works (`on_pool`).
+Layers that stay softmax call vLLM's attention, which a transformers
 model does by the name of an attention function. Everything else, projections, norms, low-rank
 layers and what crosses them, is as it is everywhere.
 
@@ -38,7 +38,7 @@ from lowline.cola.variants import variant_of
 from lowline.errors import LowlineError
 from lowline.linearize.body.cache import MixerLayer, Tokens, state_layouts
 from lowline.linearize.mixers.base import Mixer
-from lowline.linearize.mixers.state import StateLayout, clear_rows, put_rows, take_rows
+from lowline.linearize.mixers.state import StateLayout
 from lowline.linearize.serving import BACKEND
 from lowline.linearize.serving.settings import refuse_settings
 
@@ -92,20 +92,22 @@ class PagedLayer(MixerLayer, MambaBase):
         D, P = step.num_decode_tokens, step.num_prefill_tokens
         o_1THD = torch.zeros_like(tokens.q)
         if D:
-            rows_N = step.state_indices_tensor_d[:, 0].long()
+            rows_N = step.state_indices_tensor_d[:, 0]
             one_each = Tokens(*(t[0, :D, None] for t in tokens))
-            o_N1HD, state = one_each.mixed(mixer, take_rows(self.pool, rows_N))
-            put_rows(self.pool, rows_N, state)
-            o_1THD[0, :D] = o_N1HD[:, 0]
+            o_1THD[0, :D] = self._on_pool(mixer, one_each, rows_N=rows_N)[:, 0]
         if P:
-            rows_N = step.state_indices_tensor_p.long()
-            state = take_rows(self.pool, rows_N)
-            clear_rows(state, ~step.has_initial_states_p)  # of a page's last owner
-            packed = tokens.span(D, D + P)
-            o, state = packed.mixed(mixer, state, step.query_start_loc_p.long())
-            put_rows(self.pool, rows_N, state)
-            o_1THD[:, D : D + P] = o
+            o_1THD[:, D : D + P] = self._on_pool(
+                mixer,
+                tokens.span(D, D + P),
+                rows_N=step.state_indices_tensor_p,
+                fresh_N=~step.has_initial_states_p,  # pages keep what their last owner left
+                cu_seqlens=step.query_start_loc_p.long(),
+            )
         return o_1THD
+
+    def _on_pool(self, mixer: Mixer, tokens: Tokens, **how: Any) -> torch.Tensor:
+        q, k, v, x, *rope = tokens
+        return mixer.on_pool(q, k, v, rope=tuple(rope), x_BTE=x, pool=self.pool, **how)  # type: ignore[arg-type]
 
     def update(self, n_tokens: int) -> None:  # type: ignore[override]
         """Do nothing: vLLM counts positions."""

@@ -53,7 +53,7 @@ def folder(model, tmp_path_factory) -> Path:
 
 def prompts(count: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(5)
-    lengths = [1 + 23 * n for n in range(count)]
+    lengths = [1 + 20 * n for n in range(count)]
     return [torch.randint(1, VOCAB, (n,), generator=generator).tolist() for n in lengths]
 
 
