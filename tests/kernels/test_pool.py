@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.kernels import CPU
 
 from lowline.kernels.conv import causal_conv_step
 from lowline.kernels.memory import row_memory_step
@@ -17,7 +18,6 @@ from lowline.kernels.scan import selective_scan_step
 from lowline.kernels.slots import SlotState, nearest_slot_step, slot_window_step
 from lowline.kernels.slots.op import state_shapes as slot_shapes
 from lowline.kernels.window import empty_window_state, window_linear_step
-from tests.helpers.kernels import CPU
 
 B, H, G, D, V, F, M, PAGES = 3, 4, 2, 16, 32, 16, 16, 7
 ROWS, BETWEEN = (5, 0, 3), 11

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.kernels import TOLERANCE, needs_compiler, relative_error
 
 from lowline.kernels.memory import row_memory_attention, row_memory_step
 from lowline.kernels.slots import SlotState, slot_window_attention, slot_window_step
@@ -14,7 +15,6 @@ from lowline.kernels.window import (
     window_linear_step,
     window_linear_verify,
 )
-from tests.helpers.kernels import TOLERANCE, needs_compiler, relative_error
 
 B, T, H, G, D, V, M, BEFORE = 2, 40, 4, 2, 32, 16, 16, 17
 BF16 = TOLERANCE[torch.bfloat16]
