@@ -110,14 +110,16 @@ def check_memory(config: Any, length: int, dtype: Any, memory: int) -> str:
     Raises:
         LowlineError: not even one does.
     """
-    from lowline.linearize.body.cache import state_bytes
+    from lowline.linearize.body.cache import state_bytes, state_layouts
 
     if not hasattr(config, "converted_layers"):
         shape = [config.num_key_value_heads or config.num_attention_heads]
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         one = 2 * config.num_hidden_layers * shape[0] * head * dtype.itemsize * length
     else:
-        one = state_bytes(config, context=length, dtype=dtype)
+        pages = page_bytes(config, dtype)
+        unused = sum(pages - layout.nbytes for layout in state_layouts(config, dtype).values())
+        one = state_bytes(config, context=length, dtype=dtype) + unused
     if one > memory:
         raise LowlineError(
             f"memory = {memory / 2**30:.2f} GiB, but a request of {length} tokens holds "
@@ -127,6 +129,14 @@ def check_memory(config: Any, length: int, dtype: Any, memory: int) -> str:
         f"a request of {length} tokens holds {one / 1e6:.2f} MB; {memory / 2**30:.2f} GiB hold "
         f"about {memory // one}"
     )
+
+
+def page_bytes(config: Any, dtype: Any) -> int:
+    """Return bytes of a request's state in one layer: of the largest, since pages have one size."""
+    from lowline.linearize.body.cache import state_layouts
+
+    layouts = state_layouts(config, dtype).values()
+    return max((layout.page_bytes for layout in layouts), default=0)
 
 
 def build_kernels() -> None:

@@ -40,15 +40,10 @@ from lowline.linearize.body.cache import MixerLayer, Tokens, state_layouts
 from lowline.linearize.mixers.base import Mixer
 from lowline.linearize.mixers.state import StateLayout
 from lowline.linearize.serving import BACKEND
+from lowline.linearize.serving.checks import page_bytes
 from lowline.linearize.serving.settings import refuse_settings
 
 ATTENTION = "lowline_vllm"  # the name of vLLM's attention among transformers' functions
-
-
-def page_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Return bytes of a request's state in one layer: of the largest, since pages have one size."""
-    layouts = state_layouts(config, dtype).values()
-    return max((layout.page_bytes for layout in layouts), default=0)
 
 
 class PagedLayer(MixerLayer, MambaBase):
@@ -151,7 +146,7 @@ class ServedCoLA(nn.Module):
         config._attn_implementation = ATTENTION
         self.config, self.model, self.lm_head = config, model.model, model.lm_head
         layouts = state_layouts(config, dtype) if hasattr(config, "mixers") else {}
-        size = max((layout.page_bytes for layout in layouts.values()), default=0)
+        size = page_bytes(config, dtype) if layouts else 0
         self.attentions = nn.ModuleDict()
         layers: list[PagedLayer | None] = []
         for number in range(config.num_hidden_layers):

@@ -15,7 +15,8 @@ from transformers import AttentionInterface, AutoModel
 
 import lowline.tools.commands.serve as command
 from lowline.errors import LowlineError
-from lowline.linearize.body.cache import state_bytes
+from lowline.linearize.body.cache import state_bytes, state_layouts
+from lowline.linearize.convert import linearized_config
 from lowline.linearize.serving.checks import (
     GROUP,
     PLUGIN,
@@ -145,12 +146,20 @@ def test_lengths_and_memory(directory) -> None:
     assert check_length(directory, max_model_len=257, beyond_positions=True)[1] == 257
     with pytest.raises(LowlineError, match="max_model_len = 0; at least 1"):
         check_length(directory, max_model_len=0)
-    held = state_bytes(config, dtype=torch.float32)
+    layers = state_layouts(config, torch.float32)
+    held = len(layers) * max(layout.page_bytes for layout in layers.values())
+    assert held >= state_bytes(config, dtype=torch.float32)
     line = check_memory(config, 256, torch.float32, 10 * held + 1)
     assert line.startswith(f"a request of 256 tokens holds {held / 1e6:.2f} MB")
     assert line.endswith(" hold about 10")
     with pytest.raises(LowlineError, match="a request of 256 tokens holds .*--max-model-len"):
         check_memory(config, 256, torch.float32, held - 1)
+    uneven = {"sinks": 0, "block": 2, "budget": "64, 64; 4, 4; 4, 4"}  # pages have one size
+    before = architecture("llama")
+    uneven = linearized_config(before, mixer="memory", options=uneven)
+    even = linearized_config(before, mixer="sink_window", options={"sinks": 0, "window": 64})
+    line = check_memory(uneven, 256, torch.float32, 2**20)
+    assert line == check_memory(even, 256, torch.float32, 2**20)
     cola = architecture("cola")  # keys and values: 3 layers of 2 heads of 16
     line = check_memory(cola, 100, torch.bfloat16, 2 * 3 * 2 * 16 * 2 * 100)
     assert line.endswith(" hold about 1")
