@@ -14,6 +14,7 @@ model, N sequences (B, or those of `cu_seqlens`).
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -157,15 +158,17 @@ class Mixer(nn.Module):
     def state_layout(self, dtype: torch.dtype = torch.float32) -> StateLayout:
         """Return structure, shapes and types of its states, where it computes in `dtype`.
 
-        They are those after one token. A mixer whose options have no `backend` runs as it is.
+        They are those after one token. A mixer whose options have no `backend` runs as it is, and
+        so does one that does not keep its options.
         """
         shape, options = self.shape, self.options
         if hasattr(options, "backend"):
             options = replace(options, backend="reference")
+        kind: Any = type(self)
         with torch.device("meta"):  # costs no random numbers
-            kind: Any = type(self)
-            mixer = kind(shape, options).to(dtype)
-        mixer.to_empty(device="cpu")
+            kept = type(options) is not MixerOptions
+            mixer = kind(shape, options) if kept else copy.deepcopy(self)
+        mixer.to(dtype).to_empty(device="cpu")
         with torch.no_grad(), torch.device("cpu"):
             for weight in mixer.state_dict().values():
                 weight.zero_()

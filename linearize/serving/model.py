@@ -139,7 +139,9 @@ class ServedCoLA(nn.Module):
         config: Any = vllm_config.model_config.hf_config
         dtype = vllm_config.model_config.dtype
         with no_init_weights():
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=False
+            )
         model.tie_weights()
         model.eval().requires_grad_(False)
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, paged_attention)

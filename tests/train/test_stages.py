@@ -35,7 +35,8 @@ METHODS = {
     "hedgehog": "hedgehog",
     "lowline": "slots",
 }
-OTHERS = {name: name for name in ("gated_deltanet", "memory", "mamba1", "mamba2")}
+OTHERS = {"memory_int8": "memory"}
+OTHERS |= {name: name for name in ("gated_deltanet", "memory", "mamba1", "mamba2")}
 OF_MAMBA = {"llama3_8b_instruct": 8_030_261_248, "zephyr_7b": 7_241_732_096}
 MINIMAL = """
 output = "out"

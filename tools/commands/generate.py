@@ -211,7 +211,7 @@ def _answer_with_vllm(
     tokenizer = load_tokenizer(model)
     engine = Engine(model, dtype=dtype, memory=int(memory * 2**30), max_requests=batch_size)
     try:  # the tokens at which transformers' `generate` stops
-        ends = GenerationConfig.from_pretrained(model).eos_token_id
+        ends = GenerationConfig.from_pretrained(model, trust_remote_code=False).eos_token_id
     except OSError:
         ends = tokenizer.eos_token_id
     stop = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
