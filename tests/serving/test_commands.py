@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -84,7 +83,7 @@ def server(folder: Path) -> Iterator[str]:
                 time.sleep(1)
         yield url
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # SIGINT is ignored by what a shell runs in the background
         process.wait(120)
 
 
