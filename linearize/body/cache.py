@@ -36,6 +36,7 @@ from transformers.cache_utils import CacheLayerMixin
 from lowline.errors import LowlineError
 from lowline.linearize.body.context_file import attach_cache, load_cache, save_cache
 from lowline.linearize.mixers.base import Mixer, State
+from lowline.linearize.mixers.budgets import parse_budget
 from lowline.linearize.mixers.state import StateLayout
 
 if TYPE_CHECKING:
@@ -319,9 +320,10 @@ def state_layouts(config: LinearizedConfig, dtype: torch.dtype) -> dict[int, Sta
     made: dict[str, StateLayout] = {}
     found: dict[int, StateLayout] = {}
     for layer in config.converted_layers():
-        kind = str(config.mixers[layer])
-        if config.mixers[layer].get("budget"):
-            kind += f" in layer {layer}"
+        options = config.mixers[layer]
+        if budget := options.get("budget"):  # only the layer's own part of it matters
+            options = options | {"budget": parse_budget(budget)[layer]}
+        kind = str(options)
         if kind not in made:
             with torch.device("meta"):
                 mixer = config.build_mixer(layer)

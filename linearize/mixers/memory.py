@@ -83,12 +83,15 @@ class Memory(Mixer):
         refuse_rows(rows)
         if o.cache_dtype == "int8":
             k, v = round_int8(k), round_int8(v)
+            states = [unpack_state(held, k.dtype) for held in states]
         outputs, after = [], []
         for n, (size, heads) in enumerate(zip(self.sizes, groups, strict=True)):
             given = [heads_of(x, heads, k.shape[2]) for x in (q, k, v)]
             of_group = self._attend(given, size, states[n] if states else None, cu_seqlens)
             outputs.append(of_group[0])
             after.append(of_group[1])
+        if o.cache_dtype == "int8":
+            after = [pack_state(held) for held in after]
         o_BTHD = in_order(outputs, groups).to(v_BTGD.dtype)
         return o_BTHD, after[0] if one else tuple(after)
 
@@ -100,19 +103,6 @@ class Memory(Mixer):
         cu_seqlens: torch.Tensor | None,
     ) -> tuple[torch.Tensor, State]:
         """Return the output and the next state of heads of one size."""
-        if self.options.cache_dtype != "int8":
-            return self._attend_exactly(inputs, size, state, cu_seqlens)
-        wide = None if state is None else unpack_state(state, inputs[1].dtype)
-        o_BTHD, after = self._attend_exactly(inputs, size, wide, cu_seqlens)
-        return o_BTHD, pack_state(after)
-
-    def _attend_exactly(
-        self,
-        inputs: Sequence[torch.Tensor],
-        size: tuple[int, int],
-        state: State | None,
-        cu_seqlens: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, State]:
         o, (window, rows) = self.options, size
         if not rows:
             return attend(
