@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 def check_rows(op: str, rows: Tensor | None, batch: int, pool: Tensor) -> int:
@@ -55,12 +55,22 @@ def on_rows(step: Callable[[Any], Tensor], state: Any, rows: Tensor | None) -> T
     """Return what a step returns that changes its state, applied to some pages of `state`."""
     if rows is None:
         return step(state)
-    pools, nest = tree_flatten(state)
-    taken = [pool.index_select(0, rows) for pool in pools]
-    out = step(tree_unflatten(taken, nest))
-    for pool, page in zip(pools, taken, strict=True):
-        pool.index_copy_(0, rows.long(), page)
+    taken = take_rows(state, rows)
+    out = step(taken)
+    put_rows(state, rows, taken)
     return out
+
+
+def take_rows(pool: Any, rows: Tensor) -> Any:
+    """Return copies of some pages of a nest of tensors."""
+    return tree_map_only(Tensor, lambda t: t.index_select(0, rows), pool)
+
+
+def put_rows(pool: Any, rows: Tensor, new: Any) -> None:
+    """Overwrite some pages of a nest of tensors."""
+    for ours, theirs in zip(tree_leaves(pool), tree_leaves(new), strict=True):
+        if ours is not None:
+            ours.index_copy_(0, rows.long(), theirs)
 
 
 def has_whole_pages(*pools: Tensor) -> bool:

@@ -11,6 +11,8 @@
 
 namespace lowline {
 
+constexpr long SCALE_BYTES = 4;  // of packed features, after a byte for each
+
 // The tensors of a MemoryState; or of a WindowState without features: a memory without rows.
 struct Memory : Window<float> {
   Paged<float> received, row_k, row_v, row_received, row_tokens, q_energy, v_energy;
@@ -18,7 +20,7 @@ struct Memory : Window<float> {
   bool packed;  // see row_memory_packed.h: keys and values are not to be read here
 
   explicit Memory(PyObject* tuple) : Window(tuple), packed(at(0).scalar_type() == at::kChar) {
-    if (packed) D -= 4, V -= 4;
+    if (packed) D -= SCALE_BYTES, V -= SCALE_BYTES;
     if (PyTuple_GET_SIZE(tuple) != 12) return;
     auto data = [&](int i) { return Paged<float>(at(i)); };
     received = data(2), row_k = data(5), row_v = data(6), row_received = data(7);

@@ -8,8 +8,6 @@
 
 namespace lowline {
 
-// n features lie as n bytes and the four of their scale.
-constexpr long SCALE_BYTES = 4;
 constexpr float LEVELS = 127;
 constexpr uint32_t LOST_BITS = 0x7f;  // of the scale, so that each product with a level is exact
 

@@ -25,9 +25,10 @@ import torch
 import torch.nn as nn
 
 from lowline.kernels.dense import is_one_token, rotate_token
+from lowline.kernels.pool import put_rows, take_rows
 from lowline.linearize.mixers.fitting import Sample
 from lowline.linearize.mixers.options import MixerOptions
-from lowline.linearize.mixers.state import StateLayout, clear_rows, put_rows, take_rows
+from lowline.linearize.mixers.state import StateLayout, clear_rows
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 State = Any
@@ -152,7 +153,7 @@ class Mixer(nn.Module):
             clear_rows(state, fresh_N)
         of_tokens |= {"state": state, "cu_seqlens": cu_seqlens}
         o_BTHD, state = self(q_BTHD, k_BTGD, v_BTGD, **of_tokens)
-        put_rows(pool, rows_N.long(), state)
+        put_rows(pool, rows_N, state)
         return o_BTHD
 
     def state_layout(self, dtype: torch.dtype = torch.float32) -> StateLayout:

@@ -3,7 +3,7 @@
     layout = mixer.state_layout(torch.bfloat16)
     pages_NB = torch.zeros(n, layout.page_bytes, dtype=torch.uint8)    n empty states
     pool = layout.views(pages_NB)                a state of n sequences, whose tensors are the pages
-    state = take_rows(pool, rows_N)              copies, which a mixer may change
+    state = take_rows(pool, rows_N)              copies, which may change (`lowline.kernels.pool`)
     put_rows(pool, rows_N, state)
 
 The tensors of a state lie one after the other, each at a multiple of 64 bytes. A page of zeros is
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 ALIGNMENT = 64  # bytes
 
@@ -89,18 +89,6 @@ class StateLayout:
 
     def _nest(self, leaves: Any) -> Any:
         return tree_unflatten(list(leaves), self.structure)
-
-
-def take_rows(state: Any, rows_N: torch.Tensor) -> Any:
-    """Return copies of some sequences' states."""
-    return tree_map_only(torch.Tensor, lambda t: t.index_select(0, rows_N), state)
-
-
-def put_rows(state: Any, rows_N: torch.Tensor, new: Any) -> None:
-    """Overwrite some sequences' states."""
-    for ours, theirs in zip(tree_flatten(state)[0], tree_flatten(new)[0], strict=True):
-        if ours is not None:
-            ours.index_copy_(0, rows_N, theirs)
 
 
 def clear_rows(state: Any, which_N: torch.Tensor) -> None:

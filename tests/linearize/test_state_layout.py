@@ -10,8 +10,9 @@ from helpers.mixers import CASES, SHARED, error, inputs, made, run
 from torch.utils._pytree import tree_leaves
 
 from lowline.errors import LowlineError
+from lowline.kernels.pool import put_rows, take_rows
 from lowline.linearize.mixers import HeadShape, Mixer
-from lowline.linearize.mixers.state import ALIGNMENT, clear_rows, put_rows, take_rows
+from lowline.linearize.mixers.state import ALIGNMENT, clear_rows
 
 
 def described(state):
