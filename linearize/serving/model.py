@@ -4,9 +4,9 @@
 
 A layer finds its state where it always finds it, in `past_key_values.layers[n]`. Here that is a
 `PagedLayer`: pages of vLLM's cache, one for each request, on which the mixer works (`on_pool`).
-Layers that stay softmax call vLLM's attention, which a transformers
-model does by the name of an attention function. Everything else, projections, norms, low-rank
-layers and what crosses them, is as it is everywhere.
+Layers that stay softmax call vLLM's attention, which a transformers model does by the name of an
+attention function. Everything else, projections, norms, low-rank layers and what crosses them, is
+as it is everywhere.
 
 vLLM is told that a state is one tensor of bytes of one size in all layers, so that layers with
 different mixers share pages, and a page is copied by one call.
@@ -148,7 +148,7 @@ class ServedCoLA(nn.Module):
         config._attn_implementation = ATTENTION
         self.config, self.model, self.lm_head = config, model.model, model.lm_head
         layouts = state_layouts(config, dtype) if hasattr(config, "mixers") else {}
-        size = page_bytes(config, dtype) if layouts else 0
+        size = page_bytes(layouts.values())
         self.attentions = nn.ModuleDict()
         layers: list[PagedLayer | None] = []
         for number in range(config.num_hidden_layers):
@@ -235,7 +235,8 @@ class ServedLinearized(ServedCoLA, HasInnerState, IsHybrid):
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> Any:
         model = vllm_config.model_config
         assert isinstance(model.dtype, torch.dtype)
-        return ((page_bytes(model.hf_config, model.dtype),),)
+        layouts = state_layouts(model.hf_config, model.dtype)
+        return ((page_bytes(layouts.values()),),)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> Any:
