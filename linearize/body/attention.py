@@ -21,6 +21,7 @@ from transformers import Cache
 from lowline.cola.one_token import softmax
 from lowline.linearize.body.cache import LinearizedCache, MixerLayer, Tokens
 from lowline.linearize.body.packing import Packing
+from lowline.linearize.body.reach import Reach, within
 from lowline.linearize.mixers.base import Mixer
 
 
@@ -47,6 +48,7 @@ class LinearizedAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         past_key_values: LinearizedCache | None = None,
         packing: Packing | None = None,
+        reach: Reach | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """(B, T, E) to (B, T, E). A mask that comes along is for the softmax layers."""
@@ -68,11 +70,14 @@ class LinearizedAttention(nn.Module):
         cu_seqlens = None if packing is None else packing.cu_seqlens
         cos, sin = (t.expand(x_BTE.shape[0], -1, -1) for t in rope)
         with precision:
-            tokens = Tokens(q_BTHD, k_BTGD, v_BTGD, x_BTE, cos, sin)
+            tokens, mixer = (
+                Tokens(q_BTHD, k_BTGD, v_BTGD, x_BTE, cos, sin),
+                within(reach, self.mixer),
+            )
             if held is None:
-                o_BTHD, _ = tokens.mixed(self.mixer, None, cu_seqlens)
+                o_BTHD, _ = tokens.mixed(mixer, None, cu_seqlens)
             else:
-                o_BTHD = held.mix(self.mixer, tokens, cu_seqlens)
+                o_BTHD = held.mix(mixer, tokens, cu_seqlens)
                 held.update(hidden_states.shape[1])
         o_BTE = self.o_proj(o_BTHD.flatten(2))
         return (o_BTE if packing is None else packing.unpack(o_BTE)), None
@@ -91,20 +96,33 @@ class LinearizedAttention(nn.Module):
         return self.q_norm(q), self.k_norm(k)
 
     def step(
-        self, q: torch.Tensor, k: torch.Tensor, *rest: torch.Tensor, cache: Cache
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        *rest: torch.Tensor,
+        cache: Cache,
+        reach: Reach | None = None,
     ) -> torch.Tensor:
         """Return the mixer's output for one token from its projections, v, x, cos and sin."""
         held = cache.layers[self.layer_idx]
         assert isinstance(held, MixerLayer)
-        o_BTHD = held.mix(self.mixer, Tokens(*self._normalised(q, k), *rest), None)
+        tokens = Tokens(*self._normalised(q, k), *rest)
+        o_BTHD = held.mix(within(reach, self.mixer), tokens, None)
         held.update(1)
         return o_BTHD
 
 
 def attend_token(
-    attention: Any, q: Any, k: Any, v: Any, x: Any, rope: Any, cache: Any
+    attention: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    x: Any,
+    rope: Any,
+    cache: Any,
+    reach: Reach | None = None,
 ) -> torch.Tensor:
     """Return the output of a layer's mixer or attention (`lowline.cola.one_token`)."""
     if isinstance(attention, LinearizedAttention):
-        return attention.step(q, k, v, x, *rope, cache=cache).contiguous()
+        return attention.step(q, k, v, x, *rope, cache=cache, reach=reach).contiguous()
     return softmax(attention, q, k, v, x, rope, cache)

@@ -24,7 +24,7 @@ rows no token can be taken back.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,7 +35,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from lowline.errors import LowlineError
 from lowline.linearize.body.context_file import attach_cache, load_cache, save_cache
-from lowline.linearize.mixers.base import Mixer, State
+from lowline.linearize.mixers.base import State
 from lowline.linearize.mixers.budgets import parse_budget
 from lowline.linearize.mixers.state import StateLayout
 
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 LAYER_TYPE = "lowline_mixer"
 """The type of a layer with a mixer in `config.layer_types`. It is not "linear_attention", whose
 cache layer other models in the same process need."""
+
+Mix = Callable[..., tuple[torch.Tensor, State]]
+"""A mixer, or what is called as one is (`lowline.linearize.body.reach.within`)."""
 
 RECORDED = 128  # tokens that can always be taken back
 
@@ -63,7 +66,7 @@ class Tokens(NamedTuple):
         return Tokens(*(t[:, start:stop] for t in self))
 
     def mixed(
-        self, mixer: Mixer, state: State, cu_seqlens: torch.Tensor | None = None
+        self, mixer: Mix, state: State, cu_seqlens: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, State]:
         q, k, v, x, *rope = self
         return mixer(q, k, v, rope=tuple(rope), x_BTE=x, state=state, cu_seqlens=cu_seqlens)
@@ -96,7 +99,7 @@ class MixerLayer(CacheLayerMixin):
         self.recorded: list[Tokens] = []
         self.replay: Tokens | None = None
 
-    def mix(self, mixer: Mixer, tokens: Tokens, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    def mix(self, mixer: Mix, tokens: Tokens, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
         """Return the mixer's output for tokens that follow the state, and move the state by them.
 
         Args:
@@ -129,7 +132,7 @@ class MixerLayer(CacheLayerMixin):
             self.recorded = [past.span(surplus, surplus + RECORDED)]
         return torch.cat([*outputs, o_BTHD], 1) if outputs else o_BTHD
 
-    def replay_kept(self, mixer: Mixer) -> None:
+    def replay_kept(self, mixer: Mix) -> None:
         """Move the state by the tokens that a `crop` has kept."""
         if self.replay is not None:
             _, self.state = self.replay.mixed(mixer, self.state)

@@ -19,6 +19,7 @@ dropout in converted layers, where there are none.
 """
 
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -60,6 +61,7 @@ from lowline.errors import LowlineError
 from lowline.linearize.body.attention import LinearizedAttention, attend_token
 from lowline.linearize.body.cache import LAYER_TYPE, LinearizedCache, MixerLayer
 from lowline.linearize.body.packing import plan_packing
+from lowline.linearize.body.reach import Reach, known_positions, within
 from lowline.linearize.mixers import MIXERS, build_mixer
 from lowline.linearize.mixers.base import HeadShape, Mixer
 from lowline.linearize.mixers.options import MixerOptions
@@ -203,6 +205,7 @@ class _Body(_Linearized):
     """The decoder without a head: token ids [B, T] to hidden states [B, T, hidden_size]."""
 
     layers: nn.ModuleList
+    rotary_emb: nn.Module
     masks_by_type: bool  # whether the architecture's forward pass looks masks up by layer type
 
     def __init__(self, config: LinearizedConfig) -> None:
@@ -241,20 +244,23 @@ class _Body(_Linearized):
             if isinstance(past_key_values, LinearizedCache):
                 past_key_values.attach(self)
             _check_cache(past_key_values, converted)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        reach = None if tokens is None else self.reach(seen + tokens.shape[1])
+        if past_key_values is not None:
             x = one_token(
                 self,
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                position_ids=position_ids,
+                position_ids=_placed(reach, position_ids, tokens, seen),
                 past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
-                attend=attend_token,
+                attend=partial(attend_token, reach=reach),
                 layers=(DynamicLayer, MixerLayer),
                 **kwargs,
             )
             if x is not None:
                 return BaseModelOutputWithPast(x, past_key_values)
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
         packing = None
         if tokens is not None and converted:
             packing, position_ids = plan_packing(
@@ -274,13 +280,23 @@ class _Body(_Linearized):
         return super().forward(
             input_ids=input_ids,
             attention_mask=self._masks(tokens, attention_mask, position_ids, past_key_values),
-            position_ids=position_ids,
+            position_ids=_placed(reach, position_ids, tokens, seen),
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache and not documents,
             packing=packing,
+            reach=reach,
             **kwargs,
         )
+
+    def reach(self, length: int) -> Reach | None:
+        """Return how positions are bounded in a text of so many tokens; None where all are known
+        to the teacher, or none are bounded.
+        """
+        known = known_positions(self.config)
+        if known is None or length <= known:
+            return None
+        return Reach(known, self.rotary_emb.get_buffer("inv_freq"))
 
     def _masks(
         self,
@@ -307,6 +323,17 @@ class _Body(_Linearized):
                     position_ids=position_ids,
                 )
         return masks
+
+
+def _placed(
+    reach: Reach | None, position_ids: Any, tokens: torch.Tensor | None, seen: int
+) -> torch.Tensor | None:
+    """Return the positions of tokens, `seen` of which came before."""
+    if reach is None or tokens is None:
+        return position_ids  # type: ignore[no-any-return]
+    if position_ids is None:
+        position_ids = torch.arange(seen, seen + tokens.shape[1], device=tokens.device)[None]
+    return reach.place(position_ids)
 
 
 def _check_cache(cache: Cache, converted: list[int]) -> None:
@@ -369,10 +396,11 @@ class _CausalLM(ExactDrafts, _Linearized, GenerationMixin):  # type: ignore[misc
 
     def _stop_recording(self, cache: Cache) -> None:
         super()._stop_recording(cache)
+        reach = self.model.reach(cache.get_seq_length())
         with torch.no_grad():
             for layer in self.config.converted_layers():
                 mixer = self.model.layers[layer].get_submodule("self_attn.mixer")
-                cache.layers[layer].replay_kept(mixer)  # type: ignore[union-attr, arg-type]
+                cache.layers[layer].replay_kept(within(reach, mixer))  # type: ignore[union-attr]
 
     def _prepare_cache_for_generation(self, generation_config: Any, *args: Any) -> bool:
         if generation_config.cache_implementation not in (None, "dynamic"):

@@ -30,7 +30,16 @@ MIXINGS = ("window", "both", "linear")  # of lolcats
 STARTS = ("attention", "random")  # of Mamba
 SLOT_BACKENDS = ("auto", "reference", "torch")
 
-FACTS = ("learns", "has_window", "has_linear", "is_average", "calibrates", "fits", "splits")
+FACTS = (
+    "learns",
+    "has_window",
+    "has_linear",
+    "is_average",
+    "calibrates",
+    "fits",
+    "keeps_keys",
+    "splits",
+)
 
 
 class MixerOptions:
@@ -42,6 +51,9 @@ class MixerOptions:
         is_average: the output is a mean of values, with weights of at least 0 that sum to 1.
         calibrates: `Mixer.calibrate` returns something.
         fits: `Mixer.fit` returns something.
+        keeps_keys: its state holds keys after the rotary embedding, of single tokens or means of
+            some, in a `WindowState`, a `MemoryState` or several; and nothing else that depends on
+            positions.
         splits: its heads can lie on several ranks, each with its part of the parameters.
     """
 
@@ -50,6 +62,7 @@ class MixerOptions:
     is_average: ClassVar[bool] = False
     calibrates: ClassVar[bool] = False
     fits: ClassVar[bool] = False
+    keeps_keys: ClassVar[bool] = False
 
     @property
     def splits(self) -> bool:
@@ -201,6 +214,7 @@ class MemoryOptions(MixerOptions):
 
     learns = False
     has_linear = False
+    keeps_keys = True
     window: int = 64
     sinks: int = 4
     exact: int = 192
@@ -397,6 +411,7 @@ class SinkWindowOptions(MixerOptions):
 
     learns = False
     has_linear = False
+    keeps_keys = True
     window: int = 64
     sinks: int = 4
     backend: Backend = "auto"

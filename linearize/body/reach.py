@@ -1,0 +1,182 @@
+"""Texts longer than those that the teacher was trained on, in constant memory.
+
+A rotary embedding is trained on the distances between a query and a key that training had: fewer
+than L. A window has short distances only, but sinks and remembered tokens lie as far back as the
+text is long, and from about 1.5 L on the output is noise. Positions are therefore bounded where
+all that a model keeps of a text are keys and values of single tokens or means of them
+(`MixerOptions.keeps_keys`). Up to position L nothing changes. From there on, with a period of
+M = L/8:
+
+ 1. The token at position p ≥ L + M stands at L + (p - L) mod M instead (`place`).
+ 2. When a period ends, the keys of the window are rotated back by M, so that distances in the
+    window are those of the text.
+ 3. Keys that leave the window for the memory are rotated back by M, so that they lie before all
+    queries of later periods. Then they stay as they are.
+
+Sinks and tokens remembered from the first L positions are thus at most L + M back, those that are
+remembered later at most 2M + window. What is lost is the order among the latter, of different
+periods. Other ways to bound positions: StreamingLLM (arXiv 2309.17453) renumbers what its cache
+holds for each token, and rotates all keys each time; ReRoPE and Self-Extend (2401.01325) bound the
+distance for each pair of tokens, with two scores per pair.
+
+Only keys of a window's ring buffer are ever rotated, once or twice, between calls of the mixer:
+tokens from L on are mixed in pieces that end where a period ends, or where a memory's block does.
+
+Shapes: those of `lowline.linearize.mixers.base`; w tokens in a window's ring buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lowline.kernels.memory.int8 import is_packed, pack, unpack
+from lowline.kernels.memory.op import MemoryState
+from lowline.kernels.packs import bounds_on_host
+from lowline.kernels.window.state import WindowState
+from lowline.linearize.mixers.base import Rope, State, apply_rope
+from lowline.linearize.mixers.branches import at_least_fp32
+from lowline.linearize.mixers.options import OPTIONS
+
+Window = WindowState | MemoryState
+
+PERIODS = 8  # in the positions that the teacher knows
+CHANGING_ROPES = ("dynamic", "longrope")
+"""Rotary embeddings whose frequencies depend on the length of the text."""
+
+
+class Reach(NamedTuple):
+    """How positions of a model are bounded; see the module."""
+
+    length: int  # L
+    inv_freq: torch.Tensor  # (D/2,), in radians per position
+
+    @property
+    def period(self) -> int:
+        """M, in tokens."""
+        return max(self.length // PERIODS, 1)
+
+    def place(self, position: torch.Tensor) -> torch.Tensor:
+        """Return where tokens of these positions stand."""
+        beyond = position - self.length
+        return position.where(beyond < self.period, self.length + beyond % self.period)
+
+    def turned(self, k_NTGD: torch.Tensor) -> torch.Tensor:
+        """Return keys that are rotated back by a period."""
+        angle = self.inv_freq.to(k_NTGD.device, torch.float64) * -self.period
+        rope = (torch.cat([x, x]).to(k_NTGD.dtype)[None, None] for x in (angle.cos(), angle.sin()))
+        return apply_rope(k_NTGD, tuple(rope))  # type: ignore[arg-type]
+
+    def pieces(self, start: int, stop: int, block: int) -> Iterator[tuple[int, int]]:
+        """Return first and last positions, the latter excluded, of what is mixed at once."""
+        while start < stop:
+            ends = [stop]
+            if start < self.length:
+                ends.append(self.length)
+            else:
+                ends.append(start + self.period - (start - self.length) % self.period)
+                if block:
+                    ends.append(start + block - start % block)
+            yield start, min(ends)
+            start = min(ends)
+
+
+def known_positions(config: Any) -> int | None:
+    """Return L of a converted model; None where positions are not bounded.
+
+    They are not in a model with softmax layers or with mixers that keep other states, nor where
+    the rotary embedding changes with the length of the text.
+    """
+    kept = all(m["name"] != "softmax" and OPTIONS[m["name"]].keeps_keys for m in config.mixers)
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    return config.max_position_embeddings if kept and kind not in CHANGING_ROPES else None
+
+
+def within(reach: Reach | None, mixer: Any) -> Callable[..., tuple[torch.Tensor, State]]:
+    """Return what is called as a mixer is, for tokens at any position."""
+
+    def mix(
+        q_BTHD: torch.Tensor,
+        k_BTGD: torch.Tensor,
+        v_BTGD: torch.Tensor,
+        *,
+        rope: Rope,
+        x_BTE: torch.Tensor,
+        state: State | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, State]:
+        assert reach is not None
+        tokens = (q_BTHD, k_BTGD, v_BTGD, x_BTE, *rope)
+        (B, T), packed = q_BTHD.shape[:2], cu_seqlens is not None
+        bounds = [] if cu_seqlens is None else bounds_on_host(cu_seqlens)
+        N = len(bounds) - 1 if packed else B
+        lengths = [0] * N if state is None else _windows(state)[0].length.tolist()
+        if not packed and len(set(lengths)) == 1:
+            return _mix(reach, mixer, tokens, state, lengths[0])
+        outputs, after = [], []
+        for n, length in enumerate(lengths):
+            row, (a, b) = (0, bounds[n : n + 2]) if packed else (n, (0, T))
+            alone = None if state is None else tree_map(lambda x, n=n: x[n : n + 1], state)
+            if a < b:
+                of_row = tuple(x[row : row + 1, a:b] for x in tokens)
+                o, alone = _mix(reach, mixer, of_row, alone, length)
+                outputs.append(o)
+            after.append(alone or mixer.empty_state(1, v_BTGD.dtype, v_BTGD.device))
+        return torch.cat(outputs, 1 if packed else 0), _joined(after)
+
+    return mixer if reach is None else mix  # type: ignore[no-any-return]
+
+
+def _mix(
+    reach: Reach, mixer: Any, tokens: Sequence[torch.Tensor], state: State | None, length: int
+) -> tuple[torch.Tensor, State]:
+    """Mix tokens of sequences that have all seen `length` before."""
+    outputs, block = [], getattr(mixer.options, "block", 0)
+    for start, stop in reach.pieces(length, length + tokens[0].shape[1], block):
+        beyond = start - reach.length
+        if beyond >= reach.period and beyond % reach.period == 0:
+            state = _each_window(state, lambda held: _turned(reach, held, range(held.k.shape[1])))
+        if block and beyond >= 0 and start % block == 0:
+            state = _each_window(state, lambda held: _before_block(reach, held, start, block))  # noqa: B023
+        q, k, v, x, *rope = (t[:, start - length : stop - length] for t in tokens)
+        o, state = mixer(q, k, v, rope=tuple(rope), x_BTE=x, state=state)
+        outputs.append(o)
+    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], state
+
+
+def _before_block(reach: Reach, held: Window, start: int, block: int) -> Window:
+    """Return a memory of which the tokens that the next block lets leave are rotated back."""
+    w = held.k.shape[1]
+    leaving = range(start - w, start - w + block)
+    return _turned(reach, held, leaving) if isinstance(held, MemoryState) else held
+
+
+def _turned(reach: Reach, held: Window, positions: Sequence[int]) -> Window:
+    """Return a window of which some keys are rotated back by a period."""
+    slots = torch.tensor([p % held.k.shape[1] for p in positions], device=held.k.device)
+    k = held.k.index_select(1, slots)
+    if is_packed(held):
+        k = pack(reach.turned(unpack(k)))
+    else:
+        k = reach.turned(at_least_fp32(k)).to(k.dtype)
+    return held._replace(k=held.k.index_copy(1, slots, k))
+
+
+def _is_window(state: Any) -> bool:
+    return isinstance(state, WindowState | MemoryState)
+
+
+def _windows(state: State) -> list[Window]:
+    return tree_leaves(state, is_leaf=_is_window)
+
+
+def _each_window(state: State, change: Callable[[Window], Window]) -> State:
+    return tree_map(change, state, is_leaf=_is_window)
+
+
+def _joined(states: Sequence[State]) -> State:
+    """Return states of single sequences as one of all."""
+    return tree_map(lambda *parts: torch.cat(parts), *states)
