@@ -61,7 +61,7 @@ from lowline.errors import LowlineError
 from lowline.linearize.body.attention import LinearizedAttention, attend_token
 from lowline.linearize.body.cache import LAYER_TYPE, LinearizedCache, MixerLayer
 from lowline.linearize.body.packing import plan_packing
-from lowline.linearize.body.reach import Reach, known_positions, within
+from lowline.linearize.body.reach import Reach, known_positions, placed, within
 from lowline.linearize.mixers import MIXERS, build_mixer
 from lowline.linearize.mixers.base import HeadShape, Mixer
 from lowline.linearize.mixers.options import MixerOptions
@@ -252,7 +252,7 @@ class _Body(_Linearized):
                 self,
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                position_ids=_placed(reach, position_ids, tokens, seen),
+                position_ids=placed(reach, position_ids, tokens, seen),
                 past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 attend=partial(attend_token, reach=reach),
@@ -280,7 +280,7 @@ class _Body(_Linearized):
         return super().forward(
             input_ids=input_ids,
             attention_mask=self._masks(tokens, attention_mask, position_ids, past_key_values),
-            position_ids=_placed(reach, position_ids, tokens, seen),
+            position_ids=placed(reach, position_ids, tokens, seen),
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache and not documents,
@@ -290,8 +290,8 @@ class _Body(_Linearized):
         )
 
     def reach(self, length: int) -> Reach | None:
-        """Return how positions are bounded in a text of so many tokens; None where all are known
-        to the teacher, or none are bounded.
+        """Return how positions are bounded in a text of so many tokens; None where they need not
+        or cannot be.
         """
         known = known_positions(self.config)
         if known is None or length <= known:
@@ -323,17 +323,6 @@ class _Body(_Linearized):
                     position_ids=position_ids,
                 )
         return masks
-
-
-def _placed(
-    reach: Reach | None, position_ids: Any, tokens: torch.Tensor | None, seen: int
-) -> torch.Tensor | None:
-    """Return the positions of tokens, `seen` of which came before."""
-    if reach is None or tokens is None:
-        return position_ids  # type: ignore[no-any-return]
-    if position_ids is None:
-        position_ids = torch.arange(seen, seen + tokens.shape[1], device=tokens.device)[None]
-    return reach.place(position_ids)
 
 
 def _check_cache(cache: Cache, converted: list[int]) -> None:

@@ -95,6 +95,19 @@ def known_positions(config: Any) -> int | None:
     return config.max_position_embeddings if kept and kind not in CHANGING_ROPES else None
 
 
+def placed(
+    reach: Reach | None, position_ids: torch.Tensor | None, tokens_BT: Any, seen: int
+) -> torch.Tensor | None:
+    """Return the positions that tokens are given, of which `seen` came before; None for those of
+    the text one after the other.
+    """
+    if reach is None:
+        return position_ids
+    if position_ids is None:
+        position_ids = torch.arange(seen, seen + tokens_BT.shape[1], device=tokens_BT.device)[None]
+    return reach.place(position_ids)
+
+
 def within(reach: Reach | None, mixer: Any) -> Callable[..., tuple[torch.Tensor, State]]:
     """Return what is called as a mixer is, for tokens at any position."""
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from lowline.errors import LowlineError
 from lowline.linearize.mixers.base import HeadShape, Mixer
 from lowline.linearize.mixers.delta import KDA, GatedDeltaNet
+from lowline.linearize.mixers.facts import FACTS, MixerOptions
 from lowline.linearize.mixers.hedgehog import Hedgehog
 from lowline.linearize.mixers.liger import LigerGLA, LigerHGRN2
 from lowline.linearize.mixers.liger_gsa import LigerGSA
@@ -16,7 +17,7 @@ from lowline.linearize.mixers.lolcats import Lolcats
 from lowline.linearize.mixers.mamba1 import Mamba1
 from lowline.linearize.mixers.mamba2 import Mamba2
 from lowline.linearize.mixers.memory import Memory
-from lowline.linearize.mixers.options import FACTS, OPTIONS, MixerOptions, mixer_options
+from lowline.linearize.mixers.options import OPTIONS, mixer_options
 from lowline.linearize.mixers.retention import Retention
 from lowline.linearize.mixers.sink_window import SinkWindow
 from lowline.linearize.mixers.slots import Slots

@@ -78,7 +78,7 @@ class PagedLayer(MixerLayer, MambaBase):
         super().bind_kv_cache(kv_cache)
         self.pool = self.layout.views(self.kv_cache[0])
 
-    def mix(self, mixer: Mixer, tokens: Tokens, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    def mix(self, mixer: Any, tokens: Tokens, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
         """Return the mixer's output (1, T, H, D) for a step's tokens, and move their states."""
         by_layer: Any = get_forward_context().attn_metadata
         if by_layer is None:  # vLLM measures the memory that a step takes
