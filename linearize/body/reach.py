@@ -5,7 +5,7 @@ than L. A window has short distances only, but sinks and remembered tokens lie a
 text is long, and from about 1.5 L on the output is noise. Positions are therefore bounded where
 all that a model keeps of a text are keys and values of single tokens or means of them
 (`MixerOptions.keeps_keys`). Up to position L nothing changes. From there on, with a period of
-M = L/8:
+M = L/32:
 
  1. The token at position p ≥ L + M stands at L + (p - L) mod M instead (`place`).
  2. When a period ends, the keys of the window are rotated back by M, so that distances in the
@@ -43,7 +43,7 @@ from lowline.linearize.mixers.options import OPTIONS
 
 Window = WindowState | MemoryState
 
-PERIODS = 8  # in the positions that the teacher knows
+PERIODS = 32  # in the positions that the teacher knows
 CHANGING_ROPES = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies depend on the length of the text."""
 

@@ -12,6 +12,7 @@ from lowline.linearize.evaluation.retrieval import Retrieval
 from lowline.linearize.evaluation.rows import Row
 from lowline.linearize.evaluation.second_copy import SecondCopy
 from lowline.linearize.evaluation.shares import Shares
+from lowline.linearize.evaluation.stream import Stream
 from lowline.linearize.evaluation.text import Perplexity
 from lowline.plotting import SHADES, colour, finish, new_figure
 
@@ -37,6 +38,8 @@ def plots(
             yield "perplexity", _perplexity(scored)
         elif isinstance(measure, SecondCopy):
             yield "second_copy", _second_copy(scored)
+        elif isinstance(measure, Stream):
+            yield "stream", _stream(scored)
         elif isinstance(measure, Retrieval):
             yield measure.task, _retrieval(measure, scored)
         elif isinstance(measure, Shares):
@@ -102,6 +105,17 @@ def _perplexity(scored: Scored) -> Figure:
         finish(right, x="context (tokens)", y="perplexity", ticks=contexts, plain_log_y=True)
         right.set_title("perplexity against context")
     _legend(figure, columns=3)
+    return figure
+
+
+def _stream(scored: Scored) -> Figure:
+    figure, (axes,) = new_figure(1)
+    for (row, score), style in zip(scored, _styles(scored), strict=True):
+        bins = score["by_position"]
+        axes.plot([b["last"] for b in bins], [b["loss"] for b in bins], label=row.label, **style)
+    finish(axes, x="position in the text", y="loss (nats per token)")
+    axes.set_title(f"loss against position, one text of {scored[0][1]['tokens']} tokens")
+    _legend(figure, columns=2)
     return figure
 
 

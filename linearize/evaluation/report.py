@@ -19,6 +19,7 @@ from lowline.linearize.evaluation.rows import Row
 from lowline.linearize.evaluation.ruler import KINDS, Ruler
 from lowline.linearize.evaluation.second_copy import SecondCopy
 from lowline.linearize.evaluation.shares import Shares
+from lowline.linearize.evaluation.stream import Stream
 from lowline.linearize.evaluation.text import Perplexity
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ def explanation(measures: Sequence[Measure]) -> str:
         Perplexity: "ppl @T: perplexity on text in rows of T tokens",
         SecondCopy: "copy: loss on the second copy of a random string, nats per token, by distance",
         Retrieval: "passkey, needle: share of facts that generation repeats, by distance",
+        Stream: "end, alone: perplexity of a long text's last tokens, after all others, and alone",
         Ruler: "ruler: share of RULER's answers that generation gives, all kinds and each",
         Shares: "share: of the linear part in the layers' output, mean over layers",
         Choices: "piqa: share of right choices",
@@ -137,6 +139,9 @@ def _columns(measure: Measure, window: int) -> Iterator[tuple[str, Callable[[Any
             yield f"ppl\n@{context}", partial(_perplexity, n)
             if measure.second_half:
                 yield f"ppl last\n{context // 2}", partial(_second_half, n)
+    elif isinstance(measure, Stream):
+        for name in ("end", "alone"):
+            yield f"{name}\n{measure.last}", partial(_exponential, name)
     elif isinstance(measure, Shares):
         yield "linear\nshare", lambda scores: f"{fmean(s['share'] for s in scores):.3f}"
     elif isinstance(measure, SecondCopy) and measure.filler:
@@ -180,6 +185,10 @@ def _number(name: str, scores: Any) -> str:
 
 def _perplexity(n: int, scores: Any) -> str:
     return f"{scores[n]['perplexity']:.2f}"
+
+
+def _exponential(name: str, scores: Any) -> str:
+    return f"{math.exp(scores[name]):,.2f}"
 
 
 def _second_half(n: int, scores: Any) -> str:

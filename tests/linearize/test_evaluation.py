@@ -15,12 +15,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lowline.linearize.convert import convert
-from lowline.linearize.evaluation import measure, report
+from lowline.linearize.evaluation import measure, report, stream
 from lowline.linearize.evaluation.harness import HarnessTask
 from lowline.linearize.evaluation.measure import beginning, encode, quiet, token_losses
 from lowline.linearize.evaluation.retrieval import Retrieval, greedy
 from lowline.linearize.evaluation.second_copy import SecondCopy, ordinary_tokens
 from lowline.linearize.evaluation.shares import Shares, linear_switched_off
+from lowline.linearize.evaluation.stream import Stream
 from lowline.linearize.evaluation.text import Perplexity, Text, position_bins
 from lowline.linearize.mixers import recorded_shares
 
@@ -60,6 +61,28 @@ def test_perplexity_is_its_formula(name, begin):
                 mean = losses[:, part["first"] - 2 : part["last"] - 1].mean().item()
                 assert part["loss"] == pytest.approx(mean, rel=TOLERANCE)
         assert sum(run) == score.tokens
+
+
+@pytest.mark.parametrize("begin", [[], [3]])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_stream_is_one_text_and_its_end_is_read_alone_too(name, begin, monkeypatch):
+    monkeypatch.setattr(stream, "CALL", 7)
+    model, ids, run = model_of(name), tokens(1, 45)[0].tolist(), []
+    measured = Stream(text=Text(ids=ids, beginning=begin), last=10)
+    score = measured(model, run.append)
+    read, alone = (torch.tensor(by_hand(model, begin + x), dtype=torch.float64)
+                   for x in (ids, ids[-10:]))  # fmt: skip
+    assert score["end"] == pytest.approx(read[-9:].mean().item(), rel=TOLERANCE)
+    assert score["alone"] == pytest.approx(alone[-9:].mean().item(), rel=TOLERANCE)
+    of_token = read[-45:] if begin else torch.cat([read[:1] * math.nan, read])
+    bins = [(part["first"], part["last"]) for part in score["by_position"]]
+    assert bins == [(1, 5), (6, 15), (16, 25), (26, 35), (36, 45)]
+    for part in score["by_position"]:
+        mean = of_token[part["first"] - 1 : part["last"]].nanmean().item()
+        assert part["loss"] == pytest.approx(mean, rel=TOLERANCE)
+    assert sum(run) == measured.tokens == 55
+    with pytest.raises(ValueError, match="the text has 45 tokens, the last 45 of which"):
+        Stream(text=measured.text, last=45)
 
 
 @pytest.mark.parametrize("context", [2, 3, 16, 17, 22, 23, 1000, 4096])

@@ -8,6 +8,7 @@ from helpers.mixers import SHAPES, SHARED, error, inputs
 from helpers.models import architecture, converted, moved, scrambled, tokens
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lowline.linearize.body import reach as bounded
 from lowline.linearize.body.cache import LinearizedCache
 from lowline.linearize.body.reach import Reach, known_positions, within
 from lowline.linearize.convert import convert
@@ -28,6 +29,11 @@ CASES = {
     "memory": ("memory", MEMORY | dict(window=8, exact=3, merged=2)),
     "memory, budget": ("memory", MEMORY | dict(merged=1, budget="9+3, 6; 5, 8+4; 7+2, 6")),
 }
+
+
+@pytest.fixture(autouse=True)
+def six_tokens_a_period(monkeypatch):
+    monkeypatch.setattr(bounded, "PERIODS", 4)
 
 
 def model(case: str) -> PreTrainedModel:
@@ -76,7 +82,7 @@ def by_the_book(
 
     Tokens leave a window in blocks, and with `block` are all remembered.
     """
-    period, H, G = KNOWN // 8, given["q"].shape[2], given["k"].shape[2]
+    period, H, G = Reach(KNOWN, rates(2)).period, given["q"].shape[2], given["k"].shape[2]
 
     def rotated(x_HD: torch.Tensor, position: int) -> torch.Tensor:
         angle = (position * rates(SHARED.head_dim)).repeat(2)[None, None]
@@ -112,7 +118,9 @@ def by_the_book(
     ("sink_window", dict(window=7, sinks=2), 0),
     ("memory", dict(window=8, exact=100, sinks=2, block=4), 4),
 ])  # fmt: skip
-def test_keys_stand_where_the_text_says(name, options, block):
+@pytest.mark.parametrize("periods", [4, 8, 24])
+def test_keys_stand_where_the_text_says(name, options, block, periods, monkeypatch):
+    monkeypatch.setattr(bounded, "PERIODS", periods)
     given = inputs(SHARED, TEXT, B=1, dtype=torch.float64)
     expected = by_the_book(given, options["window"], options["sinks"], block)
     o, state = mixed(build_mixer(name, options | {"backend": "torch"}, SHARED).double(), given)
@@ -120,9 +128,9 @@ def test_keys_stand_where_the_text_says(name, options, block):
 
 
 def test_places_are_the_positions_of_the_text_up_to_a_period_beyond_what_is_known():
-    placed = Reach(32, rates(2)).place(torch.arange(60)).tolist()
-    assert placed[:36] == list(range(36)) and placed[36:44] == [32, 33, 34, 35] * 2
-    assert max(placed) == 35
+    placed = Reach(24, rates(2)).place(torch.arange(60)).tolist()
+    assert placed[:30] == list(range(30)) and placed[30:42] == list(range(24, 30)) * 2
+    assert max(placed) == 29
 
 
 @pytest.mark.parametrize("case", CASES)

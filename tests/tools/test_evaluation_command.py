@@ -159,6 +159,16 @@ def test_the_long_suite(folder, tmp_path, capsys):
     )
 
 
+def test_a_stream_is_read_by_models_that_do_not_grow(folder, tmp_path, capsys):
+    words = ["evaluate", str(folder / "lolcats"), "--tasks", "stream", "--tokens", "150"]
+    assert main([*words, "--contexts", "64", "--output", str(tmp_path)]) == 0
+    labels = [r["label"] for r in records(tmp_path)]
+    assert "lolcats" in labels and "teacher" not in labels and len(labels) >= 4
+    printed = capsys.readouterr().out
+    assert "end 64" in printed and "alone 64" in printed
+    assert (tmp_path / "stream.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_rows_of_as_many_bytes(folder):
     """Bytes are those of the tensors in caches that were filled."""
     rows = rows_of(str(folder / "lolcats"), teacher=None, dtype=torch.float32, long=True)

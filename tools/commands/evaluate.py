@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     Plan = list[tuple[Row, Measure]]
 
-TASKS = ("perplexity", "second-copy", "passkey", "needle", "ruler", "shares")
+TASKS = ("perplexity", "second-copy", "passkey", "needle", "ruler", "stream", "shares")
 LOSSES = ("perplexity", "second-copy")  # those that a model is also asked without its linear part
 ITEM_TOKENS = 256  # of an item of lm-eval, when its batches are made
 
@@ -117,8 +117,8 @@ def evaluate(
 
     Args:
         models: Hugging Face directories, hub ids or GGUF files, converted or not.
-        tasks: perplexity, second-copy, passkey, needle, ruler, shares; piqa; tasks of lm-eval or
-            YAML files in its format. Default: the first four and shares.
+        tasks: perplexity, second-copy, passkey, needle, ruler, stream, shares; piqa; tasks of
+            lm-eval or YAML files in its format. Default: the first four and shares.
         quick: Smaller defaults, which take a small model a few minutes on a CPU.
         suite: "long" asks how memories of as many bytes compare: perplexity on the starts of long
             documents, a row each, copying over a distance of text, and RULER; beside the converted
@@ -129,7 +129,8 @@ def evaluate(
             Python's own documentation.
         text_key: The column of text.
         tokens: At most so many tokens of the text.
-        contexts: Lengths of the rows that the text is cut into.
+        contexts: Lengths of the rows that the text is cut into; the last so many tokens of a
+            stream, all of whose tokens are one text, are scored.
         distances: From a random string to its second copy, in tokens; at least 32, its length.
         lengths: Tokens of a prompt that hides a pass key, a needle, or RULER's facts.
         depths: Where the key or needle is hidden, from 0 (at the start) to 1.
@@ -253,7 +254,8 @@ class Maker:
         from lowline.linearize.evaluation.ruler import Ruler
         from lowline.linearize.evaluation.second_copy import SecondCopy
         from lowline.linearize.evaluation.shares import Shares
-        from lowline.linearize.evaluation.text import Perplexity
+        from lowline.linearize.evaluation.stream import Stream
+        from lowline.linearize.evaluation.text import Perplexity, Text
 
         size, tokenizer = self.size, self.tokenizer
         at_once: dict[str, Any] = {"batch_tokens": self.batch_tokens}
@@ -271,6 +273,9 @@ class Maker:
                              lengths=size.lengths, depths=size.depths, **drawn)  # fmt: skip
         if task == "ruler":
             return Ruler(tokenizer=tokenizer, haystack=self.text.ids, lengths=size.lengths, **drawn)
+        if task == "stream":
+            text = Text.of(self.documents, tokenizer, size.tokens)
+            return Stream(text=text, last=max(size.contexts))
         if task == "shares":
             return Shares(text=self.text, context=min(max(size.contexts), 1024), rows=4)
         if task == "piqa" and self.piqa is not None:
@@ -295,6 +300,8 @@ def fits(row: Row, measure: Measure) -> bool:
     """Return whether a model is asked this."""
     if row.linear_off:
         return measure.task in LOSSES
+    if measure.task == "stream":  # what grows with the text cannot read it
+        return len(row.config.converted_layers()) == row.config.num_hidden_layers
     return row.converted or measure.task != "shares"
 
 
