@@ -16,6 +16,7 @@ from lowline.linearize.titan import MixerAttention
 from lowline.train.config.load import ConfigError, load_config
 from lowline.train.engine import trainer as engine
 from lowline.train.hf.export import export
+from lowline.train.objectives import calibration
 from lowline.train.objectives.calibration import SINKS, evenly
 
 STEPS = 2
@@ -138,6 +139,34 @@ def test_outputs_are_fitted_before_the_first_step(teacher, tmp_path, monkeypatch
     assert (scale - 1).abs().mean() > 0.2  # it began with 1
 
 
+def test_new_layers_train_alone(teacher, tmp_path, monkeypatch, capsys):
+    """All of their attention and nothing else, on all batches, towards softmax attention."""
+    errors, of_module = [], calibration.train_alone
+
+    def train(layer, texts, *, lr, **how):
+        errors.append(of_module(layer, texts, lr=1e-12, **how)[1])
+        values, error = of_module(layer, texts, lr=lr, **how)
+        errors.append(error)
+        assert len(texts) == STEPS
+        return values, error
+
+    monkeypatch.setattr(calibration, "train_alone", train)
+    line = ('--mixer.name="mamba2"', "--mixer.options={}", "--cola.rank=0", "--mixer.layers=[1]")
+    line += ('--objective.kind="next-token"', '--objective.trainable="attention"', *SLOTS[4:])
+    line += ("--objective.calibration_epochs=6", f"--checkpoint.initial_weights={teacher}")
+    assert training.train_here(tmp_path / "run", *line) == 0
+    start, end = errors
+    assert end < 0.5 * start
+    assert f"layer 1 alone: relative error {end:.4f} in the last of 6" in capsys.readouterr().err
+    export(tmp_path / "run", tmp_path / "hf")
+    ours, theirs = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "hf", teacher)
+    )
+    for name, weight in theirs.items():
+        trained = "layers.1.self_attn" in name
+        assert torch.allclose(ours[name], weight, atol=1e-6) != trained, name
+
+
 def test_projections_that_begin_at_random(teacher, tmp_path):
     line = ('--mixer.name="mamba2"', '--mixer.options={start = "random"}', "--cola.rank=0")
     line += ('--objective.kind="transfer"', *SLOTS[5:], "--mixer.layers=[1]")
@@ -159,3 +188,5 @@ def test_a_mixer_without_a_start_of_its_own_is_refused():
     wrong = ('--mixer.name="lolcats"', "--mixer.options={}", *SLOTS[2:])
     with pytest.raises(ConfigError, match="calibration_steps = 2 needs a mixer that is calibrated"):
         load_config(training.TINY[1], wrong)
+    with pytest.raises(ConfigError, match="calibration_epochs = 2 needs a mixer that is fitted"):
+        load_config(training.TINY[1], (*SLOTS, "--objective.calibration_epochs=2"))

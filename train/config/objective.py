@@ -100,6 +100,11 @@ class ObjectiveSection:
     calibration_steps: NonNegative = 0
     """Steps of text on which mixers are set up that begin from the teacher's attention ("slots",
     "mamba2", "mamba1", "gated_deltanet", "kda", "retention"); 0 sets up none."""
+    calibration_epochs: NonNegative = 0
+    """Passes over that text in which each new layer's attention then trains alone, towards the
+    output of softmax attention; for the same mixers but "slots"."""
+    calibration_lr: PositiveNumber = 3e-3
+    """The largest learning rate of q, k, v and o in these passes; mixers have three times that."""
 
     teacher: ClassVar[str | None] = None  # the Hugging Face directory of a model to learn from
     needs_teacher: ClassVar[bool] = False
@@ -222,6 +227,17 @@ def check_stage(run: RunConfig) -> None:
         raise ValueError(
             f"objective.calibration_steps = {objective.calibration_steps} needs a mixer that is "
             f"calibrated ({', '.join(able)}); set it to 0 or choose such a mixer"
+        )
+    if objective.calibration_epochs and not (options and options.fits):
+        able = [name for name, kind in OPTIONS.items() if kind.fits]
+        raise ValueError(
+            f"objective.calibration_epochs = {objective.calibration_epochs} needs a mixer that is "
+            f"fitted ({', '.join(able)}) and calibration_steps of 1 or more; set it to 0"
+        )
+    if objective.calibration_epochs and any(run.ranks().values()):
+        raise ValueError(
+            f"objective.calibration_epochs = {objective.calibration_epochs} with low-rank "
+            "projections (cola.rank), which a layer does not train alone; set it to 0"
         )
     if options and options.fits and run.parallelism.tensor_parallel > 1:
         raise ValueError(

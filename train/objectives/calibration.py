@@ -3,11 +3,13 @@
 So many steps' text goes through softmax attention of the run's own weights, as in a transfer. A
 mixer that begins from the teacher's keys (`Mixer.calibrate`) gets its layer's, before the rotary
 embedding; one that is fitted to the teacher's outputs (`Mixer.fit`) gets those of the first batch.
-The text is that of the first steps, which train on it afterwards as if it had not been read. Layers
-whose mixer came with the initial weights stay as they are.
+With `objective.calibration_epochs` the new layers then train one by one on all of the text
+(`layer_start`). It is that of the first steps, which train on it afterwards as if it had not been
+read. Layers whose mixer came with the initial weights stay as they are.
 
 Keys are taken evenly from all ranks and steps, `KEYS` in all, without those of the first `SINKS`
-tokens of documents, which are unlike all others. Fitted are rank 0's outputs.
+tokens of documents, which are unlike all others. Fitted are rank 0's outputs, and layers train on
+rank 0's text.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from lowline.cola.sharded import set_full_tensor
 from lowline.linearize.mixers.fitting import Sample
 from lowline.linearize.titan import MixerAttention, Transfer
 from lowline.train.hf.config import resolved_mixers
+from lowline.train.objectives.layer_start import Text, train_alone
 
 if TYPE_CHECKING:
     from lowline.train.config.run import MixerConfig
@@ -60,8 +63,10 @@ def calibrate(
     trainer: Trainer, steps: int, layers: list[MixerAttention], new: list[MixerAttention]
 ) -> None:
     """Set the parameters of the mixers in the layers `new`, among all that have one."""
-    fits = trainer.config.run.mixer_options().fits
+    run = trainer.config.run
+    fits, epochs = run.mixer_options().fits, run.objective.calibration_epochs
     fitted: list[dict[str, torch.Tensor]] = []  # of every layer
+    texts: list[list[Text]] = []  # of every batch, at every layer
     model, loader = trainer.model_parts[0], trainer.dataloader
     taken: list[torch.Tensor] = []  # of every batch and layer
     training, ranks, group = trainer.config.training, 1, None
@@ -81,14 +86,18 @@ def calibrate(
             def take(k_BLNH: torch.Tensor, places: torch.Tensor = places) -> None:
                 taken.append(k_BLNH.flatten(0, 1)[places].float())
 
-            def fit(sample: Sample) -> None:
-                layer = layers[len(fitted)]
-                fitted.append(layer.fitted(sample) if layer in new else {})
+            texts.append([])
+
+            def fit(sample: Sample, here: list[Text] = texts[-1]) -> None:
+                layer = layers[len(here)]
+                if len(texts) == 1:
+                    fitted.append(layer.fitted(sample) if layer in new else {})
+                here.append(Text.of(layer, sample, here[0] if here else None))
 
             given: Any = {"take_sample": fit} if fits else {"take_keys": take}
             with trainer.train_context():
                 model(tokens, **extra, transfer=Transfer(counted_BL, **given))
-            if fits:
+            if fits and not epochs:
                 break
     finally:
         loader.load_state_dict(position)
@@ -112,7 +121,24 @@ def calibrate(
         for parameter, value in values.items():
             set_full_tensor(layer.mixer.get_parameter(parameter), value)
     of = "a batch" if fits else f"{len(keys):,} keys each"
-    trainer.metrics_processor.say(f"calibrated {len(new)} mixers on {of}")
+    say = trainer.metrics_processor.say
+    say(f"calibrated {len(new)} mixers on {of}")
+    for i, layer in enumerate(layers):
+        if not epochs or layer not in new:
+            continue
+        number = layer.config.layer
+        values, error = train_alone(
+            layer,
+            [at_layers[i] for at_layers in texts],
+            epochs=epochs,
+            lr=run.objective.calibration_lr,
+            seed=run.training.seed + number,
+        )
+        for parameter, value in values.items():
+            if ranks > 1:
+                dist.broadcast(value, group=group, group_src=0)
+            set_full_tensor(layer.get_parameter(parameter), value)
+        say(f"layer {number} alone: relative error {error:.4f} in the last of {epochs} passes")
 
 
 def evenly(wanted_BL: torch.Tensor, n: int) -> torch.Tensor:
