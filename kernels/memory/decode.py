@@ -18,7 +18,6 @@ from lowline.kernels.backends import choose
 from lowline.kernels.cpu import unavailable
 from lowline.kernels.memory.int8 import each_kept, is_packed, pack_state, round_int8, unpack_state
 from lowline.kernels.memory.op import (
-    NO_KERNEL,
     MemoryState,
     Rule,
     check_call,
@@ -26,6 +25,7 @@ from lowline.kernels.memory.op import (
     in_order,
     kept_of,
     not_on_cpu,
+    not_on_triton,
     state_shapes,
 )
 from lowline.kernels.memory.rows import Rows, admit
@@ -129,8 +129,12 @@ def row_memory_steps(
             return o_BTHV
         # a call that it does not cover, or a wrong one: found below
     how |= {"heads": heads, "exact": exact, "horizon": horizon, "scale": scale, "backend": backend}
-    if rows_B is not None:
-        check_rows(OP, rows_B, len(q), states[0].length)
+    triton = not_on_triton(q, k, v, *states)
+    in_place = backend == "triton" or (
+        backend == "auto" and q.device.type == "cuda" and triton is None
+    )
+    pages = check_rows(OP, rows_B, len(q), states[0].length)
+    if rows_B is not None and not in_place:
         step = partial(row_memory_steps, q, k, v, **how)
         return on_rows(lambda taken: step(states=taken), list(states), rows_B)
     if packed:
@@ -143,7 +147,7 @@ def row_memory_steps(
         return _put_back(o_BTHV.bfloat16(), states, wide)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     cpu = not_on_cpu(q, k, v, *states)
-    choose(OP, backend, q.device, cpu=cpu, triton=NO_KERNEL, module="row_memory")
+    choose(OP, backend, q.device, cpu=cpu, triton=triton, module="row_memory")
     outputs = []
     for state, group, n_exact in zip(states, heads, exact, strict=True):
         of_q, of_k, of_v = (heads_of(x, group, k.shape[2]) for x in (q, k, v))
@@ -155,11 +159,14 @@ def row_memory_steps(
                 bias=bias, scale=scale,
             )  # fmt: skip
             check_call(OP, of_q, of_k, of_v, rule)
-            check_state(OP, state, state_shapes(len(q), of_k, of_v, rule))
-            steps = [_step(q_t, k_t, v_t, state, rule) for q_t, k_t, v_t in tokens]
+            check_state(OP, state, state_shapes(pages, of_k, of_v, rule))
+            step_of = partial(_step_on_triton, rows_B=rows_B) if in_place else _step
+            steps = [step_of(q_t, k_t, v_t, state, rule) for q_t, k_t, v_t in tokens]
         else:
             steps = [
-                window_linear_step(q_t, k_t, v_t, state=state, scale=scale, backend=backend)
+                window_linear_step(
+                    q_t, k_t, v_t, state=state, rows=rows_B, scale=scale, backend=backend
+                )
                 for q_t, k_t, v_t in tokens
             ]
         outputs.append(torch.stack(steps, 1))
@@ -180,19 +187,39 @@ def _put_back(
 
 
 def _step(
-    q_BHD: torch.Tensor, k_BGD: torch.Tensor, v_BGV: torch.Tensor, state: MemoryState, rule: Rule
+    q_BHD: torch.Tensor,
+    k_BGD: torch.Tensor,
+    v_BGV: torch.Tensor,
+    state: MemoryState,
+    rule: Rule,
 ) -> torch.Tensor:
     """Compute `row_memory_step` in plain torch."""
-    begins_B = (state.length % rule.block == 0) & (
-        state.length + rule.block > rule.window + rule.sinks
-    )
-    if bool(begins_B.any()):
-        _let_leave(state, begins_B.nonzero()[:, 0], rule)
+    _let_leave(state, torch.arange(len(q_BHD), device=q_BHD.device), rule)
     return _attend(q_BHD, k_BGD, v_BGV, state, rule)
 
 
-def _let_leave(state: MemoryState, due_n: torch.Tensor, rule: Rule) -> None:
-    """Take the oldest block of some sequences' windows into their rows."""
+def _step_on_triton(
+    q_BHD: torch.Tensor,
+    k_BGD: torch.Tensor,
+    v_BGV: torch.Tensor,
+    state: MemoryState,
+    rule: Rule,
+    rows_B: torch.Tensor | None,
+) -> torch.Tensor:
+    from lowline.kernels.memory.triton.step import step
+
+    pages_B = torch.arange(len(q_BHD), device=q_BHD.device) if rows_B is None else rows_B.long()
+    _let_leave(state, pages_B, rule)
+    return step(q_BHD, k_BGD, v_BGV, state, rule, rows_B)
+
+
+def _let_leave(state: MemoryState, pages_B: torch.Tensor, rule: Rule) -> None:
+    """Take the oldest block of the windows into the rows, where one leaves with the next token."""
+    length_B = state.length[pages_B]
+    due_B = (length_B % rule.block == 0) & (length_B + rule.block > rule.window + rule.sinks)
+    due_n = pages_B[due_B]
+    if not len(due_n):
+        return
     position_nC = (
         state.length[due_n, None] - rule.window + torch.arange(rule.block, device=due_n.device)
     )

@@ -102,3 +102,15 @@ def assert_matches(
     errors = {n: relative_error(a, b) for n, a, b in zip(names, got, exact, strict=True)}
     wrong = {name: error for name, error in errors.items() if error > tolerance}
     assert not wrong, f"relative errors over {tolerance}: {wrong}"
+
+
+def pool_of(state: Any, rows: list[int], pages: int, device: torch.device) -> Any:
+    """Return pages that lie apart, with NaN in those that are not in `rows` and between them."""
+    pools = []
+    for x in state:
+        size = x[0].numel()
+        room = torch.full((pages, size + 5), float("nan") if x.is_floating_point() else -1)
+        room = room.to(device, x.dtype)
+        pools.append(room[:, :size].unflatten(1, x.shape[1:]) if x.dim() > 1 else room[:, 0])
+        pools[-1][rows] = x.to(device)
+    return type(state)(*pools)

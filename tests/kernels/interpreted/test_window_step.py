@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.kernels import TOLERANCE, poisoned, relative_error
+from helpers.kernels import TOLERANCE, poisoned, pool_of, relative_error
 
 from lowline.kernels.window import (
     WindowState,
@@ -14,18 +14,6 @@ from lowline.kernels.window import (
 )
 
 B, PAGES = 2, 4
-
-
-def pool_of(state: WindowState, rows: list[int], device: torch.device) -> WindowState:
-    """Pages that lie apart, with NaN in those that are not in `rows` and between them."""
-    pools = []
-    for x in state:
-        size = x[0].numel()
-        room = torch.full((PAGES, size + 5), float("nan") if x.is_floating_point() else -1)
-        room = room.to(device, x.dtype)
-        pools.append(room[:, :size].unflatten(1, x.shape[1:]) if x.dim() > 1 else room[:, 0])
-        pools[-1][rows] = x.to(device)
-    return WindowState(*pools)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +47,9 @@ def test_step(dtype, D, V, F, heads, window, sinks, kind, device: torch.device) 
         feature_dim=F, dtype=dtype,
     )  # fmt: skip
     rows, how = [3, 1] if kind else [0, 1], {n: x.to(device) for n, x in factors.items()}
-    state = pool_of(alone, rows, device) if kind else WindowState(*(x.to(device) for x in alone))
+    state = (
+        pool_of(alone, rows, PAGES, device) if kind else WindowState(*(x.to(device) for x in alone))
+    )
     how["rows"] = torch.tensor(rows, dtype=kind, device=device) if kind else None
     outputs = []
     for t in range(T):
