@@ -2,7 +2,7 @@
 
     teacher                      softmax attention over everything
     window + sinks, same state   no training; its window so wide that it holds as many bytes
-    window of int8, same state   if asked for: the same, keys and values of 8 bits
+    window of int8, same state   if asked for, or if the model holds int8: the same in 8 bits
     eviction, same state         if asked for: no training; the window, and so many tokens of most
                                  attention received that they are as many bytes
     window + sinks               no training; the window of the converted model
@@ -84,7 +84,7 @@ def rows_of(
         source: a hub id, a directory or a GGUF file.
         teacher: the same, of what it was converted from; None for what it names itself.
         dtype: to compute in.
-        long: whether to add the window of int8 and eviction.
+        long: whether to add the window of int8 (it is there if the model holds int8) and eviction.
         int8: whether to add the checkpoint with weights of int8.
 
     Raises:
@@ -124,10 +124,11 @@ def rows_of(
         itself,
         *rounded,
     ]
-    if long:
+    if long or any(config.mixers[layer].get("cache_dtype") == "int8" for layer in layers):
         of_int8 = window_of_int8(config, before, dtype)
         label = f"window {of_int8['window']} + {SINKS} sinks, int8 (same state)"
         rows.insert(2, untrained(label, "memory", **of_int8))
+    if long:
         evicting = evicting_options(config, before, dtype, window=window)
         label = f"eviction: window {window}, {evicting['exact']} tokens (same state)"
         rows.insert(3, untrained(label, "memory", **evicting))

@@ -169,6 +169,17 @@ def test_a_stream_is_read_by_models_that_do_not_grow(folder, tmp_path, capsys):
     assert (tmp_path / "stream.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_model_of_int8_has_the_window_of_int8_beside_it(folder, tmp_path):
+    model = convert(
+        folder / "original", mixer="memory", layers="all",
+        options={"window": 16, "exact": 16, "merged": 0, "cache_dtype": "int8"},
+    )  # fmt: skip
+    save(model, embedded.load_tokenizer("embedded").hf, tmp_path / "memory")
+    rows = rows_of(str(tmp_path / "memory"), teacher=None, dtype=torch.float32)
+    assert [row.label.endswith(", int8 (same state)") for row in rows] == [0, 0, 1, 0, 0, 0]
+    assert rows[2].state_bytes(1000) <= rows[-1].state_bytes(1000) < 1.2 * rows[2].state_bytes(1000)
+
+
 def test_rows_of_as_many_bytes(folder):
     """Bytes are those of the tensors in caches that were filled."""
     rows = rows_of(str(folder / "lolcats"), teacher=None, dtype=torch.float32, long=True)
