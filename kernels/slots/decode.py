@@ -10,7 +10,7 @@ import torch
 from lowline.kernels.backends import choose
 from lowline.kernels.pool import check_rows, has_whole_pages, on_rows
 from lowline.kernels.slots.op import SlotState, check_shapes, state_shapes
-from lowline.kernels.window.op import not_on_cpu
+from lowline.kernels.window.op import not_on_cpu, not_on_triton
 from lowline.kernels.window.state import check_state, ring_positions
 
 OP = "slot_window_step"
@@ -41,7 +41,8 @@ def slot_window_step(
     Raises:
         ValueError: shapes or dtypes that do not fit the state, or a backend that does not cover
             the call.
-        IndexError: a slot that does not exist; `torch` raises it when the token leaves the window.
+        IndexError: a slot that does not exist; `torch` raises it when the token leaves the window,
+            `triton` never does.
     """
     check_shapes(OP, q_BHD, k_BGD, v_BGV, slot_BG, bias_HM)
     window, sinks = state.k.shape[1], state.sink_k.shape[1]
@@ -50,17 +51,21 @@ def slot_window_step(
     scale = q_BHD.shape[-1] ** -0.5 if scale is None else scale
     which = choose(
         OP, backend, q_BHD.device, cpu=_not_on_cpu(q_BHD, k_BGD, v_BGV, bias_HM, state),
-        triton="it has no decoding kernels", module="slots",
+        triton=_not_on_triton(q_BHD, k_BGD, v_BGV, state), module="slots",
     )  # fmt: skip
+    token = (q_BHD, k_BGD, v_BGV, slot_BG, bias_HM)
+    if which == "triton":
+        from lowline.kernels.slots.triton.step import step
+
+        return step(*token, state, float(scale), rows)
     if which == "cpu":
         from lowline.kernels.cpu import load
 
         o_BHV = q_BHD.new_empty(*q_BHD.shape[:2], v_BGV.shape[-1], dtype=torch.float32)
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BHD, k_BGD, v_BGV))
-        token = (q, k, v, slot_BG.contiguous(), bias_HM.float().contiguous())
-        load("slots").step(*token, tuple(state), float(scale), rows, o_BHV)
+        given = (q, k, v, slot_BG.contiguous(), bias_HM.float().contiguous())
+        load("slots").step(*given, tuple(state), float(scale), rows, o_BHV)
         return o_BHV.to(q_BHD.dtype)
-    token = (q_BHD, k_BGD, v_BGV, slot_BG, bias_HM)
     return on_rows(lambda taken: _step(*token, taken, scale), state, rows)
 
 
@@ -99,6 +104,16 @@ def _not_on_cpu(
     if not has_whole_pages(*state):
         return "the state's tensors are not contiguous"
     return not_on_cpu(k.dtype, k.shape[-1], v.shape[-1], bias.shape[-1])
+
+
+def _not_on_triton(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: SlotState
+) -> str | None:
+    if any(x.dtype != q.dtype for x in (k, v, state.k)):
+        return "tokens and what the state holds of them differ in type"
+    if not has_whole_pages(*state):
+        return "the state's tensors are not contiguous"
+    return not_on_triton(q.dtype, q.shape[-1], v.shape[-1], 0)
 
 
 def _step(

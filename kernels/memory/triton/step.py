@@ -26,21 +26,10 @@ from torch import Tensor
 
 from lowline.kernels.memory.op import MemoryState, Rule, empty_memory_state, state_shapes
 from lowline.kernels.triton_tools.launch import launch, rows_dense
+from lowline.kernels.triton_tools.online import attend
 from lowline.kernels.triton_tools.tiles import load_tile, store_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _attend(queries, keys, values, bias, seen, scale, top, total, y):
-    """Take columns that are `seen` into an online softmax; return their scores, too."""
-    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale + bias[None, :]
-    scores = tl.where(seen[None, :], scores, float("-inf"))
-    higher = tl.maximum(top, tl.max(scores, 1))
-    p = tl.exp2(scores - higher[:, None])
-    shrink = tl.exp2(top - higher)
-    y = tl.dot(p.to(values.dtype), values, y * shrink[:, None], input_precision="ieee")
-    return scores, higher, total * shrink + tl.sum(p, 1), y
 
 
 @triton.jit
@@ -93,7 +82,7 @@ def step_kernel(
         early = (i < SINKS) & (i < before)
         first_k = load_tile(sink_k + page * page_sink_k + g * D, i, early, G * D, d, D)
         first_v = load_tile(sink_v + page * page_sink_v + g * V, i, early, G * V, column, V)
-        _first, top, total, y = _attend(
+        _first, top, total, y = attend(
             queries,
             first_k,
             first_v,
@@ -111,16 +100,16 @@ def step_kernel(
         more = tl.log2(tl.maximum(n, 1.0)) + tl.where(n > 1, bias * LOG2_E, 0.0)
         keys = load_tile(row_k + page * page_row_k + g * ROWS * D, at, seen, D, d, D)
         values = load_tile(row_v + page * page_row_v + g * ROWS * V, at, seen, V, column, V)
-        s, top, total, y = _attend(queries, keys, values, more, seen, scale_2, top, total, y)
+        s, top, total, y = attend(
+            queries, keys, values, more[None, :], seen, scale_2, top, total, y
+        )
         store_tile(scores, s, row, mine, X, at, ROWS)
     for first in range(0, WINDOW, BLOCK):
         at = first + x
         seen = (at < WINDOW) & (at != slot) & (before - (slot - at + WINDOW) % WINDOW >= oldest)
         keys = load_tile(ring_k + page * page_k + g * D, at, seen, G * D, d, D)
         values = load_tile(ring_v + page * page_v + g * V, at, seen, G * V, column, V)
-        s, top, total, y = _attend(
-            queries, keys, values, tl.zeros((BLOCK,), tl.float32), seen, scale_2, top, total, y
-        )
+        s, top, total, y = attend(queries, keys, values, 0.0, seen, scale_2, top, total, y)
         store_tile(scores + ROWS, s, row, mine, X, at, WINDOW)
     store_tile(o + (b * G + g) * GROUP * V, y / total[:, None], row, mine, V, column, V)
 

@@ -28,22 +28,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lowline.kernels.triton_tools.launch import launch, rows_dense
+from lowline.kernels.triton_tools.online import attend
 from lowline.kernels.triton_tools.tiles import load_tile, store_tile
 from lowline.kernels.window.state import WindowState, empty_window_state
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _attend(queries, keys, values, seen, scale, top, total, y):
-    """Take rows that are `seen` into an online softmax: its largest scores, sums and outputs."""
-    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-    scores = tl.where(seen[None, :], scores, float("-inf"))
-    higher = tl.maximum(top, tl.max(scores, 1))
-    p = tl.exp2(scores - higher[:, None])
-    shrink = tl.exp2(top - higher)
-    y = tl.dot(p.to(values.dtype), values, y * shrink[:, None], input_precision="ieee")
-    return higher, total * shrink + tl.sum(p, 1), y
 
 
 @triton.jit
@@ -80,13 +69,13 @@ def step_kernel(
         left = (i < SINKS) & (i <= before - WINDOW)
         first_k = load_tile(sink_k + page * page_sink_k + g * D, i, left, G * D, d, D)
         first_v = load_tile(sink_v + page * page_sink_v + g * V, i, left, G * V, column, V)
-        top, total, y = _attend(queries, first_k, first_v, left, scale, top, total, y)
+        _first, top, total, y = attend(queries, first_k, first_v, 0.0, left, scale, top, total, y)
     for first in range(0, WINDOW, BLOCK):
         at = first + tl.arange(0, BLOCK)
         seen = (at < WINDOW) & (at < before) & (at != slot)
         keys = load_tile(ring_k + page * page_k + g * D, at, seen, G * D, d, D)
         values = load_tile(ring_v + page * page_v + g * V, at, seen, G * V, column, V)
-        top, total, y = _attend(queries, keys, values, seen, scale, top, total, y)
+        _ring, top, total, y = attend(queries, keys, values, 0.0, seen, scale, top, total, y)
     gamma = tl.load(gamma_H + g * GROUP + row, mask=mine, other=1.0).to(tl.float32)
     y, total = y * gamma[:, None], total * gamma
 

@@ -1,0 +1,1 @@
+"""Window-and-slots attention on GPUs: the Triton kernel of one token."""
