@@ -6,6 +6,8 @@ SOURCE is a hub id, a directory or a GGUF file. The same command, given again, r
 stopped: finished stages are skipped.
 
     OUTPUT/teacher       the source as safetensors, where it was something else
+    OUTPUT/low-rank      with [compress]: the low-rank model of the source, which the stages train
+    OUTPUT/factors       with [compress]: what they end with, two factors, for further training
     OUTPUT/layers.json   with mixer.layers = "auto:K": what the conversion of each layer costs
     OUTPUT/stages/N-X    the run of each stage: checkpoints, TensorBoard, its configuration
     OUTPUT/model         the converted model, a Hugging Face directory
@@ -13,6 +15,7 @@ stopped: finished stages are skipped.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,13 +68,29 @@ class Conversion:
         """Return the local directory with the source's weights and tokenizer; make it if needed."""
         return prepare_source(self.find_source(), self.stages.output / "teacher")
 
+    def start(self, teacher: Path) -> Path:
+        """Return the directory of the model that the first stage begins with.
+
+        Raises:
+            ConfigError: it is to be a low-rank one that is not there.
+        """
+        stages = self.stages
+        if stages.compress is None:
+            return teacher
+        if not (stages.low_rank / "config.json").is_file():
+            raise ConfigError(
+                f"{stages.path}: [compress] without {stages.low_rank}, whose ranks are measured: "
+                f"`lowline linearize --config {stages.path}` in one process makes it"
+            )
+        return stages.low_rank
+
     def runs(self, teacher: Path) -> list[RunConfig]:
         """Return the run of each stage, as far as stages before it have been trained.
 
         Raises:
             ConfigError: a stage that cannot run, or stages without the blocks that are asked for.
         """
-        tables = {"teacher": teacher, **_tables_of(self.stages, teacher)}
+        tables = {"teacher": teacher, **_tables_of(self.stages, self.start(teacher))}
         runs = [self.stages.run(number, **tables) for number in range(len(self.stages.names))]
         _check_blocks(runs, self.blocks)
         return runs
@@ -97,6 +116,7 @@ class Conversion:
         if source is not None and (Path(source) / "config.json").is_file():
             runs = self.runs(Path(source))
         else:  # the file's own [model] says its sizes
+            self.start(Path())
             runs = [self.stages.run(n, teacher=source or "SOURCE") for n in range(len(names))]
             _check_blocks(runs, self.blocks)
         for name, run in zip(names, runs, strict=True):
@@ -221,9 +241,22 @@ def _export(conversion: Conversion) -> None:
     stages, model = conversion.stages, conversion.model
     last = stages.folder(len(stages.names) - 1)
     if not (_is_newer(model / "config.json", last / DONE) and _has(model, conversion.dtype)):
-        export(last, model, dtype=conversion.dtype, overwrite=True)
+        trained = model if stages.compress is None else stages.output / "factors"
+        export(last, trained, dtype=conversion.dtype, overwrite=True)
+        if trained != model:
+            _store_with_pivots(trained, model)
         add_to_card(model, source=conversion.find_source())
     print(f"model    {model}", flush=True)
+
+
+def _store_with_pivots(factors: Path, model: Path) -> None:
+    from lowline.linearize.convert import save
+    from lowline.linearize.pivots import with_pivots
+    from lowline.linearize.source import load_teacher, load_tokenizer
+
+    smaller, tokenizer = with_pivots(load_teacher(factors)), load_tokenizer(factors)
+    shutil.rmtree(model, ignore_errors=True)
+    save(smaller, tokenizer, model)
 
 
 def _check_blocks(runs: list[RunConfig], blocks: Blocks | None) -> None:

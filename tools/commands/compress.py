@@ -15,13 +15,16 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import asdict, dataclass, replace
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowline.cola.projections import PROJECTIONS, ProjectionName
 from lowline.errors import LowlineError
+from lowline.files import write_text
 from lowline.hub import check_source
 from lowline.tools.show import print_table, wide_console, write_report
+from lowline.weight_files import read_json
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from lowline.cola.from_dense import Curve, Directions, Moments
+    from lowline.train.conversion import Conversion
 
     Found = dict[ProjectionName, list[Directions]]  # by projection, then by layer
 
@@ -92,6 +96,7 @@ def compress(
         raise LowlineError(f"output = {output} exists and is not empty; give another directory")
     check_source(checkpoint)
     from lowline.linearize.convert import save
+    from lowline.linearize.pivots import with_pivots
     from lowline.linearize.source import load_config, load_teacher, load_tokenizer
     from lowline.tools.commands.inspect_rank import load_model, read_text, token_rows
 
@@ -132,6 +137,30 @@ def compress(
     return kinds
 
 
+def make_start(conversion: Conversion) -> None:
+    """Make the low-rank model that a conversion with [compress] begins with, unless it is there.
+
+    Raises:
+        LowlineError: it was made with other settings, or cannot be made.
+    """
+    from lowline.fingerprint import fingerprint
+
+    stages, wanted = conversion.stages, conversion.stages.compress
+    if wanted is None:
+        return
+    teacher, made = conversion.teacher(), stages.low_rank.with_suffix(".json")
+    settings = asdict(wanted) | {"source": fingerprint(teacher)}
+    if not (stages.low_rank / "config.json").is_file():
+        options = asdict(wanted) | {"text": wanted.text and Path(wanted.text)}
+        write_text(made, dumps(settings, indent=1) + "\n")
+        compress(str(teacher), output=stages.low_rank, for_training=True, **options)
+    elif read_json(made) != settings:
+        raise LowlineError(
+            f"{stages.low_rank} was made with {read_json(made)}: give these settings, another "
+            f"output, or remove {stages.output}"
+        )
+
+
 def _check_dense(name: str, hf: Any) -> None:
     """Refuse what is not a plain dense model of a family that a low-rank one can take over."""
     from lowline.train.hf.config import config_from_hf
@@ -160,6 +189,7 @@ def compressed(
         for_training: two factors instead of pivots.
     """
     from lowline.cola.from_dense import allocate
+    from lowline.linearize.pivots import with_pivots
 
     found = _find(model, rows)
     curves = {name: _curve(model, found, name) for name in PROJECTIONS}
@@ -296,26 +326,6 @@ def _build(model: Any, found: Found, ranks: dict[ProjectionName, int]) -> Any:
     low_rank: Any = model_of(CoLAForCausalLM, config, weights, model.dtype)
     low_rank.generation_config = copy.deepcopy(model.generation_config)
     return low_rank.to(model.device).eval()
-
-
-def with_pivots(low_rank: Any) -> Any:
-    """Return a low-rank model without σ, its layers stored with pivots."""
-    from lowline.cola.low_rank import LowRankLinear
-    from lowline.cola.pivoted import pivoted
-    from lowline.linearize.source import model_of
-
-    config, weights = copy.deepcopy(low_rank.config), dict(low_rank.state_dict())
-    config.pivoted = True
-    for name, layer in low_rank.named_modules():
-        if isinstance(layer, LowRankLinear):
-            a, b = layer.A, layer.B
-            bias = None if b.bias is None else b.bias + b.weight @ a.bias
-            for own in layer.state_dict():
-                del weights[f"{name}.{own}"]
-            weights |= {f"{name}.{n}": t for n, t in pivoted(a.weight, b.weight, bias).items()}
-    made: Any = model_of(type(low_rank), config, weights, low_rank.dtype)
-    made.generation_config = copy.deepcopy(low_rank.generation_config)
-    return made.to(low_rank.device).eval()
 
 
 def _perplexity(model: Any, rows: list[torch.Tensor]) -> float:

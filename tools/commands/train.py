@@ -86,6 +86,11 @@ def start(
         source = options.get("source") or stages.source
         if source is not None and dry_run is None:
             check_source(source)
+        if stages.compress is not None and dry_run is None:
+            from lowline.tools.commands.compress import make_start
+            from lowline.train.conversion import load_conversion
+
+            make_start(load_conversion(path, overrides, source=options.get("source")))
     if processes is None:
         processes = _gpus()
     if processes == 1 and dry_run is None:

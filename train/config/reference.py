@@ -27,6 +27,7 @@ from pydantic_core import to_jsonable_python
 from lowline.command_line import described, width
 from lowline.errors import LowlineError
 from lowline.linearize.mixers.options import OPTIONS
+from lowline.train.config.compress import CompressConfig
 from lowline.train.config.fields import MOST, adapter, table_in, variants_of
 from lowline.train.config.run import RunConfig
 
@@ -101,11 +102,19 @@ def schema() -> dict[str, Any]:
             "type": "string",
             "description": "The checkpoint that a conversion begins with.",
         },
+        "compress": _compress(),
         "stage": {"type": "array", "items": stage, "description": "The stages of a conversion."},
     }
     _any_variant(whole)
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "lowline"}
     return head | whole
+
+
+def _compress() -> dict[str, Any]:
+    table = adapter(CompressConfig).json_schema(schema_generator=_Schema)
+    for key, field in table["properties"].items():
+        field["description"] = _descriptions(CompressConfig)[key]
+    return table | {"description": _about(CompressConfig)}
 
 
 def _any_variant(node: Any) -> None:
@@ -149,11 +158,15 @@ def about() -> dict[str, str]:
     found = {TOP: "Keys outside of any table."}
     for name, hint in get_type_hints(RunConfig, include_extras=True).items():
         if classes := _tables_of(hint):
-            texts = [" ".join((c.__doc__ or "").split("\n\n")[0].split()) for c in classes]
-            texts = [re.sub(r"^\[[\w.]+\]:? ", "", text) for text in texts]
+            texts = [_about(cls) for cls in classes]
             first = texts[0][:1].upper() + texts[0][1:]
             found[name] = first if len(texts) == 1 else " ".join(texts)
     return found
+
+
+def _about(cls: type) -> str:
+    text = " ".join((cls.__doc__ or "").split("\n\n")[0].split())
+    return re.sub(r"^\[[\w.]+\]:? ", "", text)
 
 
 def _descriptions(cls: type) -> dict[str, str]:
@@ -184,7 +197,7 @@ def sections() -> dict[str, tuple[str, list[Key]]]:
     """Return the tables by name, each with a sentence about it and its keys."""
     whole = schema()
     found: dict[str, tuple[str, list[Key]]] = {TOP: (about()[TOP], [])}
-    own = {"base", "format", "source", "stage"}
+    own = {"base", "format", "source", "compress", "stage"}
     for name, field in whole["properties"].items():
         if name in own:
             continue

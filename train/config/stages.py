@@ -21,6 +21,9 @@ from the source. A transfer may also run block by block (`lowline.train.blockwis
 the file must be that of the source: by it the stages can be checked where the source is not at
 hand.
 
+With a [compress] the stages train a low-rank model of the source, OUTPUT/low-rank, which `lowline
+compress --for-training` made; the source is the teacher.
+
 With `mixer.layers = "auto:K"` the layers that stay softmax are those of OUTPUT/layers.json, which
 `lowline.train.layer_choice` writes before the first stage. A run has an explicit list; until the
 file is there, K other layers stand in for them, since sizes and checks depend on K alone.
@@ -41,6 +44,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lowline.linearize.layers import LayerCost, auto_count, costliest, is_auto
+from lowline.train.config.compress import CompressConfig, compress_config
 from lowline.train.config.fields import adapter
 from lowline.train.config.folder import saved_steps
 from lowline.train.config.identity import keys_that_decide
@@ -72,10 +76,16 @@ class Stages:
     common: dict[str, Any]
     own: tuple[dict[str, Any], ...]
     origin: dict[str, str]
+    compress: CompressConfig | None = None
 
     def folder(self, stage: int) -> Path:
         """Return where a stage runs (counted from 0)."""
         return self.output / "stages" / f"{stage + 1}-{self.names[stage]}"
+
+    @property
+    def low_rank(self) -> Path:
+        """The low-rank model of the source, with [compress]."""
+        return self.output / "low-rank"
 
     @property
     def measured(self) -> Path:
@@ -145,7 +155,7 @@ class Stages:
         if model is not None:
             tree["model"] = merged(model, _free_of(tree.get("model", {})))
             tree["cola"] = merged(cola or {}, tree.get("cola", {}))
-        initial = str(teacher)
+        initial = str(teacher if self.compress is None else self.low_rank)
         if stage:
             newest = self.newest_step(stage - 1)
             initial = str(newest or self.folder(stage - 1) / "checkpoint" / "step-0")
@@ -233,7 +243,7 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> Stages:
         else:
             assign(everywhere, key, value)
             origin[key] = COMMAND_LINE
-        if key in ("source", "output"):
+        if key in ("source", "output") or key.partition(".")[0] == "compress":
             continue
         for name in chosen:
             assign(given[names.index(name)], key, value)
@@ -241,6 +251,7 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> Stages:
     tree = merged(tree, everywhere)
     stages = [merged(*pair) for pair in zip(stages, given, strict=True)]
     source, output = tree.pop("source", None), tree.pop("output", None)
+    compress = tree.pop("compress", None)
     for key, value in (("source", source), ("output", output)):
         if value is not None and (not isinstance(value, str) or not value):
             raise ConfigError(
@@ -264,6 +275,7 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> Stages:
         common=tree,
         own=tuple(stages),
         origin=origin,
+        compress=None if compress is None else compress_config(compress, str(path)),
     )
     made.check_keys()
     return made
