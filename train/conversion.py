@@ -68,35 +68,26 @@ class Conversion:
         """Return the local directory with the source's weights and tokenizer; make it if needed."""
         return prepare_source(self.find_source(), self.stages.output / "teacher")
 
-    def start(self, teacher: Path) -> Path:
-        """Return the directory of the model that the first stage begins with.
-
-        Raises:
-            ConfigError: it is to be a low-rank one that is not there.
-        """
-        stages = self.stages
-        if stages.compress is None:
-            return teacher
-        if not (stages.low_rank / "config.json").is_file():
-            raise ConfigError(
-                f"{stages.path}: [compress] without {stages.low_rank}, whose ranks are measured: "
-                f"`lowline linearize --config {stages.path}` in one process makes it"
-            )
-        return stages.low_rank
-
     def runs(self, teacher: Path) -> list[RunConfig]:
         """Return the run of each stage, as far as stages before it have been trained.
 
         Raises:
             ConfigError: a stage that cannot run, or stages without the blocks that are asked for.
         """
-        tables = {"teacher": teacher, **_tables_of(self.stages, self.start(teacher))}
+        start = self.stages.low_rank if self.stages.has_low_rank else teacher
+        tables = {"teacher": teacher, **_tables_of(self.stages, start)}
         runs = [self.stages.run(number, **tables) for number in range(len(self.stages.names))]
         _check_blocks(runs, self.blocks)
         return runs
 
     def local_batch_size(self, world_size: int) -> None:
         """Raise LowlineError if its stages cannot run; makes the teacher's directory."""
+        stages = self.stages
+        if stages.compress is not None and not stages.has_low_rank:
+            raise ConfigError(
+                f"{stages.path}: [compress] without {stages.low_rank}: `lowline linearize --config "
+                f"{stages.path}`, not under torchrun, makes it and goes on"
+            )
         for run in self.runs(self.teacher()):
             run.local_batch_size(world_size)
 
@@ -116,7 +107,6 @@ class Conversion:
         if source is not None and (Path(source) / "config.json").is_file():
             runs = self.runs(Path(source))
         else:  # the file's own [model] says its sizes
-            self.start(Path())
             runs = [self.stages.run(n, teacher=source or "SOURCE") for n in range(len(names))]
             _check_blocks(runs, self.blocks)
         for name, run in zip(names, runs, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from helpers import training
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lowline.cola.hf import CoLAForCausalLM
 from lowline.linearize.source import load_teacher
 from lowline.tools.cli import main
 from lowline.train.config.load import ConfigError
 from lowline.train.config.stages import load_stages
+from lowline.train.conversion import Conversion
 from lowline.train.data.tokenizer import load_tokenizer
 from lowline.train.engine.done import DONE
 
@@ -76,8 +79,14 @@ def converted(teacher: Path, folder: Path, *more: str) -> int:
 
 
 def test_factors_are_fitted_trained_and_stored_with_pivots(teacher, tmp_path, capfd):
-    assert converted(teacher, tmp_path) == 0
     out = tmp_path / "out"
+    assert converted(teacher, tmp_path, "--stage.window.mixer.options={window = -1}") == 2
+    assert "window = -1" in capfd.readouterr().err and not out.exists()
+    with mock.patch.object(CoLAForCausalLM, "save_pretrained", side_effect=OSError("disk full")):
+        assert converted(teacher, tmp_path, "--compress.keep=0.94") == 2
+    assert "disk full" in capfd.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["low-rank.json"]
+    assert converted(teacher, tmp_path) == 0  # other settings, for nothing was made with those
     start, trained, stored = (load_teacher(out / n) for n in ("low-rank", "factors", "model"))
     assert stored.num_parameters() < trained.num_parameters()
     assert start.config.ranks == trained.config.ranks == stored.config.ranks
@@ -111,3 +120,22 @@ def test_mistakes(tmp_path, given, message):
     (tmp_path / "stages.toml").write_text(STAGES)
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_stages(tmp_path / "stages.toml", [given])
+
+
+def test_dry_runs_take_ranks_that_keep_as_much(teacher, tmp_path, capfd):
+    """Before anything is made; the runs themselves would need the ranks that are measured."""
+    assert converted(teacher, tmp_path, "--dry-run") == 0
+    out = capfd.readouterr().out
+    assert "stage distill" in out and "stage window" in out and not (tmp_path / "out").exists()
+    given = [f"--output={tmp_path}", "--compress.keep=0.97"]
+    stages = load_stages(tmp_path / "stages.toml", given)
+    conversion = Conversion(stages=stages, source=str(teacher))
+    (run, _) = conversion.runs(teacher)
+    assert run.cola.activation == "identity"
+    part = 1 - 0.03 * 606_208 / 81_920  # all parameters, and those of blocks
+    for name, (i, o) in run.model.projection_shapes().items():
+        rank = run.cola.rank[name]
+        holds = [r * (i + o - r) for r in (rank, rank + 16)]
+        assert rank == 32 and holds[0] <= part * i * o < holds[1]
+    with pytest.raises(ConfigError, match="without .*low-rank: .* makes it and goes on"):
+        conversion.local_batch_size(1)

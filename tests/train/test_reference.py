@@ -13,6 +13,7 @@ import pytest
 
 from lowline.errors import LowlineError
 from lowline.linearize.mixers.options import OPTIONS
+from lowline.train.config.compress import CompressConfig
 from lowline.train.config.load import known_keys
 from lowline.train.config.reference import PAGE, SCHEMA, help_keys, page, schema, sections
 
@@ -32,7 +33,8 @@ def test_every_key_has_a_sentence_of_its_own() -> None:
 
 
 def test_the_reference_has_the_keys_that_are_accepted() -> None:
-    assert {key.name for key in described()} == set(known_keys())
+    own = {f"compress.{field.name}" for field in dataclasses.fields(CompressConfig)}
+    assert {key.name for key in described()} == {*known_keys(), *own}
 
 
 def test_committed_reference_is_what_the_sources_say() -> None:

@@ -141,7 +141,7 @@ def make_start(conversion: Conversion) -> None:
     """Make the low-rank model that a conversion with [compress] begins with, unless it is there.
 
     Raises:
-        LowlineError: it was made with other settings, or cannot be made.
+        LowlineError: it was made with other settings, it cannot be made, or a stage cannot run.
     """
     from lowline.fingerprint import fingerprint
 
@@ -149,8 +149,9 @@ def make_start(conversion: Conversion) -> None:
     if wanted is None:
         return
     teacher, made = conversion.teacher(), stages.low_rank.with_suffix(".json")
+    conversion.runs(teacher)  # mistakes of stages are reported before the minutes this takes
     settings = asdict(wanted) | {"source": fingerprint(teacher)}
-    if not (stages.low_rank / "config.json").is_file():
+    if not stages.has_low_rank:
         options = asdict(wanted) | {"text": wanted.text and Path(wanted.text)}
         write_text(made, dumps(settings, indent=1) + "\n")
         compress(str(teacher), output=stages.low_rank, for_training=True, **options)

@@ -86,7 +86,7 @@ def start(
         source = options.get("source") or stages.source
         if source is not None and dry_run is None:
             check_source(source)
-        if stages.compress is not None and dry_run is None:
+        if stages.compress is not None and dry_run is None and "RANK" not in os.environ:
             from lowline.tools.commands.compress import make_start
             from lowline.train.conversion import load_conversion
 

@@ -161,7 +161,7 @@ def about() -> dict[str, str]:
             texts = [_about(cls) for cls in classes]
             first = texts[0][:1].upper() + texts[0][1:]
             found[name] = first if len(texts) == 1 else " ".join(texts)
-    return found
+    return found | {"compress": _about(CompressConfig)}
 
 
 def _about(cls: type) -> str:
@@ -197,7 +197,7 @@ def sections() -> dict[str, tuple[str, list[Key]]]:
     """Return the tables by name, each with a sentence about it and its keys."""
     whole = schema()
     found: dict[str, tuple[str, list[Key]]] = {TOP: (about()[TOP], [])}
-    own = {"base", "format", "source", "compress", "stage"}
+    own = {"base", "format", "source", "stage"}
     for name, field in whole["properties"].items():
         if name in own:
             continue
@@ -211,10 +211,11 @@ def sections() -> dict[str, tuple[str, list[Key]]]:
 
 def _tables(field: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the tables that a key may be; none where it is a value."""
+    table = field
     if "$ref" in field:
         table = schema()["$defs"][field["$ref"].rpartition("/")[2]]
-        if table.get("type") == "object":
-            yield table
+    if "properties" in table:
+        yield table
     for part in field.get("anyOf", ()):
         yield from _tables(part)
 

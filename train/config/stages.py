@@ -22,7 +22,8 @@ the file must be that of the source: by it the stages can be checked where the s
 hand.
 
 With a [compress] the stages train a low-rank model of the source, OUTPUT/low-rank, which `lowline
-compress --for-training` made; the source is the teacher.
+compress --for-training` made; the source is the teacher. Until it is there, ranks that keep as much
+of every projection stand in for its own, for dry runs.
 
 With `mixer.layers = "auto:K"` the layers that stay softmax are those of OUTPUT/layers.json, which
 `lowline.train.layer_choice` writes before the first stage. A run has an explicit list; until the
@@ -86,6 +87,11 @@ class Stages:
     def low_rank(self) -> Path:
         """The low-rank model of the source, with [compress]."""
         return self.output / "low-rank"
+
+    @property
+    def has_low_rank(self) -> bool:
+        """Tell whether that model is there."""
+        return (self.low_rank / "config.json").is_file()
 
     @property
     def measured(self) -> Path:
@@ -170,7 +176,10 @@ class Stages:
                     tree["mixer"]["layers"] = self._named_layers(pattern, n_layers)
                 except ValueError as error:
                     raise ConfigError(f"[mixer]: {error}") from None
-            return validate(tree, self._origin_of(stage), str(self.path))
+            run = validate(tree, self._origin_of(stage), str(self.path))
+            if self.compress is not None and not self.has_low_rank:
+                run = self.compress.in_place_of(run)
+            return run
 
     def first_auto(self) -> int | None:
         """Return the first stage whose layers are chosen by measurement."""
