@@ -10,9 +10,9 @@ One layer of the teacher gets the mixer, the others stay; then it is put back. T
     kl       KL(teacher || converted) of the next token on text, in nats per token, in the second
              halves of rows
 
-Nothing is trained. A mixer that learns is measured as window + sinks of its own sizes: what its
-start is worth before training says little about what training makes of it, and a window shows what
-the layer loses if nothing is learned. Layers below the converted one see what they always saw, so
+Nothing is trained. A mixer is measured as window + sinks of its own sizes (`stand_in`): what the
+start of one that learns is worth says little about what training makes of it, and a window shows
+what the layer loses if nothing is learned. Layers below the converted one see what they always saw, so
 that their outputs are computed once: n layers cost about n/2 forward passes, not n.
 
 Layers are measured one by one. Those that stand in for one another are not seen: where two layers
@@ -42,10 +42,12 @@ POSITIONS = 128  # of a row, whose distributions are compared
 
 
 def stand_in(mixer: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the mixer and options that layers are measured with: no parameter is to be learned."""
+    """Return the mixer and options that layers are measured with: no parameter is to be learned.
+
+    A memory is measured as its window alone, too: at these distances it keeps nearly everything,
+    while the layers that copy over a few hundred tokens are those that find a fact among thousands.
+    """
     chosen = mixer_options(mixer, options)
-    if not chosen.learns:
-        return mixer, dict(options)
     window = getattr(chosen, "window", 0)
     sinks = getattr(chosen, "sinks", 0) if window else SINKS
     return "sink_window", {"window": window or WINDOW, "sinks": sinks}

@@ -65,8 +65,8 @@ def test_the_costliest_layers_come_first():
     assert costliest(costs, 1, by="kl") == [2]
 
 
-def test_what_learns_is_measured_as_a_window():
-    assert stand_in("memory", {"exact": 3}) == ("memory", {"exact": 3})
+def test_mixers_are_measured_as_windows():
+    assert stand_in("memory", {"exact": 3}) == ("sink_window", {"window": 64, "sinks": 4})
     assert stand_in("lolcats", {"window": 8, "sinks": 2}) == (
         "sink_window",
         OPTIONS | {"window": 8},
