@@ -6,7 +6,7 @@
 
 The same numbers as transformers' modules give, to fp32 rounding, without some twenty operators of
 torch per block. Blocks are those of Llama, Mistral, Qwen2, Qwen3 and CoLA, with weights in fp32 or
-int8 (`lowline.cola.int8`). What it does not cover takes transformers' way: gradients, several rows
+int8 (`lowline.cola.int8`), low-rank ones with or without pivots. What it does not cover takes transformers' way: gradients, several rows
 or tokens, padding, other dtypes, caches and activations, hooks, adapters, variants that cross
 layers, attention weights or hidden states as outputs.
 """
@@ -23,6 +23,7 @@ from torch import nn
 
 from lowline.cola.int8 import Int8Linear
 from lowline.cola.low_rank import LowRankLinear
+from lowline.cola.pivoted import PivotedLinear
 from lowline.kernels.backends import choose
 from lowline.kernels.dense import rotate_token
 
@@ -61,11 +62,11 @@ class Plan:
             self._norm(block.input_layernorm),
             self._norm(block.post_attention_layernorm),
         )
-        qkv = tuple(self._projection(m) for m in (attention.q_proj, attention.k_proj,
-                                                  attention.v_proj))  # fmt: skip
+        entries = (attention.q_proj, attention.k_proj, attention.v_proj)
+        qkv, widths = tuple(map(self._projection, entries)), [m.out_features for m in entries]
         last = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         rest = (self._projection(attention.o_proj), *second, *map(self._projection, last), self.act)
-        return attention, (*first, qkv), rest
+        return attention, (*first, qkv), widths, rest
 
     def _norm(self, norm: Any) -> tuple[torch.Tensor, float]:
         return self._held(norm, "weight"), float(norm.variance_epsilon)
@@ -77,13 +78,19 @@ class Plan:
         if type(module) is Int8Linear:
             return module.q, module.scale, module.bias
         if type(module) is LowRankLinear and module.gate is None and not module.variant.crosses:
-            both = self._projection(module.A) + self._projection(module.B)
-            return (*both, CODES[module.activation])
+            return self._low_rank(module)
+        if type(module) is PivotedLinear:
+            return (*self._low_rank(module), self._held(module, "is_pivot"))
         raise Unsupported
+
+    def _low_rank(self, layer: LowRankLinear) -> Projection:
+        both = self._projection(layer.A) + self._projection(layer.B)
+        return (*both, CODES[layer.activation])
 
     def _held(self, module: nn.Module, name: str) -> torch.Tensor:
         weight: Any = getattr(module, name)
-        self.weights.append((module._parameters, name, weight))
+        held: Any = module._buffers if name in module._buffers else module._parameters
+        self.weights.append((held, name, weight))
         if weight.dtype != torch.float32 or not weight.is_contiguous():
             raise Unsupported
         return weight
@@ -153,8 +160,8 @@ def one_token(
     positions = torch.tensor([[seen]]) if position_ids is None else position_ids
     rope = body.rotary_emb(x, positions)
     head_dim = rope[0].shape[-1]
-    for attention, (norm, eps, qkv), rest in plan.blocks:
-        q, k, v = (x.new_empty(1, 1, p[3 if len(p) == 7 else 0].shape[0]) for p in qkv)
+    for attention, (norm, eps, qkv), widths, rest in plan.blocks:
+        q, k, v = (x.new_empty(1, 1, width) for width in widths)
         h = x.new_empty(1, 1, len(x))
         call.project(x, norm, eps, qkv, (q, k, v), h)
         heads = (y.unflatten(-1, (-1, head_dim)) for y in (q, k, v))

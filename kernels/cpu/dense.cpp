@@ -9,7 +9,8 @@
 //                                                      g, u = P_gate, P_up of RMSNorm(x)
 //
 // A projection is a tuple (weight, scale or None, bias or None), or a low-rank one's two and the
-// activation between them: (weight, scale, bias, weight, scale, bias, activation).
+// activation between them: (weight, scale, bias, weight, scale, bias, activation). One more, with
+// pivots (`lowline.cola.pivoted`), is 1 for each output that is z's next and 0 for the second's.
 #include <ATen/Parallel.h>
 
 #include <cmath>
@@ -109,19 +110,24 @@ float* padded(long n) {  // with zeros up to a multiple of 16
 
 struct Projection {
   Matrix first, last;
-  long activation;
+  long activation = -1;
+  const float* is_pivot = nullptr;
 
   explicit Projection(PyObject* tuple)
-      : first(tuple, 0),
-        last(tuple, PyTuple_GET_SIZE(tuple) == 7 ? 3 : 0),
-        activation(PyTuple_GET_SIZE(tuple) == 7 ? PyLong_AsLong(PyTuple_GET_ITEM(tuple, 6)) : -1) {}
-  long outputs() const { return last.rows; }
+      : first(tuple, 0), last(tuple, PyTuple_GET_SIZE(tuple) > 3 ? 3 : 0) {
+    if (PyTuple_GET_SIZE(tuple) > 6) activation = PyLong_AsLong(PyTuple_GET_ITEM(tuple, 6));
+    if (PyTuple_GET_SIZE(tuple) > 7) is_pivot = floats(PyTuple_GET_ITEM(tuple, 7));
+  }
+  long outputs() const { return last.rows + (is_pivot ? first.rows : 0); }
   void operator()(float* y, const float* x) const {
     if (activation < 0) return first.multiply(y, x);
     float* z = padded(first.rows);
     first.multiply(z, x);
     activate(z, first.rows, activation);
-    last.multiply(y, z);
+    if (!is_pivot) return last.multiply(y, z);
+    float* rest = arena.take(last.rows);
+    last.multiply(rest, z);
+    for (long i = 0; i < outputs(); i++) y[i] = is_pivot[i] ? *z++ : *rest++;
   }
 };
 

@@ -15,6 +15,7 @@ from lowline.cola.hf import CoLAConfig
 from lowline.cola.int8 import Int8Linear, to_int8
 from lowline.errors import LowlineError
 from lowline.linearize.convert import convert
+from lowline.linearize.pivots import with_pivots
 
 IDS = torch.arange(1, 13)[None] % 97
 LOLCATS = {"window": 4, "sinks": 2, "features": 16}
@@ -27,11 +28,16 @@ CASES = {  # architecture, mixer, its options, layers
     "cola, linearized": ("cola", "slots", SLOTS, "1-2"),
     "cola": ("cola", None, {}, "none"),
     "cola, QK-norm, mixed": ("cola, QK-norm, mixed", None, {}, "none"),
+    "cola, pivots": ("cola", None, {}, "none"),
 }
 
 
 def made(name: str) -> nn.Module:
     kind, mixer, options, layers = CASES[name]
+    if name == "cola, pivots":
+        config = architecture(kind)
+        config.bottleneck_activation, config.bottleneck_bias = "identity", True
+        return with_pivots(scrambled(AutoModelForCausalLM.from_config(config)))
     if mixer is None:
         return teacher(kind).eval()
     model = convert(teacher(kind), mixer=mixer, layers=layers, options=options)
