@@ -125,9 +125,14 @@ struct Projection {
     first.multiply(z, x);
     activate(z, first.rows, activation);
     if (!is_pivot) return last.multiply(y, z);
-    float* rest = arena.take(last.rows);
+    float* rest = padded(last.rows);
     last.multiply(rest, z);
-    for (long i = 0; i < outputs(); i++) y[i] = is_pivot[i] ? *z++ : *rest++;
+    for (long i = 0, at = 0; i < outputs(); i++) {  // without branches, which would be guessed wrong
+      const bool here = is_pivot[i] > 0;
+      const float from_z = z[at], other = rest[i - at];
+      y[i] = here ? from_z : other;
+      at += here;
+    }
   }
 };
 
