@@ -35,7 +35,6 @@ from lowline.linearize.mixers.fitting import DECAYS, Sample, best_of, best_scale
 from lowline.linearize.mixers.mamba2 import (
     EPSILON,
     FASTEST_STEP,
-    LINEAR,
     OPEN,
     SKIPS,
     MambaState,
@@ -43,6 +42,8 @@ from lowline.linearize.mixers.mamba2 import (
     first_step_bias,
 )
 from lowline.linearize.mixers.options import Mamba1Options as Mamba1Options
+
+SIZE = 0.5  # of what silu takes, where a start is fitted
 
 
 class Mamba1(Mixer):
@@ -138,7 +139,7 @@ class Mamba1(Mixer):
         self.step_bias.fill_(math.log(math.expm1(FASTEST_STEP)))
         size_H = repeat_heads(sample.v, self, "query")[0].square().mean((0, 2)).sqrt() + EPSILON
         self.conv.weight.zero_()
-        self.conv.weight[:, -1] = (LINEAR / size_H).repeat_interleave(D)
+        self.conv.weight[:, -1] = (SIZE / size_H).repeat_interleave(D)
         self.conv.bias.zero_()
         self.skip_C.zero_()
 

@@ -31,7 +31,8 @@ from lowline.linearize.mixers.options import Mamba2Options as Mamba2Options
 FASTEST_STEP, SLOWEST_STEP = 0.1, 0.001  # δ, at the beginning
 RATES = (1.0, 16.0)  # e^a, at the beginning
 EPSILON = 1e-5  # below the root of the norm
-OPEN, LINEAR = 1.278, 0.5  # of a fitted start: silu(OPEN) = 1, and the size of what silu takes
+OPEN = 1.278  # of a fitted start: silu(OPEN) = 1
+SIZES = (0.02, 0.2, 0.2)  # of v, k and q where silu takes them: with a small v the norm is linear
 BIASES, SKIPS = (0.0, 0.1, 0.3, 1.0), (0.0, 0.01, 0.1, 1.0)  # that `fit` tries
 
 
@@ -124,10 +125,10 @@ class Mamba2(Mixer):
         self.gate.weight.copy_(constant_of(sample.x[0], OPEN).expand_as(self.gate.weight))
         self.step.weight.zero_()
         self.step_bias.fill_(math.log(math.expm1(FASTEST_STEP)))
-        for conv, x in zip(self._convs, (sample.v, sample.k, sample.q), strict=True):
+        for conv, x, size in zip(self._convs, (sample.v, sample.k, sample.q), SIZES, strict=True):
             size_G = x[0].square().mean((0, 2)).sqrt() + EPSILON
             conv.weight.zero_()
-            conv.weight[:, -1] = (LINEAR / size_G).repeat_interleave(D)
+            conv.weight[:, -1] = (size / size_G).repeat_interleave(D)
             conv.bias.zero_()
         self.norm_HD.fill_(1)
         self.skip_H.zero_()
