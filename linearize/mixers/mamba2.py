@@ -32,7 +32,7 @@ FASTEST_STEP, SLOWEST_STEP = 0.1, 0.001  # δ, at the beginning
 RATES = (1.0, 16.0)  # e^a, at the beginning
 EPSILON = 1e-5  # below the root of the norm
 OPEN = 1.278  # of a fitted start: silu(OPEN) = 1
-SIZES = (0.02, 0.2, 0.2)  # of v, k and q where silu takes them: with a small v the norm is linear
+SIZES = (0.02, 0.2, 0.2)  # of v, k and q in front of silu; a small v leaves the norm near linear
 BIASES, SKIPS = (0.0, 0.1, 0.3, 1.0), (0.0, 0.01, 0.1, 1.0)  # that `fit` tries
 
 
