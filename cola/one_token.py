@@ -6,9 +6,9 @@
 
 The same numbers as transformers' modules give, to fp32 rounding, without some twenty operators of
 torch per block. Blocks are those of Llama, Mistral, Qwen2, Qwen3 and CoLA, with weights in fp32 or
-int8 (`lowline.cola.int8`), low-rank ones with or without pivots. What it does not cover takes transformers' way: gradients, several rows
-or tokens, padding, other dtypes, caches and activations, hooks, adapters, variants that cross
-layers, attention weights or hidden states as outputs.
+int8 (`lowline.cola.int8`), low-rank ones with or without pivots. What it does not cover takes
+transformers' way: gradients, several rows or tokens, padding, other dtypes, caches and activations,
+hooks, adapters, variants that cross layers, attention weights or hidden states as outputs.
 """
 
 from __future__ import annotations

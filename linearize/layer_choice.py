@@ -12,8 +12,8 @@ One layer of the teacher gets the mixer, the others stay; then it is put back. T
 
 Nothing is trained. A mixer is measured as window + sinks of its own sizes (`stand_in`): what the
 start of one that learns is worth says little about what training makes of it, and a window shows
-what the layer loses if nothing is learned. Layers below the converted one see what they always saw, so
-that their outputs are computed once: n layers cost about n/2 forward passes, not n.
+what the layer loses if nothing is learned. Layers below the converted one see what they always saw,
+so that their outputs are computed once: n layers cost about n/2 forward passes, not n.
 
 Layers are measured one by one. Those that stand in for one another are not seen: where two layers
 copy, the conversion of either alone costs little. HALO (arXiv 2601.22156) chooses so, too.
