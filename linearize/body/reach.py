@@ -36,10 +36,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lowline.kernels.memory.int8 import is_packed, pack, unpack
 from lowline.kernels.memory.op import MemoryState
 from lowline.kernels.packs import bounds_on_host
+from lowline.kernels.pool import put_rows, take_rows
 from lowline.kernels.window.state import WindowState
 from lowline.linearize.mixers.base import Rope, State, apply_rope
 from lowline.linearize.mixers.branches import at_least_fp32
 from lowline.linearize.mixers.options import OPTIONS
+from lowline.linearize.mixers.state import clear_rows
 
 Window = WindowState | MemoryState
 
@@ -63,6 +65,11 @@ class Reach(NamedTuple):
         """Return where tokens of these positions stand."""
         beyond = position - self.length
         return position.where(beyond < self.period, self.length + beyond % self.period)
+
+    def begins_period(self, start: int) -> bool:
+        """Return whether a period, but not the first, begins at a position from L on."""
+        beyond = start - self.length
+        return beyond >= self.period and beyond % self.period == 0
 
     def turned(self, k_NTGD: torch.Tensor) -> torch.Tensor:
         """Return keys that are rotated back by a period."""
@@ -108,10 +115,19 @@ def placed(
     return reach.place(position_ids)
 
 
-def within(reach: Reach | None, mixer: Any) -> Callable[..., tuple[torch.Tensor, State]]:
+def within(reach: Reach | None, mixer: Any) -> Any:
     """Return what is called as a mixer is, for tokens at any position."""
+    return mixer if reach is None else Bounded(reach, mixer)
 
-    def mix(
+
+class Bounded(NamedTuple):
+    """A mixer for tokens at any position."""
+
+    reach: Reach
+    mixer: Any
+
+    def __call__(
+        self,
         q_BTHD: torch.Tensor,
         k_BTGD: torch.Tensor,
         v_BTGD: torch.Tensor,
@@ -121,43 +137,81 @@ def within(reach: Reach | None, mixer: Any) -> Callable[..., tuple[torch.Tensor,
         state: State | None = None,
         cu_seqlens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, State]:
-        assert reach is not None
+        """See `Mixer.forward`."""
         tokens = (q_BTHD, k_BTGD, v_BTGD, x_BTE, *rope)
         (B, T), packed = q_BTHD.shape[:2], cu_seqlens is not None
         bounds = [] if cu_seqlens is None else bounds_on_host(cu_seqlens)
         N = len(bounds) - 1 if packed else B
         lengths = [0] * N if state is None else _windows(state)[0].length.tolist()
         if not packed and len(set(lengths)) == 1:
-            return _mix(reach, mixer, tokens, state, lengths[0])
+            return self._mix(tokens, state, lengths[0])
         outputs, after = [], []
         for n, length in enumerate(lengths):
             row, (a, b) = (0, bounds[n : n + 2]) if packed else (n, (0, T))
             alone = None if state is None else tree_map(lambda x, n=n: x[n : n + 1], state)
             if a < b:
                 of_row = tuple(x[row : row + 1, a:b] for x in tokens)
-                o, alone = _mix(reach, mixer, of_row, alone, length)
+                o, alone = self._mix(of_row, alone, length)
                 outputs.append(o)
-            after.append(alone or mixer.empty_state(1, v_BTGD.dtype, v_BTGD.device))
+            after.append(alone or self.mixer.empty_state(1, v_BTGD.dtype, v_BTGD.device))
         return torch.cat(outputs, 1 if packed else 0), _joined(after)
 
-    return mixer if reach is None else mix  # type: ignore[no-any-return]
+    @torch.no_grad()
+    def on_pool(
+        self,
+        *tokens: torch.Tensor,
+        pool: State,
+        rows_N: torch.Tensor,
+        fresh_N: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        **of_tokens: Any,
+    ) -> torch.Tensor:
+        """See `Mixer.on_pool`."""
+        if cu_seqlens is None and fresh_N is None:  # one token each, of which few begin anything
+            lengths = _windows(pool)[0].length[rows_N.long()].tolist()
+            for n, length in enumerate(lengths):
+                if self._begins(length):
+                    row = rows_N[n : n + 1]
+                    put_rows(pool, row, self._begun(take_rows(pool, row), length))
+            return self.mixer.on_pool(*tokens, pool=pool, rows_N=rows_N, **of_tokens)  # type: ignore[no-any-return]
+        state = take_rows(pool, rows_N)
+        if fresh_N is not None:
+            clear_rows(state, fresh_N)
+        o, state = self(*tokens, state=state, cu_seqlens=cu_seqlens, **of_tokens)
+        put_rows(pool, rows_N, state)
+        return o
 
+    def _mix(
+        self, tokens: Sequence[torch.Tensor], state: State | None, length: int
+    ) -> tuple[torch.Tensor, State]:
+        """Mix tokens of sequences that have all seen `length` before."""
+        outputs = []
+        for start, stop in self.reach.pieces(length, length + tokens[0].shape[1], self._block):
+            if self._begins(start):
+                state = self._begun(state, start)
+            q, k, v, x, *rope = (t[:, start - length : stop - length] for t in tokens)
+            o, state = self.mixer(q, k, v, rope=tuple(rope), x_BTE=x, state=state)
+            outputs.append(o)
+        return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], state
 
-def _mix(
-    reach: Reach, mixer: Any, tokens: Sequence[torch.Tensor], state: State | None, length: int
-) -> tuple[torch.Tensor, State]:
-    """Mix tokens of sequences that have all seen `length` before."""
-    outputs, block = [], getattr(mixer.options, "block", 0)
-    for start, stop in reach.pieces(length, length + tokens[0].shape[1], block):
-        beyond = start - reach.length
-        if beyond >= reach.period and beyond % reach.period == 0:
+    @property
+    def _block(self) -> int:
+        return getattr(self.mixer.options, "block", 0)
+
+    def _begins(self, start: int) -> bool:
+        """Return whether keys are rotated before the token at `start`."""
+        return start >= self.reach.length and (
+            self.reach.begins_period(start) or bool(self._block and start % self._block == 0)
+        )
+
+    def _begun(self, state: State, start: int) -> State:
+        """Return states of which keys are rotated before the token at `start`."""
+        reach, block = self.reach, self._block
+        if reach.begins_period(start):
             state = _each_window(state, lambda held: _turned(reach, held, range(held.k.shape[1])))
-        if block and beyond >= 0 and start % block == 0:
-            state = _each_window(state, lambda held: _before_block(reach, held, start, block))  # noqa: B023
-        q, k, v, x, *rope = (t[:, start - length : stop - length] for t in tokens)
-        o, state = mixer(q, k, v, rope=tuple(rope), x_BTE=x, state=state)
-        outputs.append(o)
-    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], state
+        if block and start % block == 0:
+            state = _each_window(state, lambda held: _before_block(reach, held, start, block))
+        return state
 
 
 def _before_block(reach: Reach, held: Window, start: int, block: int) -> Window:

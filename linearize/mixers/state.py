@@ -8,7 +8,7 @@
 
 The tensors of a state lie one after the other, each at a multiple of 64 bytes. A page of zeros is
 the state before the first token, of every mixer. Pages may be larger than `page_bytes`: a server
-has one size for all layers.
+may have one size for all layers.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from vllm.v1.attention.backends.mamba_attn import (
     BaseMambaAttentionMetadata,
     BaseMambaAttentionMetadataBuilder,
 )
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 
 @dataclass
@@ -41,6 +42,11 @@ class MixerBackend(AttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[MixerMetadataBuilder]:
         return MixerMetadataBuilder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Return first the one in which the pages of all layers lie side by side."""
+        return (KVCacheLayout.BLHNC, *(x for x in KVCacheLayout if x is not KVCacheLayout.BLHNC))
 
     @classmethod
     def is_ssm(cls) -> bool:

@@ -7,7 +7,7 @@ is not found makes it look for the model on the hub, too little memory ends a wo
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,26 +85,36 @@ def check_length(
     Args:
         directory: of the model.
         max_model_len: the wanted number; None: as many as the model has positions.
-        beyond_positions: whether it may be larger than that.
+        beyond_positions: whether it may be larger than that although positions are not bounded
+            (`lowline.linearize.body.reach`).
 
     Raises:
         LowlineError: a number that is too small or too large.
     """
     from transformers import AutoConfig
 
+    from lowline.linearize.body.reach import known_positions
+
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     positions = int(config.max_position_embeddings)
     length = positions if max_model_len is None else max_model_len
     if length < 1:
         raise LowlineError(f"max_model_len = {length}; at least 1")
-    if length > positions and not beyond_positions:
+    bounded = hasattr(config, "mixers") and known_positions(config) is not None
+    if length > positions and not (bounded or beyond_positions):
         raise LowlineError(
             f"max_model_len = {length}, but {directory} has {positions} positions "
             "(max_position_embeddings): states do not grow with the context, but positions that "
-            "were never trained are not understood; give at most that, or --beyond-positions to "
-            "try it"
+            "were never trained are not understood, and only models whose layers are all "
+            "sink_window or memory bound them; give at most that, or --beyond-positions to try it"
         )
     return config, length
+
+
+def allow_length(config: Any, length: int) -> None:
+    """Let vLLM serve requests that are longer than the model has positions, if these are."""
+    if length > config.max_position_embeddings:
+        os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
 
 
 def check_memory(config: Any, length: int, dtype: Any, memory: int) -> str:
@@ -120,8 +130,8 @@ def check_memory(config: Any, length: int, dtype: Any, memory: int) -> str:
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         one = 2 * config.num_hidden_layers * shape[0] * head * dtype.itemsize * length
     else:
-        layouts = state_layouts(config, dtype).values()
-        unused = sum(page_bytes(layouts) - layout.nbytes for layout in layouts)
+        layouts = state_layouts(config, dtype)
+        unused = sum(page_bytes(config, layouts) - layout.nbytes for layout in layouts.values())
         one = state_bytes(config, context=length, dtype=dtype) + unused
     if one > memory:
         raise LowlineError(
@@ -134,9 +144,17 @@ def check_memory(config: Any, length: int, dtype: Any, memory: int) -> str:
     )
 
 
-def page_bytes(layouts: Iterable[StateLayout]) -> int:
-    """Return bytes of a request's state in one layer: of the largest, since pages have one size."""
-    return max((layout.page_bytes for layout in layouts), default=0)
+def page_bytes(config: Any, layouts: Mapping[int, StateLayout]) -> int:
+    """Return bytes of a page, of which a request has one in each layer that has a mixer.
+
+    Together they hold its states. Where layers stay softmax each has the size of the largest state.
+    """
+    from lowline.linearize.mixers.state import ALIGNMENT
+
+    sizes = [layout.page_bytes for layout in layouts.values()]
+    if len(sizes) < config.num_hidden_layers:
+        return max(sizes, default=0)
+    return -(-sum(sizes) // (len(sizes) * ALIGNMENT)) * ALIGNMENT
 
 
 def build_kernels() -> None:

@@ -9,7 +9,10 @@ attention function. Everything else, projections, norms, low-rank layers and wha
 as it is everywhere.
 
 vLLM is told that a state is one tensor of bytes of one size in all layers, so that layers with
-different mixers share pages, and a page is copied by one call.
+different mixers share pages, and a page is copied by one call. Where all layers have mixers the
+pages of a request lie side by side: they are one block of bytes, in which states of unequal sizes
+lie one after the other. Where a layer stays softmax the pages lie as its attention wants them, and
+have the size of the largest state.
 
 Shapes: T tokens of a step, N requests, E features of the model, H, G and D as in
 `lowline.linearize.mixers.base`.
@@ -18,6 +21,7 @@ Shapes: T tokens of a step, N requests, E features of the model, H, G and D as i
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,6 +41,7 @@ from lowline.cola.hf import Crossing
 from lowline.cola.variants import variant_of
 from lowline.errors import LowlineError
 from lowline.linearize.body.cache import MixerLayer, Tokens, state_layouts
+from lowline.linearize.body.reach import Reach, placed
 from lowline.linearize.mixers.base import Mixer
 from lowline.linearize.mixers.state import StateLayout
 from lowline.linearize.serving import BACKEND
@@ -53,13 +58,14 @@ class PagedLayer(MixerLayer, MambaBase):
         name: of the layer, by which vLLM hands out metadata.
         layout: of a state.
         size: bytes of a page.
+        start: where the state begins in the block of all pages of a request; None: in its own page.
     """
 
     _layer_type = None  # type: ignore[assignment]  # transformers' caches still make a `MixerLayer`
 
-    def __init__(self, name: str, layout: StateLayout, size: int) -> None:
+    def __init__(self, name: str, layout: StateLayout, size: int, start: int | None) -> None:
         super().__init__()
-        self.name, self.layout, self.size = name, layout, size
+        self.name, self.layout, self.size, self.start = name, layout, size, start
         self.kv_cache: tuple[torch.Tensor, ...] = ()
         self.pool: Any = None
 
@@ -73,10 +79,22 @@ class PagedLayer(MixerLayer, MambaBase):
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
         return (torch.uint8,)
 
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> Any:
+        """Return what vLLM allocates pages by; without softmax layers as large as they are."""
+        spec: Any = super().get_kv_cache_spec(vllm_config)
+        return spec if self.start is None else replace(spec, page_size_padded=None)
+
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
         """Take the pages that vLLM has allocated."""
         super().bind_kv_cache(kv_cache)
-        self.pool = self.layout.views(self.kv_cache[0])
+        (pages_NB,) = self.kv_cache
+        if self.start is not None:
+            block = pages_NB.stride(0)  # bytes: the pages of all layers
+            assert block >= self.start + self.layout.page_bytes
+            first = pages_NB.storage_offset() // block * block + self.start
+            shape = (len(pages_NB), self.layout.page_bytes)
+            pages_NB = pages_NB.as_strided(shape, (block, 1), first)
+        self.pool = self.layout.views(pages_NB)
 
     def mix(self, mixer: Any, tokens: Tokens, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
         """Return the mixer's output (1, T, H, D) for a step's tokens, and move their states."""
@@ -148,13 +166,18 @@ class ServedCoLA(nn.Module):
         config._attn_implementation = ATTENTION
         self.config, self.model, self.lm_head = config, model.model, model.lm_head
         layouts = state_layouts(config, dtype) if hasattr(config, "mixers") else {}
-        size = page_bytes(layouts.values())
+        self.reach: Reach | None = (
+            self.model.reach(vllm_config.model_config.max_model_len) if layouts else None
+        )
+        size = page_bytes(config, layouts)
         self.attentions = nn.ModuleDict()
         layers: list[PagedLayer | None] = []
+        start = 0 if len(layouts) == config.num_hidden_layers else None
         for number in range(config.num_hidden_layers):
             name = f"{prefix}.".lstrip(".") + f"model.layers.{number}.self_attn"
             if number in layouts:
-                layer = PagedLayer(name, layouts[number], size)
+                layer = PagedLayer(name, layouts[number], size, start)
+                start = None if start is None else start + layouts[number].page_bytes
                 vllm_config.compilation_config.static_forward_context[name] = layer
                 layers.append(layer)
             else:
@@ -191,10 +214,15 @@ class ServedCoLA(nn.Module):
         """Return the hidden states (T, E) of a step's tokens."""
         x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds  # type: ignore[arg-type]
         x_1TE = x[None]
+        reach = self.reach
+        if reach is not None:
+            reach = reach if bool((positions >= reach.length).any()) else None
+        position_ids = placed(reach, positions[None], x_1TE, 0)
         how: dict[str, Any] = {
-            "position_embeddings": self.model.rotary_emb(x_1TE, positions[None]),
+            "position_embeddings": self.model.rotary_emb(x_1TE, position_ids),
             "past_key_values": self.cache,
             "attentions": self.attentions,
+            "reach": reach,
         }
         if variant_of(getattr(self.config, "variant", "cola")).crosses:
             how["crossing"] = Crossing()
@@ -236,7 +264,7 @@ class ServedLinearized(ServedCoLA, HasInnerState, IsHybrid):
         model = vllm_config.model_config
         assert isinstance(model.dtype, torch.dtype)
         layouts = state_layouts(model.hf_config, model.dtype)
-        return ((page_bytes(layouts.values()),),)
+        return ((page_bytes(model.hf_config, layouts),),)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> Any:

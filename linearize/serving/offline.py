@@ -8,6 +8,7 @@ from typing import Any
 
 from lowline.errors import LowlineError
 from lowline.linearize.serving.checks import (
+    allow_length,
     build_kernels,
     check_environment,
     check_folder,
@@ -48,6 +49,7 @@ class Engine:
 
         check_memory(config, self.length, getattr(torch, dtype), memory)
         build_kernels()
+        allow_length(config, self.length)
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -79,7 +81,7 @@ class Engine:
             stop: tokens after which an answer ends, which keeps them.
 
         Raises:
-            LowlineError: a prompt that is longer than the model has positions for.
+            LowlineError: a prompt and an answer that are longer than a request may be.
         """
         from vllm import SamplingParams
 
@@ -87,7 +89,7 @@ class Engine:
         if longest + max_new_tokens > self.length:
             raise LowlineError(
                 f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than the "
-                f"{self.length} positions of the model; give a smaller --max-new-tokens"
+                f"{self.length} tokens of a request; give a smaller --max-new-tokens"
             )
         how = [
             SamplingParams(

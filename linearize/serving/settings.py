@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lowline.errors import LowlineError
-
-DYNAMIC_ROPES = ("dynamic", "longrope")
-"""Rotary embeddings whose frequencies depend on how long the longest text of a batch is."""
+from lowline.linearize.body.reach import CHANGING_ROPES
 
 
 class Settings:
@@ -54,7 +52,7 @@ def _refused(vllm_config: Any) -> Iterator[tuple[str, str]]:
     if (name := str(cache.cache_dtype)) not in ("auto", str(model.dtype).removeprefix("torch.")):
         yield f"kv_cache_dtype = {name!r}", "keys and values have the model's type; leave it out"
     rope = getattr(model.hf_config, "rope_parameters", None) or {}
-    if (kind := str(rope.get("rope_type"))) in DYNAMIC_ROPES:
+    if (kind := str(rope.get("rope_type"))) in CHANGING_ROPES:
         yield (
             f"rope_type = {kind!r} in the model's config.json",
             "its frequencies depend on the longest text of a batch; `lowline generate` serves it",

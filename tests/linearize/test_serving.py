@@ -20,10 +20,12 @@ from lowline.linearize.convert import linearized_config
 from lowline.linearize.serving.checks import (
     GROUP,
     PLUGIN,
+    allow_length,
     check_environment,
     check_folder,
     check_length,
     check_memory,
+    page_bytes,
 )
 from lowline.linearize.serving.settings import Settings
 
@@ -147,22 +149,40 @@ def test_lengths_and_memory(directory) -> None:
     with pytest.raises(LowlineError, match="max_model_len = 0; at least 1"):
         check_length(directory, max_model_len=0)
     layers = state_layouts(config, torch.float32)
-    held = len(layers) * max(layout.page_bytes for layout in layers.values())
+    held = len(layers) * page_bytes(config, layers)
+    assert held == len(layers) * max(layout.page_bytes for layout in layers.values())
     assert held >= state_bytes(config, dtype=torch.float32)
     line = check_memory(config, 256, torch.float32, 10 * held + 1)
     assert line.startswith(f"a request of 256 tokens holds {held / 1e6:.2f} MB")
     assert line.endswith(" hold about 10")
     with pytest.raises(LowlineError, match="a request of 256 tokens holds .*--max-model-len"):
         check_memory(config, 256, torch.float32, held - 1)
-    uneven = {"sinks": 0, "block": 2, "budget": "64, 64; 4, 4; 4, 4"}  # pages have one size
     before = architecture("llama")
-    uneven = linearized_config(before, mixer="memory", options=uneven)
-    even = linearized_config(before, mixer="sink_window", options={"sinks": 0, "window": 64})
+    options = {"sinks": 0, "block": 2, "budget": "64, 64; 4, 4; 4, 4"}
+    uneven = linearized_config(before, mixer="memory", options=options)
+    held = state_bytes(uneven, dtype=torch.float32)  # pages side by side hold what states have
     line = check_memory(uneven, 256, torch.float32, 2**20)
+    assert line.startswith(f"a request of 256 tokens holds {held / 1e6:.2f} MB")
+    hybrid = linearized_config(before, mixer="memory", options=options, layers="0, 1")
+    even = linearized_config(
+        before, mixer="sink_window", options={"sinks": 0, "window": 64}, layers="0, 1"
+    )
+    line = check_memory(hybrid, 256, torch.float32, 2**20)  # pages have one size
     assert line == check_memory(even, 256, torch.float32, 2**20)
     cola = architecture("cola")  # keys and values: 3 layers of 2 heads of 16
     line = check_memory(cola, 100, torch.bfloat16, 2 * 3 * 2 * 16 * 2 * 100)
     assert line.endswith(" hold about 1")
+
+
+def test_models_that_keep_nothing_but_keys_take_longer_requests(tmp_path, monkeypatch) -> None:
+    converted("memory").save_pretrained(tmp_path)
+    config, length = check_length(str(tmp_path), max_model_len=100_000)
+    assert length == 100_000 > config.max_position_embeddings
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0")
+    allow_length(config, config.max_position_embeddings)
+    assert os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] == "0"
+    allow_length(config, length)
+    assert os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] == "1"
 
 
 def test_a_folder_without_a_model(tmp_path, directory) -> None:

@@ -9,13 +9,17 @@ import pytest
 pytest.importorskip("vllm", reason="needs vLLM: make test-serve")
 
 import torch
-from helpers.serving import answers, engine, greedy, prompts, served_model
+from helpers.serving import BUDGET, answers, engine, greedy, prompts, served_model
 
-MIXERS = ("slots", "memory", "gated_deltanet", "liger_gsa", "mamba2")
+from lowline.linearize.body.cache import state_layouts
+from lowline.linearize.serving.checks import page_bytes
+
+MIXERS = ("slots", "memory", "memory, budget", "gated_deltanet", "liger_gsa", "mamba2")
 
 
 def saved(folder: Path, mixer: str | None, layers: str = "all", name: str = "llama"):
-    model = served_model(mixer, layers, name)
+    mixer, _, budget = mixer.partition(", ") if mixer else (None, "", "")
+    model = served_model(mixer, layers, name, options=BUDGET if budget else None)
     model.save_pretrained(folder)
     return model
 
@@ -32,6 +36,25 @@ def test_prompts_that_begin_alike_share_a_state(mixer: str, layers: str, tmp_pat
         assert answers(made, asked) == expected
         assert answers(made, asked) == expected
         assert cached_tokens(made, asked) > 2 * len(asked) * 100
+
+
+def test_pages_hold_what_the_states_of_a_request_have(tmp_path: Path) -> None:
+    """Layers' states have 3 sizes; where a layer stays softmax each page has the largest."""
+    memory, budget = 2**24, {"mixer": "memory", "options": BUDGET}
+    for layers in ("all", "all but 1"):
+        config = served_model(**budget, layers=layers).config
+        folder = tmp_path / layers
+        served_model(**budget, layers=layers).save_pretrained(folder)
+        layouts = state_layouts(config, torch.float32)
+        sizes = [layout.page_bytes for layout in layouts.values()]
+        with engine(folder, kv_cache_memory_bytes=memory) as made:
+            held = made.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+        if layers == "all":
+            assert len(set(sizes)) > 1 and page_bytes(config, layouts) < max(sizes)
+            assert abs(memory // held.num_blocks - sum(sizes)) < 64 * len(sizes) + sum(sizes) / 100
+        else:
+            assert page_bytes(config, layouts) == max(sizes)
+            assert memory // held.num_blocks >= max(sizes)
 
 
 def cached_tokens(made, asked) -> int:

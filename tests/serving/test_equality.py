@@ -12,6 +12,7 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-serve")
 from helpers.models import ARCHITECTURES
 from helpers.serving import BUDGET, answers, engine, greedy, prompts, served_model
 
+from lowline.linearize.body import reach
 from lowline.linearize.mixers.options import OPTIONS
 
 HYBRID = "all but 1"
@@ -35,3 +36,22 @@ def test_answers_are_those_of_transformers(body: str, tmp_path: Path) -> None:
     with engine(tmp_path) as made:
         assert answers(made, asked) == expected
     assert len({tuple(answer) for answer in expected}) > len(asked) // 2  # answers differ
+
+
+@pytest.mark.parametrize("mixer, options", [
+    ("sink_window", {"window": 8, "sinks": 2}),
+    ("memory", BUDGET | {"sinks": 2}),
+    ("memory", BUDGET | {"sinks": 2, "cache_dtype": "int8", "merged": 0}),
+])  # fmt: skip
+def test_answers_beyond_the_known_positions(mixer, options, tmp_path: Path, monkeypatch) -> None:
+    """Of 24: prompts end before, at and far after them; a period has 6 tokens."""
+    monkeypatch.setattr(reach, "PERIODS", 4)
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    model = served_model(mixer, options=options, max_position_embeddings=24)
+    model.save_pretrained(tmp_path)
+    asked = prompts((1, 17, 20, 24, 25, 31, 64, 150))
+    expected = greedy(model, asked, 20)
+    with engine(tmp_path, max_model_len=200) as made:
+        assert answers(made, asked, 20) == expected
+    monkeypatch.setattr(type(model.model), "reach", lambda *_: None)
+    assert greedy(model, asked, 20) != expected

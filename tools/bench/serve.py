@@ -9,6 +9,11 @@ held      memory / fits: bytes of a request
 
 Each model is measured in a process of its own, one after the other; prompts are random tokens. Of a
 batch that does not fit, the rate is left out.
+
+With `--shared` prompts are alike but for their last token, and one is read before the others, which
+find what it left (vLLM's prefix caching): many long contexts cost as much as one. States are
+copied, so that each request still has its own; keys and values are not, so that softmax reads the
+same ones for all requests, from the processor's cache: that is to its advantage.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ def bench_serve(
     new: int = 16,
     memory: float = 2.0,
     dtype: DType = "float32",
+    shared: bool = False,
     json: Path | None = None,
 ) -> dict[str, Any]:
     """Measure throughput, time to the first token and memory of models served by vLLM.
@@ -46,6 +52,7 @@ def bench_serve(
         new: Tokens of each request that are timed.
         memory: GiB of states, keys and values.
         dtype: The type that is computed in.
+        shared: Give all requests the same context but for the last token, read once.
         json: A file for the numbers.
 
     Returns:
@@ -70,7 +77,7 @@ def bench_serve(
     for context in contexts:
         for model in models:
             task = {"model": model, "context": context, "batch": batch, "new": new,
-                    "memory": int(memory * 2**30), "dtype": dtype}  # fmt: skip
+                    "memory": int(memory * 2**30), "dtype": dtype, "shared": shared}  # fmt: skip
             line = [sys.executable, "-m", "lowline.tools.bench.serve", text.dumps(task)]
             done = subprocess.run(line, stdout=subprocess.PIPE, text=True)
             if done.returncode:
@@ -102,7 +109,14 @@ def show(
 
 
 def measure(
-    *, model: str, context: int, batch: list[int], new: int, memory: int, dtype: str
+    *,
+    model: str,
+    context: int,
+    batch: list[int],
+    new: int,
+    memory: int,
+    dtype: str,
+    shared: bool,
 ) -> dict[str, Any]:
     """Return what one model does at one context."""
     import torch
@@ -111,24 +125,45 @@ def measure(
     from lowline.linearize.serving.offline import Engine
 
     vocab = AutoConfig.from_pretrained(model, trust_remote_code=False).vocab_size
-    steps = max(batch) * -(-context // 1024)  # in which the first requests decode, others are read
+    steps = max(batch) * (1 if shared else -(-context // 1024))  # first requests decode meanwhile
     length = context + new + 1 + steps
     engine = Engine(
-        model, dtype=dtype, memory=memory, max_requests=max(batch), max_model_len=length
-    )
-    from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
-
-    core: Any = engine.llm.llm_engine.engine_core
-    scheduler = core.engine_core.scheduler
-    fits = get_max_concurrency_for_kv_cache_config(scheduler.vllm_config, scheduler.kv_cache_config)
+        model, dtype=dtype, memory=memory, max_requests=max(batch), max_model_len=length,
+        enable_prefix_caching=shared,
+    )  # fmt: skip
+    fits, block = _capacity(engine.llm.llm_engine)
     generator = torch.Generator().manual_seed(0)
     rates = {}
+    if shared:
+        context = (context - 1) // block * block + 1  # all but the last token are found
+        start = torch.randint(0, vocab, (1, context), generator=generator)
+        alone = _rate(engine.llm.llm_engine, start.tolist(), 1, length - context)
     for count in batch:
-        if count <= fits:
-            shape = (count, context)
-            prompts = torch.randint(0, vocab, shape, generator=generator).tolist()
-            rates[str(count)] = _rate(engine.llm.llm_engine, prompts, new, length - context)
-    return {"rates": rates, "fits": fits, "held": memory / fits}
+        if count > fits and not shared:
+            continue
+        prompts = torch.randint(0, vocab, (count, context), generator=generator)
+        if shared:
+            prompts[:, :-1] = start[:, :-1]
+        rate = _rate(engine.llm.llm_engine, prompts.tolist(), new, length - context)
+        rates[str(count)] = rate | ({"first_cpu": alone["first_cpu"]} if shared else {})
+    return {"rates": rates, "fits": fits, "held": memory / fits, "context": context}
+
+
+def _capacity(engine: Any) -> tuple[float, int]:
+    """Return how many requests fit without prefix caching, and after how many tokens vLLM keeps a
+    state.
+    """
+    from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+
+    scheduler = engine.engine_core.engine_core.scheduler
+    cache, mode = (
+        scheduler.vllm_config.cache_config,
+        scheduler.vllm_config.cache_config.mamba_cache_mode,
+    )
+    cache.mamba_cache_mode = "none"
+    fits = get_max_concurrency_for_kv_cache_config(scheduler.vllm_config, scheduler.kv_cache_config)
+    cache.mamba_cache_mode = mode
+    return fits, max(g.kv_cache_spec.block_size for g in scheduler.kv_cache_config.kv_cache_groups)
 
 
 def _rate(engine: Any, prompts: list[list[int]], new: int, most: int) -> dict[str, float]:

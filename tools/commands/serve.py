@@ -13,6 +13,7 @@ from typing import Literal
 
 from lowline.errors import LowlineError
 from lowline.linearize.serving.checks import (
+    allow_length,
     build_kernels,
     check_environment,
     check_folder,
@@ -49,7 +50,8 @@ def serve(
         name: What clients call the model; the directory's name if it is left out.
         memory: GiB of states, keys and values.
         max_model_len: Tokens of a request and its answer at most; default: the model's positions.
-        beyond_positions: Allow more than the model has positions.
+        beyond_positions: Allow more than the model has positions where these are not bounded; they
+            are where all layers are sink_window or memory.
         max_requests: So many are computed at once, the others wait.
         dtype: The type that is computed in; auto: that of config.json.
         prefix_caching: Keep states of prompts' beginnings for requests that begin alike: it takes
@@ -76,8 +78,7 @@ def serve(
     print(check_memory(config, length, getattr(torch, chosen), held), file=sys.stderr)
     build_kernels()
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if beyond_positions:
-        os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+    allow_length(config, length)
     return launch.module(
         SERVER,
         *("--model", model, "--served-model-name", name or Path(model).resolve().name),
