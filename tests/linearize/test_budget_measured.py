@@ -115,7 +115,11 @@ def test_the_command_prints_a_table_of_as_many_bytes(tmp_path, capsys):
     ours = convert(folder, mixer=table["name"], options=table["options"])
     assert 0.95 * state_bytes(window) < state_bytes(ours.config) <= state_bytes(window)
     assert ours(tokens(1, 80)).logits.isfinite().all()
-    inspect_budget(str(folder), tokens=30, seq_len=(256,), copies=0, window=16, cache_dtype="int8")
+    few = {"tokens": 30, "seq_len": (256,), "window": 16, "cache_dtype": "int8"}
+    inspect_budget(str(folder), copies=1, distances=(40, 180), **few)
+    told = capsys.readouterr().err
+    assert "strings after 40 tokens 1 of 1" in told and "strings after 180 tokens 1 of 1" in told
+    inspect_budget(str(folder), copies=0, **few)
     table = tomllib.loads(capsys.readouterr().out)["mixer"]
     assert table["options"]["cache_dtype"] == "int8"
     less = linearized_config(config, mixer="sink_window", options={"window": 30, "sinks": 4})
@@ -124,6 +128,7 @@ def test_the_command_prints_a_table_of_as_many_bytes(tmp_path, capsys):
     rows = [sum(head) for layer in parse_budget(table["options"]["budget"]) for head in layer]
     assert sum(rows) / len(rows) > 45  # of heads of 16 features, which are 20 bytes
     for options, words in (({"seq_len": (300, 64)}, "seq_len = 64; at least 256"),
+                           ({"distances": (64, 8)}, "distances = 8; at least 32"),
                            ({"tokens": 1, "seq_len": (256,)}, "give more")):  # fmt: skip
         with pytest.raises(LowlineError, match=words):
             inspect_budget(str(folder), **options)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SINKS, STRIDE, LENGTH_BYTES = 4, 8, 8
 WEIGHT = 0.3  # of strings that come twice beside running text
+STRING = 32  # tokens
 
 
 def inspect_budget(
@@ -31,6 +32,7 @@ def inspect_budget(
     rows: int = 1,
     seq_len: tuple[int, ...] = (2048,),
     copies: int = 2,
+    distances: tuple[int, ...] | None = None,
     window: int = 64,
     horizon: int = 512,
     cache_dtype: str = "auto",
@@ -45,8 +47,10 @@ def inspect_budget(
         rows: How many stretches of the text, of each length, to measure on.
         seq_len: Tokens in each; the longest window or number of rows is less. Of several lengths
             the mean cost per token counts by the inverse of the length. Time grows with its square.
-        copies: Random strings that come twice, at a distance of half of the least seq_len at most
-            512.
+        copies: Random strings that come twice, of each distance.
+        distances: Between the two, in tokens; default: half of the least seq_len, at most 512.
+            Heads that find what is asked for once, long after it was read, need a window as
+            long: what nobody looks at no row keeps.
         window: The window of heads with rows.
         horizon: Tokens after which attention received has faded; see the mixer's options.
         cache_dtype: "int8" for keys and values of 8 bits, of which nearly four times as many are
@@ -60,8 +64,10 @@ def inspect_budget(
             its range.
     """
     shortest, longest = min(seq_len, default=0), max(seq_len, default=0)
+    distances = (min(shortest // 2, 512),) if distances is None else distances
     for name, value, least in (
-        ("tokens", tokens, 1), ("rows", rows, 1), ("seq_len", shortest, 256)
+        ("tokens", tokens, 1), ("rows", rows, 1), ("seq_len", shortest, 256),
+        ("distances", min(distances, default=STRING), STRING),
     ):  # fmt: skip
         if value < least:
             raise LowlineError(f"{name} = {value}; at least {least}")
@@ -89,9 +95,11 @@ def inspect_budget(
         (f"{length} tokens of text", _stretches(part, length), (shortest / length) ** 2)
         for part, length in zip(parts, seq_len, strict=True)
     ]
-    strings = _copies(tokenizer, ids[0], min(shortest // 2, 512), copies)
+    for distance in distances:
+        strings = _copies(tokenizer, ids[0], distance, copies)
+        kinds.append((f"strings after {distance} tokens", strings, WEIGHT))
     found = []
-    for kind, texts, weight in (*kinds, ("strings", strings, WEIGHT)):
+    for kind, texts, weight in kinds:
         for n, one in enumerate(texts):
             print(f"measuring {kind} {n + 1} of {len(texts)}", file=sys.stderr, flush=True)
             costs = head_costs(model, one, sizes, options)
