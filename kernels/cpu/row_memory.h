@@ -72,7 +72,7 @@ class Choice {
     if (P <= R) return;
     order.resize(P), std::iota(order.begin(), order.end(), 0);
     auto rank = [&](int i) {
-      return rows[i].tokens == 1 && rows[i].received >= 0 ? rows[i].received : -1;
+      return rows[i].tokens < 1.5f && rows[i].received >= 0 ? rows[i].received : -1;
     };
     std::stable_sort(order.begin(), order.end(), [&](int i, int j) { return rank(i) > rank(j); });
     stays.assign(P, 0);

@@ -45,7 +45,7 @@ def admit(
     excess_NG = ((tokens > 0).sum(-1) - R).clamp(min=0)
     if bool(excess_NG.any()):
         # Of one token there are at least `exact` rows then: only others have merged so far.
-        rank = rows.received.masked_fill(tokens != 1, -1)
+        rank = rows.received.masked_fill(tokens > 1.5, -1)
         best = rank.sort(dim=-1, descending=True, stable=True).indices[..., : rule.exact]
         kept = torch.zeros_like(tokens).scatter_(-1, best, 1)
         if rule.merged:

@@ -5,29 +5,31 @@ than L. A window has short distances only, but sinks and remembered tokens lie a
 text is long, and from about 1.5 L on the output is noise. Positions are therefore bounded where
 all that a model keeps of a text are keys and values of single tokens or means of them
 (`MixerOptions.keeps_keys`). Up to position L nothing changes. From there on, with a period of
-M = L/32:
+M = L/16:
 
  1. The token at position p ≥ L + M stands at L + (p - L) mod M instead (`place`).
- 2. When a period ends, the keys of the window are rotated back by M, so that distances in the
-    window are those of the text.
- 3. Keys that leave the window for the memory are rotated back by M, so that they lie before all
-    queries of later periods. Then they stay as they are.
+ 2. When a period ends, the keys of the window, and those that the memory has taken in since L, are
+    rotated back by M, so that distances remain those of the text. A remembered key is rotated
+    L/M - 1 times; then it stays where it is, near position 0.
+ 3. Sinks, keys that were remembered up to L, and means of several stay where they are.
 
-Sinks and tokens remembered from the first L positions are thus at most L + M back, those that are
-remembered later at most 2M + window. What is lost is the order among the latter, of different
-periods. Other ways to bound positions: StreamingLLM (arXiv 2309.17453) renumbers what its cache
-holds for each token, and rotates all keys each time; ReRoPE and Self-Extend (2401.01325) bound the
-distance for each pair of tokens, with two scores per pair.
+So every distance is less than L + M, or L + window, and those of the last L tokens are the text's.
+How often a row is still to be rotated lies in its count of tokens, which is 1 - c·2^-24 instead of
+1: c - 1 times more, or, with c = 0, not known yet, since it came in this period. It changes scores
+by less than 1e-5. Other ways to bound positions: StreamingLLM (arXiv 2309.17453) renumbers what its
+cache holds for each token, and rotates all keys each time; ReRoPE and Self-Extend (2401.01325)
+bound the distance for each pair of tokens, with two scores per pair.
 
-Only keys of a window's ring buffer are ever rotated, once or twice, between calls of the mixer:
-tokens from L on are mixed in pieces that end where a period ends, or where a memory's block does.
+Keys are rotated between calls of the mixer: tokens from L on are mixed in pieces that end where a
+period ends. Keys of 8 bits are rounded again each time.
 
 Shapes: those of `lowline.linearize.mixers.base`; w tokens in a window's ring buffer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +47,8 @@ from lowline.linearize.mixers.state import clear_rows
 
 Window = WindowState | MemoryState
 
-PERIODS = 32  # in the positions that the teacher knows
+PERIODS = 16  # in the positions that the teacher knows
+STEP = 2.0**-24  # of c; the spacing of fp32 below 1
 CHANGING_ROPES = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies depend on the length of the text."""
 
@@ -67,9 +70,9 @@ class Reach(NamedTuple):
         return position.where(beyond < self.period, self.length + beyond % self.period)
 
     def begins_period(self, start: int) -> bool:
-        """Return whether a period, but not the first, begins at a position from L on."""
+        """Return whether a period begins at a position."""
         beyond = start - self.length
-        return beyond >= self.period and beyond % self.period == 0
+        return beyond >= 0 and beyond % self.period == 0
 
     def turned(self, k_NTGD: torch.Tensor) -> torch.Tensor:
         """Return keys that are rotated back by a period."""
@@ -77,7 +80,7 @@ class Reach(NamedTuple):
         rope = (torch.cat([x, x]).to(k_NTGD.dtype)[None, None] for x in (angle.cos(), angle.sin()))
         return apply_rope(k_NTGD, tuple(rope))  # type: ignore[arg-type]
 
-    def pieces(self, start: int, stop: int, block: int) -> Iterator[tuple[int, int]]:
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Return first and last positions, the latter excluded, of what is mixed at once."""
         while start < stop:
             ends = [stop]
@@ -85,8 +88,6 @@ class Reach(NamedTuple):
                 ends.append(self.length)
             else:
                 ends.append(start + self.period - (start - self.length) % self.period)
-                if block:
-                    ends.append(start + block - start % block)
             yield start, min(ends)
             start = min(ends)
 
@@ -170,7 +171,7 @@ class Bounded(NamedTuple):
         if cu_seqlens is None and fresh_N is None:  # one token each, of which few begin anything
             lengths = _windows(pool)[0].length[rows_N.long()].tolist()
             for n, length in enumerate(lengths):
-                if self._begins(length):
+                if self.reach.begins_period(length):
                     row = rows_N[n : n + 1]
                     put_rows(pool, row, self._begun(take_rows(pool, row), length))
             return self.mixer.on_pool(*tokens, pool=pool, rows_N=rows_N, **of_tokens)  # type: ignore[no-any-return]
@@ -186,50 +187,48 @@ class Bounded(NamedTuple):
     ) -> tuple[torch.Tensor, State]:
         """Mix tokens of sequences that have all seen `length` before."""
         outputs = []
-        for start, stop in self.reach.pieces(length, length + tokens[0].shape[1], self._block):
-            if self._begins(start):
+        for start, stop in self.reach.pieces(length, length + tokens[0].shape[1]):
+            if state is not None and self.reach.begins_period(start):
                 state = self._begun(state, start)
             q, k, v, x, *rope = (t[:, start - length : stop - length] for t in tokens)
             o, state = self.mixer(q, k, v, rope=tuple(rope), x_BTE=x, state=state)
             outputs.append(o)
         return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], state
 
-    @property
-    def _block(self) -> int:
-        return getattr(self.mixer.options, "block", 0)
-
-    def _begins(self, start: int) -> bool:
-        """Return whether keys are rotated before the token at `start`."""
-        return start >= self.reach.length and (
-            self.reach.begins_period(start) or bool(self._block and start % self._block == 0)
-        )
-
     def _begun(self, state: State, start: int) -> State:
-        """Return states of which keys are rotated before the token at `start`."""
-        reach, block = self.reach, self._block
-        if reach.begins_period(start):
-            state = _each_window(state, lambda held: _turned(reach, held, range(held.k.shape[1])))
-        if block and start % block == 0:
-            state = _each_window(state, lambda held: _before_block(reach, held, start, block))
-        return state
+        """Return states as they are for the tokens of the period that begins at `start`."""
+        change = _settled if start == self.reach.length else partial(_turned, self.reach)
+        return tree_map(change, state, is_leaf=_is_window)
 
 
-def _before_block(reach: Reach, held: Window, start: int, block: int) -> Window:
-    """Return a memory of which the tokens that the next block lets leave are rotated back."""
-    w = held.k.shape[1]
-    leaving = range(start - w, start - w + block)
-    return _turned(reach, held, leaving) if isinstance(held, MemoryState) else held
+def _settled(held: Window) -> Window:
+    """Return a window whose rows stay where they are for ever."""
+    if not isinstance(held, MemoryState):
+        return held
+    n_NGR = held.row_tokens
+    return held._replace(row_tokens=n_NGR.where(n_NGR != 1, 1 - STEP))
 
 
-def _turned(reach: Reach, held: Window, positions: Sequence[int]) -> Window:
-    """Return a window of which some keys are rotated back by a period."""
-    slots = torch.tensor([p % held.k.shape[1] for p in positions], device=held.k.device)
-    k = held.k.index_select(1, slots)
-    if is_packed(held):
-        k = pack(reach.turned(unpack(k)))
-    else:
-        k = reach.turned(at_least_fp32(k)).to(k.dtype)
-    return held._replace(k=held.k.index_copy(1, slots, k))
+def _turned(reach: Reach, held: Window) -> Window:
+    """Return a window that is rotated back by a period, with the rows that still are to be."""
+
+    def turned(k_NTGD: torch.Tensor) -> torch.Tensor:
+        if is_packed(held):
+            return pack(reach.turned(unpack(k_NTGD)))
+        return reach.turned(at_least_fp32(k_NTGD)).to(k_NTGD.dtype)
+
+    if not isinstance(held, MemoryState):
+        return held._replace(k=turned(held.k))
+    n_NGR = held.row_tokens
+    c_NGR = ((1 - n_NGR) / STEP).round()
+    moves = (n_NGR > 0) & (n_NGR <= 1) & (c_NGR != 1)
+    row_k = turned(held.row_k.transpose(1, 2)).transpose(1, 2)
+    c_NGR = (c_NGR - 1).where(c_NGR > 0, reach.length // reach.period - 1)
+    return held._replace(
+        k=turned(held.k),
+        row_k=row_k.where(moves[..., None], held.row_k),
+        row_tokens=n_NGR.where(~moves, 1 - c_NGR * STEP),
+    )
 
 
 def _is_window(state: Any) -> bool:
@@ -238,10 +237,6 @@ def _is_window(state: Any) -> bool:
 
 def _windows(state: State) -> list[Window]:
     return tree_leaves(state, is_leaf=_is_window)
-
-
-def _each_window(state: State, change: Callable[[Window], Window]) -> State:
-    return tree_map(change, state, is_leaf=_is_window)
 
 
 def _joined(states: Sequence[State]) -> State:
