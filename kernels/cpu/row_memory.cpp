@@ -50,6 +50,7 @@ struct Call {
   void run(const Group& group, long n, long i, Arena& arena) const {
     const Memory& x = group.state;
     if (!x.packed) return run(x, group, n, i, group.heads[i], arena);
+    if (T == 1) return step_packed(group, n, i, arena);
     static thread_local Arena kept;
     kept.reset();
     const Unpacked head(x, pages[n], i, kept);
@@ -59,6 +60,125 @@ struct Call {
     const long first = x.length(pages[n]), C = rule.block;
     rounded.run(head.memory, group, n, 0, group.heads[i], arena);
     head.pack(T, (first + C - 1) / C * C < first + T);
+  }
+
+  // Whether tokens leave the window for the rows where the token at a position enters.
+  bool rows_change(const Memory& x, long position) const {
+    const long left = position + rule.block - x.w;  // the first that stays
+    return x.R && position % rule.block == 0 && left > std::max(position - x.w, x.sinks);
+  }
+
+  // The same of a packed head, of which no row is a mean.
+  void let_leave_packed(const Group& group, long page, long i, long position, Arena& arena) const {
+    static thread_local Choice choice;
+    const Memory& x = group.state;
+    const HeadRows of_head(x, page, i);
+    const long held = of_head.held, oldest = std::max(position - x.w, x.sinks);
+    choice.rows.clear();
+    for (long r = 0; r < held; r++)
+      choice.rows.push_back({nullptr, nullptr, of_head.received[r], of_head.tokens[r]});
+    for (long p = oldest; p < position + rule.block - x.w; p++)
+      choice.rows.push_back({nullptr, nullptr, x.ring_received(page, p % x.w, i), 1});
+    choice.choose(x.R, group.exact, nullptr, 0, position, x.D, x.V, arena);
+    for (int t : {0, 1}) {
+      const long size = (t ? x.V : x.D) + SCALE_BYTES, total = choice.places.size();
+      const int8_t* ring = Paged<int8_t>(x.at(t))[page] + i * size;
+      int8_t* rows = Paged<int8_t>(x.at(5 + t))[page] + i * x.R * size;
+      for (long r = 0; r < total; r++) {  // none lies before its place
+        const long to = choice.places[r], slot = (oldest + r - held) % x.w;
+        if (to < 0 || (to == r && r < held)) continue;
+        std::memcpy(rows + to * size, r < held ? rows + r * size : ring + slot * x.G * size, size);
+      }
+    }
+    for (size_t r = 0; r < choice.rows.size(); r++)
+      of_head.received[r] = choice.rows[r].received, of_head.tokens[r] = choice.rows[r].tokens;
+  }
+
+  // One token of head i of a packed state, which is read where it lies, in sequence n.
+  void step_packed(const Group& group, long n, long i, Arena& arena) const {
+    const Memory& x = group.state;
+    const long D = x.D, V = x.V, page = pages[n], g = group.heads[i], position = x.length(page);
+    const long k_apart = x.G * (D + SCALE_BYTES), v_apart = x.G * (V + SCALE_BYTES);
+    arena.reset();
+    auto ring = [&](int t, long apart) { return Paged<int8_t>(x.at(t))[page] + i * (apart / x.G); };
+    auto rows = [&](int t, long size) { return Paged<int8_t>(x.at(t))[page] + i * x.R * size; };
+    int8_t *ring_k = ring(0, k_apart), *ring_v = ring(1, v_apart);
+    int8_t *sink_k = ring(3, k_apart), *sink_v = ring(4, v_apart);
+    if (rows_change(x, position)) let_leave_packed(group, page, i, position, arena);
+    const long slot = position % x.w;
+    pack_row(ring_k + slot * k_apart, k(n, 0, g), D), pack_row(ring_v + slot * v_apart, v(n, 0, g), V);
+    if (position < x.sinks) {
+      std::memcpy(sink_k + position * k_apart, ring_k + slot * k_apart, D + SCALE_BYTES);
+      std::memcpy(sink_v + position * v_apart, ring_v + slot * v_apart, V + SCALE_BYTES);
+    }
+
+    const long block = x.R ? rule.block : 1, begin = position / block * block, end = position + 1;
+    const long from = std::min(std::max(begin + block - x.w, x.sinks), end), near = end - from;
+    const long held = x.R ? HeadRows(x, page, i).held : 0, oldest = from % x.w;
+    const long early = std::min(x.sinks, end), before = std::min(near, x.w - oldest);
+    const int8_t *row_k = held ? rows(5, D + SCALE_BYTES) : nullptr;
+    const int8_t *row_v = held ? rows(6, V + SCALE_BYTES) : nullptr;
+    const PackedColumns columns[] = {
+        {sink_k, sink_v, k_apart, v_apart, early, 0},
+        {row_k, row_v, D + SCALE_BYTES, V + SCALE_BYTES, held, early},
+        {ring_k + oldest * k_apart, ring_v + oldest * v_apart, k_apart, v_apart, before, early + held},
+        {ring_k, ring_v, k_apart, v_apart, near - before, early + held + before}};
+    const long all = early + held + near, width = (all + W - 1) / W * W;
+    float *queries = arena.take(h * D), *weights = arena.take(h * width), *y = arena.take(h * V);
+    for (long j = 0; j < h; j++)
+      for (long d = 0; d < D; d++) queries[j * D + d] = q(n, 0, g * h + j)[d] * rule.scale;
+    std::memset(y, 0, sizeof(float) * h * V);
+    by_few(h, [&](auto few, long j) {
+      for (const PackedColumns& part : columns)
+        score_packed<decltype(few)::value>(weights + j * width, width, queries + j * D, D, part);
+    });
+    for (long j = 0; j < h; j++) {
+      float* line = weights + j * width;
+      std::fill(line + all, line + width, NEGATIVE);
+      vec top = fill(NEGATIVE), total{};
+      for (long c = 0; c < width; c += W) {
+        const vec score = load(line + c);
+        top = score > top ? score : top;
+      }
+      for (int half = W / 2; half; half /= 2) {
+        const vec other = exchanged(top, half);
+        top = other > top ? other : top;
+      }
+      for (long c = 0; c < width; c += W) {
+        const vec weight = exp(load(line + c) - top);
+        store(line + c, weight), total += weight;
+      }
+      const float share = 1 / sum(total);
+      for (long c = 0; c < width; c += W) store(line + c, load(line + c) * share);
+    }
+    by_few(h, [&](auto few, long j) {
+      for (const PackedColumns& part : columns)
+        gather_packed<decltype(few)::value>(y + j * V, V, weights + j * width, width, part);
+    });
+    std::memcpy(out + (n * H + g * h) * V, y, sizeof(float) * h * V);
+    if (!x.R) return;
+
+    auto received = [&](long column) {
+      float total = 0;
+      for (long j = 0; j < h; j++) total += weights[j * width + column];
+      return total;
+    };
+    x.ring_received(page, slot, i) = 0;
+    for (long r = 0; r < held; r++) {
+      float& of_row = x.row_received[page][i * x.R + r];
+      of_row = rule.keeps * of_row + received(early + r);
+    }
+    for (long s = 0; s < x.w; s++) x.ring_received(page, s, i) *= rule.keeps;
+    for (long c = early + held, s = oldest; c < all; c++, s = s + 1 == x.w ? 0 : s + 1)
+      x.ring_received(page, s, i) += received(c);
+    float *energy = x.q_energy[page] + i * D / 2, *value = arena.take(V);
+    for (long j = 0; j < h; j++)
+      for (long d = 0; d < D / 2; d++) {
+        const float a = queries[j * D + d], b = queries[j * D + D / 2 + d];
+        energy[d] += (a * a + b * b) / 2;
+      }
+    unpack_row(value, ring_v + slot * v_apart, V);
+    x.v_energy[page][i] += dot(value, value, V);
   }
 
   // The same where head g of the tokens is head i of the state.

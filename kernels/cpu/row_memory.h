@@ -74,7 +74,9 @@ class Choice {
     auto rank = [&](int i) {
       return rows[i].tokens < 1.5f && rows[i].received >= 0 ? rows[i].received : -1;
     };
-    std::stable_sort(order.begin(), order.end(), [&](int i, int j) { return rank(i) > rank(j); });
+    std::nth_element(order.begin(), order.begin() + exact, order.end(), [&](int i, int j) {
+      return rank(i) > rank(j) || (rank(i) == rank(j) && i < j);
+    });
     stays.assign(P, 0);
     for (long i = 0; i < exact; i++) stays[order[i]] = 1;
     if (exact < R) {

@@ -26,10 +26,70 @@ inline void pack_row(int8_t* to, const float* x, long n) {
   if (!(scale <= std::numeric_limits<float>::max())) scale = std::numeric_limits<float>::quiet_NaN();
   std::memcpy(to + n, &scale, SCALE_BYTES);
 }
-inline void unpack_row(float* to, const int8_t* x, long n) {
+inline float scale_of(const int8_t* x, long n) {
   float scale;
   std::memcpy(&scale, x + n, SCALE_BYTES);
+  return scale;
+}
+inline void unpack_row(float* to, const int8_t* x, long n) {
+  const float scale = scale_of(x, n);
   for (long i = 0; i < n; i++) to[i] = x[i] * scale;
+}
+
+// Packed keys and values that a token sees, and the number of those before them.
+struct PackedColumns {
+  const int8_t *k, *v;
+  long k_apart, v_apart, count, first;
+};
+
+// weights[j·width + column] = q_j·k of N queries.
+template <int N>
+inline void score_packed(float* weights, long width, const float* q, long D, const PackedColumns& x) {
+  weights += x.first;
+  for (long i = 0; i < x.count; i++) {
+    const int8_t* k = x.k + i * x.k_apart;
+    vec total[N]{};
+    for (long d = 0; d < D; d += W) {
+      const vec wide = load(k + d);
+      for (int j = 0; j < N; j++) total[j] += wide * load(q + j * D + d);
+    }
+    const float scale = scale_of(k, D);
+    for (int j = 0; j < N; j++) weights[j * width + i] = sum(total[j]) * scale;
+  }
+}
+
+// y_j += Σ weights[j·width + column]·v of N queries.
+template <int N>
+inline void gather_packed(float* y, long V, const float* weights, long width, const PackedColumns& x) {
+  weights += x.first;
+  auto run = [&](auto count, long e) {
+    constexpr int M = decltype(count)::value;
+    vec total[N][M];
+    for (int j = 0; j < N; j++)
+      for (int m = 0; m < M; m++) total[j][m] = load(y + j * V + e + m * W);
+    for (long i = 0; i < x.count; i++) {
+      const int8_t* v = x.v + i * x.v_apart;
+      const float scale = scale_of(v, V);
+      for (int m = 0; m < M; m++) {
+        const vec wide = load(v + e + m * W);
+        for (int j = 0; j < N; j++) total[j][m] += wide * (weights[j * width + i] * scale);
+      }
+    }
+    for (int j = 0; j < N; j++)
+      for (int m = 0; m < M; m++) store(y + j * V + e + m * W, total[j][m]);
+  };
+  long e = 0;
+  for (; e + 4 * W <= V; e += 4 * W) run(std::integral_constant<int, 4>{}, e);
+  for (; e < V; e += W) run(std::integral_constant<int, 1>{}, e);
+}
+
+// Calls work(how many, first) for all of `lanes`, at most 4 at once.
+template <class Work> inline void by_few(long lanes, Work work) {
+  long j = 0;
+  for (; j + 4 <= lanes; j += 4) work(std::integral_constant<int, 4>{}, j);
+  if (lanes - j == 3) work(std::integral_constant<int, 3>{}, j);
+  if (lanes - j == 2) work(std::integral_constant<int, 2>{}, j);
+  if (lanes - j == 1) work(std::integral_constant<int, 1>{}, j);
 }
 
 // Rows of n features in a packed tensor, `apart` from each other, and in fp32.

@@ -28,6 +28,17 @@ typedef float loose_vec __attribute__((vector_size(4 * W), aligned(4), may_alias
 typedef uint16_t loose_vech __attribute__((vector_size(2 * W), aligned(2), may_alias));
 
 LOWLINE_INLINE vec load(const float* p) { return *(const loose_vec*)p; }
+LOWLINE_INLINE vec load(const int8_t* p) {
+#if defined(__AVX512F__)  // GCC 12 converts integers of other widths one by one
+  return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  vec x;
+  for (int i = 0; i < W; i++) x[i] = p[i];
+  return x;
+#endif
+}
 LOWLINE_INLINE void store(float* p, vec x) { *(loose_vec*)p = x; }
 LOWLINE_INLINE vec fill(float x) { return x - vec{}; }
 
