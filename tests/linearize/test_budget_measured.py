@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import replace
 from itertools import product
@@ -119,6 +120,11 @@ def test_the_command_prints_a_table_of_as_many_bytes(tmp_path, capsys):
     inspect_budget(str(folder), copies=1, distances=(40, 180), **few)
     told = capsys.readouterr().err
     assert "strings after 40 tokens 1 of 1" in told and "strings after 180 tokens 1 of 1" in told
+    far = inspect_budget(str(folder), copies=1, far=2, **few | {"tokens": 60})
+    told = capsys.readouterr().err.splitlines()[-1]
+    heads = re.findall(r"\((\d), (\d)\)", told)
+    windows = [far.split("; ")[int(n)].split(", ")[int(g)] for n, g in heads]
+    assert told.startswith("windows of 192: ") and windows == ["192", "192"]
     inspect_budget(str(folder), copies=0, **few)
     table = tomllib.loads(capsys.readouterr().out)["mixer"]
     assert table["options"]["cache_dtype"] == "int8"
@@ -129,6 +135,8 @@ def test_the_command_prints_a_table_of_as_many_bytes(tmp_path, capsys):
     assert sum(rows) / len(rows) > 45  # of heads of 16 features, which are 20 bytes
     for options, words in (({"seq_len": (300, 64)}, "seq_len = 64; at least 256"),
                            ({"distances": (64, 8)}, "distances = 8; at least 32"),
+                           ({"tokens": 60, "far": 6, "seq_len": (256,)}, "far = 6: so few bytes"),
+                           ({"far": 2, "copies": 0}, "copies = 0; at least 1"),
                            ({"tokens": 1, "seq_len": (256,)}, "give more")):  # fmt: skip
         with pytest.raises(LowlineError, match=words):
             inspect_budget(str(folder), **options)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SINKS, STRIDE, LENGTH_BYTES = 4, 8, 8
 WEIGHT = 0.3  # of strings that come twice beside running text
 STRING = 32  # tokens
+NEVER = 1e9  # the cost of what is not to be chosen
 
 
 def inspect_budget(
@@ -33,6 +34,7 @@ def inspect_budget(
     seq_len: tuple[int, ...] = (2048,),
     copies: int = 2,
     distances: tuple[int, ...] | None = None,
+    far: int = 0,
     window: int = 64,
     horizon: int = 512,
     cache_dtype: str = "auto",
@@ -49,8 +51,10 @@ def inspect_budget(
             the mean cost per token counts by the inverse of the length. Time grows with its square.
         copies: Random strings that come twice, of each distance.
         distances: Between the two, in tokens; default: half of the least seq_len, at most 512.
-            Heads that find what is asked for once, long after it was read, need a window as
-            long: what nobody looks at no row keeps.
+            They say which heads copy.
+        far: So many heads get the longest window, below the largest seq_len: those that lose most
+            on strings with the shortest. What is asked for once, long after it was read, is in
+            no row, since rows keep what is looked at; few heads find it.
         window: The window of heads with rows.
         horizon: Tokens after which attention received has faded; see the mixer's options.
         cache_dtype: "int8" for keys and values of 8 bits, of which nearly four times as many are
@@ -67,7 +71,8 @@ def inspect_budget(
     distances = (min(shortest // 2, 512),) if distances is None else distances
     for name, value, least in (
         ("tokens", tokens, 1), ("rows", rows, 1), ("seq_len", shortest, 256),
-        ("distances", min(distances, default=STRING), STRING),
+        ("distances", min(distances, default=STRING), STRING), ("far", far, 0),
+        ("copies", copies, 1 if far else 0),
     ):  # fmt: skip
         if value < least:
             raise LowlineError(f"{name} = {value}; at least {least}")
@@ -98,14 +103,22 @@ def inspect_budget(
     for distance in distances:
         strings = _copies(tokenizer, ids[0], distance, copies)
         kinds.append((f"strings after {distance} tokens", strings, WEIGHT))
-    found = []
+    found, copying = [], []
     for kind, texts, weight in kinds:
         for n, one in enumerate(texts):
             print(f"measuring {kind} {n + 1} of {len(texts)}", file=sys.stderr, flush=True)
-            costs = head_costs(model, one, sizes, options)
-            found.append(weight / len(texts) * costs)
-    costs_NS = torch.stack(found).sum(0).flatten(0, 1)
+            found.append(weight / len(texts) * head_costs(model, one, sizes, options))
+        if kind.startswith("strings"):
+            copying += found[-len(texts) :]
     L, G = found[0].shape[:2]
+    costs_NS = torch.stack(found).sum(0).flatten(0, 1)
+    longest_window = max(n for n, (_, e) in enumerate(sizes) if not e)
+    heads = _copying_heads(copying, far)
+    costs_NS[heads] = NEVER
+    costs_NS[heads, longest_window] = 0
+    if far:
+        named = ", ".join(f"({n // G}, {n % G})" for n in heads)
+        print(f"windows of {sizes[longest_window][0]}: (layer, head) {named}", file=sys.stderr)
 
     def held(size: tuple[int, int], cache_dtype: str) -> int:
         """Return the bytes of a model whose heads all have one size."""
@@ -117,12 +130,26 @@ def inspect_budget(
     # A head has a length of its own where no other head of its layer has its size.
     bytes_S = torch.tensor([held(size, cache_dtype) for size in sizes]) / (L * G) + LENGTH_BYTES
     chosen = allocate(costs_NS, bytes_S, held((tokens, 0), "auto"))
+    if any(chosen[head] != longest_window for head in heads):
+        raise LowlineError(f"far = {far}: so few bytes do not hold their windows; give more tokens")
     budget = budget_text(chosen, sizes, G)
     print(f'[mixer]\nname = "memory"\noptions.sinks = {SINKS}\noptions.horizon = {horizon}')
     if cache_dtype != "auto":
         print(f'options.cache_dtype = "{cache_dtype}"')
     print(f'options.budget = "{budget}"')
     return budget
+
+
+def _copying_heads(costs: list[Any], far: int) -> list[int]:
+    """Return the heads that lose most on strings, of costs (L, G, S), with the first size."""
+    import torch
+
+    if not far:
+        return []
+    narrow_N = torch.stack(costs)[..., 0].sum(0).flatten()
+    if far > len(narrow_N):
+        raise LowlineError(f"far = {far}; the model has {len(narrow_N)} key and value heads")
+    return narrow_N.topk(far).indices.tolist()
 
 
 def _stretches(ids_T: Any, seq_len: int) -> list[Text]:
