@@ -18,6 +18,7 @@ QUICK = {  # one or two kernels of every module: with and without products, forw
     *("conv._forward_kernel", "feature_map._backward_kernel", "scan._backward_kernel"),
     *("recurrence.scores_kernel", "recurrence.states_backward_kernel", "recurrence.step_kernel"),
     *("window.forward_kernel", "window.reverse_states_kernel"),
+    *("memory.step_kernel", "slots.step_kernel"),
 }
 
 

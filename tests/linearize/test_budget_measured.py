@@ -124,7 +124,7 @@ def test_the_command_prints_a_table_of_as_many_bytes(tmp_path, capsys):
     told = capsys.readouterr().err.splitlines()[-1]
     heads = re.findall(r"\((\d), (\d)\)", told)
     windows = [far.split("; ")[int(n)].split(", ")[int(g)] for n, g in heads]
-    assert told.startswith("windows of 192: ") and windows == ["192", "192"]
+    assert told.startswith("copying, ") and windows == ["192", "192"]
     inspect_budget(str(folder), copies=0, **few)
     table = tomllib.loads(capsys.readouterr().out)["mixer"]
     assert table["options"]["cache_dtype"] == "int8"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -75,6 +76,7 @@ def converted(teacher: Path, folder: Path, *more: str) -> int:
         file.write_text(STAGES)
     line = ("linearize", str(teacher), "--config", str(file), "--output", str(folder / "out"))
     with training.one_process():
+        os.environ.pop("RANK", None)  # of a test before
         return main([*line, "--evaluation=none", *more])
 
 

@@ -52,9 +52,9 @@ def inspect_budget(
         copies: Random strings that come twice, of each distance.
         distances: Between the two, in tokens; default: half of the least seq_len, at most 512.
             They say which heads copy.
-        far: So many heads get the longest window, below the largest seq_len: those that lose most
-            on strings with the shortest. What is asked for once, long after it was read, is in
-            no row, since rows keep what is looked at; few heads find it.
+        far: So many heads get the longest window, below the largest seq_len: those without which
+            strings are copied worst, measured one by one. What is asked for once, long after it
+            was read, is in no row, since rows keep what is looked at; few heads find it.
         window: The window of heads with rows.
         horizon: Tokens after which attention received has faded; see the mixer's options.
         cache_dtype: "int8" for keys and values of 8 bits, of which nearly four times as many are
@@ -103,22 +103,18 @@ def inspect_budget(
     for distance in distances:
         strings = _copies(tokenizer, ids[0], distance, copies)
         kinds.append((f"strings after {distance} tokens", strings, WEIGHT))
-    found, copying = [], []
+    found = []
     for kind, texts, weight in kinds:
         for n, one in enumerate(texts):
             print(f"measuring {kind} {n + 1} of {len(texts)}", file=sys.stderr, flush=True)
-            found.append(weight / len(texts) * head_costs(model, one, sizes, options))
-        if kind.startswith("strings"):
-            copying += found[-len(texts) :]
-    L, G = found[0].shape[:2]
+            costs = head_costs(model, one, sizes, options)
+            found.append(weight / len(texts) * costs)
     costs_NS = torch.stack(found).sum(0).flatten(0, 1)
-    longest_window = max(n for n, (_, e) in enumerate(sizes) if not e)
-    heads = _copying_heads(copying, far)
+    L, G = found[0].shape[:2]
+    whole = max(n for n, (_, e) in enumerate(sizes) if not e)
+    heads = _copying_heads(model, tokenizer, ids[0], distances, copies, window, far)
     costs_NS[heads] = NEVER
-    costs_NS[heads, longest_window] = 0
-    if far:
-        named = ", ".join(f"({n // G}, {n % G})" for n in heads)
-        print(f"windows of {sizes[longest_window][0]}: (layer, head) {named}", file=sys.stderr)
+    costs_NS[heads, whole] = 0
 
     def held(size: tuple[int, int], cache_dtype: str) -> int:
         """Return the bytes of a model whose heads all have one size."""
@@ -130,7 +126,7 @@ def inspect_budget(
     # A head has a length of its own where no other head of its layer has its size.
     bytes_S = torch.tensor([held(size, cache_dtype) for size in sizes]) / (L * G) + LENGTH_BYTES
     chosen = allocate(costs_NS, bytes_S, held((tokens, 0), "auto"))
-    if any(chosen[head] != longest_window for head in heads):
+    if any(chosen[head] != whole for head in heads):
         raise LowlineError(f"far = {far}: so few bytes do not hold their windows; give more tokens")
     budget = budget_text(chosen, sizes, G)
     print(f'[mixer]\nname = "memory"\noptions.sinks = {SINKS}\noptions.horizon = {horizon}')
@@ -140,16 +136,40 @@ def inspect_budget(
     return budget
 
 
-def _copying_heads(costs: list[Any], far: int) -> list[int]:
-    """Return the heads that lose most on strings, of costs (L, G, S), with the first size."""
+def _copying_heads(
+    model: Any, tokenizer: Any, ids_T: Any, distances: Any, copies: int, window: int, far: int
+) -> list[int]:
+    """Return the heads whose narrow window costs most on the second copies of strings."""
     import torch
 
+    from lowline.linearize.body.hf import SOFTMAX
+    from lowline.linearize.convert import linearized_config
+    from lowline.linearize.evaluation.second_copy import SecondCopy
+    from lowline.linearize.layer_choice import measure_layers
+
+    config = linearized_config(model.config, mixer=SOFTMAX, layers="none")
+    L, G = config.num_hidden_layers, config.head_shape(0).n_kv_heads
+    if far > L * G:
+        raise LowlineError(f"far = {far}; the model has {L * G} key and value heads")
     if not far:
         return []
-    narrow_N = torch.stack(costs)[..., 0].sum(0).flatten()
-    if far > len(narrow_N):
-        raise LowlineError(f"far = {far}; the model has {len(narrow_N)} key and value heads")
-    return narrow_N.topk(far).indices.tolist()
+    strings = SecondCopy.of(
+        tokenizer, distances=distances, samples=copies, seed=0, batch_tokens=1,
+        filler=ids_T.tolist(),
+    )  # fmt: skip
+    found = []
+    for g in range(G):
+        print(f"measuring head {g + 1} of {G} of each layer", file=sys.stderr, flush=True)
+        sizes = ", ".join(str(window if n == g else len(ids_T)) for n in range(G))
+        options = {"sinks": SINKS, "budget": "; ".join([sizes] * L)}
+        how: Any = dict(copies=strings, rows_NT=ids_T[None, :STRING], advance=lambda _: None)
+        costs = measure_layers(model, mixer="memory", options=options, **how)
+        found.append([cost["recall"] for cost in costs])
+    recall_N = torch.tensor(found).T.flatten()
+    heads: list[int] = recall_N.topk(far).indices.tolist()
+    named = ", ".join(f"({n // G}, {n % G}) {recall_N[n]:.2f}" for n in heads)
+    print(f"copying, (layer, head) and nats without it: {named}", file=sys.stderr)
+    return heads
 
 
 def _stretches(ids_T: Any, seq_len: int) -> list[Text]:
