@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lowline.kernels.memory.op import MemoryState, Rule, empty_memory_state, state_shapes
 from lowline.kernels.triton_tools.launch import launch, rows_dense
-from lowline.kernels.triton_tools.online import attend
+from lowline.kernels.triton_tools.online import attend, one_more, padded
 from lowline.kernels.triton_tools.tiles import load_tile, store_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -157,11 +157,11 @@ def step(
     given: dict[str, Any] = dict(
         q=q, k=k, v=v, rows=rows, scores=scores, o=o_BHV, scale=rule.scale, bias=rule.bias,
         keeps=rule.keeps, G=G, GROUP=H // G, WINDOW=rule.window, SINKS=rule.sinks, ROWS=rule.rows,
-        LEAVE=rule.block, D=D, V=V, M=_padded(H // G),
+        LEAVE=rule.block, D=D, V=V, M=padded(H // G),
         # of 64 rows in fp32 some do not fit into registers
-        BLOCK=min(32 if q.dtype == torch.float32 else 64, _padded(max(rule.window, rule.rows))),
-        BLOCK_S=_padded(rule.sinks),
-        BLOCK_D=_padded(D), BLOCK_V=_padded(V), PAGED=rows is not None,
+        BLOCK=min(32 if q.dtype == torch.float32 else 64, padded(max(rule.window, rule.rows))),
+        BLOCK_S=padded(rule.sinks),
+        BLOCK_D=padded(D), BLOCK_V=padded(V), PAGED=rows is not None,
     )  # fmt: skip
     for name, x in dict(q=q, k=k, v=v).items():
         given |= {f"{name}_b": x.stride(0), f"{name}_h": x.stride(1)}
@@ -172,15 +172,8 @@ def step(
         given[f"page_{name}"] = x.stride(0)
     if B * G:
         launch(step_kernel, (B * G,), **given)
-    if rows is None:
-        state.length.add_(1)
-    else:
-        state.length.index_add_(0, rows, torch.ones_like(rows, dtype=torch.int64))
+    one_more(state.length, rows)
     return o_BHV
-
-
-def _padded(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
 
 
 def aot_calls() -> Iterator[tuple[str, Callable[[], Any]]]:

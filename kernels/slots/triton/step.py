@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lowline.kernels.slots.op import SlotState, state_shapes
 from lowline.kernels.triton_tools.launch import launch, rows_dense
-from lowline.kernels.triton_tools.online import attend
+from lowline.kernels.triton_tools.online import attend, one_more, padded
 from lowline.kernels.triton_tools.tiles import load_tile, store_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -128,8 +128,8 @@ def step(
     given: dict[str, Any] = dict(
         q=q, k=k, v=v, slot=slot, bias=bias, rows=rows, o=o_BHV, scale=scale, bias_h=bias.stride(0),
         G=G, GROUP=H // G, WINDOW=window, SINKS=sinks, SLOTS=slots, D=D, V=V,
-        QUERIES=_padded(H // G), BLOCK=32 if max(D, V) <= 64 else 16,  # wider ones spill
-        BLOCK_S=_padded(sinks), BLOCK_D=_padded(D), BLOCK_V=_padded(V), PAGED=rows is not None,
+        QUERIES=padded(H // G), BLOCK=32 if max(D, V) <= 64 else 16,  # wider ones spill
+        BLOCK_S=padded(sinks), BLOCK_D=padded(D), BLOCK_V=padded(V), PAGED=rows is not None,
     )  # fmt: skip
     for name, x in dict(q=q, k=k, v=v, slot=slot).items():
         given |= {f"{name}_b": x.stride(0), f"{name}_h": x.stride(1)}
@@ -140,15 +140,8 @@ def step(
         given[f"page_{name}"] = x.stride(0)
     if B * G:
         launch(step_kernel, (B * G,), **given)
-    if rows is None:
-        state.length.add_(1)
-    else:
-        state.length.index_add_(0, rows, torch.ones_like(rows, dtype=torch.int64))
+    one_more(state.length, rows)
     return o_BHV
-
-
-def _padded(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
 
 
 def aot_calls() -> Iterator[tuple[str, Callable[[], Any]]]:

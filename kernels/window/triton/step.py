@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowline.kernels.triton_tools.launch import launch, rows_dense
-from lowline.kernels.triton_tools.online import attend
+from lowline.kernels.triton_tools.online import attend, one_more, padded
 from lowline.kernels.triton_tools.tiles import load_tile, store_tile
 from lowline.kernels.window.state import WindowState, empty_window_state
 
@@ -140,9 +140,9 @@ def step(
     given: dict[str, Any] = dict(
         q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k, gamma_H=window_factor_H, lam_H=linear_factor_H,
         rows=rows, o=o_BHV, scale=scale, G=G, GROUP=H // G, FEATURE_HEADS=P // G, WINDOW=window,
-        SINKS=sinks, D=D, V=V, F=F, M=_padded(H // G), BLOCK=min(64, _padded(window)),
-        BLOCK_S=_padded(sinks), BLOCK_D=_padded(D), BLOCK_V=_padded(V),
-        BLOCK_F=min(32, _padded(F)), PAGED=rows is not None, S=state.S,
+        SINKS=sinks, D=D, V=V, F=F, M=padded(H // G), BLOCK=min(64, padded(window)),
+        BLOCK_S=padded(sinks), BLOCK_D=padded(D), BLOCK_V=padded(V),
+        BLOCK_F=min(32, padded(F)), PAGED=rows is not None, S=state.S,
         ring_k=state.k, ring_v=state.v, ring_phi=state.phi_k, sink_k=state.sink_k,
         sink_v=state.sink_v,
     )  # fmt: skip
@@ -153,15 +153,8 @@ def step(
     if B * G:
         # not the state's own vector, which `launch` would copy where pages lie apart
         launch(step_kernel, (B * G,), **given, length=state.length[:, None])
-    if rows is None:
-        state.length.add_(1)
-    else:
-        state.length.index_add_(0, rows, torch.ones_like(rows, dtype=torch.int64))
+    one_more(state.length, rows)
     return o_BHV[:, None]
-
-
-def _padded(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
 
 
 def aot_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
