@@ -25,13 +25,13 @@ from lowline.kernels.memory.op import (
     in_order,
     kept_of,
     not_on_cpu,
-    not_on_triton,
     state_shapes,
 )
 from lowline.kernels.memory.rows import Rows, admit
 from lowline.kernels.memory.torch_form import pair_energy, row_bias
 from lowline.kernels.pool import check_rows, on_rows
 from lowline.kernels.window.decode import window_linear_step
+from lowline.kernels.window.op import step_not_on_triton
 from lowline.kernels.window.state import WindowState, check_state, ring_positions
 
 OP = "row_memory_step"
@@ -129,7 +129,7 @@ def row_memory_steps(
             return o_BTHV
         # a call that it does not cover, or a wrong one: found below
     how |= {"heads": heads, "exact": exact, "horizon": horizon, "scale": scale, "backend": backend}
-    triton = not_on_triton(q, k, v, *states)
+    triton = step_not_on_triton(q, k, v, *states)
     in_place = backend == "triton" or (
         backend == "auto" and q.device.type == "cuda" and triton is None
     )

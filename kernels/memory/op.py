@@ -269,17 +269,6 @@ def not_on_cpu(
     return window_op.not_on_cpu(q.dtype, q.shape[-1], v.shape[-1], 0)
 
 
-def not_on_triton(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *states: MemoryState | WindowState
-) -> str | None:
-    """Return why the Triton step does not cover a call; None where it does."""
-    if any(x.dtype != q.dtype for x in (k, v, *(state.k for state in states))):
-        return "tokens and what the state holds of them differ in type"
-    if not all(has_whole_pages(*state) for state in states):
-        return "the state's tensors are not contiguous"
-    return window_op.not_on_triton(q.dtype, q.shape[-1], v.shape[-1], 0)
-
-
 def heads_of(x_BTHD: torch.Tensor, heads: Sequence[int], n_kv_heads: int) -> torch.Tensor:
     """Return what belongs to some key/value heads: x of query heads, or of these."""
     if len(heads) == n_kv_heads:

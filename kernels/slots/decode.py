@@ -10,7 +10,7 @@ import torch
 from lowline.kernels.backends import choose
 from lowline.kernels.pool import check_rows, has_whole_pages, on_rows
 from lowline.kernels.slots.op import SlotState, check_shapes, state_shapes
-from lowline.kernels.window.op import not_on_cpu, not_on_triton
+from lowline.kernels.window.op import not_on_cpu, step_not_on_triton
 from lowline.kernels.window.state import check_state, ring_positions
 
 OP = "slot_window_step"
@@ -51,7 +51,7 @@ def slot_window_step(
     scale = q_BHD.shape[-1] ** -0.5 if scale is None else scale
     which = choose(
         OP, backend, q_BHD.device, cpu=_not_on_cpu(q_BHD, k_BGD, v_BGV, bias_HM, state),
-        triton=_not_on_triton(q_BHD, k_BGD, v_BGV, state), module="slots",
+        triton=step_not_on_triton(q_BHD, k_BGD, v_BGV, state), module="slots",
     )  # fmt: skip
     token = (q_BHD, k_BGD, v_BGV, slot_BG, bias_HM)
     if which == "triton":
@@ -104,16 +104,6 @@ def _not_on_cpu(
     if not has_whole_pages(*state):
         return "the state's tensors are not contiguous"
     return not_on_cpu(k.dtype, k.shape[-1], v.shape[-1], bias.shape[-1])
-
-
-def _not_on_triton(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: SlotState
-) -> str | None:
-    if any(x.dtype != q.dtype for x in (k, v, state.k)):
-        return "tokens and what the state holds of them differ in type"
-    if not has_whole_pages(*state):
-        return "the state's tensors are not contiguous"
-    return not_on_triton(q.dtype, q.shape[-1], v.shape[-1], 0)
 
 
 def _step(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lowline.kernels.backends import choose, type_reason
 from lowline.kernels.packs import check_pack
+from lowline.kernels.pool import has_whole_pages
 from lowline.kernels.window.state import (
     WindowCall,
     WindowState,
@@ -149,6 +150,15 @@ def not_on_triton(dtype: torch.dtype, D: int, V: int, F: int) -> str | None:
     if max(D, V, F) > 128:
         return f"it takes up to 128 dimensions, and D = {D}, V = {V}, F = {F}"
     return None
+
+
+def step_not_on_triton(q: Tensor, k: Tensor, v: Tensor, *states: Any) -> str | None:
+    """Return why a Triton step does not cover tokens and states that hold them; None if it does."""
+    if any(x.dtype != q.dtype for x in (k, v, *(state.k for state in states))):
+        return "tokens and what the state holds of them differ in type"
+    if not all(has_whole_pages(*state) for state in states):
+        return "the state's tensors are not contiguous"
+    return not_on_triton(q.dtype, q.shape[-1], v.shape[-1], 0)
 
 
 def per_head_factor(op: str, name: str, factor_H: Tensor | None, q_BTHD: Tensor) -> Tensor:

@@ -70,10 +70,8 @@ class LinearizedAttention(nn.Module):
         cu_seqlens = None if packing is None else packing.cu_seqlens
         cos, sin = (t.expand(x_BTE.shape[0], -1, -1) for t in rope)
         with precision:
-            tokens, mixer = (
-                Tokens(q_BTHD, k_BTGD, v_BTGD, x_BTE, cos, sin),
-                within(reach, self.mixer),
-            )
+            tokens = Tokens(q_BTHD, k_BTGD, v_BTGD, x_BTE, cos, sin)
+            mixer = within(reach, self.mixer)
             if held is None:
                 o_BTHD, _ = tokens.mixed(mixer, None, cu_seqlens)
             else:

@@ -83,13 +83,11 @@ class Reach(NamedTuple):
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Return first and last positions, the latter excluded, of what is mixed at once."""
         while start < stop:
-            ends = [stop]
-            if start < self.length:
-                ends.append(self.length)
-            else:
-                ends.append(start + self.period - (start - self.length) % self.period)
-            yield start, min(ends)
-            start = min(ends)
+            end = self.length
+            if start >= end:
+                end = start + self.period - (start - end) % self.period
+            yield start, min(end, stop)
+            start = end
 
 
 def known_positions(config: Any) -> int | None:

@@ -18,6 +18,7 @@ from lowline.hub import check_source
 
 if TYPE_CHECKING:
     from lowline.linearize.budget import Text
+    from lowline.linearize.evaluation.second_copy import SecondCopy
 
 SINKS, STRIDE, LENGTH_BYTES = 4, 8, 8
 WEIGHT = 0.3  # of strings that come twice beside running text
@@ -103,6 +104,7 @@ def inspect_budget(
     for distance in distances:
         strings = _copies(tokenizer, ids[0], distance, copies)
         kinds.append((f"strings after {distance} tokens", strings, WEIGHT))
+    heads = _copying_heads(model, tokenizer, ids[0], distances, copies, window, far)
     found = []
     for kind, texts, weight in kinds:
         for n, one in enumerate(texts):
@@ -112,7 +114,6 @@ def inspect_budget(
     costs_NS = torch.stack(found).sum(0).flatten(0, 1)
     L, G = found[0].shape[:2]
     whole = max(n for n, (_, e) in enumerate(sizes) if not e)
-    heads = _copying_heads(model, tokenizer, ids[0], distances, copies, window, far)
     costs_NS[heads] = NEVER
     costs_NS[heads, whole] = 0
 
@@ -144,7 +145,6 @@ def _copying_heads(
 
     from lowline.linearize.body.hf import SOFTMAX
     from lowline.linearize.convert import linearized_config
-    from lowline.linearize.evaluation.second_copy import SecondCopy
     from lowline.linearize.layer_choice import measure_layers
 
     config = linearized_config(model.config, mixer=SOFTMAX, layers="none")
@@ -153,10 +153,7 @@ def _copying_heads(
         raise LowlineError(f"far = {far}; the model has {L * G} key and value heads")
     if not far:
         return []
-    strings = SecondCopy.of(
-        tokenizer, distances=distances, samples=copies, seed=0, batch_tokens=1,
-        filler=ids_T.tolist(),
-    )  # fmt: skip
+    strings = _strings(tokenizer, ids_T, distances, copies)
     found = []
     for g in range(G):
         print(f"measuring head {g + 1} of {G} of each layer", file=sys.stderr, flush=True)
@@ -181,19 +178,24 @@ def _stretches(ids_T: Any, seq_len: int) -> list[Text]:
     return [Text(ids=row, scored=scored, stride=STRIDE) for row in ids_T.split(seq_len)]
 
 
+def _strings(tokenizer: Any, ids_T: Any, distances: tuple[int, ...], samples: int) -> SecondCopy:
+    from lowline.linearize.evaluation.second_copy import SecondCopy
+
+    return SecondCopy.of(
+        tokenizer, distances=distances, samples=samples, seed=0, batch_tokens=0,
+        filler=ids_T.tolist(),
+    )  # fmt: skip
+
+
 def _copies(tokenizer: Any, ids_T: Any, distance: int, samples: int) -> list[Text]:
     """Return strings of random tokens that come twice, the text before and between them."""
     import torch
 
     from lowline.linearize.budget import Text
-    from lowline.linearize.evaluation.second_copy import SecondCopy
 
     if not samples:
         return []
-    strings = SecondCopy.of(
-        tokenizer, distances=(distance,), samples=samples, seed=0, batch_tokens=0,
-        filler=ids_T.tolist(),
-    )  # fmt: skip
+    strings = _strings(tokenizer, ids_T, (distance,), samples)
     rows = strings.sequences(distance)
     scored = torch.arange(rows.shape[1] - strings.length, rows.shape[1] - 1)
     return [Text(ids=row, scored=scored, drawn=False) for row in rows]
